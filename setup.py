@@ -1,0 +1,27 @@
+"""Declares the compiled core; everything else about the package is in pyproject.toml."""
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+EXTENSIONS = [
+    Extension(
+        f"guestio._core.{name}",
+        [f"src/guestio/_core/{name}.pyx"],
+        extra_compile_args=["-O3", "-fno-strict-aliasing", "-Wno-unused-function"],
+    )
+    for name in ("access", "intervals", "ring")
+]
+
+setup(
+    ext_modules=cythonize(
+        EXTENSIONS,
+        build_dir="build/cython",
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "embedsignature": False,
+        },
+    )
+)

@@ -1,0 +1,138 @@
+"""Addresses, ranges and permissions: pure values that every room shares.
+
+An address is a plain ``int`` in ``[0, 2**64)``. Ranges are half-open and ``2**64`` is a legal end,
+so the last byte of an address space can be used like any other. The NewTypes say which address
+space a number belongs to; at run time they cost nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from typing import NamedTuple, NewType, SupportsIndex
+
+Gpa = NewType("Gpa", int)
+"""Guest physical address."""
+Iova = NewType("Iova", int)
+"""I/O virtual address: what a device behind an IOMMU uses."""
+Hva = NewType("Hva", int)
+"""Host virtual address in this process."""
+Vua = NewType("Vua", int)
+"""Virtual address in the front-end's process."""
+
+ADDRESS_SPACE = 1 << 64
+"""Size of every address space here; the largest legal range end."""
+
+
+class Permissions(enum.IntFlag):
+    """What an access does, or what a mapping grants.
+
+    As an access: ``NONE`` asks only whether something is mapped.
+    """
+
+    NONE = 0
+    READ = 1
+    WRITE = 2
+    READ_WRITE = 3
+
+    def allows(self, access: Permissions) -> bool:
+        """Whether a grant of ``self`` covers ``access`` (``NONE`` is always covered)."""
+        return self & access == access
+
+
+class Ordering(enum.IntEnum):
+    """Memory ordering of an atomic access, with the meaning of the C11 memory model."""
+
+    RELAXED = 0
+    ACQUIRE = 2
+    RELEASE = 3
+    ACQ_REL = 4
+    SEQ_CST = 5
+
+
+class IovaRange(NamedTuple):
+    """``length`` bytes of I/O virtual addresses from ``base``."""
+
+    base: int
+    length: int
+
+
+class MappedRange(NamedTuple):
+    """``length`` bytes of the underlying address space from ``base``."""
+
+    base: int
+    length: int
+
+
+def check_int(value: SupportsIndex, name: str) -> int:
+    """Return ``value`` as an int; booleans and floats are refused.
+
+    Raises:
+        TypeError: ``value`` is not an integer.
+    """
+    if value.__class__ is int:
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, not a boolean")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+
+
+def check_address(value: SupportsIndex, name: str = "addr") -> int:
+    """Return ``value`` as an address in ``[0, 2**64)``.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: out of range.
+    """
+    number = check_int(value, name)
+    if not 0 <= number < ADDRESS_SPACE:
+        raise ValueError(f"{name} {number:#x} is not in [0, 2**64)")
+    return number
+
+
+def check_range(
+    start: SupportsIndex, length: SupportsIndex, *, name: str = "addr", empty: bool = True
+) -> tuple[int, int]:
+    """Return ``(start, length)`` as ints whose sum is at most ``2**64``.
+
+    Args:
+        start: First address.
+        length: Bytes.
+        name: What to call ``start`` in an error.
+        empty: Whether a length of 0 is acceptable.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: out of range, past ``2**64``, or empty where that is not acceptable.
+    """
+    first, size = check_address(start, name), check_int(length, "length")
+    if size < 0 or (size == 0 and not empty):
+        raise ValueError(f"length {size} must be {'>= 0' if empty else 'greater than 0'}")
+    if first + size > ADDRESS_SPACE:
+        raise ValueError(f"{name} {first:#x} + length {size:#x} passes 2**64")
+    return first, size
+
+
+def checked_add(addr: int, offset: int) -> int | None:
+    """``addr + offset``, or None if that leaves ``[0, 2**64)``."""
+    total = addr + offset
+    return total if 0 <= total < ADDRESS_SPACE else None
+
+
+def checked_sub(addr: int, offset: int) -> int | None:
+    """``addr - offset``, or None if that leaves ``[0, 2**64)``."""
+    return checked_add(addr, -offset)
+
+
+def align_up(addr: int, alignment: int) -> int | None:
+    """``addr`` rounded up to a multiple of ``alignment``, or None if that passes the last address.
+
+    Raises:
+        ValueError: ``alignment`` is not a power of two.
+    """
+    if alignment <= 0 or alignment & (alignment - 1):
+        raise ValueError(f"alignment {alignment} is not a power of two")
+    return checked_add(addr, -addr % alignment)

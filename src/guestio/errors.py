@@ -1,0 +1,166 @@
+"""The exception tree; every error that guestio raises on purpose is one of these.
+
+    GuestioError
+    ├── AccessError                 an access to guest memory was refused
+    │   ├── InvalidAddressError     no memory there
+    │   ├── PermissionDeniedError   memory is there, the access is not allowed
+    │   ├── MisalignedError         an atomic access off its natural alignment
+    │   ├── PartialAccessError      some bytes moved, then the access failed
+    │   ├── MemoryVanishedError     the file behind the memory was truncated
+    │   └── CannotResolveError      an IOMMU could not translate
+    ├── IotlbFails                  a lookup missed; lists every missing and forbidden sub-range
+    ├── RegionError                 a collection of regions would be invalid
+    │   ├── NoMemoryRegionError
+    │   ├── MemoryRegionOverlapError
+    │   └── UnsortedMemoryRegionsError
+    ├── BackingError                host memory could not be made or adopted
+    ├── QueueError                  the driver broke the rules of its virtqueue
+    ├── ProtocolError               a peer broke the vhost-user protocol
+    └── DeviceError                 a device cannot be built or cannot do what it was asked
+
+Misuse by the caller of the API is ``TypeError`` or ``ValueError`` and raises before anything
+changes. What a guest or a peer may cause is always a :class:`GuestioError`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from guestio.addr import IovaRange, Permissions
+
+
+class GuestioError(Exception):
+    """Root of everything that guestio raises on purpose."""
+
+
+class AccessError(GuestioError):
+    """An access to guest memory was refused.
+
+    Attributes:
+        addr: First address of the access, in the address space that was accessed.
+        length: Bytes asked for.
+        access: What the access wanted to do; None where it does not matter.
+        reason: Why it was refused, without the address.
+        target: The address behind a translation where the refusal happened; None without one.
+    """
+
+    def __init__(
+        self,
+        addr: int,
+        length: int,
+        access: Permissions | None,
+        reason: str,
+        *,
+        target: int | None = None,
+    ) -> None:
+        self.addr = addr
+        self.length = length
+        self.access = access
+        self.reason = reason
+        self.target = target
+        wanted = f" for {access.name}" if access is not None and access.name else ""
+        behind = f" (translated to {target:#x})" if target is not None else ""
+        super().__init__(f"cannot access {addr:#x}+{length:#x}{behind}{wanted}: {reason}")
+
+
+class InvalidAddressError(AccessError):
+    """No memory at ``addr``, or the range leaves memory where it must not."""
+
+
+class PermissionDeniedError(AccessError):
+    """Memory is there, but not for this kind of access."""
+
+
+class MisalignedError(AccessError):
+    """An atomic access whose address is not a multiple of its width."""
+
+
+class MemoryVanishedError(AccessError):
+    """The file behind this memory no longer reaches this far: its owner truncated it."""
+
+
+class PartialAccessError(AccessError):
+    """An exact transfer that stopped early; ``completed`` bytes were moved.
+
+    The cause of the stop is the exception's ``__cause__``.
+    """
+
+    def __init__(
+        self, addr: int, length: int, access: Permissions | None, completed: int, reason: str
+    ) -> None:
+        self.completed = completed
+        super().__init__(addr, length, access, f"only {completed:#x} bytes moved: {reason}")
+
+
+class CannotResolveError(AccessError):
+    """An IOMMU could not translate a range for the wanted access.
+
+    Attributes:
+        iova_range: The sub-range that could not be resolved.
+    """
+
+    def __init__(self, iova_range: IovaRange, access: Permissions | None, reason: str) -> None:
+        self.iova_range = iova_range
+        super().__init__(iova_range.base, iova_range.length, access, reason)
+
+
+class IotlbFails(GuestioError):  # noqa: N818 - the field's name for it
+    """A lookup that was not a full hit: everything that is missing, everything forbidden.
+
+    Attributes:
+        misses: Sub-ranges without any mapping, ascending, clipped to the request.
+        access_fails: Sub-ranges whose mapping forbids the access, ascending, clipped.
+    """
+
+    def __init__(self, misses: Sequence[IovaRange], access_fails: Sequence[IovaRange]) -> None:
+        self.misses = list(misses)
+        self.access_fails = list(access_fails)
+
+        def show(ranges: list[IovaRange]) -> str:
+            shown = ", ".join(f"{r.base:#x}+{r.length:#x}" for r in ranges[:4])
+            return shown + (f" and {len(ranges) - 4} more" if len(ranges) > 4 else "")
+
+        parts = []
+        if self.misses:
+            parts.append(f"not mapped: {show(self.misses)}")
+        if self.access_fails:
+            parts.append(f"access not allowed: {show(self.access_fails)}")
+        super().__init__("; ".join(parts))
+
+
+class RegionError(GuestioError):
+    """A collection of memory regions would be invalid."""
+
+
+class NoMemoryRegionError(RegionError):
+    """There is no such region, or no region at all."""
+
+
+class MemoryRegionOverlapError(RegionError):
+    """Two regions claim the same addresses."""
+
+
+class UnsortedMemoryRegionsError(RegionError):
+    """Regions must be given in ascending order of their start."""
+
+
+class BackingError(GuestioError):
+    """Host memory could not be allocated, mapped or adopted."""
+
+
+class QueueError(GuestioError):
+    """The driver wrote something into its virtqueue that no driver may write.
+
+    The queue stops; the device reports it (error eventfd, DEVICE_NEEDS_RESET).
+    """
+
+
+class ProtocolError(GuestioError):
+    """The peer broke the vhost-user protocol; its connection must be closed."""
+
+
+class DeviceError(GuestioError):
+    """A device cannot be built from what it was given, or cannot do what it was asked."""
