@@ -1,0 +1,376 @@
+"""The guest kernel: found in a cache, or fetched once from the machine's own Debian mirror.
+
+Debian 12's own kernel has no virtio-iommu driver, so the newest one of the backports suite is
+taken. Nothing is installed and the system's apt configuration stays as it is: apt works on
+private lists below the cache directory, and the package is only unpacked.
+
+The cache is `$GUESTIO_LAB_CACHE`, or `~/.cache/guestio-lab`. It may be filled beforehand and
+shared between processes: fetching takes a file lock, and a kernel appears under its final name
+only when it is complete.
+
+    python -m lab.parts            fetch what is missing, say where it is
+    python -m lab.parts --update   look for a newer kernel too
+"""
+
+import argparse
+import contextlib
+import fcntl
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+OLDEST_KERNEL = (6, 12)
+META_PACKAGE = "linux-image-cloud-amd64"
+
+Progress = Callable[[str], None]
+
+
+class PartsError(RuntimeError):
+    """Something the lab needs is missing; the message names it and the command that gets it."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelModule:
+    """One kernel module, decompressed, ready for `insmod`."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """An unpacked Debian kernel package. Immutable; safe to share between threads.
+
+    Attributes:
+        release: What `uname -r` prints in the guest, such as `6.12.95+deb12-cloud-amd64`.
+        root: Directory the package was unpacked to.
+    """
+
+    release: str
+    root: Path
+
+    @property
+    def image(self) -> Path:
+        """The compressed kernel that QEMU's `-kernel` takes."""
+        return self.root / "boot" / f"vmlinuz-{self.release}"
+
+    def modules(self, names: Iterable[str]) -> list[KernelModule]:
+        """Modules in the order they must be inserted, each after what it depends on.
+
+        The package carries no `modules.dep` (installing it would make one), so dependencies
+        come from each module's own `depends=` record, as depmod takes them.
+
+        Args:
+            names: Module names; `-` and `_` are the same. Those built into the kernel are
+                left out of the result.
+
+        Raises:
+            PartsError: A module is neither built in nor in the package.
+        """
+        # Packages of a merged-/usr system unpack to usr/lib, older ones to lib.
+        tree = next(
+            (
+                path
+                for prefix in ("usr/lib", "lib")
+                if (path := self.root / prefix / "modules" / self.release).is_dir()
+            ),
+            None,
+        )
+        if tree is None:
+            raise PartsError(f"no modules of kernel {self.release} below {self.root}")
+        built_in = {
+            _module_name(Path(line)) for line in (tree / "modules.builtin").read_text().split()
+        }
+        files = {_module_name(path): path for path in (tree / "kernel").rglob("*.ko*")}
+        ordered: dict[str, KernelModule] = {}
+
+        def visit(name: str) -> None:
+            name = name.replace("-", "_")
+            if name in built_in or name in ordered:
+                return
+            if name not in files:
+                raise PartsError(f"kernel {self.release} has no module {name}")
+            data = _decompressed(files[name])
+            record = re.search(rb"\0depends=([^\0]*)\0", data)
+            for dependency in record.group(1).decode().split(",") if record else []:
+                if dependency:
+                    visit(dependency)
+            ordered[name] = KernelModule(name, data)
+
+        for name in names:
+            visit(name)
+        return list(ordered.values())
+
+
+def cache_directory() -> Path:
+    """Where the parts are kept: `$GUESTIO_LAB_CACHE`, or `~/.cache/guestio-lab`."""
+    configured = os.environ.get("GUESTIO_LAB_CACHE")
+    return Path(configured).absolute() if configured else Path.home() / ".cache" / "guestio-lab"
+
+
+def kernel(*, update: bool = False, progress: Progress | None = None) -> Kernel:
+    """Return the newest cached guest kernel, fetching one (about 35 MB) if there is none.
+
+    Safe to call from several processes at once: one fetches, the others wait for it.
+
+    Args:
+        update: Ask the mirror for a newer kernel even when one is cached.
+        progress: Called with one line of text per step that takes time.
+
+    Raises:
+        PartsError: No kernel cached and none to be had; the message says what was tried.
+    """
+    tell = progress or _ignore
+    found = _newest(cache_directory())
+    if found is not None and not update:
+        return found
+    return _fetch_kernel(cache_directory(), tell, refetch=update)
+
+
+def require_program(name: str, package: str) -> str:
+    """Path of a host program.
+
+    Raises:
+        PartsError: It is not installed; the message names the Debian package and the command.
+    """
+    # Administration tools (mke2fs) stand outside an ordinary user's PATH.
+    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    if path is None:
+        raise PartsError(
+            f"{name} is not installed: run `apt-get install --no-install-recommends {package}`"
+        )
+    return path
+
+
+def _ignore(_line: str) -> None:
+    pass
+
+
+def _module_name(path: Path) -> str:
+    return path.name.split(".ko")[0].replace("-", "_")
+
+
+def _decompressed(path: Path) -> bytes:
+    data = path.read_bytes()
+    return lzma.decompress(data) if path.suffix == ".xz" else data
+
+
+def _version(release: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", release))
+
+
+def _newest(cache: Path) -> Kernel | None:
+    kernels = [Kernel(path.name, path) for path in (cache / "kernels").glob("[0-9]*")]
+    usable = [entry for entry in kernels if entry.image.is_file()]
+    return max(usable, key=lambda entry: _version(entry.release), default=None)
+
+
+@contextlib.contextmanager
+def _locked(cache: Path, tell: Progress) -> Iterator[None]:
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell("waiting for another process that fetches the guest kernel")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_kernel(cache: Path, tell: Progress, *, refetch: bool) -> Kernel:
+    require_program("apt-get", "apt")
+    try:
+        with _locked(cache, tell):
+            found = _newest(cache)
+            if found is not None and not refetch:
+                return found
+            for leftover in cache.glob("fetching-*"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            work = Path(tempfile.mkdtemp(prefix="fetching-", dir=cache))
+            try:
+                return _fetch_into(cache / "kernels", work, tell)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise PartsError(
+            f"cannot write the guest kernel to {cache}: {error}; "
+            "set GUESTIO_LAB_CACHE to a directory you may write to"
+        ) from error
+
+
+def _fetch_into(kernels: Path, work: Path, tell: Progress) -> Kernel:
+    codename = _codename()
+    tried: list[str] = []
+    # A release's own suite serves where it has no backports, or none yet.
+    for suite in (f"{codename}-backports", codename):
+        apt = _PrivateApt(work / suite, suite, codename)
+        try:
+            tell(f"reading the package list of {suite}")
+            package = apt.kernel_package()
+            release = package.removeprefix("linux-image-")
+            if _version(release) < OLDEST_KERNEL:
+                raise PartsError(f"its newest kernel is {release}")
+            target = kernels / release
+            if not target.exists():
+                tell(f"downloading {package}")
+                deb = apt.download(package)
+                tell("unpacking")
+                _run(["dpkg-deb", "-x", str(deb), str(work / "root")])
+                kernels.mkdir(exist_ok=True)
+                (work / "root").rename(target)
+            return Kernel(release, target)
+        except PartsError as error:
+            tried.append(f"  {suite}: {error}")
+    wanted = ".".join(map(str, OLDEST_KERNEL))
+    raise PartsError(
+        f"no guest kernel of at least {wanted} to be had from this machine's Debian mirror "
+        f"({META_PACKAGE}):\n" + "\n".join(tried) + "\nWith network access, "
+        "`python -m lab.parts` fetches it; a filled cache can be copied from another machine "
+        "and named by GUESTIO_LAB_CACHE."
+    )
+
+
+class _PrivateApt:
+    """Apt on a source list, package lists and caches of its own; needs no root."""
+
+    def __init__(self, directory: Path, suite: str, codename: str) -> None:
+        self._directory = directory
+        (directory / "lists" / "partial").mkdir(parents=True)
+        (directory / "archives" / "partial").mkdir(parents=True)
+        sources = directory / "sources.list.d"
+        sources.mkdir()
+        (sources / "lab.sources").write_text(_debian_source(suite, codename))
+        self._options = [
+            option
+            for setting in (
+                "Dir::Etc::sourcelist=/dev/null",
+                f"Dir::Etc::sourceparts={sources}",
+                "Dir::Etc::preferences=/dev/null",
+                "Dir::Etc::preferencesparts=/dev/null",
+                f"Dir::State::lists={directory}/lists",
+                f"Dir::Cache={directory}",
+                "Acquire::Languages=none",
+                "Acquire::Retries=3",
+                # The unprivileged user apt downloads as could not write to our directory.
+                "APT::Sandbox::User=root",
+            )
+            for option in ("-o", setting)
+        ]
+
+    def kernel_package(self) -> str:
+        """Name of the kernel package that the suite's meta package stands for."""
+        _run(["apt-get", *self._options, "-qq", "update", "--error-on=any"])
+        record = _run(["apt-cache", *self._options, "show", "--no-all-versions", META_PACKAGE])
+        match = re.search(r"^Depends:.*?\b(linux-image-\d[\w.+~-]*)", record, re.MULTILINE)
+        if match is None:
+            raise PartsError(f"{META_PACKAGE} depends on no kernel")
+        return match.group(1)
+
+    def download(self, package: str) -> Path:
+        """Fetch and authenticate one package; returns the .deb."""
+        _run(["apt-get", *self._options, "-qq", "download", package], cwd=self._directory)
+        debs = list(self._directory.glob("*.deb"))
+        if len(debs) != 1:
+            raise PartsError(f"apt-get download {package} left {len(debs)} packages")
+        return debs[0]
+
+
+def _run(command: list[str], cwd: Path | None = None) -> str:
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise PartsError(f"cannot run {command[0]}: {error}") from error
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+        what = next((word for word in command[1:] if re.fullmatch("[a-z]+", word)), "")
+        raise PartsError(f"{command[0]} {what}: {said}")
+    return done.stdout
+
+
+def _codename() -> str:
+    text = Path("/etc/os-release").read_text()
+    fields = dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', text, re.MULTILINE))
+    if fields.get("ID") != "debian" or "VERSION_CODENAME" not in fields:
+        raise PartsError(
+            "this machine is no Debian release, so its apt cannot fetch the guest kernel; copy "
+            f"a filled cache from a Debian machine to {cache_directory()}"
+        )
+    return fields["VERSION_CODENAME"]
+
+
+def _debian_source(suite: str, codename: str) -> str:
+    """A deb822 source for `suite`, with the mirror and keys the machine uses for its release."""
+    for stanza in _configured_sources(Path("/etc/apt")):
+        usable = (
+            "deb" in stanza.get("types", "").split()
+            and codename in stanza.get("suites", "").split()
+            and "main" in stanza.get("components", "").split()
+            and stanza.get("enabled", "yes").lower() not in {"no", "false", "0"}
+        )
+        if usable:
+            lines = [
+                "Types: deb",
+                f"URIs: {stanza['uris']}",
+                f"Suites: {suite}",
+                "Components: main",
+                "Architectures: amd64",
+            ]
+            if "signed-by" in stanza:
+                lines.append(f"Signed-By: {stanza['signed-by']}")
+            return "\n".join(lines) + "\n"
+    raise PartsError(
+        f"no source for `{codename} main` in /etc/apt/sources.list or /etc/apt/sources.list.d"
+    )
+
+
+def _configured_sources(apt: Path) -> Iterator[dict[str, str]]:
+    """Every configured source as deb822 fields, names in lower case (sources.list(5))."""
+    one_line = [apt / "sources.list", *sorted(apt.glob("sources.list.d/*.list"))]
+    for path in filter(Path.is_file, one_line):
+        pattern = r"^\s*(deb)\s+(?:\[([^\]]*)\]\s+)?(\S+)\s+(\S+)\s+([^#\n]*)"
+        for match in re.finditer(pattern, path.read_text(), re.MULTILINE):
+            kind, options, uri, suite, components = match.groups()
+            stanza = {"types": kind, "uris": uri, "suites": suite, "components": components}
+            for option in (options or "").split():
+                name, _, value = option.partition("=")
+                stanza[name.lower()] = value
+            yield stanza
+    for path in sorted(apt.glob("sources.list.d/*.sources")):
+        text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE)
+        for block in re.split(r"\n\s*\n", text):
+            # A continuation line starts with a blank; an inline key spans many of them.
+            fields = re.findall(r"^([\w-]+):[ \t]*(.*(?:\n[ \t]+.*)*)", block, re.MULTILINE)
+            yield {name.lower(): value.rstrip() for name, value in fields}
+
+
+def main() -> int:
+    """Fetch what the lab needs and print where it is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.parts", description="Fetch and cache the lab's guest kernel."
+    )
+    parser.add_argument("--update", action="store_true", help="look for a newer kernel too")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+
+    def tell(line: str) -> None:
+        sys.stderr.write(f"[{time.monotonic() - start:5.1f} s] {line}\n")
+
+    try:
+        found = kernel(update=arguments.update, progress=tell)
+    except PartsError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write(f"kernel {found.release}\n{found.image}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

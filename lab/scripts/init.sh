@@ -1,0 +1,54 @@
+#!/bin/busybox sh
+# The guest's first process: mounts, modules, then each script in turn.
+# Everything a script prints goes to the console, and to the report port, where kernel messages
+# cannot tear it. The host reads the GUEST-* and FACT lines of the report.
+/bin/busybox mkdir -p /bin /sbin /usr/bin /usr/sbin /proc /sys /dev /tmp /mnt /root
+/bin/busybox --install -s /bin
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+exec </dev/null
+
+REPORT=/dev/ttyS1
+stty -F "$REPORT" raw -echo
+set -o pipefail
+report() { tee "$REPORT"; }
+
+finish() {
+    echo "GUEST-RESULT rc=$1" | report
+    sync
+    poweroff -f
+}
+
+load_modules() {
+    while read -r module; do
+        insmod "/lab/modules/$module.ko" || { echo "cannot insert $module"; return 1; }
+    done </lab/modules.list
+}
+
+# The type of the domain the disk's DMA goes through: DMA-FQ (lazy) or DMA (strict).
+iommu_domain_type() {
+    for group in /sys/block/vda/device/../iommu_group /sys/block/vda/device/iommu_group; do
+        [ -r "$group/type" ] && { cat "$group/type"; return; }
+    done
+    echo none
+}
+
+{
+    load_modules || exit 1
+    echo "FACT kernel=$(uname -r)"
+    echo "FACT iommu=$(iommu_domain_type)"
+    echo "FACT boot_seconds=$(cut -d' ' -f1 /proc/uptime)"
+} 2>&1 | report || finish 1
+
+. /lab/environment
+while read -r name; do
+    echo "GUEST-BEGIN $name" | report
+    (cd /root && sh "/lab/scripts/$name") 2>&1 | report
+    rc=$?
+    echo "GUEST-END $name rc=$rc" | report
+    [ "$rc" -eq 0 ] || finish "$rc"
+done </lab/scripts.list
+finish 0
