@@ -254,6 +254,7 @@ _SINGLE_REGION: Final = struct.Struct("=8xQQQQ")
 # The C structures end with padding up to 8-byte alignment, and QEMU sends sizeof() of them.
 _IOTLB: Final = struct.Struct("=QQQBB6x")
 _IOTLB_MESSAGE: Final = struct.Struct("=IIIQQQBB6x")
+_ACK_MESSAGE: Final = struct.Struct("=IIIQ")
 _CONFIG_HEAD: Final = struct.Struct("=III")
 
 
@@ -657,7 +658,7 @@ def encode_ack(request: int, value: int) -> bytes:
     Raises:
         ValueError: `value` is not a 64-bit number.
     """
-    return encode_message(request, U64(value), reply=True)
+    return _pack(_ACK_MESSAGE, request, VERSION | _REPLY, _U64.size, value)
 
 
 def decode_ack(header: Header, payload: Readable, request: int) -> int:

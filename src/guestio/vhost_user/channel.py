@@ -1,0 +1,336 @@
+"""Messages and their file descriptors over a connected Unix stream socket.
+
+A `Channel` turns the byte stream into `Message` objects and back. It is the only file of the
+protocol that touches the operating system; it knows framing and fds, not what requests mean.
+
+Ownership: every fd that arrives belongs to its `Message` and is closed with it, unless somebody
+takes it. Every received fd is close-on-exec. Whatever the peer does (stops in the middle, sends
+fds where none belong, floods, never reads) ends in an exception in bounded time and memory, with
+no fd left behind.
+
+Source: QEMU docs/interop/vhost-user.rst, "Message Specification" and "Communication"; unix(7).
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import os
+import select
+import socket
+import time
+from typing import TYPE_CHECKING, Final, NoReturn, Self
+
+from guestio.errors import GuestioError, ProtocolError
+from guestio.vhost_user.messages import HEADER_SIZE, MAX_FDS, Header, request_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+SEND_TIMEOUT: Final = 5.0
+"""Seconds that one `Channel.send` may take unless told otherwise."""
+
+_READ_AHEAD: Final = 16384
+_FD_SIZE: Final = array.array("i").itemsize
+_FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * _FD_SIZE)
+# Non-blocking per call: the peer may share the file description and could clear O_NONBLOCK.
+_RECV_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+_SEND_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_SCM_PIDFD: Final = 4  # linux/socket.h; a socket option of the peer's can make the kernel add one
+_GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
+
+
+class PeerGoneError(GuestioError):
+    """The other end closed the connection between two messages, or was gone when we sent."""
+
+
+class Message:
+    """A received message and the fds that came with it.
+
+    Use it as a context manager, or call `close()`: fds that nobody took are closed then.
+
+    Attributes:
+        header: Request, flags and size.
+        payload: The payload's bytes, `header.size` of them.
+    """
+
+    __slots__ = ("_fds", "header", "payload")
+
+    def __init__(self, header: Header, payload: bytes = b"", fds: Iterable[int] = ()) -> None:
+        self._fds = list(fds)
+        self.header = header
+        self.payload = payload
+
+    @property
+    def request(self) -> int:
+        """Code of the request."""
+        return self.header.request
+
+    @property
+    def fd_count(self) -> int:
+        """How many fds nobody has taken yet."""
+        return len(self._fds)
+
+    def take_fd(self) -> int:
+        """Return the first fd left; it is the caller's to close from now on.
+
+        Raises:
+            IndexError: None is left.
+        """
+        return self._fds.pop(0)
+
+    def take_fds(self) -> list[int]:
+        """Return all fds left, in the order they were sent; they are the caller's to close."""
+        fds, self._fds = self._fds, []
+        return fds
+
+    def close(self) -> None:
+        """Close the fds that nobody took. May be called again."""
+        _close_fds(self.take_fds())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fds:
+            self.close()
+
+    def __del__(self) -> None:
+        if self._fds:
+            self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Message {request_name(self.request)} flags={self.header.flags:#x} "
+            f"payload={len(self.payload)} bytes, {self.fd_count} fds>"
+        )
+
+
+class Channel:
+    """One end of a vhost-user connection.
+
+    Receiving and sending may happen in two threads, each of them in one thread at a time.
+
+    Args:
+        sock: A connected AF_UNIX SOCK_STREAM socket; the channel owns it from here on.
+        with_fds: Whether the peer may send fds. Without, whatever is there is read in one go,
+            which makes floods of small messages (IOTLB misses, acknowledgements) cheap, and an fd
+            is a violation of the protocol.
+        send_timeout: Seconds one `send` may take in all, however slowly the peer reads.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        with_fds: bool = True,
+        send_timeout: float = SEND_TIMEOUT,
+    ) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._with_fds = with_fds
+        self._send_timeout = send_timeout
+        self._buffer = b""
+        self._start = 0
+        self._header: Header | None = None
+        self._fds: list[int] = []
+        self._failure: GuestioError | None = None
+
+    @classmethod
+    def from_fd(
+        cls, fd: int, *, with_fds: bool = False, send_timeout: float = SEND_TIMEOUT
+    ) -> Self:
+        """Make a channel of an fd that a peer sent (SET_BACKEND_REQ_FD).
+
+        The fd belongs to the channel, and is closed if there will be none.
+
+        Raises:
+            ProtocolError: It is not a connected Unix stream socket.
+        """
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            os.close(fd)
+            raise ProtocolError(f"fd for a back-end channel is not a socket: {error}") from None
+        try:
+            sock.getpeername()
+            usable = (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError:
+            usable = False
+        if not usable:
+            sock.close()
+            raise ProtocolError("fd for a back-end channel is not a connected Unix stream socket")
+        return cls(sock, with_fds=with_fds, send_timeout=send_timeout)
+
+    def fileno(self) -> int:
+        """Return the socket's fd for a selector, -1 once closed."""
+        return self._socket.fileno()
+
+    def recv(self, timeout: float | None = 0) -> Message | None:
+        """Return the next message, or None if it has not arrived completely.
+
+        Bytes that did arrive are kept. Several messages may be waiting inside the channel when the
+        selector reports it readable once: call until None.
+
+        Args:
+            timeout: Seconds to wait for the rest; 0 does not wait, None waits for ever.
+
+        Raises:
+            PeerGoneError: The peer closed the connection between two messages.
+            ProtocolError: It closed in the middle of one, or sent what no peer may send. The
+                stream cannot be followed any more: every later call raises the same.
+            ValueError: The channel is closed.
+        """
+        if self._failure is not None:
+            raise self._failure
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (message := self._next_message()) is None:
+            try:
+                self._fill()
+            except BlockingIOError:
+                if timeout == 0 or not self._wait(select.POLLIN, deadline):
+                    return None
+        return message
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a whole message, its fds with the first byte.
+
+        Waits while the peer's buffer is full, at most the channel's `send_timeout` in all. The fds
+        stay the caller's.
+
+        Raises:
+            PeerGoneError: The peer has closed the connection.
+            ProtocolError: The peer did not read in time. Part of the message may be sent, so the
+                channel is of no more use.
+            ValueError: More than `MAX_FDS` fds, or the channel is closed.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if len(fds) > MAX_FDS:
+            raise ValueError(f"{len(fds)} fds in one message, at most {MAX_FDS}")
+        self._check_open()
+        deadline = time.monotonic() + self._send_timeout
+        rest = memoryview(data)
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        while rest:
+            try:
+                sent = self._socket.sendmsg((rest,), control, _SEND_FLAGS)
+            except BlockingIOError:
+                if not self._wait(select.POLLOUT, deadline):
+                    self._fail(f"peer did not read a message for {self._send_timeout} s")
+            except OSError as error:
+                self._raise_gone(error)
+            else:
+                rest, control = rest[sent:], []
+
+    def close(self) -> None:
+        """Close the socket and the fds of an unfinished message. May be called again."""
+        self._socket.close()
+        self._drop_fds()
+        self._buffer, self._start, self._header = b"", 0, None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _next_message(self) -> Message | None:
+        """Cut a complete message off the front of what has arrived."""
+        body = self._start + HEADER_SIZE
+        if self._header is None:
+            if len(self._buffer) < body:
+                return None
+            try:
+                self._header = Header.decode(self._buffer[self._start : body])
+            except ProtocolError as error:
+                self._fail(str(error))
+        end = body + self._header.size
+        if len(self._buffer) < end:
+            return None
+        message = Message(self._header, self._buffer[body:end], self._fds)
+        self._start, self._header, self._fds = end, None, []
+        return message
+
+    def _fill(self) -> None:
+        """Read once; raises `BlockingIOError` if nothing is there."""
+        # Fds belong to the message whose header they came with, so where there may be some, a read
+        # must not reach into the next message.
+        in_header = self._header is None
+        wanted = HEADER_SIZE if self._header is None else HEADER_SIZE + self._header.size
+        pending = self._buffer[self._start :]
+        size = wanted - len(pending) if self._with_fds else _READ_AHEAD
+        space = _FD_SPACE if self._with_fds and in_header else 0
+        self._check_open()
+        try:
+            data, control, flags, _ = self._socket.recvmsg(size, space, _RECV_FLAGS)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self._raise_gone(error)
+        if control or flags & socket.MSG_CTRUNC:
+            self._adopt(control, flags)
+        if not data:
+            self._end(len(pending))
+        self._buffer, self._start = pending + data, 0
+
+    def _adopt(self, control: list[tuple[int, int, bytes]], flags: int) -> None:
+        """Take over what came beside the bytes; nothing but up to `MAX_FDS` fds may have."""
+        strange = False
+        for level, kind, data in control:
+            rights = (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+            if rights or (level, kind) == (socket.SOL_SOCKET, _SCM_PIDFD):
+                fds = array.array("i")
+                fds.frombytes(data[: len(data) - len(data) % _FD_SIZE])
+                self._fds.extend(fds)
+            strange |= not rights
+        if flags & socket.MSG_CTRUNC:
+            self._fail(
+                f"message carries fds beside its payload or on a channel without fds, or more than "
+                f"{MAX_FDS} of them, or more than this process may open"
+            )
+        if strange:
+            self._fail("message carries ancillary data other than fds")
+        if len(self._fds) > MAX_FDS:
+            self._fail(f"message carries {len(self._fds)} fds, at most {MAX_FDS} are allowed")
+
+    def _end(self, received: int) -> NoReturn:
+        if received or self._fds:
+            what = "a header" if self._header is None else request_name(self._header.request)
+            self._fail(f"peer closed the connection after {received} bytes of {what}")
+        raise PeerGoneError("peer closed the connection")
+
+    def _fail(self, reason: str) -> NoReturn:
+        self._drop_fds()
+        self._failure = ProtocolError(reason)
+        raise self._failure
+
+    def _raise_gone(self, error: OSError) -> NoReturn:
+        if error.errno in _GONE:
+            raise PeerGoneError(f"peer is gone: {error}") from None
+        raise error
+
+    def _wait(self, event: int, deadline: float | None) -> bool:
+        """Wait for the socket; False when the deadline passes first."""
+        poll = select.poll()
+        poll.register(self._socket, event)
+        if deadline is None:
+            return bool(poll.poll())
+        left = deadline - time.monotonic()
+        return left > 0 and bool(poll.poll(left * 1000))
+
+    def _check_open(self) -> None:
+        if self._socket.fileno() < 0:
+            raise ValueError("the channel is closed")
+
+    def _drop_fds(self) -> None:
+        fds, self._fds = self._fds, []
+        _close_fds(fds)
+
+
+def _close_fds(fds: Iterable[int]) -> None:
+    for fd in fds:
+        # An error at close (a network file system's) leaves the fd closed all the same.
+        with contextlib.suppress(OSError):
+            os.close(fd)
