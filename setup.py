@@ -9,7 +9,7 @@ EXTENSIONS = [
         [f"src/guestio/_core/{name}.pyx"],
         extra_compile_args=["-O3", "-fno-strict-aliasing", "-Wno-unused-function"],
     )
-    for name in ("access", "intervals", "ring")
+    for name in ("access", "bitmap", "border", "intervals", "leases", "mapping", "ring")
 ]
 
 setup(
@@ -18,8 +18,6 @@ setup(
         build_dir="build/cython",
         compiler_directives={
             "language_level": 3,
-            "boundscheck": False,
-            "wraparound": False,
             "cdivision": True,
             "embedsignature": False,
         },

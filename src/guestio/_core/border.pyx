@@ -1,0 +1,58 @@
+"""The border between Python numbers and C ones: each value is checked once, here."""
+
+from cpython.long cimport PyLong_AsLongAndOverflow
+
+from guestio.addr import ADDRESS_SPACE, check_address, check_int, check_range
+
+
+cdef u64 as_address(object value, str name="addr") except? <u64>-1:
+    if PyLong_CheckExact(value):
+        try:
+            return PyLong_AsUnsignedLongLong(value)
+        except OverflowError:
+            pass
+    return <u64>check_address(value, name)
+
+
+cdef int as_span(object start, object length, Span *out, bint may_be_empty) except -1:
+    """Turn a start and a length into a span; their sum may be 2**64 but not more."""
+    cdef u64 first, size
+    if PyLong_CheckExact(start) and PyLong_CheckExact(length):
+        try:
+            first = PyLong_AsUnsignedLongLong(start)
+            size = PyLong_AsUnsignedLongLong(length)
+            if size and size - 1 <= UINT64_MAX - first:
+                out.first, out.last, out.empty = first, first + (size - 1), False
+                return 0
+        except OverflowError:
+            pass
+    start, length = check_range(start, length, empty=may_be_empty)
+    out.first = start
+    out.empty = length == 0
+    out.last = out.first if out.empty else <u64>(start + length - 1)
+    return 0
+
+
+cdef size_t as_size(object value, str name) except? <size_t>-1:
+    value = check_int(value, name)
+    if not 0 <= value < 1 << 63:
+        raise ValueError(f"{name} {value} is not in [0, 2**63)")
+    return value
+
+
+cdef int as_access(object value, str name="access") except -1:
+    cdef int overflow
+    cdef long number
+    if isinstance(value, int) and value is not True and value is not False:
+        number = PyLong_AsLongAndOverflow(value, &overflow)
+    else:
+        number = check_int(value, name)
+    if not 0 <= number <= 3:
+        raise ValueError(f"{name} {value} is not a combination of READ and WRITE")
+    return number
+
+
+cdef object span_length(u64 first, u64 last):
+    if last - first == UINT64_MAX:
+        return ADDRESS_SPACE
+    return last - first + 1

@@ -1,0 +1,376 @@
+"""The back-end's side of the vhost-user protocol, without any I/O.
+
+A `Session` is fed received messages, in order, and returns what to send back. It decides what the
+protocol lets it decide: which features may be negotiated, whether a message may come now, whether
+its numbers make sense, whether and how it is answered. What it means for a device is done by a
+`SessionHandler`, which therefore sees valid arguments only.
+
+Three ways a message can be wrong:
+
+* *Malformed* (wrong payload size, wrong number of fds, a reply where a request belongs): the peer
+  does not speak the protocol; `ProtocolError`, close the connection.
+* *Refused* (feature never offered, no such ring, overlapping region, or the handler raised a
+  `GuestioError`): where the front-end asked for an acknowledgement it gets a non-zero one and the
+  connection lives. Without one it would go on as if it had worked, so: `ProtocolError`. Nothing
+  has changed in either case. Requests with a reply of their own cannot be refused, except GET_CONFIG
+  (empty reply) and IOTLB_MSG (non-zero reply).
+* *Unknown or not supported*: its fds are closed. With an acknowledgement asked for it gets a
+  non-zero one ("MUST respond ... indicating success or failure"). Otherwise it is ignored and
+  counted, because closing is for "exceptional circumstances" only; except for requests known to
+  have a reply of their own, which would leave the front-end waiting for ever: `ProtocolError`.
+
+Acknowledgements follow the section "VHOST_USER_PROTOCOL_F_REPLY_ACK": NEED_REPLY counts if
+REPLY_ACK had been negotiated when the message came, and changes nothing for messages that have
+their own reply. IOTLB_MSG is one of those ("reply payload: u64"): it is always answered.
+
+The front-end may repeat itself: QEMU negotiates again with other features each time a boot loader
+hands over to a kernel, and stops and starts rings freely. Memory survives all that, also
+RESET_DEVICE; QEMU does not send it again.
+
+Not safe for several threads at once; handler methods are called in the thread of `handle()`.
+
+Source: QEMU docs/interop/vhost-user.rst; what QEMU sends: hw/virtio/vhost-user.c, vhost.c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from guestio.addr import ADDRESS_SPACE
+from guestio.errors import GuestioError, ProtocolError
+from guestio.vhost_user.messages import (
+    VHOST_F_LOG_ALL,
+    VHOST_USER_F_PROTOCOL_FEATURES,
+    VIRTIO_F_ACCESS_PLATFORM,
+    Config,
+    Empty,
+    FrontendRequest,
+    IotlbMessage,
+    IotlbType,
+    MemoryRegion,
+    MemoryTable,
+    Payload,
+    ProtocolFeature,
+    SingleMemoryRegion,
+    U64,
+    VringAddr,
+    VringFd,
+    VringState,
+    encode_ack,
+    encode_message,
+    request_name,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from guestio.vhost_user.channel import Message
+
+SUPPORTED_PROTOCOL_FEATURES: Final = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+)
+"""Protocol features a handler may offer."""
+
+MAX_QUEUES: Final = 256
+"""Most rings; SET_VRING_KICK has 8 bits for the index."""
+
+MAX_QUEUE_SIZE: Final = 32768
+"""Most entries of a ring (virtio 1.3 section 2.7)."""
+
+_PROTOCOL_FEATURES_BIT: Final = 1 << VHOST_USER_F_PROTOCOL_FEATURES
+_ACCESS_PLATFORM_BIT: Final = 1 << VIRTIO_F_ACCESS_PLATFORM
+_REPLY_ACK: Final = int(ProtocolFeature.REPLY_ACK)
+_REFUSED: Final = 1
+
+_F = FrontendRequest
+_UNSUPPORTED_WITH_REPLY: Final = frozenset(
+    {
+        _F.CREATE_CRYPTO_SESSION,
+        _F.POSTCOPY_ADVISE,
+        _F.POSTCOPY_END,
+        _F.GET_INFLIGHT_FD,
+        _F.GET_SHARED_OBJECT,
+        _F.SET_DEVICE_STATE_FD,
+        _F.CHECK_DEVICE_STATE,
+        _F.GET_SHMEM_CONFIG,
+    }
+)
+
+
+class SessionHandler(Protocol):
+    """What a back-end does when the front-end wants something done.
+
+    Every fd passed to a method belongs to the handler from the call on, also if the method raises.
+    Any method may raise a `GuestioError` to refuse; it must then have changed nothing. Other
+    exceptions are bugs and pass through `Session.handle`.
+    """
+
+    @property
+    def features(self) -> int:
+        """Virtio feature bits the device offers, without VHOST_USER_F_PROTOCOL_FEATURES."""
+        ...
+
+    @property
+    def protocol_features(self) -> int:
+        """`ProtocolFeature` bits offered, out of `SUPPORTED_PROTOCOL_FEATURES`."""
+        ...
+
+    @property
+    def num_queues(self) -> int:
+        """Rings the device has, 1 to `MAX_QUEUES`."""
+        ...
+
+    @property
+    def max_mem_slots(self) -> int:
+        """Most memory regions at a time, at least 1."""
+        ...
+
+    def set_features(self, features: int) -> None:
+        """Take over the negotiated virtio features, a subset of `features`.
+
+        Called again with others after a reset. No ring is started at that time unless the features
+        are the same as before.
+        """
+        ...
+
+    def set_memory_table(self, regions: Sequence[tuple[MemoryRegion, int]]) -> None:
+        """Replace all guest memory by these regions and their fds."""
+        ...
+
+    def add_memory_region(self, region: MemoryRegion, fd: int) -> None:
+        """Add a region; it overlaps no other."""
+        ...
+
+    def remove_memory_region(self, region: MemoryRegion) -> None:
+        """Remove a region, one that was added or set before.
+
+        Nothing may use its memory when this returns.
+        """
+        ...
+
+    def set_vring_num(self, index: int, num: int) -> None:
+        """Set a ring's size: a power of two up to `MAX_QUEUE_SIZE`."""
+        ...
+
+    def set_vring_addr(self, index: int, address: VringAddr) -> None:
+        """Set where a ring is: IOVAs with VIRTIO_F_ACCESS_PLATFORM, else user addresses.
+
+        They are aligned as virtio asks for and do not pass 2**64; whether memory is there is for
+        the handler to find out. May come for a running ring.
+        """
+        ...
+
+    def set_vring_base(self, index: int, base: int) -> None:
+        """Set the next available index, 0 to 65535."""
+        ...
+
+    def get_vring_base(self, index: int) -> int:
+        """Stop a ring and return its next available index, 0 to 65535.
+
+        Requests in flight are finished before this returns. The kick fd is to be forgotten: the
+        ring starts again with the next `set_vring_kick`. Also called for rings never started.
+        """
+        ...
+
+    def set_vring_kick(self, index: int, fd: int | None) -> None:
+        """Set the eventfd that announces buffers; None asks for polling."""
+        ...
+
+    def set_vring_call(self, index: int, fd: int | None) -> None:
+        """Set the eventfd to signal used buffers; None: the driver polls."""
+        ...
+
+    def set_vring_err(self, index: int, fd: int | None) -> None:
+        """Set the eventfd to signal errors; None: nobody wants to know."""
+        ...
+
+    def set_vring_enable(self, index: int, enable: bool) -> None:
+        """Enable or disable a ring, in every state of it; rings begin disabled."""
+        ...
+
+    def set_backend_channel(self, fd: int) -> None:
+        """Take the socket for requests of our own; it replaces an earlier one."""
+        ...
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """Return exactly `size` bytes of the configuration space."""
+        ...
+
+    def set_config(self, offset: int, data: bytes, flags: int) -> None:
+        """Write the configuration space; `flags` are `ConfigFlag` bits.
+
+        Fields that are read-only for the driver are refused unless LIVE_MIGRATION is set.
+        """
+        ...
+
+    def iotlb(self, message: IotlbMessage) -> None:
+        """Apply an UPDATE or INVALIDATE; its ranges are not empty and do not pass 2**64.
+
+        Whether an UPDATE's `uaddr` range is guest memory is for the handler to check. When this
+        returns from an INVALIDATE, nothing uses the old translations: it is acknowledged then. The
+        whole space is one INVALIDATE of `size` 2**64.
+        """
+        ...
+
+    def get_status(self) -> int:
+        """Return the virtio device status, 8 bits."""
+        ...
+
+    def set_status(self, status: int) -> None:
+        """Take over the virtio device status, 8 bits; 0 resets like `reset_device`."""
+        ...
+
+    def reset_device(self) -> None:
+        """Stop and disable all rings and forget their set-up; memory and features stay."""
+        ...
+
+
+@dataclass(slots=True)
+class Vring:
+    """What a session knows of a ring.
+
+    Attributes:
+        num: Entries; 0 before SET_VRING_NUM.
+        address: None before SET_VRING_ADDR.
+        base: Next available index as last set or stopped at.
+        kicked: Whether a kick fd, or polling, was set since the ring was stopped.
+        enabled: Whether the ring is enabled.
+    """
+
+    num: int = 0
+    address: VringAddr | None = None
+    base: int = 0
+    kicked: bool = False
+    enabled: bool = False
+
+    @property
+    def started(self) -> bool:
+        """Whether a kick can make the device process the ring."""
+        return self.kicked and self.num > 0 and self.address is not None
+
+
+class Session:
+    """One front-end's connection, from its first message to its last.
+
+    Attributes:
+        features: Virtio features negotiated last, None before the first SET_FEATURES.
+        protocol_features: `ProtocolFeature` bits negotiated last.
+        regions: Guest memory as told by the front-end, ascending by guest address.
+        vrings: Every ring's state.
+        ignored: Unknown messages that were ignored.
+        last_refusal: Why a message was last refused with an acknowledgement; for a log.
+
+    Args:
+        handler: Does the work.
+
+    Raises:
+        ValueError: The handler offers what cannot be offered.
+    """
+
+    def __init__(self, handler: SessionHandler) -> None:
+        _check_handler(handler)
+        self._handler = handler
+        self.features: int | None = None
+        self.protocol_features = 0
+        self.regions: tuple[MemoryRegion, ...] = ()
+        self.vrings = tuple(Vring() for _ in range(handler.num_queues))
+        self.ignored = 0
+        self.last_refusal: GuestioError | None = None
+
+    @property
+    def access_platform(self) -> bool:
+        """Whether an IOMMU is in front of the device (VIRTIO_F_ACCESS_PLATFORM negotiated)."""
+        return bool((self.features or 0) & _ACCESS_PLATFORM_BIT)
+
+    def handle(self, message: Message) -> bytes | None:
+        """Act on one message and return the reply to send, if any.
+
+        The message and all its fds are used up.
+
+        Raises:
+            ProtocolError: The connection must be closed.
+        """
+        with message:
+            request = message.request
+            if message.header.is_reply:
+                raise ProtocolError(f"{request_name(request)} came as a reply; we asked nothing")
+            acknowledge = message.header.need_reply and self.protocol_features & _REPLY_ACK
+            rule = _RULES.get(request)
+            if rule is None:
+                return self._unsupported(request, bool(acknowledge))
+            payload = rule.payload.decode(message.payload)
+            allowed = rule.fds if isinstance(rule.fds, tuple) else rule.fds(payload)
+            if message.fd_count not in allowed:
+                raise ProtocolError(
+                    f"{request_name(request)} carries {message.fd_count} fds, not "
+                    f"{' or '.join(map(str, allowed))}"
+                )
+            try:
+                self._check_negotiated(request, rule.feature)
+                reply = rule.act(self, payload, message)
+            except GuestioError as error:
+                if acknowledge and not rule.replies:
+                    self.last_refusal = error
+                    return encode_ack(request, _REFUSED)
+                raise ProtocolError(f"{request_name(request)} refused: {error}") from error
+            if reply is None and acknowledge:
+                return encode_ack(request, 0)
+            return reply
+
+    def _unsupported(self, request: int, acknowledge: bool) -> bytes | None:
+        if request in _UNSUPPORTED_WITH_REPLY:
+            raise ProtocolError(f"{request_name(request)} belongs to a feature we did not offer")
+        if acknowledge:
+            self.last_refusal = ProtocolError(f"{request_name(request)} is not supported")
+            return encode_ack(request, _REFUSED)
+        self.ignored += 1
+        return None
+
+    def _check_negotiated(self, request: int, feature: int) -> None:
+        if feature and not self.protocol_features & feature:
+            raise ProtocolError(
+                f"{request_name(request)} needs protocol feature "
+                f"{ProtocolFeature(feature).name}, which was not negotiated"
+            )
+
+    # Features and ownership
+
+    def _get_features(self, _: Empty, __: Message) -> bytes:
+        return encode_ack(_F.GET_FEATURES, self._handler.features | _PROTOCOL_FEATURES_BIT)
+
+    def _set_features(self, payload: U64, _: Message) -> None:
+        offered = self._handler.features | _PROTOCOL_FEATURES_BIT
+        if extra := payload.value & ~offered:
+            raise ProtocolError(f"features {extra:#x} were never offered")
+        features = payload.value & ~_PROTOCOL_FEATURES_BIT
+        if self.features not in {None, features} and any(ring.started for ring in self.vrings):
+            raise ProtocolError("features cannot change while a ring is started")
+        self._handler.set_features(features)
+        self.features = features
+        self._protocol_negotiation = payload.value != features
+        if not self._protocol_negotiation:
+            # "the back-end must enable all rings immediately" (section "Ring states")
+            self._enable_all(True)
+
+    def _get_protocol_features(self, _: Empty, __: Message) -> bytes:
+        return encode_ack(_F.GET_PROTOCOL_FEATURES, self._handler.protocol_features)
+
+    def _set_protocol_features(self, payload: U64, _: Message) -> None:
+        if extra := payload.value & ~self._handler.protocol_features:
+            raise ProtocolError(f"protocol features {extra:#x} were never offered")
+        self.protocol_features = payload.value
+
+    def _set_owner(self, _: Empty, __: Message) -> None:
+        """Nothing to do: the connection is the session."""
+
+    def _reset_owner(self, _: Empty, __: Message) -> None:
+        # "either ignore this message, or use it to disable all rings"
+        self._enable_all(False)
