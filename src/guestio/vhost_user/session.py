@@ -12,8 +12,8 @@ Three ways a message can be wrong:
 * *Refused* (feature never offered, no such ring, overlapping region, or the handler raised a
   `GuestioError`): where the front-end asked for an acknowledgement it gets a non-zero one and the
   connection lives. Without one it would go on as if it had worked, so: `ProtocolError`. Nothing
-  has changed in either case. Requests with a reply of their own cannot be refused, except GET_CONFIG
-  (empty reply) and IOTLB_MSG (non-zero reply).
+  has changed in either case. Requests with a reply of their own cannot be refused, except
+  GET_CONFIG (empty reply) and IOTLB_MSG (non-zero reply).
 * *Unknown or not supported*: its fds are closed. With an acknowledgement asked for it gets a
   non-zero one ("MUST respond ... indicating success or failure"). Otherwise it is ignored and
   counted, because closing is for "exceptional circumstances" only; except for requests known to
@@ -36,11 +36,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from guestio.addr import ADDRESS_SPACE
 from guestio.errors import GuestioError, ProtocolError
 from guestio.vhost_user.messages import (
+    U64,
     VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES,
     VIRTIO_F_ACCESS_PLATFORM,
@@ -54,7 +55,6 @@ from guestio.vhost_user.messages import (
     Payload,
     ProtocolFeature,
     SingleMemoryRegion,
-    U64,
     VringAddr,
     VringFd,
     VringState,
@@ -257,6 +257,33 @@ class Vring:
         return self.kicked and self.num > 0 and self.address is not None
 
 
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How one request is served.
+
+    `payload` decodes it; `act` does it and returns the message's own reply, if it has one
+    (`replies`); `fds` are the numbers of fds allowed; `feature` must have been negotiated.
+    """
+
+    payload: type[Payload]
+    act: Callable[[Session, Any, Message], bytes | None]
+    fds: tuple[int, ...] | Callable[[Any], tuple[int, ...]] = (0,)
+    feature: int = 0
+    replies: bool = False
+
+
+def _ring_fds(payload: VringFd) -> tuple[int, ...]:
+    return (1,) if payload.has_fd else (0,)
+
+
+def _table_fds(payload: MemoryTable) -> tuple[int, ...]:
+    return (len(payload.regions),)
+
+
+_IOTLB_DONE: Final = encode_ack(_F.IOTLB_MSG, 0)
+_IOTLB_REFUSED: Final = encode_ack(_F.IOTLB_MSG, _REFUSED)
+
+
 class Session:
     """One front-end's connection, from its first message to its last.
 
@@ -284,6 +311,7 @@ class Session:
         self.vrings = tuple(Vring() for _ in range(handler.num_queues))
         self.ignored = 0
         self.last_refusal: GuestioError | None = None
+        self._may_enable = False
 
     @property
     def access_platform(self) -> bool:
@@ -303,7 +331,7 @@ class Session:
             if message.header.is_reply:
                 raise ProtocolError(f"{request_name(request)} came as a reply; we asked nothing")
             acknowledge = message.header.need_reply and self.protocol_features & _REPLY_ACK
-            rule = _RULES.get(request)
+            rule = self._RULES.get(request)
             if rule is None:
                 return self._unsupported(request, bool(acknowledge))
             payload = rule.payload.decode(message.payload)
@@ -341,8 +369,6 @@ class Session:
                 f"{ProtocolFeature(feature).name}, which was not negotiated"
             )
 
-    # Features and ownership
-
     def _get_features(self, _: Empty, __: Message) -> bytes:
         return encode_ack(_F.GET_FEATURES, self._handler.features | _PROTOCOL_FEATURES_BIT)
 
@@ -355,10 +381,10 @@ class Session:
             raise ProtocolError("features cannot change while a ring is started")
         self._handler.set_features(features)
         self.features = features
-        self._protocol_negotiation = payload.value != features
-        if not self._protocol_negotiation:
+        self._may_enable = payload.value != features
+        if not self._may_enable:
             # "the back-end must enable all rings immediately" (section "Ring states")
-            self._enable_all(True)
+            self._enable_all(enable=True)
 
     def _get_protocol_features(self, _: Empty, __: Message) -> bytes:
         return encode_ack(_F.GET_PROTOCOL_FEATURES, self._handler.protocol_features)
@@ -367,10 +393,277 @@ class Session:
         if extra := payload.value & ~self._handler.protocol_features:
             raise ProtocolError(f"protocol features {extra:#x} were never offered")
         self.protocol_features = payload.value
+        # QEMU's network front-end enables rings before its first SET_FEATURES.
+        if self.features is None:
+            self._may_enable = True
 
     def _set_owner(self, _: Empty, __: Message) -> None:
         """Nothing to do: the connection is the session."""
 
     def _reset_owner(self, _: Empty, __: Message) -> None:
         # "either ignore this message, or use it to disable all rings"
-        self._enable_all(False)
+        self._enable_all(enable=False)
+
+    def _set_mem_table(self, payload: MemoryTable, message: Message) -> None:
+        self._check_regions(payload.regions)
+        self._handler.set_memory_table(list(zip(payload.regions, message.take_fds(), strict=True)))
+        self.regions = _sorted(payload.regions)
+
+    def _get_max_mem_slots(self, _: Empty, __: Message) -> bytes:
+        return encode_ack(_F.GET_MAX_MEM_SLOTS, self._handler.max_mem_slots)
+
+    def _add_mem_reg(self, payload: SingleMemoryRegion, message: Message) -> None:
+        regions = (*self.regions, payload.region)
+        self._check_regions(regions)
+        self._handler.add_memory_region(payload.region, message.take_fd())
+        self.regions = _sorted(regions)
+
+    def _rem_mem_reg(self, payload: SingleMemoryRegion, _: Message) -> None:
+        # "identified by its guest address, user address and size. The mmap offset is ignored."
+        wanted = _identity(payload.region)
+        region = next((known for known in self.regions if _identity(known) == wanted), None)
+        if region is None:
+            raise ProtocolError(f"there is no memory region {_show(payload.region)} to remove")
+        self._handler.remove_memory_region(region)
+        self.regions = tuple(known for known in self.regions if known is not region)
+
+    def _check_regions(self, regions: Sequence[MemoryRegion]) -> None:
+        slots = self._handler.max_mem_slots
+        if len(regions) > slots:
+            raise ProtocolError(f"{len(regions)} memory regions, there are {slots} slots")
+        for region in regions:
+            if not region.size or any(
+                start + region.size > ADDRESS_SPACE
+                for start in (region.guest_addr, region.user_addr, region.mmap_offset)
+            ):
+                raise ProtocolError(f"memory region {_show(region)} is empty or passes 2**64")
+        _check_disjoint("guest", sorted((r.guest_addr, r.size) for r in regions))
+        _check_disjoint("user", sorted((r.user_addr, r.size) for r in regions))
+
+    def _vring(self, index: int) -> Vring:
+        if index >= len(self.vrings):
+            raise ProtocolError(f"there is no ring {index}, the device has {len(self.vrings)}")
+        return self.vrings[index]
+
+    def _get_queue_num(self, _: Empty, __: Message) -> bytes:
+        return encode_ack(_F.GET_QUEUE_NUM, self._handler.num_queues)
+
+    def _set_vring_num(self, payload: VringState, _: Message) -> None:
+        ring, num = self._vring(payload.index), payload.num
+        if not 0 < num <= MAX_QUEUE_SIZE or num & (num - 1):
+            raise ProtocolError(
+                f"ring {payload.index} of {num} entries: must be a power of two up to "
+                f"{MAX_QUEUE_SIZE}"
+            )
+        if ring.started and num != ring.num:
+            raise ProtocolError(f"ring {payload.index} is started: its size cannot change")
+        if ring.address is not None:
+            _check_address(ring.address, num)
+        self._handler.set_vring_num(payload.index, num)
+        ring.num = num
+
+    def _set_vring_addr(self, payload: VringAddr, _: Message) -> None:
+        ring = self._vring(payload.index)
+        if payload.flags:
+            raise ProtocolError(f"ring flags {payload.flags:#x}: logging was not negotiated")
+        _check_address(payload, ring.num or 1)
+        self._handler.set_vring_addr(payload.index, payload)
+        ring.address = payload
+
+    def _set_vring_base(self, payload: VringState, _: Message) -> None:
+        ring = self._vring(payload.index)
+        if payload.num > 0xFFFF:
+            raise ProtocolError(f"ring base {payload.num:#x} does not fit 16 bits")
+        if ring.started and payload.num != ring.base:
+            raise ProtocolError(f"ring {payload.index} is started: its base cannot change")
+        self._handler.set_vring_base(payload.index, payload.num)
+        ring.base = payload.num
+
+    def _get_vring_base(self, payload: VringState, _: Message) -> bytes:
+        ring = self._vring(payload.index)
+        base = self._handler.get_vring_base(payload.index)
+        ring.base, ring.kicked = base, False
+        return encode_message(_F.GET_VRING_BASE, VringState(payload.index, base), reply=True)
+
+    def _set_vring_kick(self, payload: VringFd, message: Message) -> None:
+        ring = self._vring(payload.index)
+        self._handler.set_vring_kick(payload.index, _optional_fd(payload, message))
+        ring.kicked = True
+
+    def _set_vring_call(self, payload: VringFd, message: Message) -> None:
+        self._vring(payload.index)
+        self._handler.set_vring_call(payload.index, _optional_fd(payload, message))
+
+    def _set_vring_err(self, payload: VringFd, message: Message) -> None:
+        self._vring(payload.index)
+        self._handler.set_vring_err(payload.index, _optional_fd(payload, message))
+
+    def _set_vring_enable(self, payload: VringState, _: Message) -> None:
+        ring = self._vring(payload.index)
+        if not self._may_enable:
+            raise ProtocolError("SET_VRING_ENABLE needs VHOST_USER_F_PROTOCOL_FEATURES negotiated")
+        if payload.num > 1:
+            raise ProtocolError(f"SET_VRING_ENABLE with {payload.num}, must be 0 or 1")
+        self._handler.set_vring_enable(payload.index, payload.num == 1)
+        ring.enabled = payload.num == 1
+
+    def _enable_all(self, *, enable: bool) -> None:
+        for index, ring in enumerate(self.vrings):
+            if ring.enabled != enable:
+                self._handler.set_vring_enable(index, enable)
+                ring.enabled = enable
+
+    def _set_backend_req_fd(self, _: Empty, message: Message) -> None:
+        self._handler.set_backend_channel(message.take_fd())
+
+    def _iotlb_msg(self, payload: IotlbMessage, _: Message) -> bytes:
+        try:
+            self._handler.iotlb(self._check_iotlb(payload))
+        except GuestioError as error:
+            self.last_refusal = error
+            return _IOTLB_REFUSED
+        return _IOTLB_DONE
+
+    def _check_iotlb(self, message: IotlbMessage) -> IotlbMessage:
+        iova, size, uaddr, perm, kind = message
+        if kind == IotlbType.INVALIDATE:
+            # QEMU computes mask + 1 in 64 bits, so the whole space arrives as 0 bytes from 0.
+            if iova == 0 and size == 0:
+                return message._replace(size=ADDRESS_SPACE)
+        elif kind != IotlbType.UPDATE:
+            raise ProtocolError(f"a front-end does not send IOTLB messages of type {kind}")
+        elif not self.access_platform:
+            raise ProtocolError("IOTLB update without VIRTIO_F_ACCESS_PLATFORM negotiated")
+        elif perm > 3 or uaddr + size > ADDRESS_SPACE:
+            raise ProtocolError(f"IOTLB update to {uaddr:#x}+{size:#x} with permissions {perm:#x}")
+        if not size or iova + size > ADDRESS_SPACE:
+            raise ProtocolError(f"IOTLB range {iova:#x}+{size:#x} is empty or passes 2**64")
+        return message
+
+    def _get_config(self, payload: Config, _: Message) -> bytes:
+        try:
+            self._check_negotiated(_F.GET_CONFIG, ProtocolFeature.CONFIG)
+            data = self._handler.get_config(payload.offset, payload.size)
+        except GuestioError as error:
+            # "uses zero length of payload to indicate an error"
+            self.last_refusal = error
+            return encode_message(_F.GET_CONFIG, reply=True)
+        if len(data) != payload.size:
+            raise ValueError(f"get_config returned {len(data)} bytes for {payload.size}")
+        answer = Config(payload.offset, data, payload.flags)
+        return encode_message(_F.GET_CONFIG, answer, reply=True)
+
+    def _set_config(self, payload: Config, _: Message) -> None:
+        self._handler.set_config(payload.offset, payload.payload, payload.flags)
+
+    def _get_status(self, _: Empty, __: Message) -> bytes:
+        return encode_ack(_F.GET_STATUS, self._handler.get_status())
+
+    def _set_status(self, payload: U64, _: Message) -> None:
+        if payload.value > 0xFF:
+            raise ProtocolError(f"device status {payload.value:#x} does not fit 8 bits")
+        self._handler.set_status(payload.value)
+        if payload.value == 0:
+            self._forget_rings()
+
+    def _reset_device(self, _: Empty, __: Message) -> None:
+        self._handler.reset_device()
+        self._forget_rings()
+
+    def _forget_rings(self) -> None:
+        self.vrings = tuple(Vring() for _ in self.vrings)
+
+    _RULES: ClassVar[dict[int, _Rule]] = {
+        _F.GET_FEATURES: _Rule(Empty, _get_features, replies=True),
+        _F.SET_FEATURES: _Rule(U64, _set_features),
+        _F.SET_OWNER: _Rule(Empty, _set_owner),
+        _F.RESET_OWNER: _Rule(Empty, _reset_owner),
+        _F.SET_MEM_TABLE: _Rule(MemoryTable, _set_mem_table, fds=_table_fds),
+        _F.SET_VRING_NUM: _Rule(VringState, _set_vring_num),
+        _F.SET_VRING_ADDR: _Rule(VringAddr, _set_vring_addr),
+        _F.SET_VRING_BASE: _Rule(VringState, _set_vring_base),
+        _F.GET_VRING_BASE: _Rule(VringState, _get_vring_base, replies=True),
+        _F.SET_VRING_KICK: _Rule(VringFd, _set_vring_kick, fds=_ring_fds),
+        _F.SET_VRING_CALL: _Rule(VringFd, _set_vring_call, fds=_ring_fds),
+        _F.SET_VRING_ERR: _Rule(VringFd, _set_vring_err, fds=_ring_fds),
+        _F.GET_PROTOCOL_FEATURES: _Rule(Empty, _get_protocol_features, replies=True),
+        _F.SET_PROTOCOL_FEATURES: _Rule(U64, _set_protocol_features),
+        _F.GET_QUEUE_NUM: _Rule(Empty, _get_queue_num, replies=True),
+        _F.SET_VRING_ENABLE: _Rule(VringState, _set_vring_enable),
+        _F.SET_BACKEND_REQ_FD: _Rule(
+            Empty, _set_backend_req_fd, fds=(1,), feature=ProtocolFeature.BACKEND_REQ
+        ),
+        _F.IOTLB_MSG: _Rule(IotlbMessage, _iotlb_msg, replies=True),
+        _F.GET_CONFIG: _Rule(Config, _get_config, replies=True),
+        _F.SET_CONFIG: _Rule(Config, _set_config, feature=ProtocolFeature.CONFIG),
+        _F.RESET_DEVICE: _Rule(Empty, _reset_device, feature=ProtocolFeature.RESET_DEVICE),
+        _F.GET_MAX_MEM_SLOTS: _Rule(
+            Empty, _get_max_mem_slots, feature=ProtocolFeature.CONFIGURE_MEM_SLOTS, replies=True
+        ),
+        _F.ADD_MEM_REG: _Rule(
+            SingleMemoryRegion, _add_mem_reg, fds=(1,), feature=ProtocolFeature.CONFIGURE_MEM_SLOTS
+        ),
+        # "the back-end MAY accept messages with one file descriptor ... MUST close it"
+        _F.REM_MEM_REG: _Rule(
+            SingleMemoryRegion,
+            _rem_mem_reg,
+            fds=(0, 1),
+            feature=ProtocolFeature.CONFIGURE_MEM_SLOTS,
+        ),
+        _F.SET_STATUS: _Rule(U64, _set_status, feature=ProtocolFeature.STATUS),
+        _F.GET_STATUS: _Rule(Empty, _get_status, feature=ProtocolFeature.STATUS, replies=True),
+    }
+
+
+def _check_handler(handler: SessionHandler) -> None:
+    if not 1 <= handler.num_queues <= MAX_QUEUES:
+        raise ValueError(f"num_queues {handler.num_queues} is not in 1..{MAX_QUEUES}")
+    if handler.max_mem_slots < 1:
+        raise ValueError(f"max_mem_slots {handler.max_mem_slots} must be at least 1")
+    if extra := handler.protocol_features & ~SUPPORTED_PROTOCOL_FEATURES:
+        raise ValueError(f"protocol features {extra:#x} are not supported by the session")
+    forbidden = _PROTOCOL_FEATURES_BIT | 1 << VHOST_F_LOG_ALL
+    if handler.features & forbidden or not 0 <= handler.features < ADDRESS_SPACE:
+        raise ValueError(f"features {handler.features:#x} contain bits a device cannot offer")
+
+
+def _optional_fd(payload: VringFd, message: Message) -> int | None:
+    return message.take_fd() if payload.has_fd else None
+
+
+def _check_address(address: VringAddr, num: int) -> None:
+    """Alignment and sizes of a split ring's parts: virtio 1.3 section 2.7."""
+    for start, alignment, size in (
+        (address.desc, 16, 16 * num),
+        (address.avail, 2, 6 + 2 * num),
+        (address.used, 4, 6 + 8 * num),
+    ):
+        if start % alignment or start + size > ADDRESS_SPACE:
+            raise ProtocolError(
+                f"ring {address.index}: part at {start:#x} is not aligned to {alignment} or its "
+                f"{size} bytes pass 2**64"
+            )
+
+
+def _check_disjoint(space: str, ranges: Iterable[tuple[int, int]]) -> None:
+    for (start, size), (following, _) in pairwise(ranges):
+        if start + size > following:
+            raise ProtocolError(
+                f"memory regions overlap in {space} addresses: {start:#x}+{size:#x} reaches "
+                f"{following:#x}"
+            )
+
+
+def _sorted(regions: Iterable[MemoryRegion]) -> tuple[MemoryRegion, ...]:
+    return tuple(sorted(regions, key=lambda region: region.guest_addr))
+
+
+def _identity(region: MemoryRegion) -> tuple[int, int, int]:
+    return region.guest_addr, region.size, region.user_addr
+
+
+def _show(region: MemoryRegion) -> str:
+    return (
+        f"guest {region.guest_addr:#x}+{region.size:#x} user {region.user_addr:#x} "
+        f"offset {region.mmap_offset:#x}"
+    )
