@@ -1,0 +1,112 @@
+"""A session handler that remembers what it was told, and proves that every fd it got is open."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from guestio.errors import GuestioError
+    from guestio.vhost_user.messages import IotlbMessage, MemoryRegion, VringAddr
+
+VIRTIO_F_VERSION_1 = 1 << 32
+ACCESS_PLATFORM = 1 << 33
+PROTOCOL_FEATURES = 1 << 30
+DEVICE_FEATURES = VIRTIO_F_VERSION_1 | ACCESS_PLATFORM | 0b101
+
+
+class RecordingHandler:
+    """Appends `(method, arguments)` to `calls`; fds are replaced by "fd" and closed.
+
+    Set `error` to make the next call raise it, after the fds were taken over.
+    """
+
+    def __init__(self) -> None:
+        self.features = DEVICE_FEATURES
+        self.protocol_features = int(SUPPORTED_PROTOCOL_FEATURES)
+        self.num_queues = 2
+        self.max_mem_slots = 4
+        self.calls: list[tuple[Any, ...]] = []
+        self.error: GuestioError | None = None
+        self.config = bytes(range(64))
+        self.status = 0
+        self.base = 7
+
+    def _record(self, name: str, *arguments: Any) -> None:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        self.calls.append((name, *arguments))
+
+    @staticmethod
+    def _consume(fd: int | None) -> str | None:
+        if fd is None:
+            return None
+        os.fstat(fd)
+        os.close(fd)
+        return "fd"
+
+    def set_features(self, features: int) -> None:
+        self._record("set_features", features)
+
+    def set_memory_table(self, regions: Sequence[tuple[MemoryRegion, int]]) -> None:
+        self._record("set_memory_table", [(region, self._consume(fd)) for region, fd in regions])
+
+    def add_memory_region(self, region: MemoryRegion, fd: int) -> None:
+        self._record("add_memory_region", region, self._consume(fd))
+
+    def remove_memory_region(self, region: MemoryRegion) -> None:
+        self._record("remove_memory_region", region)
+
+    def set_vring_num(self, index: int, num: int) -> None:
+        self._record("set_vring_num", index, num)
+
+    def set_vring_addr(self, index: int, address: VringAddr) -> None:
+        self._record("set_vring_addr", index, address)
+
+    def set_vring_base(self, index: int, base: int) -> None:
+        self._record("set_vring_base", index, base)
+
+    def get_vring_base(self, index: int) -> int:
+        self._record("get_vring_base", index)
+        return self.base
+
+    def set_vring_kick(self, index: int, fd: int | None) -> None:
+        self._record("set_vring_kick", index, self._consume(fd))
+
+    def set_vring_call(self, index: int, fd: int | None) -> None:
+        self._record("set_vring_call", index, self._consume(fd))
+
+    def set_vring_err(self, index: int, fd: int | None) -> None:
+        self._record("set_vring_err", index, self._consume(fd))
+
+    def set_vring_enable(self, index: int, enable: bool) -> None:
+        self._record("set_vring_enable", index, enable)
+
+    def set_backend_channel(self, fd: int) -> None:
+        self._record("set_backend_channel", self._consume(fd))
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        self._record("get_config", offset, size)
+        return (self.config + bytes(8192))[offset : offset + size].ljust(size, b"\0")
+
+    def set_config(self, offset: int, data: bytes, flags: int) -> None:
+        self._record("set_config", offset, data, flags)
+
+    def iotlb(self, message: IotlbMessage) -> None:
+        self._record("iotlb", message)
+
+    def get_status(self) -> int:
+        self._record("get_status")
+        return self.status
+
+    def set_status(self, status: int) -> None:
+        self._record("set_status", status)
+        self.status = status
+
+    def reset_device(self) -> None:
+        self._record("reset_device")
