@@ -11,6 +11,8 @@ import enum
 import operator
 from typing import NamedTuple, NewType, SupportsIndex
 
+from guestio.errors import InvalidAddressError
+
 Gpa = NewType("Gpa", int)
 """Guest physical address."""
 Iova = NewType("Iova", int)
@@ -106,13 +108,14 @@ def check_range(
 
     Raises:
         TypeError: not integers.
-        ValueError: out of range, past ``2**64``, or empty where that is not acceptable.
+        ValueError: out of range, or empty where that is not acceptable.
+        InvalidAddressError: the sum passes ``2**64``; it is a ValueError too.
     """
     first, size = check_address(start, name), check_int(length, "length")
     if size < 0 or (size == 0 and not empty):
         raise ValueError(f"length {size} must be {'>= 0' if empty else 'greater than 0'}")
     if first + size > ADDRESS_SPACE:
-        raise ValueError(f"{name} {first:#x} + length {size:#x} passes 2**64")
+        raise InvalidAddressError(first, size, None, f"{name} + length passes 2**64")
     return first, size
 
 

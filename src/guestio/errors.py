@@ -66,8 +66,8 @@ class AccessError(GuestioError):
         super().__init__(f"cannot access {addr:#x}+{length:#x}{behind}{wanted}: {reason}")
 
 
-class InvalidAddressError(AccessError):
-    """No memory at ``addr``, or the range leaves memory where it must not."""
+class InvalidAddressError(AccessError, ValueError):
+    """No memory at ``addr``, or the range leaves memory or the address space."""
 
 
 class PermissionDeniedError(AccessError):
@@ -89,10 +89,18 @@ class PartialAccessError(AccessError):
     """
 
     def __init__(
-        self, addr: int, length: int, access: Permissions | None, completed: int, reason: str
+        self,
+        addr: int,
+        length: int,
+        access: Permissions | None,
+        completed: int,
+        reason: str,
+        *,
+        target: int | None = None,
     ) -> None:
         self.completed = completed
-        super().__init__(addr, length, access, f"only {completed:#x} bytes moved: {reason}")
+        moved = f"only {completed:#x} bytes moved: {reason}"
+        super().__init__(addr, length, access, moved, target=target)
 
 
 class CannotResolveError(AccessError):

@@ -174,7 +174,7 @@ cdef class AtomicBitmap:
         if self.pages:
             self.clear_pages(0, self.pages - 1)
 
-    def dirty_pages(self, start=0, length=None, *, clear=False):
+    def dirty_pages(self, start=0, length=None, *, bint clear=False):
         """The numbers of the dirty pages that a byte range touches.
 
         Args:

@@ -12,7 +12,7 @@ cdef extern from * nogil:
     typedef struct Spot {
         uintptr_t start;
         uintptr_t end;
-        uintptr_t vanished;
+        volatile uintptr_t vanished;
         uintptr_t page;
         int prot;
     } Spot;

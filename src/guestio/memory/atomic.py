@@ -1,0 +1,64 @@
+"""Guest memory that changes as a whole while others use it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from guestio.memory.access import GuestMemory
+
+M = TypeVar("M", bound=GuestMemory)
+
+
+class GuestMemoryAtomic(Generic[M]):
+    """The current memory map, swapped atomically.
+
+    Readers take a snapshot with :meth:`memory` and never wait; a snapshot stays usable for as long
+    as it is held. Writers take turns.
+    """
+
+    def __init__(self, memory: M) -> None:
+        self._memory = memory
+        self._lock = threading.Lock()
+
+    def memory(self) -> M:
+        """The map as it is now. O(1); from any thread."""
+        return self._memory
+
+    @contextmanager
+    def lock(self) -> Iterator[MapUpdate[M]]:
+        """Keep other writers out while a new map is made of the current one.
+
+        Leaving without :meth:`MapUpdate.replace` changes nothing.
+        """
+        with self._lock:
+            update = MapUpdate(self)
+            try:
+                yield update
+            finally:
+                update._done = True
+
+
+class MapUpdate(Generic[M]):
+    """The right to replace the map, while its lock is held."""
+
+    def __init__(self, slot: GuestMemoryAtomic[M]) -> None:
+        self._slot = slot
+        self._done = False
+
+    @property
+    def memory(self) -> M:
+        """The map as it is now."""
+        return self._slot.memory()
+
+    def replace(self, new: M) -> None:
+        """Make ``new`` the map that later snapshots show.
+
+        Raises:
+            RuntimeError: The lock has been left.
+        """
+        if self._done:
+            raise RuntimeError("the lock has been left; take it again to replace the map")
+        self._slot._memory = new

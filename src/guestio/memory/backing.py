@@ -1,0 +1,222 @@
+"""Host memory: the one place that makes or adopts file descriptors and maps them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from typing import Self
+
+from guestio._core.mapping import HostMapping
+from guestio.addr import check_int
+from guestio.errors import BackingError
+
+SEALS = {
+    fcntl.F_SEAL_SEAL: "seal",
+    fcntl.F_SEAL_SHRINK: "shrink",
+    fcntl.F_SEAL_GROW: "grow",
+    fcntl.F_SEAL_WRITE: "write",
+}
+
+
+class Backing:
+    """Memory of this process that guest memory can be made of; owns its fd and its mapping.
+
+    Make one with :meth:`anonymous`, :meth:`memfd` or :meth:`from_fd`. It stays mapped as long as a
+    region, slice or buffer uses it; :meth:`close` refuses until then. It may be used from any
+    thread.
+
+    Attributes:
+        size: Bytes.
+        fd: The file behind it, owned by this object, or None for anonymous memory.
+        file_offset: Where in the file it begins, in bytes; None for anonymous memory.
+        writable: Whether it may be written.
+    """
+
+    def __init__(
+        self, mapping: HostMapping, size: int, skip: int, fd: int | None, file_offset: int | None
+    ) -> None:
+        self._mapping = mapping
+        self._skip = skip
+        self.size = size
+        self.fd = fd
+        self.file_offset = file_offset
+        self.writable = mapping.writable
+
+    @classmethod
+    def anonymous(cls, size: int, *, guard: bool = False) -> Self:
+        """Private, zeroed memory without a file.
+
+        Args:
+            size: Bytes, greater than 0.
+            guard: Keep an inaccessible page on either side.
+
+        Raises:
+            BackingError: The host cannot provide it.
+        """
+        return cls(HostMapping(-1, 0, _positive(size), guard=guard), size, 0, None, None)
+
+    @classmethod
+    def memfd(
+        cls,
+        size: int,
+        name: str = "guestio",
+        *,
+        hugetlb: int | None = None,
+        seal: bool = False,
+        guard: bool = False,
+    ) -> Self:
+        """Zeroed memory with a file descriptor that other processes can map.
+
+        Args:
+            size: Bytes, greater than 0; a multiple of ``hugetlb`` if that is given.
+            name: Shown in ``/proc/PID/maps``.
+            hugetlb: Size of the huge pages to use, a power of two such as ``2 << 20``.
+            seal: Forbid that anybody changes the file's size.
+            guard: Keep an inaccessible page on either side.
+
+        Raises:
+            BackingError: The host cannot provide it (huge pages must have been reserved).
+        """
+        length = _positive(size)
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        if hugetlb is not None:
+            if hugetlb <= 0 or hugetlb & (hugetlb - 1) or length % hugetlb:
+                raise ValueError(f"size {length:#x} is not a multiple of huge pages {hugetlb:#x}")
+            flags |= os.MFD_HUGETLB | (hugetlb.bit_length() - 1) << os.MFD_HUGE_SHIFT
+        try:
+            fd = os.memfd_create(name, flags)
+        except OSError as error:
+            raise BackingError(f"cannot make a memfd: {error.strerror}") from error
+        try:
+            os.ftruncate(fd, length)
+            if seal:
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            return cls(HostMapping(fd, 0, length, guard=guard), length, 0, fd, 0)
+        except OSError as error:
+            os.close(fd)
+            raise BackingError(
+                f"cannot make a memfd of {length:#x} bytes: {error.strerror}"
+            ) from error
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def from_fd(
+        cls, fd: int, size: int, offset: int = 0, writable: bool = True, *, guard: bool = False
+    ) -> Self:
+        """Map a file that somebody else made.
+
+        Args:
+            fd: An open descriptor; it is duplicated and stays the caller's.
+            size: Bytes, greater than 0.
+            offset: Where in the file to begin; it need not be aligned.
+            writable: Whether the memory may be written; the descriptor must allow it.
+            guard: Keep an inaccessible page on either side.
+
+        Raises:
+            BackingError: The file is too short, not mappable, or not writable.
+        """
+        length, begin = _positive(size), check_int(offset, "offset")
+        if begin < 0 or begin + length >= 1 << 63:
+            raise ValueError(f"offset {begin:#x} + size {length:#x} is not in [0, 2**63)")
+        try:
+            own = fcntl.fcntl(check_int(fd, "fd"), fcntl.F_DUPFD_CLOEXEC, 0)
+        except OSError as error:
+            raise BackingError(f"fd {fd} cannot be used: {error.strerror}") from error
+        try:
+            page = max(
+                os.fstatvfs(own).f_bsize if _is_hugetlb(own) else 0, os.sysconf("SC_PAGESIZE")
+            )
+            status = os.fstat(own)
+            if stat.S_ISREG(status.st_mode) and status.st_size < begin + length:
+                raise BackingError(
+                    f"the file behind fd {fd} is {status.st_size:#x} bytes long; "
+                    f"{length:#x} bytes at offset {begin:#x} do not fit"
+                )
+            skip = begin % page
+            mapping = HostMapping(own, begin - skip, length + skip, writable=writable, guard=guard)
+        except BaseException:
+            os.close(own)
+            raise
+        return cls(mapping, length, skip, own, begin)
+
+    @property
+    def host_address(self) -> int:
+        """Where the memory is in this process.
+
+        Raises:
+            ValueError: It is closed.
+        """
+        return self._mapping.address + self._skip
+
+    @property
+    def page_size(self) -> int:
+        """Bytes to a page of the file system or of anonymous memory."""
+        return self._mapping.page_size
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` has been called."""
+        return self._mapping.closed
+
+    @property
+    def seals(self) -> frozenset[str]:
+        """What the file's seals forbid: of ``shrink``, ``grow``, ``write``, ``seal``.
+
+        Without ``shrink``, whoever holds the file can take memory away at any time; an access to
+        it then raises :class:`~guestio.errors.MemoryVanishedError`.
+        """
+        if self.fd is None:
+            return frozenset(SEALS.values())
+        try:
+            seals = fcntl.fcntl(self.fd, fcntl.F_GET_SEALS)
+        except OSError:
+            return frozenset()
+        return frozenset(name for bit, name in SEALS.items() if seals & bit)
+
+    @property
+    def vanished(self) -> int | None:
+        """Offset from which on the file was found to be truncated, or None."""
+        at = self._mapping.vanished
+        return None if at is None else max(at - self._skip, 0)
+
+    def close(self) -> None:
+        """Unmap the memory and close the fd. Calling it again does nothing.
+
+        Raises:
+            BufferError: A region, slice or buffer still uses the memory.
+        """
+        self._mapping.close()
+        self._close_fd()
+
+    def _close_fd(self) -> None:
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "fd", None) is not None:
+            self._close_fd()
+
+    def __repr__(self) -> str:
+        kind = "anonymous" if self.fd is None else f"fd {self.fd} at {self.file_offset:#x}"
+        return f"<Backing {self.size:#x} bytes, {'closed' if self.closed else kind}>"
+
+
+def _positive(size: int) -> int:
+    length = check_int(size, "size")
+    if not 0 < length < 1 << 62:
+        raise ValueError(f"size {length} is not in (0, 2**62)")
+    return length
+
+
+def _is_hugetlb(fd: int) -> bool:
+    return os.fstatvfs(fd).f_bsize > os.sysconf("SC_PAGESIZE")

@@ -1,0 +1,301 @@
+"""Regions of guest physical memory and the immutable collection of them."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, Self
+
+from guestio._core.access import AddressSpace, IoVector, RegionTable, VolatileSlice
+from guestio._core.bitmap import AtomicBitmap
+from guestio.addr import Permissions, check_address, check_range, checked_add
+from guestio.errors import (
+    AccessError,
+    InvalidAddressError,
+    MemoryRegionOverlapError,
+    NoMemoryRegionError,
+    UnsortedMemoryRegionsError,
+)
+from guestio.memory.access import GuestMemory, stop_error
+from guestio.memory.backing import Backing
+
+
+class FileOffset(NamedTuple):
+    """A file and where in it memory begins."""
+
+    fd: int
+    start: int
+
+
+class MmapRegion:
+    """A backing at a guest physical address.
+
+    Args:
+        start: Guest physical address of the first byte.
+        backing: The memory; all of it is placed.
+        bitmap: Where writes are marked, by offset in the region; None to track none.
+        writable: False to refuse writes although the backing allows them.
+        name: For messages and listings.
+
+    Raises:
+        ValueError: The region would pass ``2**64``.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        backing: Backing,
+        *,
+        bitmap: AtomicBitmap | None = None,
+        writable: bool = True,
+        name: str = "",
+    ) -> None:
+        self.start, self.size = check_range(start, backing.size, name="start", empty=False)
+        self.backing = backing
+        self.bitmap = bitmap
+        self.writable = writable and backing.writable
+        self.name = name
+
+    @classmethod
+    def anonymous(cls, start: int, size: int, *, bitmap: AtomicBitmap | None = None) -> Self:
+        """A region of private memory; see :meth:`Backing.anonymous`."""
+        check_range(start, size, name="start", empty=False)
+        return cls(start, Backing.anonymous(size), bitmap=bitmap)
+
+    @classmethod
+    def memfd(cls, start: int, size: int, *, bitmap: AtomicBitmap | None = None) -> Self:
+        """A region of memory that can be shared; see :meth:`Backing.memfd`."""
+        check_range(start, size, name="start", empty=False)
+        return cls(start, Backing.memfd(size), bitmap=bitmap)
+
+    @classmethod
+    def from_fd(
+        cls,
+        start: int,
+        fd: int,
+        size: int,
+        offset: int = 0,
+        writable: bool = True,
+        *,
+        bitmap: AtomicBitmap | None = None,
+    ) -> Self:
+        """A region of somebody's file; see :meth:`Backing.from_fd`."""
+        check_range(start, size, name="start", empty=False)
+        return cls(start, Backing.from_fd(fd, size, offset, writable), bitmap=bitmap)
+
+    @property
+    def last_addr(self) -> int:
+        """Address of the last byte."""
+        return self.start + self.size - 1
+
+    @property
+    def file_offset(self) -> FileOffset | None:
+        """The file behind the region and where in it the region begins, if there is one."""
+        fd, offset = self.backing.fd, self.backing.file_offset
+        return None if fd is None or offset is None else FileOffset(fd, offset)
+
+    @property
+    def is_hugetlbfs(self) -> bool:
+        """Whether the memory is made of huge pages."""
+        return self.backing.page_size > 65536
+
+    def host_address(self, offset: int = 0) -> int:
+        """Where byte ``offset`` of the region is in this process.
+
+        Raises:
+            InvalidAddressError: The offset is outside.
+        """
+        if check_address(offset, "offset") >= self.size:
+            raise InvalidAddressError(offset, 1, None, f"the region is {self.size:#x} bytes long")
+        return self.backing.host_address + offset
+
+    def slice(self, offset: int = 0, length: int | None = None) -> VolatileSlice:
+        """The memory of a part of the region, or of all that follows ``offset``.
+
+        Raises:
+            InvalidAddressError: The part leaves the region.
+        """
+        check_address(offset, "offset")
+        wanted = max(self.size - offset, 0) if length is None else length
+        base = self.start + offset
+        access = Permissions.READ_WRITE if self.writable else Permissions.READ
+        memory = GuestRegionCollection.from_regions([self])
+        if wanted == 0 and offset == self.size:
+            return memory.whole_slice(self.start, self.size, access).subslice(offset, 0)
+        return memory.whole_slice(self.start, self.size, access).subslice(base - self.start, wanted)
+
+    def __contains__(self, addr: int) -> bool:
+        return self.start <= addr <= self.last_addr
+
+    def __repr__(self) -> str:
+        label = f" {self.name!r}" if self.name else ""
+        return f"<MmapRegion{label} {self.start:#x}+{self.size:#x}>"
+
+
+class GuestRegionCollection(GuestMemory):
+    """Guest physical memory: regions in ascending order that do not overlap.
+
+    It never changes; inserting or removing a region makes a new collection that shares the
+    others. All methods may be called from any thread.
+
+    ``GuestRegionCollection()`` is empty; otherwise use :meth:`from_regions` or
+    :meth:`from_ranges`.
+    """
+
+    def __init__(self) -> None:
+        self._set_regions(())
+
+    def _set_regions(self, regions: Sequence[MmapRegion]) -> None:
+        self._regions = tuple(regions)
+        self._starts = [region.start for region in regions]
+        table = [
+            (
+                region.start,
+                region.backing._mapping,
+                region.backing._skip,
+                region.size,
+                region.writable,
+                region.bitmap,
+            )
+            for region in regions
+        ]
+        self._space = AddressSpace(RegionTable(table))
+
+    @classmethod
+    def from_regions(cls, regions: Iterable[MmapRegion]) -> Self:
+        """A collection of regions given in ascending order.
+
+        Raises:
+            NoMemoryRegionError: There are none.
+            UnsortedMemoryRegionsError: They are not ascending.
+            MemoryRegionOverlapError: Two share an address.
+        """
+        chosen = list(regions)
+        if not chosen:
+            raise NoMemoryRegionError("a collection needs at least one region")
+        for before, after in pairwise(chosen):
+            if before.start > after.start:
+                raise UnsortedMemoryRegionsError(f"{after} comes after {before}; sort by start")
+            if before.last_addr >= after.start:
+                raise MemoryRegionOverlapError(f"{before} and {after} overlap")
+        made = cls.__new__(cls)
+        made._set_regions(chosen)
+        return made
+
+    @classmethod
+    def from_ranges(cls, ranges: Iterable[tuple[int, int]]) -> Self:
+        """A collection of anonymous regions at ``(start, size)``, ascending."""
+        return cls.from_regions([MmapRegion.anonymous(start, size) for start, size in ranges])
+
+    def insert_region(self, region: MmapRegion) -> Self:
+        """This collection and one more region.
+
+        Raises:
+            MemoryRegionOverlapError: It overlaps one that is there.
+        """
+        return self.from_regions(sorted((*self._regions, region), key=lambda r: r.start))
+
+    def remove_region(self, start: int, size: int) -> tuple[Self, MmapRegion]:
+        """This collection without the region that has exactly this start and size, and that region.
+
+        Raises:
+            NoMemoryRegionError: There is no such region.
+        """
+        for region in self._regions:
+            if (region.start, region.size) == (start, size):
+                made = self.__class__.__new__(self.__class__)
+                made._set_regions([r for r in self._regions if r is not region])
+                return made, region
+        raise NoMemoryRegionError(f"no region is exactly {start:#x}+{size:#x}")
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    def __iter__(self) -> Iterator[MmapRegion]:
+        return iter(self._regions)
+
+    def find_region(self, addr: int) -> MmapRegion | None:
+        """The region that holds ``addr``, or None. O(log n)."""
+        index = bisect_right(self._starts, check_address(addr)) - 1
+        if index >= 0 and addr in self._regions[index]:
+            return self._regions[index]
+        return None
+
+    def to_region_addr(self, addr: int) -> tuple[MmapRegion, int] | None:
+        """The region that holds ``addr`` and the offset in it, or None."""
+        region = self.find_region(addr)
+        return None if region is None else (region, addr - region.start)
+
+    @property
+    def last_addr(self) -> int:
+        """Greatest address of any region; 0 if there is none."""
+        return self._regions[-1].last_addr if self._regions else 0
+
+    def address_in_range(self, addr: int) -> bool:
+        """Whether a region holds ``addr``."""
+        return self.find_region(addr) is not None
+
+    def check_address(self, addr: int) -> int | None:
+        """``addr`` if a region holds it, else None."""
+        return addr if self.address_in_range(addr) else None
+
+    def checked_offset(self, base: int, offset: int) -> int | None:
+        """``base + offset`` if a region holds that address, else None.
+
+        Only the end point is looked at; use :meth:`check_range` for all that lies between.
+        """
+        end = checked_add(check_address(base, "base"), check_address(offset, "offset"))
+        return None if end is None else self.check_address(end)
+
+    def host_address(self, addr: int) -> int:
+        """Where ``addr`` is in this process.
+
+        Raises:
+            InvalidAddressError: No region holds it.
+        """
+        found = self.to_region_addr(addr)
+        if found is None:
+            raise InvalidAddressError(addr, 1, None, "no memory region is there")
+        return found[0].host_address(found[1])
+
+    @property
+    def physical_memory(self) -> GuestRegionCollection:
+        """This collection: nothing is translated in front of it."""
+        return self
+
+    def whole_slice(self, addr: int, length: int, access: Permissions) -> VolatileSlice:
+        """The memory of a range as one slice.
+
+        Raises:
+            InvalidAddressError: The range is not inside one region.
+            PermissionDeniedError: The region does not allow the access.
+        """
+        with self.gather(addr, length, access) as vector:
+            if vector.count != 1:
+                raise InvalidAddressError(addr, length, access, "it is not inside one region")
+            return vector.slices()[0]
+
+    def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:
+        """Whether every byte of a range is there and allows ``access``; true if it is empty."""
+        try:
+            with self._space.gather(addr, length, access) as vector:
+                return not vector.stop
+        except InvalidAddressError:
+            return False
+
+    def slices(
+        self, addr: int, length: int, access: Permissions = Permissions.READ
+    ) -> Iterator[VolatileSlice]:
+        """The memory of a range, region by region; see :meth:`GuestMemory.slices`."""
+        vector, error = self._gather(addr, length, access)
+        with vector:
+            yield from vector.slices()
+        if error is not None:
+            raise error
+
+    def _gather(
+        self, addr: int, length: int, access: Permissions
+    ) -> tuple[IoVector, AccessError | None]:
+        vector = self._space.gather(addr, length, access)
+        return vector, stop_error(vector, addr, length) if vector.stop else None
