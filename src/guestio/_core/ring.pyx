@@ -1,0 +1,470 @@
+"""The device's side of a split virtqueue (virtio 1.3, section 2.7).
+
+Everything in a ring was written by a driver that may be hostile and may change it while it is
+read: an index is loaded once and judged once, a descriptor is copied before it is looked at. The
+ring's own three areas are addressed like any buffer, so behind an IOMMU they may lie in pages that
+have nothing to do with each other, and their translation may be revoked at any time; it is looked
+up again before the next use. Nothing is accessed while the GIL is not held, which is what makes
+that look-up-and-use one step.
+
+Indices are published with one release store each, after everything they cover.
+"""
+
+from cpython.exc cimport PyErr_NoMemory
+from libc.stdint cimport uintptr_t
+from libc.stdlib cimport free, realloc
+
+from guestio._core.border cimport as_address
+
+from guestio.errors import InvalidAddressError, MemoryVanishedError, QueueError
+
+cdef extern from * nogil:
+    """
+    #define load_acquire16(p) __atomic_load_n((const uint16_t *)(p), __ATOMIC_ACQUIRE)
+    #define store_release16(p, v) __atomic_store_n((uint16_t *)(p), (v), __ATOMIC_RELEASE)
+    #define full_barrier() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    """
+    u16 load_acquire16(void *p)
+    void store_release16(void *p, u16 v)
+    void full_barrier()
+
+cdef enum:
+    READ = 1
+    WRITE = 2
+    # Descriptor flags, and the flags of the two rings (section 2.7.5 to 2.7.8).
+    DESC_NEXT = 1
+    DESC_WRITE = 2
+    DESC_INDIRECT = 4
+    AVAIL_NO_INTERRUPT = 1
+    USED_NO_NOTIFY = 1
+    CHAIN_LIMIT = 1024    # descriptors of an indirect table in a ring smaller than this
+    LOOK_AHEAD = 64       # chains that are looked at while an earlier one waits for a translation
+
+cdef u64 CHAIN_BYTES = <u64>1 << 32
+
+
+cdef class Chain:
+    """One request of the driver: what it gave to read and what it gave to write.
+
+    No framing may be assumed: what belongs together may be split anywhere (section 2.6.4).
+
+    Attributes:
+        head: Identifies the request in its ring.
+        readable: Memory that the device reads.
+        writable: Memory that the device writes, in order.
+        fault: Why the request cannot be served: part of its memory cannot be reached. Then
+            ``readable`` and ``writable`` hold only what could be. None if all is well.
+        tail: With a fault, the last device-writable byte, if that could be reached.
+        access_fails: With a fault, the ranges whose mapping forbids the access.
+    """
+
+    def __init__(self):
+        raise TypeError("chains come from a ring")
+
+
+cdef Chain new_chain(u16 head):
+    cdef Chain chain = Chain.__new__(Chain)
+    chain.head = head
+    chain.readable, chain.writable = IoVector(), IoVector()
+    chain.readable.access, chain.writable.access = READ, WRITE
+    chain.access_fails = []
+    return chain
+
+
+cdef class SplitRing:
+    """A split virtqueue as its device sees it.
+
+    Args:
+        space: Where the addresses of rings, tables and buffers lead.
+        size: Entries, a power of two up to 32768.
+        desc, avail, used: Addresses of the three areas, aligned to 16, 2 and 4.
+        event_idx: VIRTIO_F_EVENT_IDX was negotiated.
+        indirect: VIRTIO_F_INDIRECT_DESC was negotiated.
+        base: Index of the next available entry.
+
+    Attributes:
+        next_avail: The ring position that is taken next; where to go on after a stop.
+        outstanding: Requests taken and not completed.
+        broken: Why the ring stopped, or None.
+
+    One thread at a time.
+    """
+
+    def __cinit__(
+        self, AddressSpace space not None, size, desc, avail, used, *, bint event_idx=False,
+        bint indirect=False, base=0,
+    ):
+        cdef u64 entries = as_address(size, "size")
+        if not entries or entries > 32768 or entries & (entries - 1):
+            raise ValueError(f"ring size {entries} is not a power of two up to 32768")
+        self.space, self.size = space, entries
+        self.desc_addr = as_address(desc, "desc")
+        self.avail_addr, self.used_addr = as_address(avail, "avail"), as_address(used, "used")
+        if self.desc_addr % 16 or self.avail_addr % 2 or self.used_addr % 4:
+            raise QueueError(
+                f"ring areas at {self.desc_addr:#x}, {self.avail_addr:#x}, {self.used_addr:#x} "
+                "are not aligned to 16, 2 and 4 bytes"
+            )
+        self.event_idx, self.indirect = event_idx, indirect
+        self.next_avail = as_address(base, "base") & 0xFFFF
+        self.pending = <UsedElem *>realloc(NULL, entries * sizeof(UsedElem))
+        if self.pending is NULL:
+            PyErr_NoMemory()
+
+    def __dealloc__(self):
+        free(self.pending)
+
+    cdef object wrong(self, str what):
+        self.broken = what
+        return QueueError(what)
+
+    cdef IoVector area(self, u64 addr, u64 size, int access, list misses):
+        cdef IoVector found = IoVector()
+        cdef list failed = []
+        found.access, found.start = access, addr
+        if size - 1 > <u64>-1 - addr:
+            raise self.wrong(f"the ring area {addr:#x}+{size:#x} passes 2**64")
+        if not self.space.translate(found, addr, size, access, failed, failed):
+            misses.extend([(item, access) for item in failed])
+            return None
+        if found.stop:
+            raise self.wrong(f"no usable memory behind the ring at {found.stop_addr:#x}")
+        # The areas are looked up again whenever a translation changes; a lease would only make
+        # the revocation wait for ever.
+        found.rewind(found.count, found.total, 0)
+        return found
+
+    cdef bint areas_ready(self, list misses) except -1:
+        """Make sure that the three areas are translated; adds what is missing."""
+        cdef u64 tail = 2 if self.event_idx else 0
+        if self.broken is not None:
+            raise QueueError(self.broken)
+        if self.used is not None and (
+            self.space.iotlb is None or self.space.iotlb.generation == self.generation
+        ):
+            return True
+        self.used = None
+        if self.space.iotlb is not None:
+            self.generation = self.space.iotlb.generation
+        self.desc = self.area(self.desc_addr, 16 * self.size, READ, misses)
+        self.avail = self.area(self.avail_addr, 4 + 2 * self.size + tail, READ, misses)
+        used = self.area(self.used_addr, 4 + 8 * self.size + tail, READ | WRITE, misses)
+        if self.desc is None or self.avail is None or used is None:
+            return False
+        self.used = used
+        if not self.used_known:
+            self.next_used = self.load16(self.used, 2)
+            self.used_known = True
+        return True
+
+    cdef int check_areas(self) except -1:
+        if (
+            self.desc.vanished(0, self.desc.total) or self.avail.vanished(0, self.avail.total)
+            or self.used.vanished(0, self.used.total)
+        ):
+            raise self.wrong("the file behind the ring's memory was truncated by its owner")
+        return 0
+
+    cdef u16 load16(self, IoVector area, u64 offset) except? 65535:
+        cdef u16 value
+        if area.count == 1:
+            return load_acquire16(<u8 *>area.vec[0].iov_base + offset)
+        cdef u8 *at = locate(area, offset, 2)
+        if at is NULL or <uintptr_t>at & 1:
+            area.transfer(<u8 *>&value, offset, 2, False)
+            return value
+        return load_acquire16(at)
+
+    cdef int store16(self, IoVector area, u64 offset, u16 value) except -1:
+        cdef u8 *at = locate(area, offset, 2)
+        if at is NULL or <uintptr_t>at & 1:
+            raise self.wrong(f"the ring field at {area.start + offset:#x} is split over mappings")
+        store_release16(at, value)
+        area.mark(offset, 2)
+        return 0
+
+    def missing(self):
+        """What of the ring's own areas has no translation now, as in :meth:`pop`."""
+        cdef list misses = []
+        self.areas_ready(misses)
+        return misses
+
+    def pop(self, int limit=LOOK_AHEAD):
+        """Take the available requests, as far as they can be translated.
+
+        Requests are taken in the order in which the driver made them available. One that lacks
+        translations ends the list and stays in the ring; those behind it are looked at too, so
+        that everything that is missing can be asked for at once.
+
+        Args:
+            limit: Requests to look at, at most.
+
+        Returns:
+            ``(chains, misses)``: the requests taken, and ``(IovaRange, access)`` for everything
+            that is not mapped, or not for this access. Misses of the ring itself are among them.
+
+        Raises:
+            QueueError: The driver broke a rule; the ring is broken from now on.
+
+        Cost: O(descriptors) plus a lookup for each.
+        """
+        cdef list chains = [], misses = []
+        cdef u16 avail, at
+        cdef Chain chain
+        if not self.areas_ready(misses):
+            return chains, misses
+        avail = self.load16(self.avail, 2)
+        if <u16>(avail - self.next_avail) + self.outstanding + self.pending_count > self.size:
+            raise self.wrong(
+                f"available index {avail} runs ahead of a ring of {self.size} whose next entry is "
+                f"{self.next_avail}"
+            )
+        at = self.next_avail
+        while at != avail and limit > 0:
+            limit -= 1
+            chain = new_chain(self.load16(self.avail, 4 + 2 * (at % self.size)))
+            self.walk(chain, misses, False)
+            at += 1
+            if not misses:
+                chains.append(chain)
+                self.next_avail = at
+                self.outstanding += 1
+        self.check_areas()
+        return chains, misses
+
+    def pop_faulty(self):
+        """Take the next request although some of it cannot be reached.
+
+        Returns:
+            A chain with ``fault`` set (unless it can be reached by now), or None if there is none
+            or the ring itself cannot be reached.
+
+        Raises:
+            QueueError: The driver broke a rule.
+        """
+        cdef Chain chain
+        if not self.areas_ready([]) or self.load16(self.avail, 2) == self.next_avail:
+            return None
+        chain = new_chain(self.load16(self.avail, 4 + 2 * (self.next_avail % self.size)))
+        self.walk(chain, [], True)
+        self.check_areas()
+        self.next_avail += 1
+        self.outstanding += 1
+        return chain
+
+    cdef int walk(self, Chain chain, list misses, bint lenient) except -1:
+        """Fill a chain. What is missing is added to the list, or made its fault if lenient."""
+        cdef u64 sizes[2]
+        if chain.head >= <int>self.size:
+            raise self.wrong(f"available entry names descriptor {chain.head} of {self.size}")
+        sizes[0] = sizes[1] = 0
+        return self.walk_table(
+            self.desc, self.size, <u16>chain.head, False, chain, sizes, misses, lenient
+        )
+
+    cdef int walk_table(
+        self, IoVector table, u64 entries, u16 index, bint nested, Chain chain, u64 *sizes,
+        list misses, bint lenient,
+    ) except -1:
+        """Follow a chain through a descriptor table, in the ring or indirect."""
+        cdef Desc desc
+        cdef u64 steps = 0
+        while True:
+            if index >= entries:
+                raise self.wrong(f"descriptor index {index} is outside its table of {entries}")
+            steps += 1
+            if steps > entries:
+                raise self.wrong(f"the chain from descriptor {chain.head} has a loop")
+            table.transfer(<u8 *>&desc, 16 * <u64>index, 16, False)
+            if desc.flags & DESC_INDIRECT:
+                return self.walk_indirect(&desc, nested, chain, sizes, misses, lenient)
+            self.add_buffer(&desc, chain, sizes, misses, lenient)
+            if not desc.flags & DESC_NEXT:
+                return 0
+            index = desc.next
+
+    cdef int walk_indirect(
+        self, const Desc *desc, bint nested, Chain chain, u64 *sizes, list misses, bint lenient
+    ) except -1:
+        cdef IoVector table = IoVector()
+        cdef list missing = [], refused = []
+        cdef u64 entries = desc.size // 16
+        if not self.indirect:
+            raise self.wrong("an indirect descriptor, but the feature was not negotiated")
+        if nested:
+            raise self.wrong("an indirect descriptor inside an indirect table")
+        if desc.flags & DESC_NEXT:
+            raise self.wrong("an indirect descriptor that continues")
+        if not desc.size or desc.size % 16 or entries > max(self.size, CHAIN_LIMIT):
+            raise self.wrong(f"an indirect table of {desc.size} bytes")
+        if desc.addr > <u64>-1 - (desc.size - 1):
+            raise self.wrong(f"an indirect table at {desc.addr:#x} passes 2**64")
+        table.access, table.start = READ, desc.addr
+        if not self.space.translate(table, desc.addr, desc.size, READ, missing, refused):
+            note_missing(chain, misses, missing, refused, READ)
+            if lenient:
+                chain.fault = f"no translation of the indirect table at {desc.addr:#x}"
+            return 0
+        if table.stop:
+            chain.fault = f"no memory behind the indirect table at {table.stop_addr:#x}"
+            return 0
+        self.walk_table(table, entries, 0, True, chain, sizes, misses, lenient)
+        if table.vanished(0, table.total):
+            chain.fault = f"the memory of the indirect table at {desc.addr:#x} was truncated"
+        return 0
+
+    cdef int add_buffer(
+        self, const Desc *desc, Chain chain, u64 *sizes, list misses, bint lenient
+    ) except -1:
+        cdef bint writes = desc.flags & DESC_WRITE
+        cdef IoVector out = chain.writable if writes else chain.readable
+        cdef int access = WRITE if writes else READ
+        cdef list missing = [], refused = []
+        if not desc.size:
+            raise self.wrong(f"a descriptor of 0 bytes in the chain from {chain.head}")
+        if desc.addr > <u64>-1 - (desc.size - 1):
+            raise self.wrong(f"a buffer at {desc.addr:#x}+{desc.size:#x} passes 2**64")
+        if not writes and sizes[1]:
+            raise self.wrong("a device-readable descriptor after a device-writable one")
+        sizes[writes] += desc.size
+        if sizes[0] + sizes[1] > CHAIN_BYTES:
+            raise self.wrong(f"the chain from descriptor {chain.head} is longer than 2**32 bytes")
+        if not self.space.translate(out, desc.addr, desc.size, access, missing, refused):
+            note_missing(chain, misses, missing, refused, access)
+            if lenient:
+                chain.fault = f"no translation of the buffer at {desc.addr:#x}+{desc.size:#x}"
+        elif out.stop:
+            chain.fault = f"no usable memory behind the buffer at {out.stop_addr:#x}"
+            out.stop = 0
+        if writes and chain.fault is not None:
+            chain.tail = self.last_byte(desc.addr + (desc.size - 1))
+        return 0
+
+    cdef IoVector last_byte(self, u64 addr):
+        cdef IoVector tail = IoVector()
+        tail.access, tail.start = WRITE, addr
+        if self.space.translate(tail, addr, 1, WRITE, [], []) and not tail.stop:
+            return tail
+        return None
+
+    def rebind(self, AddressSpace space not None):
+        """Go on in other memory; requests that were taken keep what they have."""
+        self.space, self.used = space, None
+
+    def complete(self, Chain chain not None, written):
+        """Give a request back, with the number of bytes written to it; :meth:`publish` shows it.
+
+        Its memory must not be touched any more.
+
+        Raises:
+            ValueError: It was given back before, or more bytes than it has.
+        """
+        cdef u64 count = as_address(written, "written")
+        if chain.done:
+            raise ValueError(f"request {chain.head} was completed before")
+        if count > chain.writable.total:
+            raise ValueError(
+                f"{count} bytes written to a request with room for {chain.writable.total}"
+            )
+        chain.done = True
+        chain.readable.close()
+        chain.writable.close()
+        if chain.tail is not None:
+            chain.tail.close()
+        self.outstanding -= 1
+        self.pending[self.pending_count].head = chain.head
+        self.pending[self.pending_count].written = <u32>min(count, <u64>0xFFFFFFFF)
+        self.pending_count += 1
+
+    @property
+    def unpublished(self):
+        """Completed requests that :meth:`publish` has not shown yet."""
+        return self.pending_count
+
+    def publish(self):
+        """Show completed requests to the driver.
+
+        Returns:
+            Whether the driver wants to be notified of them; None if the used ring lacks a
+            translation (see :meth:`missing`); nothing was shown then.
+
+        Raises:
+            QueueError: The ring is broken.
+        """
+        cdef u32 i
+        cdef u64 slot
+        cdef u16 before
+        if not self.pending_count:
+            return False
+        if not self.areas_ready([]):
+            return None
+        before = self.next_used
+        for i in range(self.pending_count):
+            slot = 4 + 8 * <u64>(self.next_used % self.size)
+            self.used.transfer(<u8 *>&self.pending[i], slot, 8, True)
+            self.used.mark(slot, 8)
+            self.next_used += 1
+        self.pending_count = 0
+        self.store16(self.used, 2, self.next_used)
+        notify = self.wants_notification(before)
+        self.check_areas()
+        return notify
+
+    cdef bint wants_notification(self, u16 before) except -1:
+        cdef u16 event
+        # The driver writes its wish, then looks at the index; we do it the other way round.
+        full_barrier()
+        if not self.event_idx:
+            return not self.load16(self.avail, 0) & AVAIL_NO_INTERRUPT
+        event = self.load16(self.avail, 4 + 2 * <u64>self.size)
+        if not self.signalled_valid:
+            self.signalled_valid = True
+            return True
+        return <u16>(self.next_used - event - 1) < <u16>(self.next_used - before)
+
+    def disable_kicks(self):
+        """Tell the driver that it need not announce new requests. Only a hint."""
+        if not self.event_idx and self.areas_ready([]):
+            self.store16(self.used, 0, USED_NO_NOTIFY)
+
+    def enable_kicks(self):
+        """Ask the driver to announce the next request.
+
+        Returns:
+            Whether requests are available already, so that no announcement may come; None if the
+            ring lacks a translation.
+        """
+        if not self.areas_ready([]):
+            return None
+        if self.event_idx:
+            self.store16(self.used, 4 + 8 * <u64>self.size, self.next_avail)
+        else:
+            self.store16(self.used, 0, 0)
+        full_barrier()
+        more = self.load16(self.avail, 2) != self.next_avail
+        self.check_areas()
+        return more
+
+
+cdef inline u8 *locate(IoVector area, u64 offset, u64 size) noexcept nogil:
+    """Where a few bytes of an area are, or NULL if they are not contiguous."""
+    cdef int i
+    for i in range(area.count):
+        if offset < area.vec[i].iov_len:
+            if size > area.vec[i].iov_len - offset:
+                return NULL
+            return <u8 *>area.vec[i].iov_base + offset
+        offset -= area.vec[i].iov_len
+    return NULL
+
+
+cdef int note_missing(
+    Chain chain, list misses, list missing, list refused, int access
+) except -1:
+    for item in missing:
+        misses.append((item, access))
+    for item in refused:
+        misses.append((item, access))
+        chain.access_fails.append((item, access))
+    return 0
+

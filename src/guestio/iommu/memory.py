@@ -1,0 +1,174 @@
+"""The contract of an IOMMU, and guest memory seen through one."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Self
+
+from guestio._core.access import AddressSpace, IoVector, VolatileSlice
+from guestio._core.bitmap import AtomicBitmap
+from guestio.addr import IovaRange, MappedRange, Permissions
+from guestio.errors import AccessError, CannotResolveError, InvalidAddressError, IotlbFails
+from guestio.iommu.iotlb import Iotlb
+from guestio.memory import GuestMemory, GuestRegionCollection
+from guestio.memory.access import held_slices, stop_error
+
+
+class Iommu(ABC):
+    """Something that translates I/O virtual addresses; it keeps what it knows in an IOTLB.
+
+    A subclass provides :attr:`iotlb` and, unless the IOTLB always holds every mapping,
+    :meth:`resolve`, which is asked to fill it. Whoever owns the full tables must take a mapping
+    out of the IOTLB (``invalidate_mapping``) before its removal or restriction takes effect;
+    additions need not be pushed.
+    """
+
+    @property
+    @abstractmethod
+    def iotlb(self) -> Iotlb:
+        """Where translations are looked up first."""
+
+    def resolve(self, fails: IotlbFails, iova: int, length: int, access: Permissions) -> None:
+        """Put what a failed lookup lacks into the IOTLB.
+
+        Args:
+            fails: Everything that is missing or forbidden.
+            iova: First address of the access.
+            length: Its bytes.
+            access: What it wants to do.
+
+        Raises:
+            CannotResolveError: There is no such mapping. This default always says so.
+        """
+        failed, reason = (
+            (fails.misses[0], "it is not mapped")
+            if fails.misses
+            else (fails.access_fails[0], "its mapping does not allow the access")
+        )
+        raise CannotResolveError(failed, access, reason)
+
+    def translate(
+        self, iova: int, length: int, access: Permissions
+    ) -> AbstractContextManager[list[MappedRange]]:
+        """Translate a range for use.
+
+        Returns:
+            A context manager; its value lists the targets in order. Until it is left, a
+            revocation of the translation does not return, so leave it as soon as the access is
+            done, and never wait for a revocation inside.
+
+        Raises:
+            CannotResolveError: Some of the range cannot be translated for this access.
+            TypeError, ValueError: Bad numbers.
+        """
+        fails = None
+        for _ in range(RESOLVE_ROUNDS):
+            try:
+                return self.iotlb.guard(iova, length, access)
+            except IotlbFails as missing:
+                self.resolve(missing, iova, length, access)
+                fails = missing
+        raise CannotResolveError(
+            IovaRange(iova, length), access, f"its translation does not stay: {fails}"
+        )
+
+
+RESOLVE_ROUNDS = 16
+"""How often a translation may vanish between being resolved and being used."""
+
+
+class DirtyMode(enum.Enum):
+    """Where a write through an enabled IOMMU is marked."""
+
+    IOVA = "iova"
+    """In the memory's own bitmap, by I/O virtual address: the rule of vhost-user."""
+    PHYSICAL = "physical"
+    """In the bitmap of the region that was written: what migration of a guest needs."""
+    BOTH = "both"
+    """In both."""
+
+
+class IommuMemory(GuestMemory):
+    """Guest memory whose addresses are translated by an IOMMU.
+
+    Args:
+        backend: Physical memory.
+        iommu: Translates I/O virtual addresses to addresses of ``backend``.
+        enabled: False to use addresses of ``backend`` directly.
+        bitmap: Where writes are marked by I/O virtual address while enabled.
+        dirty: Which bitmaps writes are marked in while enabled. While disabled it is always the
+            regions' own.
+
+    Translation is all or nothing: if any byte of a range is unmapped or forbidden the access fails
+    before anything moves. If a mapping leads to where there is no memory, the bytes before that
+    move. Errors name the I/O virtual address and carry the address behind it in ``target``.
+    """
+
+    def __init__(
+        self,
+        backend: GuestRegionCollection,
+        iommu: Iommu,
+        enabled: bool = True,
+        bitmap: AtomicBitmap | None = None,
+        *,
+        dirty: DirtyMode = DirtyMode.IOVA,
+    ) -> None:
+        self.backend = backend
+        self.iommu = iommu
+        self.enabled = enabled
+        self.bitmap = bitmap
+        self.dirty = dirty
+        self._space = AddressSpace(
+            backend._space.regions,
+            iommu.iotlb,
+            bitmap if dirty is not DirtyMode.PHYSICAL else None,
+            mark_regions=dirty is not DirtyMode.IOVA,
+        )
+
+    def with_replaced_backend(self, new: GuestRegionCollection) -> Self:
+        """The same view of other physical memory: IOMMU and bitmap are shared, flags copied."""
+        return self.__class__(new, self.iommu, self.enabled, self.bitmap, dirty=self.dirty)
+
+    @property
+    def physical_memory(self) -> GuestRegionCollection | None:
+        """The backend while the IOMMU is disabled, else None."""
+        return None if self.enabled else self.backend
+
+    def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:
+        """Whether a range translates for ``access`` and memory is behind all of it."""
+        try:
+            vector, error = self._gather(addr, length, access)
+        except (CannotResolveError, InvalidAddressError):
+            return False
+        vector.close()
+        return error is None
+
+    def slices(
+        self, addr: int, length: int, access: Permissions = Permissions.READ
+    ) -> Iterator[VolatileSlice]:
+        """The memory behind a range; see :meth:`GuestMemory.slices`.
+
+        Raises:
+            CannotResolveError: Before the first slice, if the range does not translate.
+        """
+        return held_slices(*self._gather(addr, length, access))
+
+    def _gather(
+        self, addr: int, length: int, access: Permissions
+    ) -> tuple[IoVector, AccessError | None]:
+        if not self.enabled:
+            return self.backend._gather(addr, length, access)
+        try:
+            vector = self._space.gather(addr, length, access)
+        except IotlbFails:
+            vector = self._gather_resolved(addr, length, access)
+        return vector, stop_error(vector, addr, length) if vector.stop else None
+
+    def _gather_resolved(self, addr: int, length: int, access: Permissions) -> IoVector:
+        guard = self.iommu.translate(addr, length, access)
+        vector = self._space.gather_ranges(addr, guard.__enter__(), access)
+        vector.hold(guard)
+        return vector
