@@ -340,6 +340,14 @@ def stop_error(vector: IoVector, addr: int, length: int) -> AccessError:
     return InvalidAddressError(at, rest, access, "no memory region is there", target=behind)
 
 
+def held_slices(vector: IoVector, error: AccessError | None) -> Iterator[VolatileSlice]:
+    """The slices of a vector, which is held while they are iterated; then ``error``, if any."""
+    with vector:
+        yield from vector.slices()
+    if error is not None:
+        raise error
+
+
 def _shortfall(
     error: AccessError, addr: int, length: int, access: Permissions, done: int
 ) -> AccessError:

@@ -17,7 +17,7 @@ from guestio.errors import (
     NoMemoryRegionError,
     UnsortedMemoryRegionsError,
 )
-from guestio.memory.access import GuestMemory, stop_error
+from guestio.memory.access import GuestMemory, held_slices, stop_error
 from guestio.memory.backing import Backing
 
 
@@ -288,11 +288,7 @@ class GuestRegionCollection(GuestMemory):
         self, addr: int, length: int, access: Permissions = Permissions.READ
     ) -> Iterator[VolatileSlice]:
         """The memory of a range, region by region; see :meth:`GuestMemory.slices`."""
-        vector, error = self._gather(addr, length, access)
-        with vector:
-            yield from vector.slices()
-        if error is not None:
-            raise error
+        return held_slices(*self._gather(addr, length, access))
 
     def _gather(
         self, addr: int, length: int, access: Permissions
