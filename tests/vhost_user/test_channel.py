@@ -197,6 +197,7 @@ def test_fds_with_the_payload_end_the_channel(
     pair: tuple[Channel, socket.socket], pipe: tuple[int, int]
 ) -> None:
     channel, peer = pair
+    before = open_fds()
     send_fds(peer, KICK[:12], [pipe[0]])
     send_fds(peer, KICK[12:], [pipe[1]])
     with pytest.raises(ProtocolError, match="beside its payload"):
@@ -205,6 +206,7 @@ def test_fds_with_the_payload_end_the_channel(
         channel.recv()
     with pytest.raises(ProtocolError, match="beside its payload"):
         channel.send(OWNER)
+    assert open_fds() == before, "fds are closed without waiting for close()"
 
 
 @pytest.mark.parametrize("count", [9, 100, 253])

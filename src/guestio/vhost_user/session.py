@@ -377,7 +377,7 @@ class Session:
         if extra := payload.value & ~offered:
             raise ProtocolError(f"features {extra:#x} were never offered")
         features = payload.value & ~_PROTOCOL_FEATURES_BIT
-        if self.features not in {None, features} and any(ring.started for ring in self.vrings):
+        if features != self.features and any(ring.started for ring in self.vrings):
             raise ProtocolError("features cannot change while a ring is started")
         self._handler.set_features(features)
         self.features = features

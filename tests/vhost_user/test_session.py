@@ -1,0 +1,704 @@
+"""What a session accepts, refuses, answers and closes for, message by message."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.vhost_user.recording import (
+    ACCESS_PLATFORM,
+    DEVICE_FEATURES,
+    PROTOCOL_FEATURES,
+    RecordingHandler,
+)
+
+from guestio.errors import DeviceError, ProtocolError
+from guestio.vhost_user.channel import Message
+from guestio.vhost_user.messages import (
+    MAX_TABLE_REGIONS,
+    U64,
+    Config,
+    Empty,
+    Header,
+    IotlbMessage,
+    MemoryRegion,
+    MemoryTable,
+    Payload,
+    ProtocolFeature,
+    SingleMemoryRegion,
+    VringAddr,
+    VringFd,
+    VringState,
+)
+from guestio.vhost_user.messages import (
+    FrontendRequest as F,
+)
+from guestio.vhost_user.session import MAX_QUEUES, SUPPORTED_PROTOCOL_FEATURES, Session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ALL_FEATURES = DEVICE_FEATURES | PROTOCOL_FEATURES
+TOP = 2**64
+LOW = MemoryRegion(0, 0x1000_0000, 0x7F00_0000_0000, 0)
+HIGH = MemoryRegion(0x1_0000_0000, 0x2000_0000, 0x7F00_2000_0000, 0x1000_0000)
+ADDRESS = VringAddr(0, 0, 0x10000, 0x30000, 0x20000)
+ACK = "ack"
+NACK = "nack"
+
+
+def fds(count: int) -> list[int]:
+    return [os.open("/dev/null", os.O_RDONLY) for _ in range(count)]
+
+
+def open_count() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@pytest.fixture(autouse=True)
+def no_fd_leak() -> Iterator[None]:
+    before = open_count()
+    yield
+    assert open_count() == before
+
+
+def message(
+    request: int, payload: Payload | bytes = b"", *, count: int = 0, need_reply: bool = False
+) -> Message:
+    body = payload if isinstance(payload, bytes) else payload.encode()
+    return Message(Header(request, 9 if need_reply else 1, len(body)), body, fds(count))
+
+
+class Peer:
+    """A front-end without a socket: sends to a session and decodes what comes back."""
+
+    def __init__(self, *, negotiated: bool = True) -> None:
+        self.handler = RecordingHandler()
+        self.session = Session(self.handler)
+        if negotiated:
+            self.send(F.SET_PROTOCOL_FEATURES, U64(int(SUPPORTED_PROTOCOL_FEATURES)))
+            self.send(F.SET_FEATURES, U64(ALL_FEATURES))
+            self.handler.calls.clear()
+
+    def send(
+        self,
+        request: int,
+        payload: Payload | bytes = b"",
+        *,
+        count: int = 0,
+        need_reply: bool = False,
+    ) -> Any:
+        """Return None, `ACK`, `NACK`, or the payload of the message's own reply."""
+        reply = self.session.handle(message(request, payload, count=count, need_reply=need_reply))
+        if reply is None:
+            return None
+        header, body = Header.decode(reply[:12]), reply[12:]
+        assert header == Header(request, 5, len(body))
+        if request in OWN_REPLY:
+            return body
+        return NACK if U64.decode(body).value else ACK
+
+    @property
+    def calls(self) -> list[tuple[Any, ...]]:
+        return self.handler.calls
+
+    def state(self) -> tuple[Any, ...]:
+        session = self.session
+        rings = tuple(replace(ring) for ring in session.vrings)
+        return session.features, session.protocol_features, session.regions, rings
+
+
+OWN_REPLY = {
+    F.GET_FEATURES,
+    F.GET_PROTOCOL_FEATURES,
+    F.GET_QUEUE_NUM,
+    F.GET_VRING_BASE,
+    F.GET_CONFIG,
+    F.GET_MAX_MEM_SLOTS,
+    F.GET_STATUS,
+    F.IOTLB_MSG,
+}
+
+# Request, payload, number of fds, what the handler was told, own reply.
+GOOD: list[tuple[int, Payload, int, list[tuple[Any, ...]], bytes | None]] = [
+    (F.GET_FEATURES, Empty(), 0, [], U64(ALL_FEATURES).encode()),
+    (F.SET_FEATURES, U64(ALL_FEATURES), 0, [("set_features", DEVICE_FEATURES)], None),
+    (F.GET_PROTOCOL_FEATURES, Empty(), 0, [], U64(int(SUPPORTED_PROTOCOL_FEATURES)).encode()),
+    (F.SET_PROTOCOL_FEATURES, U64(int(SUPPORTED_PROTOCOL_FEATURES)), 0, [], None),
+    (F.SET_OWNER, Empty(), 0, [], None),
+    (F.RESET_OWNER, Empty(), 0, [], None),
+    (F.SET_MEM_TABLE, MemoryTable(()), 0, [("set_memory_table", [])], None),
+    (
+        F.SET_MEM_TABLE,
+        MemoryTable((HIGH, LOW)),
+        2,
+        [("set_memory_table", [(HIGH, "fd"), (LOW, "fd")])],
+        None,
+    ),
+    (F.GET_MAX_MEM_SLOTS, Empty(), 0, [], U64(4).encode()),
+    (F.ADD_MEM_REG, SingleMemoryRegion(LOW), 1, [("add_memory_region", LOW, "fd")], None),
+    (F.GET_QUEUE_NUM, Empty(), 0, [], U64(2).encode()),
+    (F.SET_VRING_NUM, VringState(1, 256), 0, [("set_vring_num", 1, 256)], None),
+    (F.SET_VRING_NUM, VringState(1, 1), 0, [("set_vring_num", 1, 1)], None),
+    (F.SET_VRING_NUM, VringState(1, 32768), 0, [("set_vring_num", 1, 32768)], None),
+    (F.SET_VRING_ADDR, ADDRESS, 0, [("set_vring_addr", 0, ADDRESS)], None),
+    (F.SET_VRING_BASE, VringState(1, 65535), 0, [("set_vring_base", 1, 65535)], None),
+    (F.GET_VRING_BASE, VringState(1, 99), 0, [("get_vring_base", 1)], VringState(1, 7).encode()),
+    (F.SET_VRING_KICK, VringFd(1, True), 1, [("set_vring_kick", 1, "fd")], None),
+    (F.SET_VRING_KICK, VringFd(1, False), 0, [("set_vring_kick", 1, None)], None),
+    (F.SET_VRING_CALL, VringFd(0, True), 1, [("set_vring_call", 0, "fd")], None),
+    (F.SET_VRING_CALL, VringFd(0, False), 0, [("set_vring_call", 0, None)], None),
+    (F.SET_VRING_ERR, VringFd(0, True), 1, [("set_vring_err", 0, "fd")], None),
+    (F.SET_VRING_ERR, VringFd(0, False), 0, [("set_vring_err", 0, None)], None),
+    (F.SET_VRING_ENABLE, VringState(1, 1), 0, [("set_vring_enable", 1, True)], None),
+    (F.SET_VRING_ENABLE, VringState(1, 0), 0, [("set_vring_enable", 1, False)], None),
+    (F.SET_BACKEND_REQ_FD, Empty(), 1, [("set_backend_channel", "fd")], None),
+    (
+        F.IOTLB_MSG,
+        IotlbMessage.update(0x1000, 0x1000, LOW.user_addr, 3),
+        0,
+        [("iotlb", (0x1000, 0x1000, LOW.user_addr, 3, 2))],
+        U64(0).encode(),
+    ),
+    (
+        F.GET_CONFIG,
+        Config(4, bytes(3), 1),
+        0,
+        [("get_config", 4, 3)],
+        Config(4, b"\x04\x05\x06", 1).encode(),
+    ),
+    (F.SET_CONFIG, Config(8, b"xyz", 1), 0, [("set_config", 8, b"xyz", 1)], None),
+    (F.RESET_DEVICE, Empty(), 0, [("reset_device",)], None),
+    (F.SET_STATUS, U64(15), 0, [("set_status", 15)], None),
+    (F.SET_STATUS, U64(0), 0, [("set_status", 0)], None),
+    (F.GET_STATUS, Empty(), 0, [("get_status",)], U64(0).encode()),
+]
+GOOD_IDS = [f"{F(request).name}-{number}" for number, (request, *_) in enumerate(GOOD)]
+
+
+@pytest.mark.parametrize("need_reply", [False, True])
+@pytest.mark.parametrize(("request_", "payload", "count", "calls", "own"), GOOD, ids=GOOD_IDS)
+def test_good_message(
+    request_: int,
+    payload: Payload,
+    count: int,
+    calls: list[tuple[Any, ...]],
+    own: bytes | None,
+    need_reply: bool,
+) -> None:
+    peer = Peer()
+    reply = peer.send(request_, payload, count=count, need_reply=need_reply)
+    assert peer.calls == calls
+    if own is not None:
+        assert reply == own
+    else:
+        assert reply == (ACK if need_reply else None)
+
+
+def test_good_messages_are_every_supported_one() -> None:
+    assert {request for request, *_ in GOOD} == set(Session._RULES) - {F.REM_MEM_REG}
+
+
+@pytest.mark.parametrize("need_reply", [False, True])
+@pytest.mark.parametrize(("request_", "payload", "count", "_calls", "_own"), GOOD, ids=GOOD_IDS)
+def test_wrong_payload_size_closes(
+    request_: int, payload: Payload, count: int, _calls: object, _own: object, need_reply: bool
+) -> None:
+    body = payload.encode()
+    for bad in {body + b"\0", body + bytes(8), body[:-1], body[:4]} - {body}:
+        peer = Peer()
+        before = peer.state()
+        with pytest.raises(ProtocolError):
+            peer.send(request_, bad, count=count, need_reply=need_reply)
+        assert peer.calls == []
+        assert peer.state() == before
+
+
+@pytest.mark.parametrize("need_reply", [False, True])
+@pytest.mark.parametrize(("request_", "payload", "count", "_calls", "_own"), GOOD, ids=GOOD_IDS)
+def test_wrong_number_of_fds_closes(
+    request_: int, payload: Payload, count: int, _calls: object, _own: object, need_reply: bool
+) -> None:
+    for wrong in {count + 1, 8, max(count - 1, 0)} - {count}:
+        peer = Peer()
+        with pytest.raises(ProtocolError, match=f"carries {wrong} fds"):
+            peer.send(request_, payload, count=wrong, need_reply=need_reply)
+        assert peer.calls == []
+
+
+@pytest.mark.parametrize(("request_", "payload", "count", "_calls", "_own"), GOOD, ids=GOOD_IDS)
+def test_a_reply_where_a_request_belongs_closes(
+    request_: int, payload: Payload, count: int, _calls: object, _own: object
+) -> None:
+    peer = Peer()
+    body = payload.encode()
+    with pytest.raises(ProtocolError, match="as a reply"):
+        peer.session.handle(Message(Header(request_, 5, len(body)), body, fds(count)))
+    assert peer.calls == []
+
+
+REFUSED: list[tuple[int, Payload, int]] = [
+    (F.SET_FEATURES, U64(ALL_FEATURES | 1 << 34), 0),
+    (F.SET_FEATURES, U64(1 << 63), 0),
+    (F.SET_PROTOCOL_FEATURES, U64(int(ProtocolFeature.LOG_SHMFD)), 0),
+    (F.SET_PROTOCOL_FEATURES, U64(1 << 63), 0),
+    (F.SET_MEM_TABLE, MemoryTable((replace(LOW, size=0),)), 1),
+    (F.SET_MEM_TABLE, MemoryTable((LOW, LOW)), 2),
+    (F.SET_MEM_TABLE, MemoryTable((LOW, replace(HIGH, guest_addr=0xFFF_FFFF))), 2),
+    (F.SET_MEM_TABLE, MemoryTable((LOW, replace(HIGH, user_addr=LOW.user_addr + 0xFFF_FFFF))), 2),
+    (F.SET_MEM_TABLE, MemoryTable((replace(LOW, guest_addr=TOP - LOW.size + 1),)), 1),
+    (F.SET_MEM_TABLE, MemoryTable((replace(LOW, user_addr=TOP - LOW.size + 1),)), 1),
+    (F.SET_MEM_TABLE, MemoryTable((replace(LOW, mmap_offset=TOP - LOW.size + 1),)), 1),
+    (
+        F.SET_MEM_TABLE,
+        MemoryTable(tuple(MemoryRegion(n * 4096, 4096, n * 4096, 0) for n in range(5))),
+        5,
+    ),
+    (F.ADD_MEM_REG, SingleMemoryRegion(replace(LOW, size=0)), 1),
+    (F.ADD_MEM_REG, SingleMemoryRegion(replace(LOW, guest_addr=TOP - 1)), 1),
+    (F.REM_MEM_REG, SingleMemoryRegion(LOW), 0),
+    (F.SET_VRING_NUM, VringState(0, 0), 0),
+    (F.SET_VRING_NUM, VringState(0, 3), 0),
+    (F.SET_VRING_NUM, VringState(0, 65536), 0),
+    (F.SET_VRING_NUM, VringState(2, 256), 0),
+    (F.SET_VRING_ADDR, replace(ADDRESS, index=2), 0),
+    (F.SET_VRING_ADDR, replace(ADDRESS, index=2**32 - 1), 0),
+    (F.SET_VRING_ADDR, replace(ADDRESS, flags=1), 0),
+    (F.SET_VRING_ADDR, replace(ADDRESS, desc=8), 0),
+    (F.SET_VRING_ADDR, replace(ADDRESS, avail=1), 0),
+    (F.SET_VRING_ADDR, replace(ADDRESS, used=2), 0),
+    (F.SET_VRING_ADDR, replace(ADDRESS, avail=TOP - 2), 0),
+    (F.SET_VRING_ADDR, replace(ADDRESS, used=TOP - 4), 0),
+    (F.SET_VRING_BASE, VringState(0, 65536), 0),
+    (F.SET_VRING_BASE, VringState(2, 0), 0),
+    (F.SET_VRING_KICK, VringFd(2, True), 1),
+    (F.SET_VRING_CALL, VringFd(255, True), 1),
+    (F.SET_VRING_ERR, VringFd(2, False), 0),
+    (F.SET_VRING_ENABLE, VringState(2, 1), 0),
+    (F.SET_VRING_ENABLE, VringState(0, 2), 0),
+    (F.SET_STATUS, U64(256), 0),
+]
+
+
+@pytest.mark.parametrize(("request_", "payload", "count"), REFUSED, ids=repr)
+def test_refused_message_changes_nothing(request_: int, payload: Payload, count: int) -> None:
+    peer = Peer()
+    before = peer.state()
+    assert peer.send(request_, payload, count=count, need_reply=True) == NACK
+    assert isinstance(peer.session.last_refusal, ProtocolError)
+    with pytest.raises(ProtocolError, match="refused"):
+        peer.send(request_, payload, count=count)
+    assert peer.calls == []
+    assert peer.state() == before
+
+
+@pytest.mark.parametrize(
+    ("request_", "payload", "count"),
+    [
+        (request, payload, count)
+        for request, payload, count, calls, _ in GOOD
+        if calls and request not in OWN_REPLY
+    ],
+    ids=repr,
+)
+def test_refusal_by_the_handler(request_: int, payload: Payload, count: int) -> None:
+    peer = Peer()
+    before = peer.state()
+    peer.handler.error = DeviceError("not today")
+    assert peer.send(request_, payload, count=count, need_reply=True) == NACK
+    assert str(peer.session.last_refusal) == "not today"
+    assert peer.state() == before
+    peer.handler.error = DeviceError("not today")
+    with pytest.raises(ProtocolError, match="refused: not today"):
+        peer.send(request_, payload, count=count)
+    assert peer.state() == before
+
+
+@pytest.mark.parametrize(
+    ("request_", "payload"),
+    [(F.GET_VRING_BASE, VringState(0, 0)), (F.GET_STATUS, Empty())],
+    ids=["base", "status"],
+)
+def test_handler_cannot_refuse_what_must_be_answered(request_: int, payload: Payload) -> None:
+    peer = Peer()
+    peer.handler.error = DeviceError("not today")
+    with pytest.raises(ProtocolError, match="not today"):
+        peer.send(request_, payload, need_reply=True)
+
+
+def test_own_bugs_are_not_hidden() -> None:
+    peer = Peer()
+
+    def broken(_: int) -> None:
+        raise RuntimeError("bug")
+
+    peer.handler.set_features = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="bug"):
+        peer.send(F.SET_FEATURES, U64(ALL_FEATURES), need_reply=True)
+
+
+def test_need_reply_is_ignored_until_reply_ack_is_negotiated() -> None:
+    peer = Peer(negotiated=False)
+    assert peer.send(F.SET_OWNER, need_reply=True) is None
+    reply_ack = U64(int(ProtocolFeature.REPLY_ACK))
+    assert peer.send(F.SET_PROTOCOL_FEATURES, reply_ack, need_reply=True) is None
+    assert peer.send(F.SET_OWNER, need_reply=True) == ACK
+    assert peer.send(F.SET_PROTOCOL_FEATURES, U64(0), need_reply=True) == ACK
+    assert peer.send(F.SET_OWNER, need_reply=True) is None
+    with pytest.raises(ProtocolError, match="refused"):
+        peer.send(F.SET_VRING_NUM, VringState(0, 3), need_reply=True)
+
+
+@pytest.mark.parametrize("request_", [0, 6, 7, 19, 20, 23, 29, 33, 35, 45, 1000, 2**32 - 1])
+def test_unknown_message_is_refused_or_ignored(request_: int) -> None:
+    peer = Peer()
+    assert peer.send(request_, bytes(100), count=3, need_reply=True) == NACK
+    assert peer.session.ignored == 0
+    assert peer.send(request_, bytes(100), count=3) is None
+    assert peer.session.ignored == 1
+    assert peer.calls == []
+    assert peer.send(F.SET_OWNER, need_reply=True) == ACK
+
+
+@pytest.mark.parametrize("request_", [26, 28, 30, 31, 41, 42, 43, 44])
+def test_unsupported_message_whose_reply_would_be_missed_closes(request_: int) -> None:
+    for need_reply in (False, True):
+        with pytest.raises(ProtocolError, match=F(request_).name):
+            Peer().send(request_, bytes(24), count=1, need_reply=need_reply)
+
+
+GATED = [
+    (F.GET_MAX_MEM_SLOTS, Empty(), 0, ProtocolFeature.CONFIGURE_MEM_SLOTS),
+    (F.ADD_MEM_REG, SingleMemoryRegion(LOW), 1, ProtocolFeature.CONFIGURE_MEM_SLOTS),
+    (F.REM_MEM_REG, SingleMemoryRegion(LOW), 1, ProtocolFeature.CONFIGURE_MEM_SLOTS),
+    (F.SET_BACKEND_REQ_FD, Empty(), 1, ProtocolFeature.BACKEND_REQ),
+    (F.SET_CONFIG, Config(0, b"a"), 0, ProtocolFeature.CONFIG),
+    (F.RESET_DEVICE, Empty(), 0, ProtocolFeature.RESET_DEVICE),
+    (F.SET_STATUS, U64(1), 0, ProtocolFeature.STATUS),
+    (F.GET_STATUS, Empty(), 0, ProtocolFeature.STATUS),
+]
+
+
+@pytest.mark.parametrize(("request_", "payload", "count", "feature"), GATED, ids=repr)
+def test_message_needs_its_protocol_feature(
+    request_: int, payload: Payload, count: int, feature: ProtocolFeature
+) -> None:
+    peer = Peer()
+    others = int(SUPPORTED_PROTOCOL_FEATURES) & ~feature
+    peer.send(F.SET_PROTOCOL_FEATURES, U64(others))
+    if request_ in OWN_REPLY:
+        with pytest.raises(ProtocolError, match=feature.name):
+            peer.send(request_, payload, count=count, need_reply=True)
+    else:
+        assert peer.send(request_, payload, count=count, need_reply=True) == NACK
+    with pytest.raises(ProtocolError, match=feature.name):
+        peer.send(request_, payload, count=count)
+    assert peer.calls == []
+
+
+def test_get_config_answers_errors_with_nothing() -> None:
+    peer = Peer()
+    peer.handler.error = DeviceError("no such bytes")
+    assert peer.send(F.GET_CONFIG, Config(1 << 20, bytes(8))) == b""
+    peer.send(F.SET_PROTOCOL_FEATURES, U64(0))
+    assert peer.send(F.GET_CONFIG, Config(0, bytes(8))) == b""
+    assert peer.calls == []
+
+
+def test_get_config_of_a_wrong_size_is_our_bug() -> None:
+    peer = Peer()
+    peer.handler.get_config = lambda _offset, _size: b"ab"  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="2 bytes for 3"):
+        peer.send(F.GET_CONFIG, Config(0, bytes(3)))
+
+
+def test_memory_regions_come_and_go() -> None:
+    peer = Peer()
+    assert peer.send(F.ADD_MEM_REG, SingleMemoryRegion(HIGH), count=1, need_reply=True) == ACK
+    assert peer.send(F.ADD_MEM_REG, SingleMemoryRegion(LOW), count=1, need_reply=True) == ACK
+    assert peer.session.regions == (LOW, HIGH)
+    assert peer.send(F.ADD_MEM_REG, SingleMemoryRegion(LOW), count=1, need_reply=True) == NACK
+    for other in (
+        replace(LOW, size=LOW.size - 1),
+        replace(LOW, guest_addr=1),
+        replace(LOW, user_addr=LOW.user_addr + 1),
+    ):
+        assert peer.send(F.REM_MEM_REG, SingleMemoryRegion(other), need_reply=True) == NACK
+    assert peer.session.regions == (LOW, HIGH)
+    moved = SingleMemoryRegion(replace(LOW, mmap_offset=0x5000))
+    assert peer.send(F.REM_MEM_REG, moved, count=1, need_reply=True) == ACK
+    assert peer.calls[-1] == ("remove_memory_region", LOW)
+    assert peer.session.regions == (HIGH,)
+    assert peer.send(F.REM_MEM_REG, moved, need_reply=True) == NACK
+    peer.handler.error = DeviceError("still in use")
+    assert peer.send(F.REM_MEM_REG, SingleMemoryRegion(HIGH), need_reply=True) == NACK
+    assert peer.session.regions == (HIGH,)
+
+
+def test_memory_slots_are_limited() -> None:
+    peer = Peer()
+    for number in range(5):
+        region = MemoryRegion(number << 20, 1 << 20, (number + 9) << 20, 0)
+        reply = peer.send(F.ADD_MEM_REG, SingleMemoryRegion(region), count=1, need_reply=True)
+        assert reply == (ACK if number < 4 else NACK)
+    assert len(peer.session.regions) == 4
+
+
+def test_memory_table_replaces_everything() -> None:
+    peer = Peer()
+    peer.send(F.ADD_MEM_REG, SingleMemoryRegion(LOW), count=1)
+    peer.send(F.SET_MEM_TABLE, MemoryTable((HIGH, LOW)), count=2)
+    assert peer.session.regions == (LOW, HIGH)
+    peer.send(F.SET_MEM_TABLE, MemoryTable((HIGH,)), count=1)
+    assert peer.session.regions == (HIGH,)
+
+
+def test_regions_may_touch_each_other_and_the_end_of_the_space() -> None:
+    peer = Peer()
+    page = 0x1000
+    table = MemoryTable(
+        (
+            MemoryRegion(TOP - page, page, TOP - 2 * page, TOP - page),
+            MemoryRegion(TOP - 2 * page, page, TOP - page, 0),
+        )
+    )
+    assert peer.send(F.SET_MEM_TABLE, table, count=2, need_reply=True) == ACK
+
+
+def test_too_many_regions_in_one_table_close() -> None:
+    assert MAX_TABLE_REGIONS == 8
+    regions = [MemoryRegion(n << 20, 1 << 20, n << 20, 0) for n in range(9)]
+    body = (9).to_bytes(8, "little") + b"".join(region.encode() for region in regions)
+    with pytest.raises(ProtocolError, match="9 regions"):
+        Peer().send(F.SET_MEM_TABLE, body, count=8, need_reply=True)
+
+
+def test_rings_start_disabled_with_protocol_features() -> None:
+    peer = Peer(negotiated=False)
+    peer.send(F.SET_FEATURES, U64(ALL_FEATURES))
+    assert peer.calls == [("set_features", DEVICE_FEATURES)]
+    assert not any(ring.enabled for ring in peer.session.vrings)
+    peer.send(F.SET_VRING_ENABLE, VringState(1, 1))
+    assert [ring.enabled for ring in peer.session.vrings] == [False, True]
+
+
+def test_rings_are_enabled_at_once_without_protocol_features() -> None:
+    peer = Peer(negotiated=False)
+    peer.send(F.SET_FEATURES, U64(DEVICE_FEATURES))
+    assert peer.calls == [
+        ("set_features", DEVICE_FEATURES),
+        ("set_vring_enable", 0, True),
+        ("set_vring_enable", 1, True),
+    ]
+    with pytest.raises(ProtocolError, match="VHOST_USER_F_PROTOCOL_FEATURES"):
+        peer.send(F.SET_VRING_ENABLE, VringState(0, 0))
+    peer.send(F.SET_FEATURES, U64(DEVICE_FEATURES))
+    assert peer.calls[3:] == [("set_features", DEVICE_FEATURES)]
+
+
+def test_rings_may_be_enabled_before_features_as_qemu_does_for_network_devices() -> None:
+    peer = Peer(negotiated=False)
+    with pytest.raises(ProtocolError):
+        peer.send(F.SET_VRING_ENABLE, VringState(0, 1))
+    peer.send(F.SET_PROTOCOL_FEATURES, U64(0))
+    peer.send(F.SET_VRING_ENABLE, VringState(0, 1))
+    peer.send(F.SET_FEATURES, U64(ALL_FEATURES))
+    assert [ring.enabled for ring in peer.session.vrings] == [True, False]
+
+
+def test_reset_owner_disables_all_rings() -> None:
+    peer = Peer()
+    peer.send(F.SET_VRING_ENABLE, VringState(1, 1))
+    peer.send(F.RESET_OWNER)
+    assert peer.calls == [("set_vring_enable", 1, True), ("set_vring_enable", 1, False)]
+    assert peer.session.features == DEVICE_FEATURES
+
+
+def start(peer: Peer, index: int = 0) -> None:
+    peer.send(F.SET_VRING_NUM, VringState(index, 256))
+    peer.send(F.SET_VRING_BASE, VringState(index, 5))
+    peer.send(F.SET_VRING_ADDR, replace(ADDRESS, index=index))
+    peer.send(F.SET_VRING_KICK, VringFd(index, True), count=1)
+    peer.send(F.SET_VRING_ENABLE, VringState(index, 1))
+    assert peer.session.vrings[index].started
+    peer.calls.clear()
+
+
+@pytest.mark.parametrize(
+    ("request_", "same", "other"),
+    [
+        (F.SET_VRING_NUM, VringState(0, 256), VringState(0, 128)),
+        (F.SET_VRING_BASE, VringState(0, 5), VringState(0, 6)),
+        (F.SET_FEATURES, U64(ALL_FEATURES), U64(ALL_FEATURES & ~ACCESS_PLATFORM)),
+    ],
+    ids=["num", "base", "features"],
+)
+def test_started_ring_keeps_its_set_up_until_stopped(
+    request_: int, same: Payload, other: Payload
+) -> None:
+    peer = Peer()
+    start(peer)
+    assert peer.send(request_, same, need_reply=True) == ACK
+    assert peer.send(request_, other, need_reply=True) == NACK
+    assert peer.send(F.GET_VRING_BASE, VringState(0, 0)) == VringState(0, 7).encode()
+    assert not peer.session.vrings[0].started
+    assert peer.send(request_, other, need_reply=True) == ACK
+
+
+def test_features_come_before_rings() -> None:
+    peer = Peer(negotiated=False)
+    peer.send(F.SET_PROTOCOL_FEATURES, U64(int(SUPPORTED_PROTOCOL_FEATURES)))
+    start(peer)
+    assert peer.send(F.SET_FEATURES, U64(ALL_FEATURES), need_reply=True) == NACK
+
+
+def test_started_ring_may_move_and_change_its_eventfds() -> None:
+    peer = Peer()
+    start(peer)
+    assert peer.send(F.SET_VRING_ADDR, replace(ADDRESS, desc=0x50000), need_reply=True) == ACK
+    assert peer.send(F.SET_VRING_CALL, VringFd(0, True), count=1, need_reply=True) == ACK
+    assert peer.send(F.SET_VRING_KICK, VringFd(0, True), count=1, need_reply=True) == ACK
+
+
+def test_ring_size_and_address_are_checked_together() -> None:
+    at_end = replace(ADDRESS, desc=TOP - 16 * 64, avail=0x1000, used=0x2000)
+    for first, second in (
+        ((F.SET_VRING_ADDR, at_end), (F.SET_VRING_NUM, VringState(0, 128))),
+        ((F.SET_VRING_NUM, VringState(0, 128)), (F.SET_VRING_ADDR, at_end)),
+    ):
+        peer = Peer()
+        assert peer.send(*first, need_reply=True) == ACK
+        assert peer.send(*second, need_reply=True) == NACK
+    peer = Peer()
+    peer.send(F.SET_VRING_NUM, VringState(0, 64))
+    assert peer.send(F.SET_VRING_ADDR, at_end, need_reply=True) == ACK
+
+
+@pytest.mark.parametrize("reset", [(F.RESET_DEVICE, Empty()), (F.SET_STATUS, U64(0))])
+def test_reset_forgets_rings_and_keeps_memory_and_features(reset: tuple[int, Payload]) -> None:
+    peer = Peer()
+    peer.send(F.SET_MEM_TABLE, MemoryTable((LOW,)), count=1)
+    start(peer)
+    peer.send(*reset)
+    fresh = Peer().session.vrings
+    assert peer.session.vrings == fresh
+    assert peer.session.regions == (LOW,)
+    assert peer.session.features == DEVICE_FEATURES
+    start(peer)
+
+
+def test_qemu_boot_with_a_boot_loader_and_then_a_kernel() -> None:
+    """QEMU 10 with vhost-user-blk behind an IOMMU: the order and the repetitions it sends."""
+    peer = Peer(negotiated=False)
+    wanted = int(SUPPORTED_PROTOCOL_FEATURES)
+    assert peer.send(F.GET_FEATURES) == U64(ALL_FEATURES).encode()
+    assert peer.send(F.GET_PROTOCOL_FEATURES) == U64(wanted).encode()
+    assert peer.send(F.SET_PROTOCOL_FEATURES, U64(wanted)) is None
+    assert peer.send(F.GET_QUEUE_NUM) == U64(2).encode()
+    assert peer.send(F.GET_MAX_MEM_SLOTS) == U64(4).encode()
+    assert peer.send(F.SET_BACKEND_REQ_FD, count=1, need_reply=True) == ACK
+    assert peer.send(F.SET_OWNER) is None
+    assert peer.send(F.GET_FEATURES) == U64(ALL_FEATURES).encode()
+    assert peer.send(F.SET_VRING_CALL, VringFd(0, True), count=1) is None
+    assert len(peer.send(F.GET_CONFIG, Config(0, bytes(60)))) == 72
+    for features in (ALL_FEATURES & ~ACCESS_PLATFORM, ALL_FEATURES):
+        assert peer.send(F.SET_FEATURES, U64(features)) is None
+        assert peer.send(F.GET_STATUS) == U64(0).encode()
+        assert peer.send(F.SET_STATUS, U64(8)) is None
+        if not peer.session.regions:
+            added = peer.send(F.ADD_MEM_REG, SingleMemoryRegion(LOW), count=1, need_reply=True)
+            assert added == ACK
+        assert peer.send(F.SET_VRING_NUM, VringState(0, 128)) is None
+        assert peer.send(F.SET_VRING_BASE, VringState(0, 0)) is None
+        assert peer.send(F.SET_VRING_ADDR, ADDRESS) is None
+        assert peer.send(F.SET_VRING_KICK, VringFd(0, True), count=1) is None
+        assert peer.send(F.SET_VRING_CALL, VringFd(0, True), count=1) is None
+        assert peer.send(F.SET_VRING_ENABLE, VringState(0, 1), need_reply=True) == ACK
+        if features & ACCESS_PLATFORM:
+            update = IotlbMessage.update(0x20000, 0x1000, LOW.user_addr, 3)
+            assert peer.send(F.IOTLB_MSG, update, need_reply=True) == U64(0).encode()
+        assert peer.send(F.SET_STATUS, U64(15)) is None
+        assert peer.send(F.SET_VRING_ENABLE, VringState(0, 0), need_reply=True) == ACK
+        assert peer.send(F.GET_VRING_BASE, VringState(0, 0)) == VringState(0, 7).encode()
+        assert peer.send(F.SET_STATUS, U64(0)) is None
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        IotlbMessage.miss(0, 0x1000, 1),
+        IotlbMessage.access_fail(0, 0x1000, 1),
+        IotlbMessage(0, 0x1000, 0, 3, 0),
+        IotlbMessage(0, 0x1000, 0, 3, 5),
+        IotlbMessage(0, 0x1000, 0, 3, 255),
+        IotlbMessage.update(0, 0, 0, 3),
+        IotlbMessage.update(0, 0x1000, 0, 4),
+        IotlbMessage.update(TOP - 1, 2, 0, 3),
+        IotlbMessage.update(0, 2, TOP - 1, 3),
+        IotlbMessage.invalidate(0x1000, 0),
+        IotlbMessage.invalidate(TOP - 1, 2),
+    ],
+    ids=repr,
+)
+def test_bad_iotlb_message_is_answered_and_the_connection_lives(bad: IotlbMessage) -> None:
+    peer = Peer()
+    assert peer.send(F.IOTLB_MSG, bad) == U64(1).encode()
+    assert peer.calls == []
+    assert peer.send(F.IOTLB_MSG, IotlbMessage.invalidate(TOP - 1, 1)) == U64(0).encode()
+
+
+def test_iotlb_refused_by_the_handler() -> None:
+    peer = Peer()
+    peer.handler.error = DeviceError("not in guest memory")
+    update = IotlbMessage.update(0, 0x1000, 0x5000, 3)
+    assert peer.send(F.IOTLB_MSG, update, need_reply=True) == U64(1).encode()
+    assert str(peer.session.last_refusal) == "not in guest memory"
+
+
+def test_invalidation_of_the_whole_space_as_qemu_writes_it() -> None:
+    peer = Peer()
+    assert peer.send(F.IOTLB_MSG, IotlbMessage.invalidate(0, 0)) == U64(0).encode()
+    assert peer.calls == [("iotlb", (0, TOP, 0, 0, 3))]
+
+
+def test_iotlb_update_needs_an_iommu_but_invalidation_never_hurts() -> None:
+    peer = Peer()
+    peer.send(F.SET_FEATURES, U64(ALL_FEATURES & ~ACCESS_PLATFORM))
+    assert not peer.session.access_platform
+    peer.calls.clear()
+    update = IotlbMessage.update(0, 0x1000, 0x5000, 3)
+    assert peer.send(F.IOTLB_MSG, update) == U64(1).encode()
+    assert peer.calls == []
+    assert peer.send(F.IOTLB_MSG, IotlbMessage.invalidate(0, 0x1000)) == U64(0).encode()
+    peer.send(F.SET_FEATURES, U64(ALL_FEATURES))
+    assert peer.session.access_platform
+    assert peer.send(F.IOTLB_MSG, update) == U64(0).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_queues", 0),
+        ("num_queues", MAX_QUEUES + 1),
+        ("max_mem_slots", 0),
+        ("protocol_features", int(ProtocolFeature.LOG_SHMFD)),
+        ("features", PROTOCOL_FEATURES),
+        ("features", 1 << 26),
+        ("features", TOP),
+        ("features", -1),
+    ],
+)
+def test_handler_that_offers_the_impossible(name: str, value: int) -> None:
+    handler = RecordingHandler()
+    setattr(handler, name, value)
+    with pytest.raises(ValueError, match=name.replace("protocol_", "protocol ")):
+        Session(handler)
+
+
+def test_protocol_features_may_change_later() -> None:
+    peer = Peer()
+    peer.send(F.SET_PROTOCOL_FEATURES, U64(int(ProtocolFeature.MQ)))
+    assert peer.session.protocol_features == ProtocolFeature.MQ
