@@ -1,0 +1,180 @@
+"""Requests go out and replies come back over one channel, for several threads at once.
+
+Replies keep the order of the requests of their kind, but not across kinds: a back-end that still
+works on a GET_VRING_BASE answers the IOTLB updates that it needs for that first. So a reply goes to
+the first who waits for one with its code. Nobody reads unless somebody waits, and whoever waits
+reads for all.
+
+Source: QEMU docs/interop/vhost-user.rst, "Communication" and "VHOST_USER_PROTOCOL_F_REPLY_ACK".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, NoReturn
+
+from guestio.errors import GuestioError, ProtocolError
+from guestio.vhost_user.channel import Channel, Message, PeerGoneError
+from guestio.vhost_user.messages import decode_ack, request_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class RefusedError(GuestioError):
+    """The peer answered a request with a failure; the connection lives on."""
+
+
+class NoAnswerError(GuestioError, TimeoutError):
+    """The peer did not answer in time; the connection is of no more use."""
+
+
+class Pending:
+    """A reply that is expected.
+
+    Attributes:
+        request: Code of the request that it answers.
+        message: The reply, once it is there.
+    """
+
+    __slots__ = ("message", "request")
+
+    def __init__(self, request: int) -> None:
+        self.request = request
+        self.message: Message | None = None
+
+
+class Connection:
+    """A channel on which we ask and the peer answers.
+
+    Safe for any number of threads. Once it has failed, every call raises what broke it.
+
+    Args:
+        sock: A connected Unix stream socket; it is the connection's from here on.
+        timeout: Seconds that one wait, for a reply or for room to send, may take.
+    """
+
+    def __init__(self, sock: socket.socket, timeout: float) -> None:
+        self.timeout = timeout
+        self._socket = sock
+        self._channel = Channel(sock, send_timeout=timeout)
+        self._pending: deque[Pending] = deque()
+        self._reading = False
+        self._failure: GuestioError | None = None
+        self._state = threading.Condition()
+        self._sending = threading.Lock()
+
+    @property
+    def failure(self) -> GuestioError | None:
+        """What broke the connection, or None while it lives."""
+        return self._failure
+
+    def send(
+        self, request: int, data: bytes, fds: Sequence[int] = (), replies: int = 0
+    ) -> list[Pending]:
+        """Send whole messages of one kind and return what to wait for.
+
+        Args:
+            request: Code of the messages.
+            data: Their bytes.
+            fds: File descriptors to send with the first byte; they stay the caller's.
+            replies: How many replies there will be. Each must be waited for.
+
+        Raises:
+            GuestioError: The connection is broken.
+        """
+        expected = [Pending(request) for _ in range(replies)]
+        with self._sending:
+            with self._state:
+                if self._failure is not None:
+                    raise self._failure
+                self._pending.extend(expected)
+            try:
+                self._channel.send(data, fds)
+            except GuestioError as error:
+                self.fail(error)
+                raise
+        return expected
+
+    def wait(self, pending: Pending) -> Message:
+        """Wait for a reply.
+
+        Raises:
+            NoAnswerError: It did not come in time.
+            GuestioError: The connection is broken.
+        """
+        deadline = time.monotonic() + self.timeout
+        while True:
+            with self._state:
+                while self._reading and pending.message is None and self._failure is None:
+                    if not self._state.wait(deadline - time.monotonic()):
+                        break
+                if pending.message is not None:
+                    return pending.message
+                if self._failure is not None:
+                    raise self._failure
+                if self._reading or time.monotonic() >= deadline:
+                    self._time_out(pending.request)
+                self._reading = True
+            self._read_one(deadline)
+
+    def wait_ack(self, pending: Pending) -> int:
+        """Wait for a reply that is one number, and return that; raises as :meth:`wait`."""
+        message = self.wait(pending)
+        return decode_ack(message.header, message.payload, pending.request)
+
+    def fail(self, error: GuestioError) -> None:
+        """Break the connection: everybody who waits, and every later call, raises ``error``."""
+        with self._state:
+            if self._failure is None:
+                self._failure = error
+            self._state.notify_all()
+
+    def shut_down(self) -> None:
+        """Wake everybody who waits; they and every later call raise PeerGoneError."""
+        self.fail(PeerGoneError("the connection was closed on this side"))
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the socket. Nobody may be waiting any more. May be called again."""
+        self.shut_down()
+        self._channel.close()
+
+    def _read_one(self, deadline: float) -> None:
+        message: Message | None = None
+        failure: GuestioError | None = None
+        try:
+            message = self._channel.recv(max(deadline - time.monotonic(), 0))
+        except GuestioError as error:
+            failure = error
+        finally:
+            with self._state:
+                self._reading = False
+                if message is not None:
+                    failure = self._deliver(message)
+                if self._failure is None:
+                    self._failure = failure
+                self._state.notify_all()
+
+    def _deliver(self, message: Message) -> GuestioError | None:
+        with message:
+            if message.fd_count:
+                return ProtocolError(f"the reply to {request_name(message.request)} carries fds")
+        for pending in self._pending:
+            if pending.request == message.request and message.header.is_reply:
+                self._pending.remove(pending)
+                pending.message = message
+                return None
+        return ProtocolError(f"{request_name(message.request)} came, which nobody waits for")
+
+    def _time_out(self, request: int) -> NoReturn:
+        self._failure = NoAnswerError(
+            f"the peer did not answer {request_name(request)} for {self.timeout} s"
+        )
+        self._state.notify_all()
+        raise self._failure

@@ -1,0 +1,10 @@
+"""Devices and their queues.
+
+``device`` says what a device is, ``driver`` is the other side of a queue, ``blk`` and ``iommu``
+are devices. Rings are walked by the compiled core.
+"""
+
+from guestio._core.ring import Chain, SplitRing
+from guestio.virtio.device import Device, DeviceId, Status
+
+__all__ = ["Chain", "Device", "DeviceId", "SplitRing", "Status"]
