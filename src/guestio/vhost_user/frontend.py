@@ -1,21 +1,13 @@
 """A vhost-user front-end: what a VMM does with a device in another process.
 
-A :class:`Frontend` connects to a back-end, negotiates, shares guest memory, starts and stops rings,
-and serves the back-end's questions about I/O translations. It knows nothing of the device.
-
-Translations live in :attr:`Frontend.mappings`, from I/O virtual to guest physical addresses, as in
-the IOMMU of a machine. The back-end learns one when it asks (IOTLB miss, answered by an UPDATE with
-the address in this process) and forgets it when :meth:`Frontend.unmap` says so.
-
-Who answers misses is chosen once. ``answer="thread"`` has a thread do it whatever the caller is at.
-``answer="caller"`` leaves it to :meth:`Frontend.service`; as in QEMU, whose main loop does
-everything, no miss is then answered while a request waits for its reply.
+A :class:`Frontend` connects to a back-end, negotiates, shares guest memory, starts and stops rings.
+Its :attr:`~Frontend.iotlb` is the IOMMU in front of the device. It knows nothing of the device.
 
 Everything may be called from any thread. Every wait is bounded by ``timeout``; after a failure of
 the connection every call raises what broke it.
 
 Source: QEMU docs/interop/vhost-user.rst; how QEMU behaves where that leaves a choice:
-hw/virtio/vhost-user.c, vhost.c (`vhost_device_iotlb_miss`), vhost-backend.c.
+hw/virtio/vhost-user.c and vhost.c.
 """
 
 from __future__ import annotations
@@ -23,29 +15,21 @@ from __future__ import annotations
 import os
 import select
 import socket
-import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Literal, Self
 
-from guestio.addr import Permissions, check_address
 from guestio.errors import GuestioError, InvalidAddressError, ProtocolError
-from guestio.iommu import Iotlb
 from guestio.memory import GuestRegionCollection, MmapRegion
-from guestio.vhost_user.channel import Channel, Message, PeerGoneError
-from guestio.vhost_user.connection import Connection, NoAnswerError, Pending, RefusedError
+from guestio.vhost_user.exchange import Exchange, NoAnswerError, RefusedError
+from guestio.vhost_user.iotlb_service import IotlbService
 from guestio.vhost_user.messages import (
     MAX_TABLE_REGIONS,
     U64,
     VHOST_USER_F_PROTOCOL_FEATURES,
     VIRTIO_F_ACCESS_PLATFORM,
-    BackendRequest,
     Config,
     FrontendRequest,
-    IotlbMessage,
-    IotlbType,
     MemoryRegion,
     MemoryTable,
     Payload,
@@ -54,8 +38,6 @@ from guestio.vhost_user.messages import (
     VringAddr,
     VringFd,
     VringState,
-    encode_ack,
-    encode_iotlb,
     encode_message,
     request_name,
 )
@@ -78,10 +60,6 @@ __all__ = [
     "PROTOCOL_FEATURES",
     "Frontend",
     "FrontendQueue",
-    "IotlbCounts",
-    "MissAction",
-    "MissAnswer",
-    "MissHook",
     "NoAnswerError",
     "RefusedError",
 ]
@@ -90,52 +68,6 @@ _F = FrontendRequest
 _PROTOCOL_BIT: Final = 1 << VHOST_USER_F_PROTOCOL_FEATURES
 _PLATFORM_BIT: Final = 1 << VIRTIO_F_ACCESS_PLATFORM
 _CONNECT_PAUSE: Final = 0.01
-_FAILED: Final = 1
-
-
-class MissAction(Enum):
-    """What to do about an IOTLB miss."""
-
-    ANSWER = "answer"
-    """Send the translation, or refuse if there is none that fits."""
-    REFUSE = "refuse"
-    """Answer non-zero without looking."""
-    CLAIM = "claim"
-    """Answer 0 without having sent a translation: a lie."""
-    IGNORE = "ignore"
-    """Never answer."""
-
-
-class MissAnswer(NamedTuple):
-    """How a miss is dealt with: what is done, and after how many seconds."""
-
-    action: MissAction = MissAction.ANSWER
-    delay: float = 0.0
-
-
-MissHook: TypeAlias = Callable[[IotlbMessage], MissAnswer]
-"""Decides about each miss; called by whoever serves misses."""
-
-
-@dataclass(slots=True)
-class IotlbCounts:
-    """What happened between a front-end and its back-end's IOTLB.
-
-    Attributes:
-        misses: Questions received.
-        updates: Translations sent.
-        invalidations: Invalidations acknowledged.
-        access_fails: Forbidden accesses the back-end reported.
-        refused: Misses that were answered non-zero.
-        ignored: Misses that were not answered, by the hook's wish.
-    """
-
-    misses: int = 0
-    updates: int = 0
-    invalidations: int = 0
-    access_fails: int = 0
-    refused: int = 0
-    ignored: int = 0
 
 
 class FrontendQueue:
@@ -205,13 +137,9 @@ class Frontend:
             next one when the last was acknowledged.
 
     Attributes:
-        mappings: What the IOMMU in front of the device translates, I/O virtual to guest physical.
-            Change it with :meth:`map` and :meth:`unmap`.
+        iotlb: Translations of the IOMMU in front of the device.
         features: Virtio features negotiated; 0 before.
         protocol_features: Protocol features negotiated.
-        counts: Traffic about translations.
-        config_changes: How often the back-end announced a change of the configuration space.
-        miss_hook: Decides about each miss, for tests; None answers all of them.
 
     Raises:
         OSError: The connection was not possible.
@@ -227,31 +155,18 @@ class Frontend:
         granularity: int | None = 4096,
         pipeline: int = 1,
     ) -> None:
-        if granularity is not None and (granularity < 1 or granularity & (granularity - 1)):
-            raise ValueError(f"granularity {granularity} is not a power of two")
-        if pipeline < 1:
-            raise ValueError(f"pipeline {pipeline} must be at least 1")
-        if answer not in {"thread", "caller"}:
-            raise ValueError(f"answer {answer!r} is neither 'thread' nor 'caller'")
-        self.mappings = Iotlb()
+        self._exchange = Exchange(_connect(target, connect_wait), timeout)
+        try:
+            self.iotlb = IotlbService(
+                self._exchange, answer=answer, granularity=granularity, pipeline=pipeline
+            )
+        except BaseException:
+            self._exchange.close()
+            raise
         self.features = 0
         self.protocol_features = 0
-        self.counts = IotlbCounts()
-        self.config_changes = 0
-        self.miss_hook: MissHook | None = None
-        self._answer = answer
-        self._granule = granularity
-        self._pipeline = pipeline
-        self._memory: GuestRegionCollection | None = None
         self._protocol_bit = 0
         self._queues: dict[int, FrontendQueue] = {}
-        self._mapping = threading.Lock()
-        self._serving = threading.Lock()
-        self._backend: Channel | None = None
-        self._thread: threading.Thread | None = None
-        self._stop: int | None = None
-        self._stopping = threading.Event()
-        self._connection = Connection(_connect(target, connect_wait), timeout)
 
     # The connection
 
@@ -282,10 +197,10 @@ class Frontend:
         """
         acknowledged = not has_reply and bool(self.protocol_features & ProtocolFeature.REPLY_ACK)
         data = encode_message(request, payload, need_reply=acknowledged)
-        expected = self._connection.send(request, data, fds, has_reply or acknowledged)
+        expected = self._exchange.send(request, data, fds, has_reply or acknowledged)
         if has_reply:
-            return self._connection.wait(expected[0]).payload
-        if acknowledged and (status := self._connection.wait_ack(expected[0])):
+            return self._exchange.wait(expected[0]).payload
+        if acknowledged and (status := self._exchange.wait_ack(expected[0])):
             raise RefusedError(f"the back-end refused {request_name(request)} with {status:#x}")
         return b""
 
@@ -299,17 +214,13 @@ class Frontend:
     @property
     def failure(self) -> GuestioError | None:
         """What broke the connection, or None while it lives."""
-        return self._connection.failure
+        return self._exchange.failure
 
     def close(self) -> None:
         """End the connection: threads, sockets and eventfds are gone when this returns."""
-        self._stopping.set()
-        self._connection.shut_down()
-        self._stop_serving()
-        self._connection.close()
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
+        self._exchange.shut_down()
+        self.iotlb.close()
+        self._exchange.close()
         for queue in self._queues.values():
             queue.close()
         self._queues.clear()
@@ -371,13 +282,7 @@ class Frontend:
             except BaseException:
                 ours.close()
                 raise
-        self._stop_serving()
-        if self._backend is not None:
-            self._backend.close()
-        timeout = self._connection.timeout
-        self._backend = Channel(ours, with_fds=False, send_timeout=timeout)
-        if self._answer == "thread":
-            self._start_serving(self._backend)
+        self.iotlb.open(ours)
 
     def queue_count(self) -> int:
         """How many rings the device has; 1 without MQ."""
@@ -444,11 +349,11 @@ class Frontend:
             described = [_describe(region) for region in memory]
             table = MemoryTable(tuple(entry for entry, _ in described))
             self.request(_F.SET_MEM_TABLE, table, [fd for _, fd in described])
-        self._memory = memory
+        self.iotlb.memory = memory
 
     def _set_slots(self, memory: GuestRegionCollection) -> None:
         wanted = {_describe(region) for region in memory}
-        present = {_describe(region) for region in self._memory or ()}
+        present = {_describe(region) for region in self.iotlb.memory or ()}
         for entry, _ in sorted(present - wanted, key=_by_address):
             self.request(_F.REM_MEM_REG, SingleMemoryRegion(entry))
         for entry, fd in sorted(wanted - present, key=_by_address):
@@ -460,9 +365,9 @@ class Frontend:
         Raises:
             InvalidAddressError: It is not shared memory.
         """
-        if self._memory is None:
+        if self.iotlb.memory is None:
             raise InvalidAddressError(gpa, 1, None, "no memory was shared with set_memory()")
-        return self._memory.host_address(gpa)
+        return self.iotlb.memory.host_address(gpa)
 
     # Queues
 
@@ -528,196 +433,6 @@ class Frontend:
         if queue is not None:
             queue.close()
         return state.num
-
-    # Translations
-
-    def map(self, iova: int, gpa: int, length: int, perm: Permissions) -> None:
-        """Let the device reach guest memory at an I/O virtual address.
-
-        Nothing is sent: the back-end asks when it needs to know. What the range translated to
-        before must have been unmapped.
-        """
-        with self._mapping:
-            self.mappings.set_mapping(iova, gpa, length, perm)
-
-    def unmap(self, *ranges: tuple[int, int]) -> None:
-        """Take translations of ``(iova, length)`` ranges away, from the back-end too.
-
-        When this returns, the back-end has acknowledged that it does not use them any more.
-        """
-        with self._mapping:
-            for iova, length in ranges:
-                self.mappings.invalidate_mapping(iova, length)
-        self.invalidate(*ranges)
-
-    def invalidate(self, *ranges: tuple[int, int]) -> None:
-        """Have the back-end forget translations; :attr:`mappings` stays, so it may ask again."""
-        for at in range(0, len(ranges), self._pipeline):
-            chunk = ranges[at : at + self._pipeline]
-            expected = self._post([IotlbMessage.invalidate(*each) for each in chunk])
-            statuses = [self._connection.wait_ack(each) for each in expected]
-            self.counts.invalidations += len(chunk)
-            if any(statuses):
-                raise RefusedError(f"the back-end refused to forget one of {chunk}: {statuses}")
-
-    def push(self, iova: int) -> bool:
-        """Tell the back-end about a translation before it asks, as QEMU does for used rings.
-
-        Returns:
-            Whether there is one for ``iova``.
-        """
-        with self._mapping:
-            update = self._update_for(check_address(iova, "iova"), Permissions.NONE)
-            expected = self._post([] if update is None else [update])
-        for each in expected:
-            if self._connection.wait_ack(each):
-                raise RefusedError(f"the back-end refused a translation of {iova:#x}")
-        return update is not None
-
-    def _post(self, messages: Sequence[IotlbMessage]) -> list[Pending]:
-        if not messages:
-            return []
-        # IOTLB_MSG has a reply of its own, whatever was negotiated; QEMU asks for it all the same.
-        data = b"".join(encode_iotlb(_F.IOTLB_MSG, each, need_reply=True) for each in messages)
-        return self._connection.send(_F.IOTLB_MSG, data, (), len(messages))
-
-    # Questions of the back-end
-
-    def fileno(self) -> int:
-        """The back-end's channel, readable when :meth:`service` has something to do.
-
-        Raises:
-            ValueError: There is none.
-        """
-        if self._backend is None:
-            raise ValueError("the back-end has no channel for requests (BACKEND_REQ)")
-        return self._backend.fileno()
-
-    def service(self) -> int:
-        """Answer what the back-end has asked, without waiting for more.
-
-        Returns:
-            How many requests there were.
-        """
-        with self._serving:
-            if self._backend is None:
-                return 0
-            return self._serve(self._backend)
-
-    def _serve(self, channel: Channel) -> int:
-        count = 0
-        while batch := self._take_requests(channel):
-            count += len(batch)
-            self._answer_requests(channel, batch)
-        return count
-
-    def _take_requests(self, channel: Channel) -> list[Message]:
-        batch: list[Message] = []
-        while len(batch) < self._pipeline:
-            message = channel.recv()
-            if message is None:
-                break
-            if message.header.is_reply:
-                raise ProtocolError("a reply came on the back-end's channel")
-            batch.append(message)
-        return batch
-
-    def _answer_requests(self, channel: Channel, batch: Sequence[Message]) -> None:
-        """Answer requests in their order, a miss once its UPDATE is acknowledged."""
-        plans = [self._plan(message) for message in batch]
-        # Looking up and sending are one step: an UPDATE must not come after the INVALIDATE that
-        # follows a change of the table.
-        with self._mapping:
-            updates = [
-                self._update_for(plan.iova, plan.perm) if isinstance(plan, IotlbMessage) else None
-                for plan in plans
-            ]
-            expected = self._post([update for update in updates if update is not None])
-        acknowledged = iter([self._connection.wait_ack(each) for each in expected])
-        replies = b""
-        for message, plan, update in zip(batch, plans, updates, strict=True):
-            status = plan
-            if isinstance(plan, IotlbMessage):
-                status = _FAILED if update is None else next(acknowledged)
-                self.counts.updates += update is not None
-                self.counts.refused += status != 0
-            if status is not None and message.header.need_reply:
-                replies += encode_ack(message.request, int(status != 0))
-        if replies:
-            channel.send(replies)
-
-    def _plan(self, message: Message) -> IotlbMessage | int | None:
-        """What to do about a request: look a miss up, answer with a status, or stay silent."""
-        if message.request == BackendRequest.CONFIG_CHANGE_MSG:
-            self.config_changes += 1
-            return 0
-        if message.request != BackendRequest.IOTLB_MSG:
-            return _FAILED
-        iotlb = IotlbMessage.decode(message.payload)
-        if iotlb.type != IotlbType.MISS:
-            # QEMU does not act on an ACCESS_FAIL and answers that it failed.
-            self.counts.access_fails += iotlb.type == IotlbType.ACCESS_FAIL
-            return _FAILED
-        self.counts.misses += 1
-        action, delay = MissAnswer() if self.miss_hook is None else self.miss_hook(iotlb)
-        if delay:
-            self._stopping.wait(delay)
-        if action is MissAction.ANSWER:
-            return iotlb
-        if action is MissAction.IGNORE:
-            self.counts.ignored += 1
-            return None
-        self.counts.refused += action is MissAction.REFUSE
-        return _FAILED if action is MissAction.REFUSE else 0
-
-    def _update_for(self, iova: int, access: int) -> IotlbMessage | None:
-        """The UPDATE that answers a miss, or None without a mapping that allows the access."""
-        entries = self.mappings.overlapping(iova, 1)
-        if not entries or self._memory is None:
-            return None
-        start, size, target, perm = entries[0]
-        region = self._memory.find_region(target + iova - start)
-        if region is None or access & ~perm:
-            return None
-        # As much as lies in one mapping, one granule and one region around the address.
-        first, end = start, start + size
-        if self._granule is not None:
-            granule = iova & -self._granule
-            first, end = max(first, granule), min(end, granule + self._granule)
-        first = max(first, start + region.start - target)
-        end = min(end, start + region.start + region.size - target)
-        user = region.host_address(target + first - start - region.start)
-        return IotlbMessage.update(first, end - first, user, int(perm))
-
-    def _start_serving(self, channel: Channel) -> None:
-        self._stop = _eventfd()
-        self._thread = threading.Thread(
-            target=self._serve_until_stopped,
-            args=(channel, self._stop),
-            name="guestio-iotlb",
-            daemon=True,
-        )
-        self._thread.start()
-
-    def _serve_until_stopped(self, channel: Channel, stop: int) -> None:
-        poller = select.poll()
-        poller.register(channel.fileno(), select.POLLIN)
-        poller.register(stop, select.POLLIN)
-        try:
-            while stop not in {fd for fd, _ in poller.poll()}:
-                with self._serving:
-                    self._serve(channel)
-        except PeerGoneError:
-            return
-        except GuestioError as error:
-            self._connection.fail(error)
-
-    def _stop_serving(self) -> None:
-        if self._thread is not None and self._stop is not None:
-            os.eventfd_write(self._stop, 1)
-            self._thread.join()
-            os.close(self._stop)
-            self._thread = self._stop = None
 
 
 def _connect(target: str | os.PathLike[str] | socket.socket, wait: float) -> socket.socket:

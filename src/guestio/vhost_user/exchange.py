@@ -48,13 +48,13 @@ class Pending:
         self.message: Message | None = None
 
 
-class Connection:
+class Exchange:
     """A channel on which we ask and the peer answers.
 
     Safe for any number of threads. Once it has failed, every call raises what broke it.
 
     Args:
-        sock: A connected Unix stream socket; it is the connection's from here on.
+        sock: A connected Unix stream socket; it belongs to the exchange from here on.
         timeout: Seconds that one wait, for a reply or for room to send, may take.
     """
 
