@@ -1,0 +1,173 @@
+"""A device behind a Unix socket, for any vhost-user front-end."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import stat
+import threading
+from typing import Literal, Self
+
+from guestio.errors import DeviceError
+from guestio.vhost_user.channel import Channel
+from guestio.vhost_user.service import Service, Statistics
+from guestio.vhost_user.poller import Poller
+from guestio.virtio.device import Device
+
+log = logging.getLogger("guestio.vhost_user")
+
+MAX_PATH = 107
+"""Bytes of a Unix socket's path (sun_path without its terminator)."""
+
+
+class Backend:
+    """Serves a virtio device to one vhost-user front-end after the other.
+
+    Behind an IOMMU (the front-end negotiates VIRTIO_F_ACCESS_PLATFORM) every address that the
+    driver uses, those of its rings included, is translated by asking the front-end.
+
+    Args:
+        device: What to serve; it is the caller's to close.
+        path: Where to listen. A socket that nobody listens on is replaced.
+        iommu: ``"auto"`` lets the front-end decide whether there is an IOMMU; ``"off"`` does not
+            offer it.
+        miss_timeout: Seconds a front-end may take to answer an IOTLB miss; then the request fails.
+
+    Raises:
+        DeviceError: The path is too long or in use, or its directory cannot be written.
+
+    Attributes:
+        statistics: Counters over all front-ends so far.
+
+    Threads: everything happens in the thread that calls :meth:`serve`; only :meth:`stop` may be
+    called from others and from signal handlers.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        path: str | os.PathLike[str],
+        *,
+        iommu: Literal["auto", "off"] = "auto",
+        miss_timeout: float = 5.0,
+    ) -> None:
+        if iommu not in ("auto", "off"):
+            raise ValueError(f"iommu {iommu!r} is neither 'auto' nor 'off'")
+        if not miss_timeout > 0:
+            raise ValueError(f"miss_timeout {miss_timeout} must be greater than 0")
+        self.device = device
+        self.path = os.fspath(path)
+        self.statistics = Statistics()
+        self._iommu = iommu
+        self._miss_timeout = miss_timeout
+        self._stopping = threading.Event()
+        self._service: Service | None = None
+        self._listener = _listen(self.path)
+        self._poller = Poller()
+
+    def serve(self, connections: int | None = None) -> None:
+        """Serve front-ends until :meth:`stop` is called.
+
+        Args:
+            connections: Return after so many front-ends; None for no limit.
+        """
+        try:
+            while not self._stopping.is_set() and connections != 0:
+                self._serve_one()
+                if connections is not None and not self._stopping.is_set():
+                    connections -= 1
+        finally:
+            if self._service is not None:
+                self._service.close()
+
+    def _serve_one(self) -> None:
+        """Accept one front-end and serve it until it goes away."""
+        self._service = None
+        self._poller.add(self._listener.fileno(), self._accept)
+        while not self._stopping.is_set():
+            self._poller.run_once()
+            if self._service is not None and self._service.closed:
+                return
+
+    def _accept(self) -> None:
+        try:
+            connected, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
+                log.error("cannot accept a front-end: %s", error.strerror)
+            return
+        self._poller.remove(self._listener.fileno())
+        self.statistics.connections += 1
+        self._service = Service(
+            Channel(connected),
+            self.device,
+            self._poller,
+            self.statistics,
+            offer_iommu=self._iommu == "auto",
+            miss_timeout=self._miss_timeout,
+        )
+
+    def stop(self) -> None:
+        """Make :meth:`serve` return after what it is doing. From any thread or signal handler."""
+        self._stopping.set()
+        self._poller.wake()
+
+    def close(self) -> None:
+        """Remove the socket and release everything. Calling it again does nothing."""
+        if self._service is not None:
+            self._service.close()
+            self._service = None
+        if self._listener.fileno() >= 0:
+            self._listener.close()
+            self._poller.close()
+            try:
+                os.unlink(self.path)  # noqa: PTH108 - the path may be bytes-like
+            except FileNotFoundError:
+                pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _listen(path: str) -> socket.socket:
+    if len(os.fsencode(path)) > MAX_PATH:
+        raise DeviceError(
+            f"the socket path {path} is {len(os.fsencode(path))} bytes long; "
+            f"a Unix socket's is at most {MAX_PATH}"
+        )
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind(path)
+        listener.listen(8)
+    except OSError as error:
+        listener.close()
+        raise DeviceError(f"cannot listen on {path}: {error.strerror}") from error
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that nobody listens on; refuse anything else that is in the way."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise DeviceError(f"cannot listen on {path}: {error.strerror}") from error
+    if not stat.S_ISSOCK(mode):
+        raise DeviceError(f"cannot listen on {path}: there is a file that is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)  # noqa: PTH108
+            return
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                raise DeviceError(f"cannot listen on {path}: {error.strerror}") from error
+    raise DeviceError(f"cannot listen on {path}: somebody else is listening there")

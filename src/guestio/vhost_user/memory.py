@@ -1,0 +1,94 @@
+"""The front-end's memory table: its addresses, ours, and the guest's."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from guestio._core.access import RegionTable
+from guestio.errors import InvalidAddressError
+from guestio.memory import Backing, GuestRegionCollection, MmapRegion
+from guestio.vhost_user.messages import MemoryRegion
+
+
+class SharedMemory:
+    """Guest memory that a front-end shares; never changes once made.
+
+    Attributes:
+        memory: It by guest physical address.
+    """
+
+    def __init__(self, regions: Sequence[tuple[MemoryRegion, MmapRegion]] = ()) -> None:
+        self._regions = sorted(regions, key=lambda pair: pair[0].user_addr)
+        self._starts = [description.user_addr for description, _ in self._regions]
+        placed = sorted((region for _, region in regions), key=lambda region: region.start)
+        self.memory = (
+            GuestRegionCollection.from_regions(placed) if placed else GuestRegionCollection()
+        )
+
+    @property
+    def table(self) -> RegionTable:
+        """The same memory for the compiled core."""
+        return self.memory._space.regions
+
+    @classmethod
+    def of_table(cls, regions: Sequence[tuple[MemoryRegion, int]]) -> SharedMemory:
+        """Map a whole memory table.
+
+        Raises:
+            BackingError: A region cannot be mapped; none is then.
+        """
+        return cls([(description, _map(description, fd)) for description, fd in regions])
+
+    def adding(self, description: MemoryRegion, fd: int) -> SharedMemory:
+        """This memory and one more region.
+
+        Raises:
+            BackingError: It cannot be mapped.
+        """
+        return SharedMemory([*self._regions, (description, _map(description, fd))])
+
+    def removing(self, description: MemoryRegion) -> SharedMemory:
+        """This memory without a region."""
+        return SharedMemory([pair for pair in self._regions if pair[0] != description])
+
+    def guest_ranges(self, user_addr: int, size: int) -> list[tuple[int, int]]:
+        """Guest physical ranges behind a range of the front-end's addresses.
+
+        Raises:
+            InvalidAddressError: Some of it is not shared.
+        """
+        found = []
+        while size:
+            index = bisect_right(self._starts, user_addr) - 1
+            inside = user_addr - self._starts[index] if index >= 0 else 0
+            if index < 0 or inside >= self._regions[index][0].size:
+                raise InvalidAddressError(
+                    user_addr, size, None, "the front-end does not share that address of its own"
+                )
+            description = self._regions[index][0]
+            length = min(size, description.size - inside)
+            found.append((description.guest_addr + inside, length))
+            user_addr, size = user_addr + length, size - length
+        return found
+
+    def guest_address(self, user_addr: int, size: int) -> int:
+        """Guest physical address of a range that must be contiguous.
+
+        Raises:
+            InvalidAddressError: It is not shared, or not contiguous.
+        """
+        ranges = self.guest_ranges(user_addr, size)
+        start = end = ranges[0][0]
+        for base, length in ranges:
+            if base != end:
+                raise InvalidAddressError(
+                    user_addr, size, None, "it is not contiguous for the guest"
+                )
+            end += length
+        return start
+
+
+def _map(description: MemoryRegion, fd: int) -> MmapRegion:
+    backing = Backing.from_fd(fd, description.size, description.mmap_offset)
+    return MmapRegion(description.guest_addr, backing)

@@ -1,0 +1,92 @@
+"""One thread's wait for descriptors, timers and its own unfinished work."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+
+Callback = Callable[[], None]
+
+
+class Poller:
+    """Calls back when a descriptor is readable, a time has come, or there is more to do.
+
+    Only :meth:`wake` may be called from another thread or a signal handler.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callback] = {}
+        self._timers: dict[Hashable, tuple[float, Callback]] = {}
+        self._soon: deque[Callback] = deque()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.add(self._wake, self._woken)
+
+    def add(self, fd: int, callback: Callback, *, edge: bool = False) -> None:
+        """Call back whenever ``fd`` is readable, or with ``edge`` whenever it becomes so again.
+
+        Raises:
+            OSError: The descriptor cannot be waited for.
+        """
+        self._epoll.register(fd, select.EPOLLIN | (select.EPOLLET if edge else 0))
+        self._callbacks[fd] = callback
+
+    def remove(self, fd: int) -> None:
+        """Stop waiting for ``fd``, before it is closed. Unknown ones are ignored."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def again(self, callback: Callback) -> None:
+        """Call back once, after what is ready now has had its turn."""
+        self._soon.append(callback)
+
+    def set_timer(self, key: Hashable, when: float, callback: Callback) -> None:
+        """Call back once at ``when`` (``time.monotonic``); replaces a timer of the same key."""
+        self._timers[key] = (when, callback)
+
+    def clear_timer(self, key: Hashable) -> None:
+        """Forget a timer, if there is one."""
+        self._timers.pop(key, None)
+
+    def wake(self) -> None:
+        """Make a waiting :meth:`run_once` return."""
+        os.eventfd_write(self._wake, 1)
+
+    def run_once(self) -> None:
+        """Wait until something is due and call back for all of it."""
+        for fd, _ in self._epoll.poll(self._patience()):
+            # A callback before this one may have removed it.
+            callback = self._callbacks.get(fd)
+            if callback is not None:
+                callback()
+        for _ in range(len(self._soon)):
+            self._soon.popleft()()
+        if self._timers:
+            self._run_timers()
+
+    def _patience(self) -> float:
+        if self._soon:
+            return 0
+        if not self._timers:
+            return -1
+        first = min(when for when, _ in self._timers.values())
+        return max(first - time.monotonic(), 0)
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        for key, (when, callback) in list(self._timers.items()):
+            if when <= now and key in self._timers:
+                del self._timers[key]
+                callback()
+
+    def _woken(self) -> None:
+        os.eventfd_read(self._wake)
+
+    def close(self) -> None:
+        """Close the poller's own descriptors. Calling it again does nothing."""
+        if not self._epoll.closed:
+            self._epoll.close()
+            os.close(self._wake)

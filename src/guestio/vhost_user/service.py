@@ -1,0 +1,643 @@
+"""One front-end as a back-end serves it: its memory, its rings, its translations, its device.
+
+Everything happens in one thread, the one that runs the poller. A queue that lacks a translation
+is parked, asks for all that it lacks at once, and goes on when the answers are there; meanwhile
+everybody else is served. Nothing waits inside, so a front-end can always be answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from guestio._core.access import AddressSpace
+from guestio._core.ring import Chain, SplitRing
+from guestio.addr import IovaRange, Permissions
+from guestio.errors import DeviceError, GuestioError, ProtocolError
+from guestio.iommu import Iotlb
+from guestio.vhost_user.channel import Channel, PeerGoneError
+from guestio.vhost_user.memory import SharedMemory
+from guestio.vhost_user.messages import (
+    BackendRequest,
+    ConfigFlag,
+    IotlbMessage,
+    IotlbType,
+    MemoryRegion,
+    ProtocolFeature,
+    VringAddr,
+    decode_ack,
+    encode_iotlb,
+)
+from guestio.vhost_user.misses import PAGE, MissTable, Question, pages
+from guestio.vhost_user.poller import Poller
+from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES, Session
+from guestio.virtio.device import (
+    VIRTIO_F_ACCESS_PLATFORM,
+    VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_VERSION_1,
+    Device,
+    Status,
+)
+
+log = logging.getLogger("guestio.vhost_user")
+
+MAX_MEM_SLOTS = 509
+"""Memory regions at most, as many as QEMU's default for KVM."""
+
+MAX_TRANSLATIONS = 1 << 20
+"""IOTLB entries at most; a front-end that sends more makes the least used ones go."""
+
+TURN = 64
+"""Requests of a queue, or messages, that are served before somebody else has a turn."""
+
+POLL_INTERVAL = 0.001
+"""Seconds between looks at a ring whose front-end gave no kick fd."""
+
+_ONE = struct.pack("=Q", 1)
+
+Missing: TypeAlias = list[tuple[IovaRange, int]]
+"""Ranges that lack a translation, and the access that each is needed for."""
+
+
+@dataclass
+class Statistics:
+    """What happened on a back end, over all its front-ends.
+
+    Attributes:
+        connections: Front-ends accepted.
+        requests: Requests taken from queues.
+        failed_requests: Those of them that could not be served.
+        queue_errors: Queues that stopped because their driver broke a rule.
+        protocol_errors: Front-ends disconnected because they broke the protocol.
+        iotlb_misses: Translations asked for.
+        iotlb_updates: Translations told.
+        iotlb_invalidations: Translations revoked.
+        iotlb_refused: Translations asked for in vain.
+        iotlb_timeouts: Those of them that the front-end did not answer in time.
+        access_fails: Accesses that their translation forbade.
+    """
+
+    connections: int = 0
+    requests: int = 0
+    failed_requests: int = 0
+    queue_errors: int = 0
+    protocol_errors: int = 0
+    iotlb_misses: int = 0
+    iotlb_updates: int = 0
+    iotlb_invalidations: int = 0
+    iotlb_refused: int = 0
+    iotlb_timeouts: int = 0
+    access_fails: int = 0
+
+
+@dataclass(eq=False)
+class _Queue:
+    """A virtqueue as the front-end set it up.
+
+    `refused` are the pages, and accesses, that it was told it cannot have since it last made
+    progress; a request that needs one of them fails.
+    """
+
+    index: int
+    num: int = 0
+    address: VringAddr | None = None
+    base: int = 0
+    enabled: bool = False
+    started: bool = False
+    polled: bool = False
+    broken: bool = False
+    kick: int | None = None
+    call: int | None = None
+    err: int | None = None
+    ring: SplitRing | None = None
+    refused: set[tuple[int, int]] = field(default_factory=set)
+
+
+class Service:
+    """A front-end from its connection to its disconnection; a :class:`SessionHandler`.
+
+    Args:
+        channel: The connection; owned from here on.
+        device: What it is connected to.
+        poller: Calls back when there is something to do.
+        statistics: Where to count.
+        offer_iommu: Whether the device may sit behind an IOMMU.
+        miss_timeout: Seconds a front-end may take to answer an IOTLB miss.
+
+    Attributes:
+        closed: Whether the front-end is gone and everything of it released.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        device: Device,
+        poller: Poller,
+        statistics: Statistics,
+        *,
+        offer_iommu: bool,
+        miss_timeout: float,
+    ) -> None:
+        self.closed = False
+        self._channel = channel
+        self._device = device
+        self._poller = poller
+        self._stats = statistics
+        self._back: Channel | None = None
+        self._shared = SharedMemory()
+        self._iotlb = Iotlb(MAX_TRANSLATIONS)
+        self._misses = MissTable(miss_timeout)
+        self._space = AddressSpace(self._shared.table)
+        self._queues = [_Queue(index) for index in range(device.num_queues)]
+        self._ready: deque[_Queue] = deque()
+        self._status = 0
+        self._negotiated = 0
+        self._bursts = _Bursts()
+        self.features = (
+            device.features
+            | 1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_F_INDIRECT_DESC
+            | 1 << VIRTIO_F_EVENT_IDX
+            | (1 << VIRTIO_F_ACCESS_PLATFORM if offer_iommu else 0)
+        )
+        self.protocol_features = int(SUPPORTED_PROTOCOL_FEATURES)
+        self.num_queues = device.num_queues
+        self.max_mem_slots = MAX_MEM_SLOTS
+        self._session = Session(self)
+        poller.add(channel.fileno(), self._receive)
+
+    def _receive(self) -> None:
+        if self.closed:
+            return
+        try:
+            for _ in range(TURN):
+                message = self._channel.recv()
+                if message is None:
+                    return
+                reply = self._session.handle(message)
+                if reply is not None:
+                    self._channel.send(reply)
+            self._poller.again(self._receive)
+        except PeerGoneError:
+            self.close()
+        except ProtocolError as error:
+            self._stats.protocol_errors += 1
+            log.error("front-end disconnected: %s", error)  # noqa: TRY400 - the peer's fault
+            self.close()
+
+    def close(self) -> None:
+        """Give everything back. Calling it again does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        self._poller.remove(self._channel.fileno())
+        self._channel.close()
+        self._close_back_channel()
+        self._forget_queues()
+        self._poller.clear_timer(self)
+        self._device.reset()
+        self._shared = SharedMemory()
+        self._space = AddressSpace(self._shared.table)
+        self._bursts.flush()
+
+    def _forget_queues(self) -> None:
+        for index, queue in enumerate(self._queues):
+            self._stop(queue)
+            self._set_fd(queue, "call", None)
+            self._set_fd(queue, "err", None)
+            self._queues[index] = _Queue(index)
+
+    @property
+    def translating(self) -> bool:
+        """Whether the driver's addresses are I/O virtual."""
+        return bool(self._negotiated >> VIRTIO_F_ACCESS_PLATFORM & 1)
+
+    def set_features(self, features: int) -> None:
+        """See :class:`SessionHandler`."""
+        if features == self._negotiated:
+            return
+        self._negotiated = features
+        self._device.negotiated(features)
+        self._change_memory(self._shared)
+
+    def set_memory_table(self, regions: Sequence[tuple[MemoryRegion, int]]) -> None:
+        """See :class:`SessionHandler`."""
+        try:
+            shared = SharedMemory.of_table(regions)
+        finally:
+            for _, fd in regions:
+                os.close(fd)
+        self._change_memory(shared)
+
+    def add_memory_region(self, region: MemoryRegion, fd: int) -> None:
+        """See :class:`SessionHandler`."""
+        try:
+            shared = self._shared.adding(region, fd)
+        finally:
+            os.close(fd)
+        self._change_memory(shared)
+
+    def remove_memory_region(self, region: MemoryRegion) -> None:
+        """See :class:`SessionHandler`."""
+        self._change_memory(self._shared.removing(region))
+
+    def _change_memory(self, shared: SharedMemory) -> None:
+        """Use other memory; rings and translations are looked up again."""
+        self._shared = shared
+        self._iotlb.invalidate_all()
+        self._space = AddressSpace(shared.table, self._iotlb if self.translating else None)
+        for queue in self._queues:
+            self._detach(queue)
+
+    def set_vring_num(self, index: int, num: int) -> None:
+        """See :class:`SessionHandler`."""
+        self._queues[index].num = num
+
+    def set_vring_addr(self, index: int, address: VringAddr) -> None:
+        """See :class:`SessionHandler`."""
+        self._queues[index].address = address
+        self._detach(self._queues[index])
+
+    def set_vring_base(self, index: int, base: int) -> None:
+        """See :class:`SessionHandler`."""
+        self._queues[index].base = base
+
+    def get_vring_base(self, index: int) -> int:
+        """See :class:`SessionHandler`."""
+        self._stop(self._queues[index])
+        return self._queues[index].base
+
+    def set_vring_enable(self, index: int, enable: bool) -> None:
+        """See :class:`SessionHandler`."""
+        queue = self._queues[index]
+        queue.enabled = enable
+        if enable and queue.started:
+            self._wake(queue)
+
+    def _detach(self, queue: _Queue) -> None:
+        """Let go of a ring's memory; it is set up again, where it stopped, before its next use.
+
+        Completions that cannot be shown any more are taken back, and done again then.
+        """
+        if queue.ring is not None:
+            with contextlib.suppress(GuestioError):
+                if queue.ring.publish():
+                    _signal(queue.call)
+            queue.base = (queue.ring.next_avail - queue.ring.unpublished) & 0xFFFF
+        queue.ring, queue.broken = None, False
+        if queue.enabled and queue.started:
+            self._wake(queue)
+
+    def _stop(self, queue: _Queue) -> None:
+        queue.started = False
+        self._detach(queue)
+        queue.refused.clear()
+        self._misses.forget(queue.index)
+        self._poller.clear_timer(queue)
+        self._set_fd(queue, "kick", None)
+
+    def set_vring_kick(self, index: int, fd: int | None) -> None:
+        """See :class:`SessionHandler`."""
+        queue = self._queues[index]
+        self._set_fd(queue, "kick", fd)
+        queue.polled = fd is None
+        if fd is None:
+            queue.started = True
+            self._wake(queue)
+
+    def set_vring_call(self, index: int, fd: int | None) -> None:
+        """See :class:`SessionHandler`."""
+        self._set_fd(self._queues[index], "call", fd)
+
+    def set_vring_err(self, index: int, fd: int | None) -> None:
+        """See :class:`SessionHandler`."""
+        self._set_fd(self._queues[index], "err", fd)
+
+    def _set_fd(self, queue: _Queue, name: str, fd: int | None) -> None:
+        """Replace one of a queue's eventfds. A kick is noticed by its edge and never read."""
+        old: int | None = getattr(queue, name)
+        setattr(queue, name, None)
+        if old is not None:
+            self._poller.remove(old)
+            if name == "kick":
+                _drain(old)
+            os.close(old)
+        if fd is None:
+            return
+        try:
+            os.set_blocking(fd, False)
+            if name == "kick":
+                self._poller.add(fd, lambda: self._kicked(queue), edge=True)
+        except OSError as error:
+            os.close(fd)
+            raise ProtocolError(
+                f"the {name} fd of queue {queue.index} is unusable: {error.strerror}"
+            ) from error
+        setattr(queue, name, fd)
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """See :class:`SessionHandler`."""
+        return self._device.config()[offset : offset + size].ljust(size, b"\0")
+
+    def set_config(self, offset: int, data: bytes, flags: int) -> None:
+        """See :class:`SessionHandler`."""
+        if flags & ConfigFlag.LIVE_MIGRATION:
+            raise DeviceError("migration of this device's state is not supported")
+        self._device.write_config(offset, data)
+
+    def get_status(self) -> int:
+        """See :class:`SessionHandler`."""
+        return self._status
+
+    def set_status(self, status: int) -> None:
+        """See :class:`SessionHandler`."""
+        if status == 0:
+            self.reset_device()
+        self._status = status
+
+    def reset_device(self) -> None:
+        """See :class:`SessionHandler`."""
+        self._forget_queues()
+        self._status = 0
+        self._device.reset()
+
+    def iotlb(self, message: IotlbMessage) -> None:
+        """See :class:`SessionHandler`."""
+        iova, size, uaddr, perm, kind = message
+        if kind == IotlbType.INVALIDATE:
+            self._stats.iotlb_invalidations += 1
+            self._iotlb.invalidate_mapping(iova, size)
+            return
+        self._stats.iotlb_updates += 1
+        at = iova
+        for guest_addr, length in self._shared.guest_ranges(uaddr, size):
+            self._iotlb.set_mapping(at, guest_addr, length, Permissions(perm))
+            at += length
+        self._wake_all(self._misses.answered(iova, size))
+
+    def _wake_all(self, indices: set[int]) -> None:
+        for index in indices:
+            self._wake(self._queues[index])
+
+    def _wake(self, queue: _Queue) -> None:
+        if queue not in self._ready:
+            self._ready.append(queue)
+            self._poller.again(self._run_ready)
+
+    def _run_ready(self) -> None:
+        if self._ready:
+            self._run(self._ready.popleft())
+
+    def _kicked(self, queue: _Queue) -> None:
+        queue.started = True
+        self._run(queue)
+
+    def _run(self, queue: _Queue) -> None:
+        """Serve a queue for one turn."""
+        if self.closed or queue.broken or not (queue.enabled and queue.started):
+            return
+        try:
+            if queue.ring is None:
+                queue.ring = self._make_ring(queue)
+            if queue.ring is not None:
+                self._serve(queue, queue.ring)
+        except GuestioError as error:
+            self._break(queue, error)
+
+    def _make_ring(self, queue: _Queue) -> SplitRing | None:
+        address, num = queue.address, queue.num
+        if address is None or not num:
+            return None
+        event_idx = bool(self._negotiated >> VIRTIO_F_EVENT_IDX & 1)
+        areas = (
+            (address.desc, 16 * num),
+            (address.avail, 4 + 2 * num + 2 * event_idx),
+            (address.used, 4 + 8 * num + 2 * event_idx),
+        )
+        desc, avail, used = (
+            addr if self.translating else self._shared.guest_address(addr, size)
+            for addr, size in areas
+        )
+        return SplitRing(
+            self._space,
+            num,
+            desc,
+            avail,
+            used,
+            event_idx=event_idx,
+            indirect=bool(self._negotiated >> VIRTIO_F_INDIRECT_DESC & 1),
+            base=queue.base,
+        )
+
+    def _break(self, queue: _Queue, error: GuestioError) -> None:
+        """Report a queue that its driver ruined; the others go on."""
+        queue.broken = True
+        self._stats.queue_errors += 1
+        self._status |= Status.NEEDS_RESET
+        log.error("queue %d stopped: %s", queue.index, error)
+        _signal(queue.err)
+
+    def _serve(self, queue: _Queue, ring: SplitRing) -> None:
+        if not self._publish(queue, ring):
+            return
+        ring.disable_kicks()
+        chains, missing = ring.pop(TURN)
+        for chain in chains:
+            ring.complete(chain, self._process(queue, chain))
+        if chains and not self._publish(queue, ring):
+            return
+        if missing:
+            self._park(queue, ring, missing)
+            return
+        queue.refused.clear()
+        if len(chains) == TURN or ring.enable_kicks():
+            self._wake(queue)
+        elif queue.polled:
+            due = time.monotonic() + POLL_INTERVAL
+            self._poller.set_timer(queue, due, lambda: self._run(queue))
+
+    def _process(self, queue: _Queue, chain: Chain) -> int:
+        self._stats.requests += 1
+        try:
+            if chain.fault is None:
+                return self._device.process(queue.index, chain)
+            self._bursts.report("queue %d: request refused: %s", queue.index, chain.fault)
+        except GuestioError as error:
+            self._bursts.report("queue %d: request failed: %s", queue.index, error)
+        except Exception:
+            log.exception("queue %d: the device failed; its request is refused", queue.index)
+        self._stats.failed_requests += 1
+        try:
+            return self._device.fail(queue.index, chain)
+        except GuestioError:
+            return 0
+
+    def _publish(self, queue: _Queue, ring: SplitRing) -> bool:
+        """Show completions; False, and parked, if the used ring is out of reach."""
+        notify = ring.publish()
+        if notify is None:
+            self._park(queue, ring, ring.missing())
+            return False
+        if notify:
+            _signal(queue.call)
+        return True
+
+    def _park(self, queue: _Queue, ring: SplitRing, missing: Missing) -> None:
+        """Ask for what a queue lacks; a request that lacks what was refused fails instead."""
+        wanted = missing
+        if queue.refused:
+            if self._give_up(queue, ring):
+                return
+            wanted = [
+                (IovaRange(iova, PAGE), access)
+                for iova, access in pages(missing)
+                if (iova, access) not in queue.refused
+            ]
+        messages = self._misses.ask(
+            queue.index, wanted, time.monotonic(), acknowledged=self._acknowledged
+        )
+        self._stats.iotlb_misses += len(messages)
+        self._send_back(messages)
+        self._arm()
+
+    def _give_up(self, queue: _Queue, ring: SplitRing) -> bool:
+        """Deal with a refusal that concerns the ring itself or the request at its head."""
+        lost = queue.refused.intersection
+        if lost(pages(ring.missing())):
+            self._bursts.report("queue %d: its ring has no translation", queue.index)
+            queue.refused.clear()
+            queue.started = False
+            return True
+        _, lacking = ring.pop(1)
+        if not lost(pages(lacking)):
+            return False
+        chain = ring.pop_faulty()
+        if chain is not None:
+            self._report_access_fails(chain)
+            queue.refused.difference_update(pages(lacking))
+            ring.complete(chain, self._process(queue, chain))
+        self._wake(queue)
+        return True
+
+    def _report_access_fails(self, chain: Chain) -> None:
+        messages = [
+            IotlbMessage.access_fail(base, length, access)
+            for (base, length), access in chain.access_fails
+        ]
+        self._stats.access_fails += len(messages)
+        self._send_back(messages, need_reply=False)
+
+    def _arm(self) -> None:
+        deadline = self._misses.deadline()
+        if deadline is None:
+            self._poller.clear_timer(self)
+        else:
+            self._poller.set_timer(self, deadline, self._expire)
+
+    def _expire(self) -> None:
+        for question in self._misses.expired(time.monotonic()):
+            self._stats.iotlb_timeouts += 1
+            self._refuse(question)
+        self._wake_all(self._misses.starved())
+        self._arm()
+
+    def _refuse(self, question: Question) -> None:
+        self._stats.iotlb_refused += 1
+        for index in question.waiting:
+            self._queues[index].refused.add((question.iova, question.access))
+            self._wake(self._queues[index])
+
+    @property
+    def _acknowledged(self) -> bool:
+        """Whether the front-end acknowledges what we ask."""
+        return bool(self._session.protocol_features & ProtocolFeature.REPLY_ACK)
+
+    def set_backend_channel(self, fd: int) -> None:
+        """See :class:`SessionHandler`."""
+        channel = Channel.from_fd(fd)
+        self._close_back_channel()
+        self._back = channel
+        self._poller.add(channel.fileno(), self._receive_back)
+
+    def _close_back_channel(self) -> None:
+        if self._back is not None:
+            self._poller.remove(self._back.fileno())
+            self._back.close()
+            self._back = None
+
+    def _receive_back(self) -> None:
+        """Take the acknowledgements of misses."""
+        try:
+            while self._back is not None:
+                message = self._back.recv()
+                if message is None:
+                    break
+                with message:
+                    value = decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
+                refused, waiters = self._misses.replied(value != 0)
+                if refused is not None:
+                    self._refuse(refused)
+                self._wake_all(waiters)
+        except GuestioError as error:
+            self._lose_back_channel(error)
+        self._arm()
+
+    def _send_back(self, messages: list[IotlbMessage], *, need_reply: bool = True) -> None:
+        if self._back is None:
+            return
+        need_reply = need_reply and self._acknowledged
+        try:
+            for message in messages:
+                self._back.send(
+                    encode_iotlb(BackendRequest.IOTLB_MSG, message, need_reply=need_reply)
+                )
+        except GuestioError as error:
+            self._lose_back_channel(error)
+
+    def _lose_back_channel(self, error: GuestioError) -> None:
+        if not isinstance(error, PeerGoneError):
+            log.error("the back-end channel is of no use any more: %s", error)
+        self._close_back_channel()
+
+
+class _Bursts:
+    """Logs what a guest may cause any number of times: the first, then a count a second later."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+        self._hidden = 0
+
+    def report(self, message: str, *args: object) -> None:
+        now = time.monotonic()
+        if now < self._until:
+            self._hidden += 1
+            return
+        self.flush()
+        log.warning(message, *args)
+        self._until = now + 1.0
+
+    def flush(self) -> None:
+        if self._hidden:
+            log.warning("%d more requests refused or failed", self._hidden)
+            self._hidden = 0
+
+
+def _signal(fd: int | None) -> None:
+    """Add one to an eventfd; if that would wait, its owner has enough to do anyway."""
+    if fd is not None:
+        with contextlib.suppress(OSError):
+            os.write(fd, _ONE)
+
+
+def _drain(fd: int) -> None:
+    """Take back what an eventfd counted, so that its owner does not see an old kick."""
+    with contextlib.suppress(OSError):
+        os.read(fd, 8)

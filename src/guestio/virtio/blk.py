@@ -1,0 +1,306 @@
+"""A block device over a file (virtio 1.3, section 5.2)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from guestio._core.access import IoVector
+from guestio._core.ring import Chain
+from guestio.errors import AccessError, DeviceError
+from guestio.virtio.device import Device, DeviceId
+
+SECTOR: Final = 512
+
+F_SEG_MAX: Final = 1 << 2
+F_RO: Final = 1 << 5
+F_BLK_SIZE: Final = 1 << 6
+F_FLUSH: Final = 1 << 9
+F_TOPOLOGY: Final = 1 << 10
+F_MQ: Final = 1 << 12
+F_DISCARD: Final = 1 << 13
+F_WRITE_ZEROES: Final = 1 << 14
+
+T_IN: Final = 0
+T_OUT: Final = 1
+T_FLUSH: Final = 4
+T_GET_ID: Final = 8
+T_DISCARD: Final = 11
+T_WRITE_ZEROES: Final = 13
+
+S_OK: Final = 0
+S_IOERR: Final = 1
+S_UNSUPP: Final = 2
+
+ID_BYTES: Final = 20
+SEG_MAX: Final = 254
+MAX_TRIM_SECTORS: Final = 1 << 22
+MAX_TRIM_SEGMENTS: Final = 32
+
+_HEADER: Final = struct.Struct("<IIQ")
+_TRIM: Final = struct.Struct("<QII")
+_FLAG_UNMAP: Final = 1
+
+# struct virtio_blk_config up to write_zeroes_may_unmap: capacity, size_max, seg_max, geometry,
+# blk_size, topology, writeback, num_queues, discard and write-zeroes limits.
+_CONFIG: Final = struct.Struct("<QIIHBBIBBHIBxHIIIIIBxxx")
+
+_FALLOC_KEEP_SIZE: Final = 1
+_FALLOC_PUNCH_HOLE: Final = 2
+_FALLOC_ZERO_RANGE: Final = 16
+_BLKGETSIZE64: Final = 0x80081272
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class BlockDevice(Device):
+    """A disk whose contents are a file or a host block device.
+
+    Data moves between the file and guest memory without a copy in between. An error of the file
+    becomes VIRTIO_BLK_S_IOERR for that request and nothing else.
+
+    Args:
+        path: The image; its size must be a multiple of 512 bytes.
+        read_only: Refuse writes.
+        num_queues: Request queues, 1 to 64.
+        serial: What GET_ID answers, up to 20 bytes of ASCII; None derives it from the file name.
+
+    Raises:
+        DeviceError: The image cannot be opened or served.
+
+    Threads: requests of different queues may be processed at the same time.
+    """
+
+    device_id = DeviceId.BLOCK
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        num_queues: int = 1,
+        serial: str | None = None,
+    ) -> None:
+        if not 1 <= num_queues <= 64:
+            raise ValueError(f"num_queues {num_queues} is not in 1..64")
+        self.path = os.fspath(path)
+        self.read_only = read_only
+        self.num_queues = num_queues
+        text = os.path.basename(self.path)[:ID_BYTES] if serial is None else serial  # noqa: PTH119
+        encoded = text.encode("ascii", "replace")
+        if len(encoded) > ID_BYTES:
+            raise ValueError(f"serial {text!r} is longer than {ID_BYTES} bytes")
+        self.serial = encoded.ljust(ID_BYTES, b"\0")
+        self._fd = _open_image(self.path, read_only)
+        try:
+            self.size = _image_size(self._fd, self.path)
+        except BaseException:
+            self.close()
+            raise
+        self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
+        if num_queues > 1:
+            self.features |= F_MQ
+        self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
+        self.errors = 0
+        self._serve: dict[int, Callable[[int, Chain], int]] = {
+            T_IN: self._read,
+            T_OUT: self._write,
+            T_FLUSH: self._flush,
+            T_GET_ID: self._get_id,
+            T_DISCARD: self._discard,
+            T_WRITE_ZEROES: self._write_zeroes,
+        }
+
+    @property
+    def capacity(self) -> int:
+        """Sectors of 512 bytes."""
+        return self.size // SECTOR
+
+    def config(self) -> bytes:
+        """The configuration space (section 5.2.4)."""
+        trims = (0, 0) if self.read_only else (MAX_TRIM_SECTORS, MAX_TRIM_SEGMENTS)
+        return _CONFIG.pack(
+            self.capacity,
+            0,  # size_max: no limit
+            SEG_MAX,
+            *(0, 0, 0),  # geometry
+            SECTOR,  # blk_size
+            *(3, 0, 8, 0),  # physical block 4096, aligned; minimum I/O 4096, optimum not told
+            0,  # writeback
+            self.num_queues,
+            *trims,
+            8,  # discard alignment, sectors
+            *trims,
+            1,  # write zeroes may deallocate
+        )
+
+    def process(self, queue: int, chain: Chain) -> int:
+        """Serve one request; see :meth:`Device.process`.
+
+        The header may be split over any descriptors; the last writable byte is the status.
+        """
+        readable, writable = chain.readable, chain.writable
+        if not writable.total:
+            return 0
+        try:
+            kind, _, sector = _HEADER.unpack(readable.read(0, _HEADER.size))
+            serve = self._serve.get(kind)
+            if serve is None:
+                return _answer(writable, S_UNSUPP, 0)
+            return _answer(writable, S_OK, serve(sector, chain))
+        except _Refused as refused:
+            return _answer(writable, refused.status, 0)
+        except (AccessError, OSError):
+            self.errors += 1
+            return _answer(writable, S_IOERR, 0)
+
+    def fail(self, queue: int, chain: Chain) -> int:
+        """Report an I/O error in the status byte, if that can be reached."""
+        self.errors += 1
+        if chain.tail is not None:
+            chain.tail.write(bytes([S_IOERR]))
+        return 0
+
+    def _span(self, sector: int, length: int) -> int:
+        """Check that a transfer is whole sectors of the disk, and return where it begins."""
+        if length % SECTOR or sector > self.capacity or length > self.size - sector * SECTOR:
+            raise _Refused(S_IOERR)
+        return sector * SECTOR
+
+    def _read(self, sector: int, chain: Chain) -> int:
+        length = chain.writable.total - 1
+        offset = self._span(sector, length)
+        moved = chain.writable.from_file(self._fd, offset, 0, length)
+        if moved < length:
+            raise OSError(errno.EIO, "the image became shorter")
+        return length
+
+    def _write(self, sector: int, chain: Chain) -> int:
+        self._check_writable()
+        length = chain.readable.total - _HEADER.size
+        offset = self._span(sector, length)
+        moved = chain.readable.to_file(self._fd, offset, _HEADER.size, length)
+        if moved < length:
+            raise OSError(errno.EIO, "the image takes no more")
+        return 0
+
+    def _flush(self, sector: int, chain: Chain) -> int:  # noqa: ARG002 - one of a table
+        if not self.read_only:
+            os.fdatasync(self._fd)
+        return 0
+
+    def _get_id(self, sector: int, chain: Chain) -> int:  # noqa: ARG002 - one of a table
+        room = chain.writable.total - 1
+        if room < ID_BYTES:
+            raise _Refused(S_IOERR)
+        chain.writable.write(self.serial)
+        return ID_BYTES
+
+    def _discard(self, sector: int, chain: Chain) -> int:  # noqa: ARG002 - one of a table
+        for offset, length, flags in self._segments(chain):
+            if flags:
+                raise _Refused(S_UNSUPP)
+            self._deallocate(offset, length)
+        return 0
+
+    def _write_zeroes(self, sector: int, chain: Chain) -> int:  # noqa: ARG002 - one of a table
+        for offset, length, flags in self._segments(chain):
+            if flags & ~_FLAG_UNMAP:
+                raise _Refused(S_UNSUPP)
+            if not (flags and self._deallocate(offset, length)):
+                self._zero(offset, length)
+        return 0
+
+    def _segments(self, chain: Chain) -> list[tuple[int, int, int]]:
+        """The checked ranges of a discard or write-zeroes request (section 5.2.6.2)."""
+        self._check_writable()
+        length = chain.readable.total - _HEADER.size
+        if length % _TRIM.size or not 0 < length <= _TRIM.size * MAX_TRIM_SEGMENTS:
+            raise _Refused(S_IOERR)
+        found = []
+        for sector, sectors, flags in _TRIM.iter_unpack(chain.readable.read(_HEADER.size)):
+            if sectors > MAX_TRIM_SECTORS:
+                raise _Refused(S_IOERR)
+            found.append((self._span(sector, sectors * SECTOR), sectors * SECTOR, flags))
+        return found
+
+    def _deallocate(self, offset: int, length: int) -> bool:
+        """Give the range's space back if the file system can; it then reads as zeroes."""
+        return _fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
+
+    def _zero(self, offset: int, length: int) -> None:
+        if _fallocate(self._fd, _FALLOC_ZERO_RANGE | _FALLOC_KEEP_SIZE, offset, length):
+            return
+        zeroes = bytes(min(length, 1 << 20))
+        while length:
+            done = os.pwrite(self._fd, zeroes[:length], offset)
+            offset, length = offset + done, length - done
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise _Refused(S_IOERR)
+
+    def close(self) -> None:
+        """Close the image. Calling it again does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class _Refused(Exception):  # noqa: N818 - not an error of ours but the driver's answer
+    """The request itself is wrong; its status says so."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        super().__init__(status)
+
+
+def _answer(writable: IoVector, status: int, written: int) -> int:
+    """Put the status into the last byte; the number of bytes written from the start on."""
+    last = writable.total - 1
+    writable.write(bytes([status]), last)
+    return last + 1 if written == last else written
+
+
+def _open_image(path: str, read_only: bool) -> int:
+    try:
+        return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError as error:
+        hint = ""
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not read_only:
+            hint = " (a read-only image needs read_only)"
+        raise DeviceError(f"cannot open the image {path}: {error.strerror}{hint}") from error
+
+
+def _image_size(fd: int, path: str) -> int:
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        size = status.st_size
+    elif stat.S_ISBLK(status.st_mode):
+        size = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0]
+    else:
+        raise DeviceError(f"the image {path} is neither a file nor a block device")
+    if not size or size % SECTOR:
+        raise DeviceError(
+            f"the image {path} is {size} bytes long, which is not a positive multiple of {SECTOR}"
+        )
+    return size
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    """Call fallocate(2); False if the file system does not know the mode."""
+    if not length:
+        return True
+    if _libc.fallocate(fd, mode, offset, length) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
+        return False
+    raise OSError(number, os.strerror(number))

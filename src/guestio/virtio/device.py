@@ -1,0 +1,107 @@
+"""What a virtual device is, whoever carries its queues."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from guestio._core.ring import Chain
+from guestio.errors import DeviceError
+
+VIRTIO_F_INDIRECT_DESC = 28
+"""Feature bit: descriptors may refer to a table of descriptors (virtio 1.3, section 6)."""
+VIRTIO_F_EVENT_IDX = 29
+"""Feature bit: notifications are suppressed by index."""
+VIRTIO_F_VERSION_1 = 32
+"""Feature bit: the device follows virtio 1.0 or later."""
+VIRTIO_F_ACCESS_PLATFORM = 33
+"""Feature bit: the device's memory accesses are translated by the platform's IOMMU."""
+
+
+class DeviceId(enum.IntEnum):
+    """Device types (virtio 1.3, section 5)."""
+
+    NET = 1
+    BLOCK = 2
+    CONSOLE = 3
+    ENTROPY = 4
+    IOMMU = 23
+
+
+class Status(enum.IntFlag):
+    """Bits of the device status field (virtio 1.3, section 2.1)."""
+
+    ACKNOWLEDGE = 1
+    DRIVER = 2
+    DRIVER_OK = 4
+    FEATURES_OK = 8
+    NEEDS_RESET = 64
+    FAILED = 128
+
+
+class Device(ABC):
+    """A virtio device: it is given requests and fills in what the driver wants to know.
+
+    A subclass provides at least :meth:`process`. Whatever carries the queues (a vhost-user back
+    end, a test) calls the methods, one at a time for each queue.
+
+    Attributes:
+        device_id: What kind of device it is.
+        num_queues: How many virtqueues it has.
+        features: Feature bits of its own; those of the transport and the rings are added by
+            whoever carries the queues.
+    """
+
+    device_id: ClassVar[int]
+    num_queues: int = 1
+    features: int = 0
+
+    @abstractmethod
+    def process(self, queue: int, chain: Chain) -> int:
+        """Serve one request.
+
+        Args:
+            queue: Index of its queue.
+            chain: The request: what the driver gave to read and what it gave to write.
+
+        Returns:
+            How many bytes were written from the start of ``chain.writable`` on.
+
+        Raises:
+            GuestioError: The request cannot be served; :meth:`fail` is called for it.
+        """
+
+    def fail(self, queue: int, chain: Chain) -> int:  # noqa: ARG002 - for those who override it
+        """Answer a request whose memory cannot be reached, as far as that is possible.
+
+        ``chain.readable`` and ``chain.writable`` hold what could be reached, ``chain.tail`` the
+        last byte that the driver wanted written. The default gives it back untouched.
+
+        Returns:
+            As :meth:`process`.
+        """
+        return 0
+
+    def config(self) -> bytes:
+        """The device's configuration space, whole."""
+        return b""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Take over what the driver wrote to the configuration space.
+
+        Raises:
+            DeviceError: Those bytes cannot be written; nothing changed.
+        """
+        raise DeviceError(
+            f"the driver wrote {len(data)} bytes at {offset:#x} of a read-only configuration space"
+        )
+
+    def negotiated(self, features: int) -> None:
+        """Learn which feature bits the driver accepted."""
+
+    def reset(self) -> None:
+        """Forget everything that the driver told the device."""
+
+    def close(self) -> None:
+        """Release what the device holds of the host. Calling it again does nothing."""
