@@ -15,6 +15,7 @@ and by the kernel when the thread that started it dies.
 """
 
 import enum
+import functools
 import os
 import re
 import shlex
@@ -29,7 +30,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from lab.initramfs import Initramfs
-from lab.parts import kernel, require_program
+from lab.parts import PartsError, kernel, require_program
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TAIL_LINES = 40
@@ -147,8 +148,9 @@ class Script:
 
     Attributes:
         name: File name in the guest; unique among a guest's scripts.
-        text: The script. A line `# programs: a b` in it asks for host programs, and a line
-            `# modules: a b` for kernel modules.
+        text: The script. A line `# programs: a b` in it asks for host programs, which it then
+            calls by path, `/lab/bin/a` (busybox sh prefers its own applets otherwise), and a
+            line `# modules: a b` for kernel modules.
     """
 
     name: str
@@ -297,7 +299,7 @@ class Guest:
             root.add_file(f"/lab/scripts/{script.name}", script.text.encode())
             for program in script.programs:
                 package = {"mke2fs": "e2fsprogs", "e2fsck": "e2fsprogs"}.get(program, program)
-                root.add_program(f"/usr/bin/{program}", Path(require_program(program, package)))
+                root.add_program(f"/lab/bin/{program}", Path(require_program(program, package)))
         modules = kernel().modules(wanted)
         for module in modules:
             root.add_file(f"/lab/modules/{module.name}.ko", module.data)
@@ -318,10 +320,13 @@ class Guest:
         ]
         size = f"{self.memory // MIB}M"
         append = f"console=ttyS0 quiet panic=-1 {self.viommu.append} {self.append}"
+        qemu = os.environ.get("GUESTIO_LAB_QEMU") or require_program(
+            "qemu-system-x86_64", "qemu-system-x86"
+        )
         return [
-            os.environ.get("GUESTIO_LAB_QEMU")
-            or require_program("qemu-system-x86_64", "qemu-system-x86"),
-            *("-accel", "tcg", "-smp", str(self.smp), "-m", size),
+            qemu,
+            *_tcg_arguments(qemu),
+            *("-smp", str(self.smp), "-m", size),
             *("-machine", "q35,memory-backend=memory,kernel-irqchip=off"),
             *("-object", f"memory-backend-memfd,id=memory,size={size},share=on"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
@@ -431,6 +436,21 @@ class RunningGuest:
             qemu_status=self._qemu.returncode,
             command=self._command,
         )
+
+
+@functools.cache
+def _tcg_arguments(qemu: str) -> tuple[str, ...]:
+    """Accelerator and CPU model that run Linux 6.12 without crashing it."""
+    done = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=False)
+    version = re.search(r"version (\d+)\.", done.stdout)
+    if version is None:
+        raise PartsError(f"{qemu} does not tell its version: {done.stdout}{done.stderr}")
+    if int(version.group(1)) >= 8:
+        return ("-accel", "tcg")
+    # QEMU 7.2 computes the flags after cmpxchg16b from a stale state and corrupts a guest that
+    # is interrupted there; with one thread per virtual CPU, code that one CPU patches may also
+    # be run by another after it agreed to the change (`Oops: int3`).
+    return ("-accel", "tcg,thread=single", "-cpu", "qemu64,-cx16")
 
 
 def _facts(report: str) -> dict[str, str]:

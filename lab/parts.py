@@ -297,7 +297,7 @@ def _run(command: list[str], cwd: Path | None = None) -> str:
 
 def _codename() -> str:
     text = Path("/etc/os-release").read_text()
-    fields = dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', text, re.MULTILINE))
+    fields: dict[str, str] = dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', text, re.MULTILINE))
     if fields.get("ID") != "debian" or "VERSION_CODENAME" not in fields:
         raise PartsError(
             "this machine is no Debian release, so its apt cannot fetch the guest kernel; copy "

@@ -2,9 +2,9 @@
 # The guest's first process: mounts, modules, then each script in turn.
 # Everything a script prints goes to the console, and to the report port, where kernel messages
 # cannot tear it. The host reads the GUEST-* and FACT lines of the report.
-/bin/busybox mkdir -p /bin /sbin /usr/bin /usr/sbin /proc /sys /dev /tmp /mnt /root
+/bin/busybox mkdir -p /proc /sys /dev /tmp /mnt /root
 /bin/busybox --install -s /bin
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root
+export PATH=/bin HOME=/root
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
