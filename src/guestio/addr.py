@@ -73,7 +73,7 @@ def check_int(value: SupportsIndex, name: str) -> int:
         TypeError: ``value`` is not an integer.
     """
     if value.__class__ is int:
-        return value  # type: ignore[return-value]
+        return value
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, not a boolean")
     try:

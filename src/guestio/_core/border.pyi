@@ -1,0 +1,1 @@
+ADDRESS_SPACE: int
