@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from guestio.vhost_user.messages import FrontendRequest as F
 from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES
 
 if TYPE_CHECKING:
@@ -17,6 +18,18 @@ VIRTIO_F_VERSION_1 = 1 << 32
 ACCESS_PLATFORM = 1 << 33
 PROTOCOL_FEATURES = 1 << 30
 DEVICE_FEATURES = VIRTIO_F_VERSION_1 | ACCESS_PLATFORM | 0b101
+
+# Requests that are answered whether or not an acknowledgement is asked for.
+OWN_REPLY = {
+    F.GET_FEATURES,
+    F.GET_PROTOCOL_FEATURES,
+    F.GET_QUEUE_NUM,
+    F.GET_VRING_BASE,
+    F.GET_CONFIG,
+    F.GET_MAX_MEM_SLOTS,
+    F.GET_STATUS,
+    F.IOTLB_MSG,
+}
 
 
 class RecordingHandler:

@@ -224,6 +224,10 @@ def test_memory_table_count_must_match(count: int) -> None:
 def test_padding_is_ignored() -> None:
     single = b"\xff" * 8 + REGION.encode()
     assert SingleMemoryRegion.decode(single) == SingleMemoryRegion(REGION)
+    # As QEMU 7.2 sent it: the padding holds whatever was on its stack.
+    sent = "00f0ffff00000000 0010000000000000 00d00d36997f0000 03 02 87b041785264"
+    update = IotlbMessage.update(0xFFFFF000, 0x1000, 0x7F99360DD000, 3)
+    assert IotlbMessage.decode(bytes.fromhex(sent)) == update
     message = IotlbMessage.miss(0x1000, 0x1000, 1)
     assert IotlbMessage.decode(message.encode()[:26] + b"\xff" * 6) == message
 

@@ -11,6 +11,7 @@ import pytest
 from tests.vhost_user.recording import (
     ACCESS_PLATFORM,
     DEVICE_FEATURES,
+    OWN_REPLY,
     PROTOCOL_FEATURES,
     RecordingHandler,
 )
@@ -110,17 +111,6 @@ class Peer:
         rings = tuple(replace(ring) for ring in session.vrings)
         return session.features, session.protocol_features, session.regions, rings
 
-
-OWN_REPLY = {
-    F.GET_FEATURES,
-    F.GET_PROTOCOL_FEATURES,
-    F.GET_QUEUE_NUM,
-    F.GET_VRING_BASE,
-    F.GET_CONFIG,
-    F.GET_MAX_MEM_SLOTS,
-    F.GET_STATUS,
-    F.IOTLB_MSG,
-}
 
 # Request, payload, number of fds, what the handler was told, own reply.
 GOOD: list[tuple[int, Payload, int, list[tuple[Any, ...]], bytes | None]] = [
@@ -603,7 +593,9 @@ def test_qemu_boot_with_a_boot_loader_and_then_a_kernel() -> None:
     assert peer.send(F.SET_OWNER) is None
     assert peer.send(F.GET_FEATURES) == U64(ALL_FEATURES).encode()
     assert peer.send(F.SET_VRING_CALL, VringFd(0, True), count=1) is None
-    assert len(peer.send(F.GET_CONFIG, Config(0, bytes(60)))) == 72
+    assert peer.send(F.SET_VRING_ERR, VringFd(0, True), count=1) is None
+    assert len(peer.send(F.GET_CONFIG, Config(0, bytes(57)))) == 69
+    assert peer.send(F.RESET_DEVICE) is None
     for features in (ALL_FEATURES & ~ACCESS_PLATFORM, ALL_FEATURES):
         assert peer.send(F.SET_FEATURES, U64(features)) is None
         assert peer.send(F.GET_STATUS) == U64(0).encode()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.vhost_user.recording import (
     ACCESS_PLATFORM,
     DEVICE_FEATURES,
+    OWN_REPLY,
     PROTOCOL_FEATURES,
     VIRTIO_F_VERSION_1,
 )
@@ -52,16 +53,6 @@ F = FrontendRequest
 TOP = 2**64
 QUEUES = 3
 SLOTS = 4
-OWN_REPLY = {
-    F.GET_FEATURES,
-    F.GET_PROTOCOL_FEATURES,
-    F.GET_QUEUE_NUM,
-    F.GET_VRING_BASE,
-    F.GET_CONFIG,
-    F.GET_MAX_MEM_SLOTS,
-    F.GET_STATUS,
-    F.IOTLB_MSG,
-}
 EDGES = (0, 1, 2, 8, 255, 256, 4095, 4096, 65535, 65536, 2**31, 2**32 - 1, 2**63, TOP - 1)
 
 
