@@ -15,7 +15,6 @@ only when it is complete.
 import argparse
 import contextlib
 import fcntl
-import lzma
 import os
 import re
 import shutil
@@ -159,8 +158,11 @@ def _module_name(path: Path) -> str:
 
 
 def _decompressed(path: Path) -> bytes:
-    data = path.read_bytes()
-    return lzma.decompress(data) if path.suffix == ".xz" else data
+    if path.suffix != ".xz":
+        return path.read_bytes()
+    # Not Python's lzma, which is often missing from a Python that was built by hand.
+    command = [require_program("xz", "xz-utils"), "--decompress", "--stdout", str(path)]
+    return subprocess.run(command, capture_output=True, check=True).stdout
 
 
 def _version(release: str) -> tuple[int, ...]:
