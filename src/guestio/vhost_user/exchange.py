@@ -73,6 +73,10 @@ class Exchange:
         """What broke the connection, or None while it lives."""
         return self._failure
 
+    def fileno(self) -> int:
+        """The socket's fd, -1 once closed."""
+        return self._channel.fileno()
+
     def send(
         self, request: int, data: bytes, fds: Sequence[int] = (), replies: int = 0
     ) -> list[Pending]:

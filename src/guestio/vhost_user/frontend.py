@@ -138,6 +138,7 @@ class Frontend:
 
     Attributes:
         iotlb: Translations of the IOMMU in front of the device.
+        offered: Virtio features the device offers; 0 before :meth:`negotiate`.
         features: Virtio features negotiated; 0 before.
         protocol_features: Protocol features negotiated.
 
@@ -163,6 +164,7 @@ class Frontend:
         except BaseException:
             self._exchange.close()
             raise
+        self.offered = 0
         self.features = 0
         self.protocol_features = 0
         self._protocol_bit = 0
@@ -207,6 +209,10 @@ class Frontend:
     def _ask(self, request: int) -> int:
         return U64.decode(self.request(request, has_reply=True)).value
 
+    def fileno(self) -> int:
+        """The socket, to learn of a hang-up; what arrives on it is read by this object alone."""
+        return self._exchange.fileno()
+
     def sync(self) -> None:
         """Return once the back-end has worked off everything sent before."""
         self._ask(_F.GET_FEATURES)
@@ -249,13 +255,14 @@ class Frontend:
         if extra := protocol & ~PROTOCOL_FEATURES:
             raise ValueError(f"protocol features {extra:#x} cannot be used by this front-end")
         offered = self._ask(_F.GET_FEATURES)
+        self.offered = offered & ~_PROTOCOL_BIT
         self._protocol_bit = offered & _PROTOCOL_BIT
         if self._protocol_bit:
             usable = self._ask(_F.GET_PROTOCOL_FEATURES) & protocol
             self.request(_F.SET_PROTOCOL_FEATURES, U64(usable))
             self.protocol_features = usable
         self.request(_F.SET_OWNER)
-        features = offered & wanted & ~_PROTOCOL_BIT
+        features = self.offered & wanted
         needed = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
         if features & _PLATFORM_BIT and self.protocol_features & needed != needed:
             raise ProtocolError("an IOMMU needs protocol features BACKEND_REQ and REPLY_ACK")

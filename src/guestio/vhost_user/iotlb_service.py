@@ -106,6 +106,7 @@ class IotlbService:
             when the last was acknowledged.
 
     Attributes:
+        answer: As given.
         mappings: What is translated, to guest physical addresses. Change it with :meth:`map` and
             :meth:`unmap`.
         memory: Guest memory shared with the back-end; None before.
@@ -134,7 +135,7 @@ class IotlbService:
         self.config_changes = 0
         self.miss_hook: MissHook | None = None
         self._exchange = exchange
-        self._answer = answer
+        self.answer = answer
         self._granule = granularity
         self._pipeline = pipeline
         self._mapping = threading.Lock()
@@ -151,7 +152,7 @@ class IotlbService:
         self._stopping.clear()
         self._socket = sock
         self._channel = Channel(sock, with_fds=False, send_timeout=self._exchange.timeout)
-        if self._answer == "thread":
+        if self.answer == "thread":
             self._start_serving(self._channel)
 
     def close(self) -> None:

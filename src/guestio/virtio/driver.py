@@ -4,9 +4,9 @@ A :class:`DriverQueue` puts chains of buffers into a queue and collects what the
 them. It trusts the device no more than a device trusts its driver: a used ring that contradicts
 what was made available raises :class:`~guestio.errors.QueueError`.
 
-All addresses are those of the memory it is given. Descriptors carry them unchanged, so a driver
-behind an IOMMU works on an :class:`~guestio.iommu.IommuMemory` with the guest's own mappings:
-rings and indirect tables may then be scattered over physical pages, as a real guest's are.
+Descriptors carry the addresses that the device uses. Ring addresses are also those of the memory
+the queue is given, so a driver behind an IOMMU works on an :class:`~guestio.iommu.IommuMemory`
+with the guest's own mappings: rings may then be scattered over physical pages, as a real guest's.
 
 Source: virtio 1.3 sections 2.7 "Split Virtqueues" (layout 2.7.5 to 2.7.8, notification suppression
 2.7.7 and 2.7.10, order of operations 2.7.13 and 2.7.14) and 6.1 for the feature bits.
@@ -128,7 +128,7 @@ class DriverQueue:
     Not safe for several threads at once. It keeps the ring memory in use until :meth:`close`.
 
     Args:
-        memory: Where the rings and indirect tables are.
+        memory: Where the rings are.
         layout: Where in it.
         event_idx: Whether VIRTIO_RING_F_EVENT_IDX was negotiated.
         indirect: Whether VIRTIO_RING_F_INDIRECT_DESC was negotiated.
@@ -214,7 +214,7 @@ class DriverQueue:
         writable: Sequence[tuple[int, int]],
         token: Any = None,
         *,
-        table: int | None = None,
+        table: tuple[int, IoVector] | None = None,
     ) -> int:
         """Put a chain into the queue; the device sees it after :meth:`publish`.
 
@@ -222,8 +222,9 @@ class DriverQueue:
             readable: ``(address, length)`` of what the device reads, in order.
             writable: The same for what it writes.
             token: Comes back with the completion.
-            table: Address of an indirect table of 16 bytes per buffer, or None for a chain in the
-                ring. It must stay untouched until the completion.
+            table: Where to put an indirect table of 16 bytes per buffer: its address for the
+                device, and its memory for us. It must stay untouched until the completion. None
+                for a chain in the ring.
 
         Returns:
             The number of the chain's first descriptor.
@@ -232,7 +233,7 @@ class DriverQueue:
             ValueError: The chain is empty, longer than the ring, or has an empty or too large
                 buffer; or a table was given without the feature.
             QueueError: The ring has too few free descriptors, or the device broke it before.
-            AccessError: The table's memory is not there.
+            AccessError: The table's memory is too short.
         """
         if self._broken is not None:
             raise self._broken
@@ -269,7 +270,9 @@ class DriverQueue:
         addr, length, flags = buffers[-1]
         self._desc.write(_DESC.pack(addr, length, flags, 0), 16 * ids[-1])
 
-    def _write_indirect(self, buffers: Sequence[tuple[int, int, int]], table: int) -> None:
+    def _write_indirect(
+        self, buffers: Sequence[tuple[int, int, int]], table: tuple[int, IoVector]
+    ) -> None:
         if not self.indirect:
             raise ValueError("an indirect table needs VIRTIO_RING_F_INDIRECT_DESC")
         last = len(buffers) - 1
@@ -279,8 +282,9 @@ class DriverQueue:
             else _DESC.pack(addr, length, flags, 0)
             for i, (addr, length, flags) in enumerate(buffers)
         )
-        self._memory.write(table, entries)
-        self._desc.write(_DESC.pack(table, len(entries), DESC_F_INDIRECT, 0), 16 * self._free[-1])
+        address, memory = table
+        memory.write(entries)
+        self._desc.write(_DESC.pack(address, len(entries), DESC_F_INDIRECT, 0), 16 * self._free[-1])
 
     def publish(self) -> bool:
         """Make the added chains visible to the device.
