@@ -66,6 +66,8 @@ class MissAnswer(NamedTuple):
     delay: float = 0.0
 
 
+_ANSWER: Final = MissAnswer()
+
 MissHook: TypeAlias = Callable[[IotlbMessage], MissAnswer]
 """Decides about each miss; called by whoever serves misses."""
 
@@ -212,7 +214,7 @@ class IotlbService:
             Whether there is one for ``iova``.
         """
         with self._mapping:
-            update = self._update_for(check_address(iova, "iova"), Permissions.NONE)
+            update = self._update_for(check_address(iova, "iova"), 0)
             sent = [] if update is None else [update]
             self.counts.updates += len(sent)
             expected = self._post(sent)
@@ -305,7 +307,7 @@ class IotlbService:
             self.counts.access_fails += iotlb.type == IotlbType.ACCESS_FAIL
             return _FAILED
         self.counts.misses += 1
-        action, delay = MissAnswer() if self.miss_hook is None else self.miss_hook(iotlb)
+        action, delay = _ANSWER if self.miss_hook is None else self.miss_hook(iotlb)
         if delay:
             self._stopping.wait(delay)
         if action is MissAction.ANSWER:
@@ -323,7 +325,8 @@ class IotlbService:
             return None
         start, size, target, perm = entries[0]
         region = self.memory.find_region(target + iova - start)
-        if region is None or access & ~perm:
+        granted = int(perm)
+        if region is None or access & ~granted:
             return None
         # As much as lies in one mapping, one granule and one region around the address.
         first, end = start, start + size
@@ -333,7 +336,7 @@ class IotlbService:
         first = max(first, start + region.start - target)
         end = min(end, start + region.start + region.size - target)
         user = region.host_address(target + first - start - region.start)
-        return IotlbMessage.update(first, end - first, user, int(perm))
+        return IotlbMessage.update(first, end - first, user, granted)
 
     def _start_serving(self, channel: Channel) -> None:
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
