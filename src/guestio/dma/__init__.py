@@ -1,5 +1,8 @@
 """Mapping changes go out: what devices may reach follows what the guest's memory is."""
 
+from guestio.dma.changes import ReentrantCallError
+from guestio.dma.ledger import FailedMapping, TargetDiff, TargetStats
+from guestio.dma.regions import Region, RegionManager, SubMapping, TargetHandle
 from guestio.dma.target import (
     DmaError,
     DmaMapRequest,
@@ -13,7 +16,15 @@ __all__ = [
     "DmaError",
     "DmaMapRequest",
     "DmaTarget",
+    "FailedMapping",
     "Journal",
     "MappingType",
+    "ReentrantCallError",
+    "Region",
+    "RegionManager",
     "ReplacingDmaTarget",
+    "SubMapping",
+    "TargetDiff",
+    "TargetHandle",
+    "TargetStats",
 ]

@@ -1,0 +1,700 @@
+"""What is where in the guest's address space, and every DMA target kept in step with it.
+
+A *region* is a range of addresses with a priority: RAM, a ROM that shadows it, a device's BAR.
+Its *mappings* say which parts of it lead to which memory; what is between them leads nowhere.
+Of the regions that are mapped and overlap, the one with the highest priority is *active*; the
+mappings of all active regions together are the truth that every target must hold.
+
+An operation goes through three stages: check everything, carry out the steps at every target (on
+failure take them back in reverse order), and only then change the regions. So what is readable
+here is always the state before or after an operation, and memory is let go last.
+
+Operations run one at a time, in order of arrival, each on its caller's thread. No lock is held
+while targets are called: waiting operations wait for a turn, and everything that only reads goes
+on. An operation that a target begins from inside a call is refused, because it could only wait
+for itself. For the same reason a target must not wait for another thread's operation.
+"""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_left, bisect_right
+from typing import TYPE_CHECKING, NamedTuple, Self, SupportsIndex
+
+from guestio.addr import check_int, check_range
+from guestio.dma.changes import Entry, Step, Turn, carry_out, meet, plan
+from guestio.dma.ledger import Ledger, TargetDiff, TargetStats, keep
+from guestio.dma.target import DmaError, DmaMapRequest, DmaTarget, MappingType
+from guestio.errors import MemoryRegionOverlapError, RegionError
+from guestio.memory.backing import Backing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+MAX_PRIORITY = 255
+
+
+class SubMapping(NamedTuple):
+    """A part of a region that leads to memory.
+
+    Attributes:
+        offset: Where in the region, in bytes.
+        size: Bytes.
+        backing: The memory.
+        backing_offset: Where in the backing it begins.
+        writable: Whether devices may write, if the region allows it too.
+    """
+
+    offset: int
+    size: int
+    backing: Backing
+    backing_offset: int
+    writable: bool
+
+
+class Region:
+    """A range of the guest's address space; made by :meth:`RegionManager.new_region`.
+
+    A context manager that closes it. All methods may be called from any thread except from inside
+    a call of a target.
+
+    Attributes:
+        name: For messages and listings.
+        size: Bytes.
+        priority: 0 to 255; the greater wins where regions overlap.
+        kind: What its memory is.
+    """
+
+    def __init__(
+        self,
+        manager: RegionManager,
+        name: str,
+        start: int,
+        size: int,
+        priority: int,
+        kind: MappingType,
+    ) -> None:
+        self._manager = manager
+        self.name = name
+        self.size = size
+        self.priority = priority
+        self.kind = kind
+        self._start = start
+        self._mapped = False
+        self._writable = True
+        self._active = False
+        self._closed = False
+        # By offset, in the order in which they were added; `_offsets` is ascending.
+        self._by_offset: dict[int, tuple[SubMapping, memoryview]] = {}
+        self._offsets: list[int] = []
+
+    @property
+    def start(self) -> int:
+        """First address; :meth:`move` changes it."""
+        return self._start
+
+    @property
+    def end(self) -> int:
+        """The first address after it; ``2**64`` is possible."""
+        return self._start + self.size
+
+    @property
+    def mapped(self) -> bool:
+        """Whether :meth:`map` was asked for; another region may cover it all the same."""
+        return self._mapped
+
+    @property
+    def active(self) -> bool:
+        """Whether its mappings are what devices reach: it is mapped and nothing covers it."""
+        return self._active
+
+    @property
+    def writable(self) -> bool:
+        """Whether its mappings may be writable."""
+        return self._writable
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._closed
+
+    @property
+    def mappings(self) -> tuple[SubMapping, ...]:
+        """Its mappings in the order in which they were added."""
+        return tuple(mapping for mapping, _view in self._by_offset.copy().values())
+
+    def add_mapping(
+        self,
+        offset: SupportsIndex,
+        size: SupportsIndex,
+        backing: Backing,
+        backing_offset: SupportsIndex = 0,
+        writable: bool = True,
+    ) -> None:
+        """Let a part of the region lead to memory; at once, if the region is active.
+
+        The memory cannot be closed until the mapping is removed.
+
+        Args:
+            offset: Where in the region, in bytes.
+            size: Bytes, greater than 0.
+            backing: The memory.
+            backing_offset: Where in the backing to begin.
+            writable: Whether devices may write. They may not in any case where the region is
+                mapped read-only or the backing is read-only.
+
+        Raises:
+            TypeError, ValueError: Bad numbers; not aligned to pages; outside the region or the
+                backing; the region or the backing is closed.
+            MemoryRegionOverlapError: Another mapping is there.
+            DmaError: A target refused it, or needs a file and the backing has none.
+
+        Whatever it raises, nothing has changed, except that a target which failed to undo what it
+        had done is broken.
+        """
+        with self._manager._turn:
+            self._check_open()
+            mapping = self._checked_mapping(offset, size, backing, backing_offset, writable)
+            self._manager._check_fds([self._request(mapping)])
+            steps = [Step(None, self._entry(mapping))] if self._active else []
+            view = keep(backing)
+            try:
+                self._manager._carry_out(steps)
+            except BaseException:
+                view.release()
+                raise
+            self._offsets.insert(bisect_right(self._offsets, mapping.offset), mapping.offset)
+            self._by_offset[mapping.offset] = mapping, view
+
+    def remove_mappings(self, offset: SupportsIndex, size: SupportsIndex) -> int:
+        """Remove all mappings in a part of the region; targets are told first.
+
+        Args:
+            offset: Where in the region, in bytes.
+            size: Bytes, greater than 0.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            TypeError, ValueError: Bad numbers, outside the region, or the region is closed.
+            RegionError: The part would cut a mapping in two; nothing has changed.
+            DmaError: A target could not unmap one. The mappings are removed all the same; the
+                target is broken and its memory is kept.
+        """
+        with self._manager._turn:
+            self._check_open()
+            first, length = self._checked_part(offset, size)
+            gone = self._contained(first, first + length)
+            steps = [Step(self._entry(m), None) for m in gone] if self._active else []
+            failures = self._manager._carry_out(steps, onwards=True)
+            for mapping in gone:
+                del self._offsets[bisect_left(self._offsets, mapping.offset)]
+                self._by_offset.pop(mapping.offset)[1].release()
+        _raise_failures(failures)
+        return len(gone)
+
+    def map(self, writable: bool = True) -> None:
+        """Make the region count: active now, or as soon as nothing covers it.
+
+        Regions that it covers become inactive. If it is mapped already, only ``writable`` is
+        changed; where a target has no ``replace_dma``, each mapping is unmapped and mapped again,
+        and a device's access in between faults.
+
+        Args:
+            writable: Whether its mappings may be writable.
+
+        Raises:
+            ValueError: The region is closed.
+            DmaError: A target refused. Nothing has changed: what was active is active again and
+                ``writable`` is not remembered; asking again tries again.
+        """
+        with self._manager._turn:
+            self._check_open()
+            self._manager._change(self, mapped=True, writable=bool(writable))
+
+    def unmap(self) -> None:
+        """Make the region not count; what it covered becomes active.
+
+        Raises:
+            ValueError: The region is closed.
+            DmaError: Either a target could not unmap: the region is unmapped all the same, the
+                target is broken and its memory is kept. Or a target refused what becomes active:
+                nothing has changed. :attr:`mapped` tells which.
+        """
+        with self._manager._turn:
+            self._check_open()
+            failures = self._manager._change(self, mapped=False, onwards=True)
+        _raise_failures(failures)
+
+    def move(self, start: SupportsIndex) -> None:
+        """Put the region elsewhere, with all its mappings.
+
+        Targets hold the new place before they lose the old one, so an access through either does
+        not fault; only where the two overlap is the old one unmapped first.
+
+        Args:
+            start: Its new first address.
+
+        Raises:
+            TypeError, ValueError: A bad address, or the region is closed.
+            MemoryRegionOverlapError: It would overlap another region in a way that
+                :meth:`RegionManager.new_region` refuses.
+            DmaError: A target refused; nothing has changed.
+        """
+        with self._manager._turn:
+            self._check_open()
+            first, _ = self._manager._check_placement(start, self.size, self.priority, self)
+            self._manager._change(self, mapped=self._mapped, start=first, make_first=True)
+
+    def close(self) -> None:
+        """Unmap it and remove it and its mappings. Closing it again does nothing.
+
+        Raises:
+            DmaError: As :meth:`unmap`; the region is closed if it is no longer :attr:`mapped`.
+        """
+        with self._manager._turn:
+            if self._closed:
+                return
+            failures = self._manager._change(self, mapped=False, onwards=True)
+            self._closed = True
+            self._manager._remove(self)
+            for _mapping, view in self._by_offset.values():
+                view.release()
+            self._by_offset, self._offsets = {}, []
+        _raise_failures(failures)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "active" if self._active else "inactive"
+        return (
+            f"<Region {self.name!r} {self._start:#x}+{self.size:#x} {self.kind.value} "
+            f"priority {self.priority} {state}>"
+        )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"region {self.name!r} is closed")
+
+    def _checked_part(self, offset: SupportsIndex, size: SupportsIndex) -> tuple[int, int]:
+        first, length = check_range(offset, size, name="offset", empty=False)
+        self._manager._check_aligned("mapping", first, length)
+        if first + length > self.size:
+            raise ValueError(
+                f"{first:#x}+{length:#x} is not inside region {self.name!r} of {self.size:#x} bytes"
+            )
+        return first, length
+
+    def _checked_mapping(
+        self,
+        offset: SupportsIndex,
+        size: SupportsIndex,
+        backing: Backing,
+        backing_offset: SupportsIndex,
+        writable: bool,
+    ) -> SubMapping:
+        first, length = self._checked_part(offset, size)
+        if not isinstance(backing, Backing):
+            raise TypeError(f"backing must be a Backing, not {type(backing).__name__}")
+        skip, _ = check_range(backing_offset, length, name="backing_offset")
+        if backing.closed:
+            raise ValueError(f"the backing for {first:#x}+{length:#x} is closed")
+        if skip + length > backing.size:
+            raise ValueError(
+                f"{skip:#x}+{length:#x} is not inside the backing of {backing.size:#x} bytes"
+            )
+        self._manager._check_aligned("memory", backing.host_address + skip)
+        at = bisect_right(self._offsets, first)
+        for other in self._offsets[max(at - 1, 0) : at + 1]:
+            there = self._by_offset[other][0]
+            if there.offset < first + length and first < there.offset + there.size:
+                raise MemoryRegionOverlapError(
+                    f"mapping {first:#x}+{length:#x} overlaps {there.offset:#x}+{there.size:#x} "
+                    f"in region {self.name!r}; remove that one first"
+                )
+        return SubMapping(first, length, backing, skip, bool(writable))
+
+    def _contained(self, first: int, end: int) -> list[SubMapping]:
+        found = []
+        for offset in self._offsets[max(bisect_right(self._offsets, first) - 1, 0) :]:
+            mapping, _view = self._by_offset[offset]
+            if offset >= end:
+                break
+            if offset + mapping.size <= first:
+                continue
+            if offset < first or offset + mapping.size > end:
+                raise RegionError(
+                    f"removing {first:#x}+{end - first:#x} would cut mapping "
+                    f"{offset:#x}+{mapping.size:#x} of region {self.name!r}"
+                )
+            found.append(mapping)
+        return found
+
+    def _request(
+        self, mapping: SubMapping, start: int | None = None, writable: bool | None = None
+    ) -> DmaMapRequest:
+        backing, skip = mapping.backing, mapping.backing_offset
+        base = self._start if start is None else start
+        allowed = self._writable if writable is None else writable
+        return DmaMapRequest(
+            start=base + mapping.offset,
+            size=mapping.size,
+            host_address=backing.host_address + skip,
+            fd=backing.fd,
+            file_offset=0 if backing.file_offset is None else backing.file_offset + skip,
+            writable=mapping.writable and allowed and backing.writable,
+            kind=self.kind,
+        )
+
+    def _entry(
+        self, mapping: SubMapping, start: int | None = None, writable: bool | None = None
+    ) -> Entry:
+        return Entry(self._request(mapping, start, writable), mapping.backing)
+
+    def _entries(self, start: int | None = None, writable: bool | None = None) -> list[Entry]:
+        return [self._entry(m, start, writable) for m in self.mappings]
+
+
+class TargetHandle:
+    """A registered target; made by :meth:`RegionManager.add_target`.
+
+    A context manager that closes it. A target is *broken* once it has failed to unmap something:
+    the memory is kept, it gets no new mappings, and :meth:`retry` mends it.
+
+    :meth:`stats` and :meth:`diff` may be called from any thread at any time; the others from any
+    thread except from inside a call of a target.
+
+    Attributes:
+        target: The target.
+        needs_fd: Whether it can only hold memory that has a file.
+    """
+
+    def __init__(self, manager: RegionManager, target: DmaTarget, needs_fd: bool) -> None:
+        self._manager = manager
+        self.target = target
+        self.needs_fd = needs_fd
+        self._ledger = Ledger(target)
+        self._closed = False
+
+    @property
+    def broken(self) -> DmaError | None:
+        """The failure that broke the target, or None."""
+        return self._ledger.broken
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is no longer registered."""
+        return self._closed
+
+    def stats(self) -> TargetStats:
+        """What the target holds, what it failed to hold and why, and its calls' counts."""
+        return self._ledger.stats()
+
+    def diff(self) -> TargetDiff:
+        """How what the target holds differs from what it should hold."""
+        return self._ledger.diff([] if self._closed else self._manager._truth())
+
+    def retry(self) -> TargetDiff:
+        """Mend the target: unmap what is in doubt, map what is missing.
+
+        Returns:
+            What still differs: mappings of kind ``DEVICE`` that it refused again.
+
+        Raises:
+            ValueError: The target is closed.
+            DmaError: It failed again and is still broken.
+        """
+        with self._manager._turn:
+            if self._closed:
+                raise ValueError("this target is closed")
+            self._ledger.reconcile(self._manager._truth())
+            return self.diff()
+
+    def close(self) -> None:
+        """Unmap all that the target holds and forget it. Closing it again does nothing.
+
+        Raises:
+            DmaError: It could not unmap something. That memory is kept and the target stays
+                registered, broken; close it again, or :meth:`forget` it once it is gone.
+        """
+        with self._manager._turn:
+            if self._closed:
+                return
+            failures = self._ledger.release_all(self._manager._truth())
+            if not failures:
+                self._discard()
+        _raise_failures(failures)
+
+    def forget(self) -> None:
+        """Drop the target without calling it, and let go of the memory kept for it.
+
+        Only for a target that no longer exists, such as a container whose fd was closed: devices
+        must not reach anything through it any more.
+        """
+        with self._manager._turn:
+            if not self._closed:
+                self._ledger.forget()
+                self._discard()
+
+    def _discard(self) -> None:
+        self._closed = True
+        self._manager._targets = tuple(t for t in self._manager._targets if t is not self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "broken" if self.broken else "live"
+        return f"<TargetHandle {self.target!r} {state}>"
+
+
+class RegionManager:
+    """Regions of a guest's address space and the targets that follow them.
+
+    A context manager that closes everything. All methods may be called from any thread except from
+    inside a call of a target; see the module's text for how operations are ordered.
+
+    Args:
+        page_size: What addresses, sizes and offsets must be multiples of, in bytes; the host's
+            page size by default, because no IOMMU maps less.
+    """
+
+    def __init__(self, page_size: int = mmap.PAGESIZE) -> None:
+        if check_int(page_size, "page_size") <= 0 or page_size & (page_size - 1):
+            raise ValueError(f"page_size {page_size} is not a power of two")
+        self._page_size = page_size
+        self._turn = Turn()
+        # Replaced as wholes, so that readers need no lock.
+        self._regions: tuple[Region, ...] = ()
+        self._targets: tuple[TargetHandle, ...] = ()
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """All open regions in the order in which they were made."""
+        return self._regions
+
+    @property
+    def targets(self) -> tuple[TargetHandle, ...]:
+        """All registered targets in the order in which they were added."""
+        return self._targets
+
+    def mappings(self) -> tuple[DmaMapRequest, ...]:
+        """What every target should hold: the mappings of all active regions."""
+        return tuple(entry.request for entry in self._truth())
+
+    def new_region(
+        self,
+        name: str,
+        start: SupportsIndex,
+        size: SupportsIndex,
+        priority: SupportsIndex = 0,
+        kind: MappingType = MappingType.RAM,
+    ) -> Region:
+        """Make a region: empty, and not mapped.
+
+        A region may overlap others only so that one covers the other: of two with different
+        priorities, the one with the greater one must contain the other; two with the same one
+        must have the same range, and the earlier wins.
+
+        Args:
+            name: For messages and listings.
+            start: First address.
+            size: Bytes, greater than 0.
+            priority: 0 to 255; the greater wins.
+            kind: What its memory is.
+
+        Raises:
+            TypeError, ValueError: Bad numbers, or not aligned to pages.
+            MemoryRegionOverlapError: It would cover a part of a region.
+        """
+        if not isinstance(kind, MappingType):
+            raise TypeError(f"kind must be a MappingType, not {type(kind).__name__}")
+        rank = check_int(priority, "priority")
+        if not 0 <= rank <= MAX_PRIORITY:
+            raise ValueError(f"priority {rank} is not in [0, {MAX_PRIORITY}]")
+        with self._turn:
+            first, length = self._check_placement(start, size, rank)
+            region = Region(self, str(name), first, length, rank, kind)
+            self._regions = (*self._regions, region)
+        return region
+
+    def add_target(self, target: DmaTarget, needs_fd: bool = False) -> TargetHandle:
+        """Make a target hold all active mappings, now and from now on.
+
+        Args:
+            target: Who to tell.
+            needs_fd: Whether it can only hold memory that has a file. Mappings without one are
+                refused as long as it is registered.
+
+        Raises:
+            TypeError, ValueError: Not a target, or registered already.
+            DmaError: It refused a mapping, or a mapping has no file. It holds nothing then and
+                is not registered; only if it failed even to undo does it stay in
+                :attr:`targets`, broken.
+        """
+        if not isinstance(target, DmaTarget):
+            raise TypeError(f"{type(target).__name__} has no map_dma and unmap_dma")
+        with self._turn:
+            if any(handle.target is target for handle in self._targets):
+                raise ValueError("this target is registered already")
+            handle = TargetHandle(self, target, bool(needs_fd))
+            if needs_fd:
+                everything = [r._request(m) for r in self._regions for m in r.mappings]
+                _check_fds(everything)
+            try:
+                carry_out([Step(None, entry) for entry in self._truth()], [handle._ledger])
+            except BaseException:
+                if not handle._ledger.empty:
+                    self._targets = (*self._targets, handle)
+                raise
+            self._targets = (*self._targets, handle)
+        return handle
+
+    def close(self) -> None:
+        """Close all targets, the latest first, then all regions.
+
+        Raises:
+            DmaError: A target could not unmap something; it is the only thing left open.
+        """
+        failures: list[DmaError] = []
+        closers: list[Callable[[], None]] = [t.close for t in reversed(self._targets)]
+        closers += [r.close for r in reversed(self._regions)]
+        for close in closers:
+            try:
+                close()
+            except DmaError as error:
+                failures.append(error)
+        _raise_failures(failures)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _truth(self) -> list[Entry]:
+        return [entry for region in self._regions if region._active for entry in region._entries()]
+
+    def _remove(self, region: Region) -> None:
+        self._regions = tuple(r for r in self._regions if r is not region)
+
+    def _check_aligned(self, what: str, *numbers: int) -> None:
+        if any(number % self._page_size for number in numbers):
+            shown = "+".join(f"{number:#x}" for number in numbers)
+            raise ValueError(f"{what} {shown} is not aligned to pages of {self._page_size:#x}")
+
+    def _check_placement(
+        self,
+        start: SupportsIndex,
+        size: SupportsIndex,
+        priority: int,
+        moving: Region | None = None,
+    ) -> tuple[int, int]:
+        first, length = check_range(start, size, name="start", empty=False)
+        self._check_aligned("region", first, length)
+        end = first + length
+        for other in self._regions:
+            if other is moving or other.start >= end or other.end <= first:
+                continue
+            inside = other.start <= first and end <= other.end
+            around = first <= other.start and other.end <= end
+            if (priority <= other.priority and not inside) or (
+                priority >= other.priority and not around
+            ):
+                raise MemoryRegionOverlapError(
+                    f"region {first:#x}+{length:#x} with priority {priority} overlaps {other}; "
+                    "the one with the greater priority must contain the other, and equal ones "
+                    "must have the same range"
+                )
+        return first, length
+
+    def _check_fds(self, requests: Iterable[DmaMapRequest]) -> None:
+        if any(handle.needs_fd for handle in self._targets):
+            _check_fds(requests)
+
+    def _change(
+        self,
+        region: Region,
+        *,
+        mapped: bool,
+        writable: bool | None = None,
+        start: int | None = None,
+        onwards: bool = False,
+        make_first: bool = False,
+    ) -> list[DmaError]:
+        """Give a region another state, and every region it meets the activity that follows.
+
+        Only regions that overlap its old or new place can be affected.
+        """
+        place = region._start if start is None else start
+        allow = region._writable if writable is None else writable
+        if (mapped, place, allow) == (region._mapped, region._start, region._writable):
+            return []
+
+        def state(other: Region) -> tuple[int, bool]:
+            return (place, mapped) if other is region else (other._start, other._mapped)
+
+        affected = [
+            other
+            for other in self._regions
+            if other is region
+            or meet(other.start, other.size, region._start, region.size)
+            or meet(other.start, other.size, place, region.size)
+        ]
+        active = {other: self._wins(other, state) for other in affected}
+        before = [e for other in affected if other._active for e in other._entries()]
+        after = []
+        for other in affected:
+            if active[other]:
+                after += region._entries(place, allow) if other is region else other._entries()
+        failures = self._carry_out(plan(before, after, make_first), onwards=onwards)
+        region._mapped, region._start, region._writable = mapped, place, allow
+        for other in affected:
+            other._active = active[other]
+        return failures
+
+    def _wins(self, region: Region, state: Callable[[Region], tuple[int, bool]]) -> bool:
+        start, mapped = state(region)
+        if not mapped:
+            return False
+        number = self._regions.index(region)
+        for index, other in enumerate(self._regions):
+            there, counts = state(other)
+            if not counts or not meet(start, region.size, there, other.size):
+                continue
+            if other.priority > region.priority:
+                return False
+            if other.priority == region.priority and index < number:
+                return False
+        return True
+
+    def _carry_out(self, steps: Sequence[Step], *, onwards: bool = False) -> list[DmaError]:
+        return carry_out(steps, [handle._ledger for handle in self._targets], onwards=onwards)
+
+
+def _check_fds(requests: Iterable[DmaMapRequest]) -> None:
+    for request in requests:
+        if request.fd is None:
+            raise DmaError(
+                "map",
+                request.start,
+                request.size,
+                "the memory has no file, but a target needs one: use a memfd for it",
+            )
+
+
+def _raise_failures(failures: Sequence[DmaError]) -> None:
+    if failures:
+        first, *others = failures
+        first.add_note("the memory is kept, the target is broken until retry() succeeds")
+        for other in others:
+            first.add_note(f"also: {other}")
+        raise first
