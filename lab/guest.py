@@ -372,7 +372,8 @@ class RunningGuest:
         """Wait until the report holds `text`.
 
         Raises:
-            GuestError: It did not appear within `timeout` seconds, or the guest ended first.
+            GuestError: It did not appear within `timeout` seconds (the guest is killed then),
+                or the guest ended first.
         """
         end = time.monotonic() + timeout
         while text not in self._log("report"):

@@ -149,6 +149,38 @@ def require_program(name: str, package: str) -> str:
     return path
 
 
+def debian_source(suite: str, codename: str, apt: Path = Path("/etc/apt")) -> str:
+    """A deb822 source for `suite`, with the mirror and keys the machine uses for its release.
+
+    Args:
+        suite: The suite wanted, such as `bookworm-backports`.
+        codename: The release whose own source is the model.
+        apt: Apt's configuration directory.
+
+    Raises:
+        PartsError: The machine has no source for its release.
+    """
+    for stanza in _configured_sources(apt):
+        usable = (
+            "deb" in stanza.get("types", "").split()
+            and codename in stanza.get("suites", "").split()
+            and "main" in stanza.get("components", "").split()
+            and stanza.get("enabled", "yes").lower() not in {"no", "false", "0"}
+        )
+        if usable:
+            lines = [
+                "Types: deb",
+                f"URIs: {stanza['uris']}",
+                f"Suites: {suite}",
+                "Components: main",
+                "Architectures: amd64",
+            ]
+            if "signed-by" in stanza:
+                lines.append(f"Signed-By: {stanza['signed-by']}")
+            return "\n".join(lines) + "\n"
+    raise PartsError(f"no source for `{codename} main` in {apt}/sources.list or sources.list.d")
+
+
 def _ignore(_line: str) -> None:
     pass
 
@@ -249,7 +281,7 @@ class _PrivateApt:
         (directory / "archives" / "partial").mkdir(parents=True)
         sources = directory / "sources.list.d"
         sources.mkdir()
-        (sources / "lab.sources").write_text(_debian_source(suite, codename))
+        (sources / "lab.sources").write_text(debian_source(suite, codename))
         self._options = [
             option
             for setting in (
@@ -306,31 +338,6 @@ def _codename() -> str:
             f"a filled cache from a Debian machine to {cache_directory()}"
         )
     return fields["VERSION_CODENAME"]
-
-
-def _debian_source(suite: str, codename: str) -> str:
-    """A deb822 source for `suite`, with the mirror and keys the machine uses for its release."""
-    for stanza in _configured_sources(Path("/etc/apt")):
-        usable = (
-            "deb" in stanza.get("types", "").split()
-            and codename in stanza.get("suites", "").split()
-            and "main" in stanza.get("components", "").split()
-            and stanza.get("enabled", "yes").lower() not in {"no", "false", "0"}
-        )
-        if usable:
-            lines = [
-                "Types: deb",
-                f"URIs: {stanza['uris']}",
-                f"Suites: {suite}",
-                "Components: main",
-                "Architectures: amd64",
-            ]
-            if "signed-by" in stanza:
-                lines.append(f"Signed-By: {stanza['signed-by']}")
-            return "\n".join(lines) + "\n"
-    raise PartsError(
-        f"no source for `{codename} main` in /etc/apt/sources.list or /etc/apt/sources.list.d"
-    )
 
 
 def _configured_sources(apt: Path) -> Iterator[dict[str, str]]:

@@ -1,0 +1,50 @@
+"""Guests, disks and the parts they need, for every test below this directory."""
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import parts
+from lab.guest import MIB, Guest, GuestResult
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here is a system test."""
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.system)
+
+
+@pytest.fixture(scope="session")
+def guest_kernel() -> parts.Kernel:
+    """The guest kernel, fetched if need be. Never skips: without it nothing here is tested."""
+    return parts.kernel()
+
+
+@pytest.fixture
+def disk_image(tmp_path: Path) -> Callable[..., Path]:
+    """`disk_image(size=64 MiB)` makes one more raw image of random bytes."""
+    numbers = itertools.count()
+
+    def make(size: int = 64 * MIB) -> Path:
+        path = tmp_path / f"disk{next(numbers)}.img"
+        path.write_bytes(os.urandom(size))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def boot(tmp_path: Path, guest_kernel: parts.Kernel) -> Callable[..., GuestResult]:
+    """`boot(...)` runs a `Guest(...)` to its end and fails unless every script succeeded."""
+    numbers = itertools.count()
+
+    def run(**description: Any) -> GuestResult:
+        return Guest(**description).run(tmp_path / f"guest{next(numbers)}").check()
+
+    return run
