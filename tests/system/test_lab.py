@@ -157,7 +157,7 @@ def test_a_cached_kernel_serves_without_writing_or_network(
             (
                 "# main archive\n"
                 "deb-src http://mirror/debian bookworm main\n"
-                "deb [arch=amd64 signed-by=/key.gpg] http://mirror/debian bookworm main contrib # x\n"
+                "deb [arch=amd64 signed-by=/key.gpg] http://mirror/debian bookworm main extra # x\n"
             ),
         ),
         (
