@@ -250,7 +250,7 @@ class DriverQueue:
         buffers = [(addr, length, 0) for addr, length in readable]
         buffers += [(addr, length, DESC_F_WRITE) for addr, length in writable]
         if table is None:
-            ids: Sequence[int] = self._free[-count:]
+            ids: Sequence[int] = self._free[: -count - 1 : -1]
             self._write_chain(buffers, ids)
         else:
             self._write_indirect(buffers, table)
