@@ -81,11 +81,21 @@ class Viommu(enum.Enum):
         """Drivers, to be inserted before those of the devices behind it."""
         return ("virtio_iommu",) if self is Viommu.VIRTIO else ()
 
-    @property
-    def device_options(self) -> str:
-        """Options for a virtio PCI device whose DMA goes through it."""
-        # Address translation services make a vhost-user device send IOTLB messages.
-        return ",iommu_platform=on,disable-legacy=on,ats=on" if self.present else ""
+    def port_arguments(self, index: int) -> list[str]:
+        """QEMU arguments for the port that disk `index` is plugged into, if it needs one."""
+        if self not in (Viommu.INTEL, Viommu.INTEL_STRICT):
+            return []
+        # Only a PCI Express device has address translation services, and only below a port is a
+        # virtio device one. Without them QEMU before 8.2 does not pass on that Linux flushed a
+        # whole domain, as it does in lazy mode: the back end would use stale translations.
+        return ["-device", f"pcie-root-port,id=port{index},chassis={index + 1}"]
+
+    def device_options(self, index: int) -> str:
+        """Options for the virtio PCI device of disk `index`, so that its DMA goes through it."""
+        if not self.present:
+            return ""
+        bus = f",bus=port{index}" if self.port_arguments(index) else ""
+        return f",iommu_platform=on,disable-legacy=on,ats=on{bus}"
 
 
 class Disk(Protocol):
@@ -110,8 +120,10 @@ class VhostUserDisk:
 
     def arguments(self, index: int, viommu: Viommu) -> list[str]:
         """QEMU arguments; see `Disk`."""
-        options = f"chardev=vhost{index},num-queues={self.num_queues}{viommu.device_options}"
+        options = f"chardev=vhost{index},num-queues={self.num_queues}"
+        options += viommu.device_options(index)
         return [
+            *viommu.port_arguments(index),
             *("-chardev", f"socket,id=vhost{index},path={_escaped(self.socket)}"),
             *("-device", f"vhost-user-blk-pci,{options}"),
         ]
@@ -135,8 +147,10 @@ class QemuDisk:
         """QEMU arguments; see `Disk`."""
         read_only = "on" if self.read_only else "off"
         drive = f"if=none,id=drive{index},format=raw,read-only={read_only}"
-        options = f"drive=drive{index},num-queues={self.num_queues}{viommu.device_options}"
+        options = f"drive=drive{index},num-queues={self.num_queues}"
+        options += viommu.device_options(index)
         return [
+            *viommu.port_arguments(index),
             *("-drive", f"{drive},file={_escaped(self.image)}"),
             *("-device", f"virtio-blk-pci,{options}"),
         ]

@@ -591,14 +591,17 @@ class Service:
         self._arm()
 
     def _send_back(self, messages: list[IotlbMessage], *, need_reply: bool = True) -> None:
-        if self._back is None:
+        if self._back is None or not messages:
             return
         need_reply = need_reply and self._acknowledged
         try:
-            for message in messages:
-                self._back.send(
+            # All at once: the socket's buffer holds few small messages but all of a large one.
+            self._back.send(
+                b"".join(
                     encode_iotlb(BackendRequest.IOTLB_MSG, message, need_reply=need_reply)
+                    for message in messages
                 )
+            )
         except GuestioError as error:
             self._lose_back_channel(error)
 

@@ -1,0 +1,101 @@
+"""The ``guestio`` command."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from contextlib import ExitStack
+
+import click
+from rich.console import Console
+from rich.logging import RichHandler
+
+import guestio
+from guestio.errors import GuestioError
+from guestio.vhost_user import Backend
+from guestio.virtio.blk import BlockDevice
+
+BLK_HELP = """Serve IMAGE as a disk over vhost-user.
+
+The socket is ready when one line on standard error says so. One front-end is served at a time;
+when it goes away the next one may come. SIGINT and SIGTERM end the service and remove the socket.
+
+A complete QEMU command line for a guest with a virtual IOMMU in front of the disk:
+
+\b
+  guestio blk disk.img --socket /tmp/blk.sock &
+  qemu-system-x86_64 -machine q35,memory-backend=mem,kernel-irqchip=off -m 1G \\
+    -object memory-backend-memfd,id=mem,size=1G,share=on \\
+    -device virtio-iommu-pci \\
+    -chardev socket,id=c0,path=/tmp/blk.sock \\
+    -device vhost-user-blk-pci,chardev=c0,num-queues=1,\\
+iommu_platform=on,disable-legacy=on,ats=on \\
+    -kernel vmlinuz -initrd initrd -append "root=/dev/vda"
+
+Guest memory must be shared (share=on). Without an IOMMU leave out the virtio-iommu-pci line and
+everything after num-queues; with intel-iommu use "-device intel-iommu,intremap=off,
+device-iotlb=on" and the kernel option intel_iommu=on.
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(guestio.__version__, prog_name="guestio")
+def cli() -> None:
+    """Virtual devices that sit safely behind a virtual IOMMU."""
+
+
+@cli.command(help=BLK_HELP)
+@click.argument("image", type=click.Path())
+@click.option("--socket", "path", required=True, metavar="PATH", help="Where to listen.")
+@click.option("--read-only", is_flag=True, help="Refuse writes; the image may be read-only.")
+@click.option(
+    "--num-queues",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Request queues offered.",
+)
+@click.option(
+    "--iommu",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="Whether the device may sit behind an IOMMU.",
+)
+@click.option("--serial", metavar="TEXT", help="Serial number, up to 20 ASCII characters.")
+def blk(
+    image: str, path: str, read_only: bool, num_queues: int, iommu: str, serial: str | None
+) -> None:
+    _log_to_stderr()
+    try:
+        with ExitStack() as stack:
+            device = BlockDevice(
+                image, read_only=read_only, num_queues=num_queues, serial=serial
+            )
+            stack.callback(device.close)
+            backend = stack.enter_context(
+                Backend(device, path, iommu="off" if iommu == "off" else "auto")
+            )
+            _run_until_signalled(backend)
+    except (GuestioError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _run_until_signalled(backend: Backend) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: backend.stop())
+    print(f"listening on {backend.path}", file=sys.stderr, flush=True)
+    backend.serve()
+
+
+def _log_to_stderr() -> None:
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=False, omit_repeated_times=False, markup=False
+    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+
+
+def main() -> None:
+    """Run the command."""
+    cli()
