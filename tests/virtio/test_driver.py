@@ -507,7 +507,7 @@ ROUNDS = 30000
 
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_no_notification_is_lost_between_two_processes(event_idx: bool) -> None:
-    """Both sides sleep whenever they may, so a wish for a notification that is missed hangs them."""
+    """Both sides sleep whenever they may: a wish for a notification that is missed hangs them."""
     backing = Backing.memfd(0x100000)
     memory = GuestRegionCollection.from_regions([MmapRegion(BASE, backing)])
     layout = RingLayout.contiguous(BASE, 16)
