@@ -6,10 +6,9 @@ import logging
 import signal
 import sys
 from contextlib import ExitStack
+from typing import NoReturn
 
 import click
-from rich.console import Console
-from rich.logging import RichHandler
 
 import guestio
 from guestio.errors import GuestioError
@@ -70,16 +69,20 @@ def blk(
     _log_to_stderr()
     try:
         with ExitStack() as stack:
-            device = BlockDevice(
-                image, read_only=read_only, num_queues=num_queues, serial=serial
-            )
+            device = BlockDevice(image, read_only=read_only, num_queues=num_queues, serial=serial)
             stack.callback(device.close)
             backend = stack.enter_context(
                 Backend(device, path, iommu="off" if iommu == "off" else "auto")
             )
             _run_until_signalled(backend)
     except (GuestioError, ValueError) as error:
-        raise click.UsageError(str(error)) from error
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    """End with one line and the status for a bad argument."""
+    click.echo(f"guestio: {message}", err=True)
+    sys.exit(2)
 
 
 def _run_until_signalled(backend: Backend) -> None:
@@ -90,12 +93,20 @@ def _run_until_signalled(backend: Backend) -> None:
 
 
 def _log_to_stderr() -> None:
-    handler = RichHandler(
-        console=Console(stderr=True), show_path=False, omit_repeated_times=False, markup=False
+    # One line a record, whatever the terminal's width: these lines are read by programs too.
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
 
 
 def main() -> None:
-    """Run the command."""
-    cli()
+    """Run the command; bad usage ends with one line and status 2."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see '{context.command_path} --help')" if context is not None else ""
+        click.echo(f"guestio: {error.format_message()}{hint}", err=True)
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(1)

@@ -34,6 +34,7 @@ class Backend:
         iommu: ``"auto"`` lets the front-end decide whether there is an IOMMU; ``"off"`` does not
             offer it.
         miss_timeout: Seconds a front-end may take to answer an IOTLB miss; then the request fails.
+        track_dirty: Whether to mark and count the pages of guest memory that the device writes.
 
     Raises:
         DeviceError: The path is too long or in use, or its directory cannot be written.
@@ -52,6 +53,7 @@ class Backend:
         *,
         iommu: Literal["auto", "off"] = "auto",
         miss_timeout: float = 5.0,
+        track_dirty: bool = False,
     ) -> None:
         if iommu not in ("auto", "off"):
             raise ValueError(f"iommu {iommu!r} is neither 'auto' nor 'off'")
@@ -62,6 +64,7 @@ class Backend:
         self.statistics = Statistics()
         self._iommu = iommu
         self._miss_timeout = miss_timeout
+        self._track_dirty = track_dirty
         self._stopping = threading.Event()
         self._service: Service | None = None
         self._listener = _listen(self.path)
@@ -107,6 +110,7 @@ class Backend:
             self.statistics,
             offer_iommu=self._iommu == "auto",
             miss_timeout=self._miss_timeout,
+            track_dirty=self._track_dirty,
         )
 
     def stop(self) -> None:

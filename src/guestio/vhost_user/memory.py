@@ -7,18 +7,28 @@ from collections.abc import Sequence
 
 from guestio._core.access import RegionTable
 from guestio.errors import InvalidAddressError
-from guestio.memory import Backing, GuestRegionCollection, MmapRegion
+from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user.messages import MemoryRegion
 
 
 class SharedMemory:
     """Guest memory that a front-end shares; never changes once made.
 
+    Args:
+        regions: As the front-end described them, and as they were mapped.
+        track_dirty: Whether regions that are added later mark the pages that are written.
+
     Attributes:
         memory: It by guest physical address.
     """
 
-    def __init__(self, regions: Sequence[tuple[MemoryRegion, MmapRegion]] = ()) -> None:
+    def __init__(
+        self,
+        regions: Sequence[tuple[MemoryRegion, MmapRegion]] = (),
+        *,
+        track_dirty: bool = False,
+    ) -> None:
+        self._track_dirty = track_dirty
         self._regions = sorted(regions, key=lambda pair: pair[0].user_addr)
         self._starts = [description.user_addr for description, _ in self._regions]
         placed = sorted((region for _, region in regions), key=lambda region: region.start)
@@ -31,14 +41,15 @@ class SharedMemory:
         """The same memory for the compiled core."""
         return self.memory._space.regions
 
-    @classmethod
-    def of_table(cls, regions: Sequence[tuple[MemoryRegion, int]]) -> SharedMemory:
-        """Map a whole memory table.
+    def replaced(self, regions: Sequence[tuple[MemoryRegion, int]]) -> SharedMemory:
+        """A whole new memory table.
 
         Raises:
             BackingError: A region cannot be mapped; none is then.
         """
-        return cls([(description, _map(description, fd)) for description, fd in regions])
+        return self._with(
+            [(description, self._map(description, fd)) for description, fd in regions]
+        )
 
     def adding(self, description: MemoryRegion, fd: int) -> SharedMemory:
         """This memory and one more region.
@@ -46,11 +57,19 @@ class SharedMemory:
         Raises:
             BackingError: It cannot be mapped.
         """
-        return SharedMemory([*self._regions, (description, _map(description, fd))])
+        return self._with([*self._regions, (description, self._map(description, fd))])
 
     def removing(self, description: MemoryRegion) -> SharedMemory:
         """This memory without a region."""
-        return SharedMemory([pair for pair in self._regions if pair[0] != description])
+        return self._with([pair for pair in self._regions if pair[0] != description])
+
+    def _with(self, regions: Sequence[tuple[MemoryRegion, MmapRegion]]) -> SharedMemory:
+        return SharedMemory(regions, track_dirty=self._track_dirty)
+
+    def _map(self, description: MemoryRegion, fd: int) -> MmapRegion:
+        backing = Backing.from_fd(fd, description.size, description.mmap_offset)
+        bitmap = AtomicBitmap(description.size) if self._track_dirty else None
+        return MmapRegion(description.guest_addr, backing, bitmap=bitmap)
 
     def guest_ranges(self, user_addr: int, size: int) -> list[tuple[int, int]]:
         """Guest physical ranges behind a range of the front-end's addresses.
@@ -87,8 +106,3 @@ class SharedMemory:
                 )
             end += length
         return start
-
-
-def _map(description: MemoryRegion, fd: int) -> MmapRegion:
-    backing = Backing.from_fd(fd, description.size, description.mmap_offset)
-    return MmapRegion(description.guest_addr, backing)

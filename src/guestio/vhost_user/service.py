@@ -77,6 +77,8 @@ class Statistics:
         failed_requests: Those of them that could not be served.
         queue_errors: Queues that stopped because their driver broke a rule.
         protocol_errors: Front-ends disconnected because they broke the protocol.
+        dirty_pages: Pages of guest memory written; counted when a front-end goes, if tracked.
+        iotlb_hits: Ranges translated without asking; counted when a front-end goes.
         iotlb_misses: Translations asked for.
         iotlb_updates: Translations told.
         iotlb_invalidations: Translations revoked.
@@ -90,6 +92,8 @@ class Statistics:
     failed_requests: int = 0
     queue_errors: int = 0
     protocol_errors: int = 0
+    dirty_pages: int = 0
+    iotlb_hits: int = 0
     iotlb_misses: int = 0
     iotlb_updates: int = 0
     iotlb_invalidations: int = 0
@@ -131,6 +135,7 @@ class Service:
         statistics: Where to count.
         offer_iommu: Whether the device may sit behind an IOMMU.
         miss_timeout: Seconds a front-end may take to answer an IOTLB miss.
+        track_dirty: Whether to mark the pages that the device writes.
 
     Attributes:
         closed: Whether the front-end is gone and everything of it released.
@@ -145,6 +150,7 @@ class Service:
         *,
         offer_iommu: bool,
         miss_timeout: float,
+        track_dirty: bool,
     ) -> None:
         self.closed = False
         self._channel = channel
@@ -152,7 +158,7 @@ class Service:
         self._poller = poller
         self._stats = statistics
         self._back: Channel | None = None
-        self._shared = SharedMemory()
+        self._shared = SharedMemory(track_dirty=track_dirty)
         self._iotlb = Iotlb(MAX_TRANSLATIONS)
         self._misses = MissTable(miss_timeout)
         self._space = AddressSpace(self._shared.table)
@@ -204,9 +210,27 @@ class Service:
         self._forget_queues()
         self._poller.clear_timer(self)
         self._device.reset()
+        self._stats.iotlb_hits += self._iotlb.hits
+        self._count_dirty()
         self._shared = SharedMemory()
         self._space = AddressSpace(self._shared.table)
         self._bursts.flush()
+        stats = self._stats
+        log.info(
+            "front-end %d gone; so far: requests=%d failed=%d iotlb_misses=%d "
+            "iotlb_invalidations=%d refused=%d",
+            stats.connections,
+            stats.requests,
+            stats.failed_requests,
+            stats.iotlb_misses,
+            stats.iotlb_invalidations,
+            stats.iotlb_refused,
+        )
+
+    def _count_dirty(self) -> None:
+        for region in self._shared.memory:
+            if region.bitmap is not None:
+                self._stats.dirty_pages += region.bitmap.count()
 
     def _forget_queues(self) -> None:
         for index, queue in enumerate(self._queues):
@@ -231,7 +255,7 @@ class Service:
     def set_memory_table(self, regions: Sequence[tuple[MemoryRegion, int]]) -> None:
         """See :class:`SessionHandler`."""
         try:
-            shared = SharedMemory.of_table(regions)
+            shared = self._shared.replaced(regions)
         finally:
             for _, fd in regions:
                 os.close(fd)

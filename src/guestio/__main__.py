@@ -1,0 +1,5 @@
+"""``python -m guestio`` is the ``guestio`` command."""
+
+from guestio.cli import main
+
+main()
