@@ -15,6 +15,7 @@ from tests.vhost_user.peer import WAIT, Hand, nothing_left
 
 from guestio.addr import Permissions
 from guestio.errors import ProtocolError
+from guestio.iommu import Iotlb
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.exchange import Exchange, NoAnswerError, RefusedError
@@ -448,6 +449,15 @@ class TestOtherRequests:
         assert rig.exchange.failure is None
 
 
+class SlowTable(Iotlb):
+    """A table that is slow to answer, so that it may have changed by then."""
+
+    def overlapping(self, start: int, length: int) -> Any:
+        found = super().overlapping(start, length)
+        time.sleep(0.0002)
+        return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", [1, 4])
 def test_no_stale_update_ever_follows_an_invalidation(
@@ -455,6 +465,7 @@ def test_no_stale_update_ever_follows_an_invalidation(
 ) -> None:
     """Misses and unmaps race; what the back-end is told must always be what is mapped."""
     rig = make(pipeline=pipeline)
+    rig.service.mappings = SlowTable()
     pages, stop, rng = 4, threading.Event(), random.Random(5)
     told: dict[int, int] = {}
     legal: dict[int, int] = {}
