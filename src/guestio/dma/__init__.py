@@ -1,6 +1,8 @@
 """Mapping changes go out: what devices may reach follows what the guest's memory is."""
 
 from guestio.dma.changes import ReentrantCallError
+from guestio.dma.device import INTX, MSI, MSIX, DeviceRegion, InterruptInfo, MmapArea, VfioDevice
+from guestio.dma.iommufd import IommufdTarget
 from guestio.dma.ledger import FailedMapping, TargetDiff, TargetStats
 from guestio.dma.regions import Region, RegionManager, SubMapping, TargetHandle
 from guestio.dma.target import (
@@ -11,14 +13,23 @@ from guestio.dma.target import (
     MappingType,
     ReplacingDmaTarget,
 )
+from guestio.dma.vfio import IommuInfo, VfioType1Target
 
 __all__ = [
+    "INTX",
+    "MSI",
+    "MSIX",
+    "DeviceRegion",
     "DmaError",
     "DmaMapRequest",
     "DmaTarget",
     "FailedMapping",
+    "InterruptInfo",
+    "IommuInfo",
+    "IommufdTarget",
     "Journal",
     "MappingType",
+    "MmapArea",
     "ReentrantCallError",
     "Region",
     "RegionManager",
@@ -27,4 +38,6 @@ __all__ = [
     "TargetDiff",
     "TargetHandle",
     "TargetStats",
+    "VfioDevice",
+    "VfioType1Target",
 ]

@@ -1,0 +1,409 @@
+"""A PCI device assigned to this process by VFIO: registers, memory, interrupts, reset.
+
+Opened by a target (:meth:`VfioType1Target.open_device`, :meth:`IommufdTarget.open_device`), which
+decides what memory the device reaches. Sources: ``include/uapi/linux/vfio.h``, and for the
+configuration space the PCI Local Bus specification 3.0, section 6.2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from guestio.addr import check_range
+from guestio.dma import _uapi
+from guestio.errors import DeviceError
+from guestio.memory.backing import Backing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PCI_COMMAND = 0x04
+PCI_COMMAND_MEMORY = 0x2
+PCI_COMMAND_MASTER = 0x4
+
+INTX, MSI, MSIX = 0, 1, 2
+"""Kinds of interrupts, as :meth:`VfioDevice.interrupts` takes them (``VFIO_PCI_*_IRQ_INDEX``)."""
+
+
+class MmapArea(NamedTuple):
+    """A part of a device region that can be mapped; in bytes, on page boundaries."""
+
+    offset: int
+    size: int
+
+
+class InterruptInfo(NamedTuple):
+    """What a kind of interrupt offers.
+
+    Attributes:
+        vectors: How many interrupts there are; 0 if the device has none of this kind.
+        eventfd: Whether they can signal an eventfd.
+        automasked: Whether each is masked when it fires, until it is unmasked.
+    """
+
+    vectors: int
+    eventfd: bool
+    automasked: bool
+
+
+class DeviceRegion:
+    """A BAR, the ROM or the configuration space of an assigned device.
+
+    It may be used from any thread as long as the device is open.
+
+    Attributes:
+        index: Its number: 0 to 5 the BARs, 6 the ROM, 7 the configuration space.
+        size: Bytes; 0 if the device has no such region.
+        offset: Where it begins in the device's file.
+        readable: Whether it can be read.
+        writable: Whether it can be written.
+        areas: The parts that can be mapped. Whole pages only: a region smaller than a page, and
+            the rest of one that does not end on a page, have none.
+    """
+
+    def __init__(self, device: VfioDevice, index: int) -> None:
+        info = _uapi.VfioRegionInfo(index=index)
+        raw = _uapi.info_with_capabilities(device.fileno(), _uapi.VFIO_DEVICE_GET_REGION_INFO, info)
+        info = _uapi.VfioRegionInfo.from_buffer_copy(raw)
+        self._device = device
+        self.index = index
+        self.size: int = info.size
+        self.offset: int = info.offset
+        self.readable = bool(info.flags & _uapi.VFIO_REGION_INFO_FLAG_READ)
+        self.writable = bool(info.flags & _uapi.VFIO_REGION_INFO_FLAG_WRITE)
+        self.areas = _mmap_areas(raw, info)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read through the kernel.
+
+        A length of 1, 2, 4 or 8 at an offset that is a multiple of it is one access of that
+        width.
+
+        Raises:
+            ValueError: Outside the region.
+            DeviceError: The region cannot be read, or the device does not answer.
+        """
+        self._check(offset, length)
+        try:
+            data = os.pread(self._device.fileno(), length, self.offset + offset)
+        except OSError as error:
+            raise self._failed("read", offset, length, error) from error
+        if len(data) != length:
+            raise self._failed("read", offset, length, f"only {len(data)} bytes came")
+        return data
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write through the kernel; access widths as in :meth:`read`.
+
+        Raises:
+            ValueError: Outside the region.
+            DeviceError: The region cannot be written, or the device does not answer.
+        """
+        self._check(offset, len(data))
+        try:
+            done = os.pwrite(self._device.fileno(), data, self.offset + offset)
+        except OSError as error:
+            raise self._failed("write", offset, len(data), error) from error
+        if done != len(data):
+            raise self._failed("write", offset, len(data), f"only {done} bytes went")
+
+    def load(self, offset: int, width: int) -> int:
+        """Read a register of ``width`` bytes, little-endian."""
+        return int.from_bytes(self.read(offset, width), "little")
+
+    def store(self, offset: int, value: int, width: int) -> None:
+        """Write a register of ``width`` bytes, little-endian."""
+        self.write(offset, value.to_bytes(width, "little"))
+
+    def backing(self, area: int = 0, *, writable: bool = True) -> Backing:
+        """Map one of :attr:`areas` into this process.
+
+        It can be given to :meth:`Region.add_mapping` so that other devices reach it, and be used
+        like memory. It holds the device open.
+
+        Raises:
+            ValueError: There is no such area.
+            BackingError: It cannot be mapped.
+        """
+        if not 0 <= area < len(self.areas):
+            raise ValueError(
+                f"region {self.index} of {self._device.address} has {len(self.areas)} areas that "
+                f"can be mapped, no number {area}"
+            )
+        place = self.areas[area]
+        return Backing.from_fd(
+            self._device.fileno(), place.size, self.offset + place.offset, writable
+        )
+
+    def export(self, offset: int, length: int) -> int:
+        """Make a dma-buf of a part, through which an iommufd lets other devices reach it.
+
+        Needs Linux 6.19 or newer with ``CONFIG_VFIO_PCI_DMABUF``, and the device's memory space
+        enabled.
+
+        Returns:
+            A file descriptor; the caller's to close.
+
+        Raises:
+            ValueError: Outside the region.
+            DeviceError: The kernel cannot do it.
+        """
+        self._check(offset, length)
+        try:
+            return export_dma_buf(self._device.fileno(), self.index, offset, length)
+        except OSError as error:
+            raise self._failed("export", offset, length, error) from error
+
+    def _check(self, offset: int, length: int) -> None:
+        first, size = check_range(offset, length, name="offset")
+        if first + size > self.size:
+            raise ValueError(
+                f"{first:#x}+{size:#x} is not inside region {self.index} of "
+                f"{self._device.address}, which has {self.size:#x} bytes"
+            )
+
+    def _failed(self, what: str, offset: int, length: int, why: OSError | str) -> DeviceError:
+        if isinstance(why, OSError):
+            why = why.strerror or str(why)
+        return DeviceError(
+            f"cannot {what} {offset:#x}+{length:#x} of region {self.index} of "
+            f"{self._device.address}: {why}"
+        )
+
+
+class VfioDevice:
+    """An open assigned device. A context manager that closes it.
+
+    Interrupts, reset and closing from one thread at a time; regions from any.
+
+    Args:
+        fd: The device's file descriptor; from now on owned by this object.
+        address: Its PCI address, such as ``0000:00:03.0``.
+
+    Attributes:
+        address: Its PCI address.
+    """
+
+    def __init__(self, fd: int, address: str) -> None:
+        self._fd = fd
+        self.address = address
+        try:
+            info = _uapi.VfioDeviceInfo()
+            _uapi.ioctl(fd, _uapi.VFIO_DEVICE_GET_INFO, info)
+            if not info.flags & _uapi.VFIO_DEVICE_FLAGS_PCI:
+                raise DeviceError(f"{address} is not a PCI device")
+            self._can_reset = bool(info.flags & _uapi.VFIO_DEVICE_FLAGS_RESET)
+            self._regions = [DeviceRegion(self, index) for index in range(min(info.num_regions, 8))]
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        """The device's file descriptor.
+
+        Raises:
+            ValueError: The device is closed.
+        """
+        if self._fd < 0:
+            raise ValueError(f"device {self.address} is closed")
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._fd < 0
+
+    def bar(self, number: int) -> DeviceRegion:
+        """Base address register ``number``, 0 to 5.
+
+        Raises:
+            ValueError: There is no such number.
+        """
+        if not 0 <= number < min(_uapi.VFIO_PCI_NUM_BARS, len(self._regions)):
+            raise ValueError(f"BAR {number} is not in [0, {_uapi.VFIO_PCI_NUM_BARS})")
+        return self._regions[number]
+
+    @property
+    def rom(self) -> DeviceRegion:
+        """The expansion ROM."""
+        return self._regions[_uapi.VFIO_PCI_ROM_REGION_INDEX]
+
+    @property
+    def config(self) -> DeviceRegion:
+        """The configuration space, as the kernel lets it be seen."""
+        return self._regions[_uapi.VFIO_PCI_CONFIG_REGION_INDEX]
+
+    @property
+    def bus_master(self) -> bool:
+        """Whether the device may begin transfers; assign to change it."""
+        return self._command(PCI_COMMAND_MASTER)
+
+    @bus_master.setter
+    def bus_master(self, on: bool) -> None:
+        self._set_command(PCI_COMMAND_MASTER, on)
+
+    @property
+    def memory_space(self) -> bool:
+        """Whether the device answers at its BARs; assign to change it.
+
+        While it is off, other devices' accesses to them are lost; through an iommufd the mapping
+        is dead from then on and must be made anew.
+        """
+        return self._command(PCI_COMMAND_MEMORY)
+
+    @memory_space.setter
+    def memory_space(self, on: bool) -> None:
+        self._set_command(PCI_COMMAND_MEMORY, on)
+
+    def reset(self) -> None:
+        """Put the device into the state it has after power-on; its interrupts are off then.
+
+        Raises:
+            DeviceError: It cannot be reset alone, or it failed.
+        """
+        if not self._can_reset:
+            raise DeviceError(f"{self.address} offers no reset of its own")
+        try:
+            _uapi.ioctl(self.fileno(), _uapi.VFIO_DEVICE_RESET, bytearray(1))
+        except OSError as error:
+            raise DeviceError(f"cannot reset {self.address}: {error.strerror}") from error
+
+    def interrupts(self, kind: int) -> InterruptInfo:
+        """What the device offers of a kind of interrupt: ``INTX``, ``MSI`` or ``MSIX``."""
+        info = _uapi.VfioIrqInfo(index=kind)
+        try:
+            _uapi.ioctl(self.fileno(), _uapi.VFIO_DEVICE_GET_IRQ_INFO, info)
+        except OSError as error:
+            raise DeviceError(
+                f"{self.address} has no interrupts of kind {kind}: {error.strerror}"
+            ) from error
+        return InterruptInfo(
+            info.count,
+            bool(info.flags & _uapi.VFIO_IRQ_INFO_EVENTFD),
+            bool(info.flags & _uapi.VFIO_IRQ_INFO_AUTOMASKED),
+        )
+
+    def enable_interrupts(self, kind: int, eventfds: Sequence[int]) -> None:
+        """Let interrupts of a kind signal eventfds, the first one the first, and so on.
+
+        Args:
+            kind: ``INTX``, ``MSI`` or ``MSIX``; only one kind can be enabled at a time.
+            eventfds: File descriptors of eventfds; they stay the caller's. -1 skips an interrupt.
+
+        Raises:
+            DeviceError: The device does not have so many, or another kind is enabled.
+        """
+        action = _uapi.VFIO_IRQ_SET_DATA_EVENTFD | _uapi.VFIO_IRQ_SET_ACTION_TRIGGER
+        data = b"".join(fd.to_bytes(4, "little", signed=True) for fd in eventfds)
+        self._set_interrupts(kind, action, len(eventfds), data)
+
+    def disable_interrupts(self, kind: int) -> None:
+        """Disable all interrupts of a kind.
+
+        Raises:
+            DeviceError: The kernel refused.
+        """
+        action = _uapi.VFIO_IRQ_SET_DATA_NONE | _uapi.VFIO_IRQ_SET_ACTION_TRIGGER
+        self._set_interrupts(kind, action, 0)
+
+    def unmask_interrupt(self, kind: int) -> None:
+        """Let the first interrupt of an automasked kind (``INTX``) fire again.
+
+        Raises:
+            DeviceError: The kernel refused.
+        """
+        action = _uapi.VFIO_IRQ_SET_DATA_NONE | _uapi.VFIO_IRQ_SET_ACTION_UNMASK
+        self._set_interrupts(kind, action, 1)
+
+    def close(self) -> None:
+        """Close the device. Its mapped regions stay mapped, and keep it busy, until they go."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<VfioDevice {self.address}{' closed' if self.closed else ''}>"
+
+    def _command(self, bit: int) -> bool:
+        return bool(self.config.load(PCI_COMMAND, 2) & bit)
+
+    def _set_command(self, bit: int, on: bool) -> None:
+        value = self.config.load(PCI_COMMAND, 2)
+        self.config.store(PCI_COMMAND, value | bit if on else value & ~bit, 2)
+
+    def _set_interrupts(self, kind: int, flags: int, count: int, data: bytes = b"") -> None:
+        call = _uapi.VfioIrqSet(flags=flags, index=kind, start=0, count=count)
+        call.argsz += len(data)
+        try:
+            _uapi.ioctl(self.fileno(), _uapi.VFIO_DEVICE_SET_IRQS, bytearray(bytes(call) + data))
+        except OSError as error:
+            raise DeviceError(
+                f"cannot set up {count} interrupts of kind {kind} of {self.address}: "
+                f"{error.strerror}"
+            ) from error
+
+
+def _mmap_areas(raw: bytes, info: _uapi.VfioRegionInfo) -> tuple[MmapArea, ...]:
+    if not info.flags & _uapi.VFIO_REGION_INFO_FLAG_MMAP:
+        return ()
+    areas = [MmapArea(0, info.size)]
+    if info.flags & _uapi.VFIO_REGION_INFO_FLAG_CAPS:
+        for kind, at in _uapi.capabilities(raw, info.cap_offset):
+            if kind == _uapi.VFIO_REGION_INFO_CAP_SPARSE_MMAP:
+                head = _uapi.VfioRegionInfoCapSparseMmap.from_buffer_copy(raw, at)
+                begin = at + ctypes.sizeof(head)
+                found = _uapi.array_of(raw, _uapi.VfioRegionSparseMmapArea, begin, head.nr_areas)
+                areas = [MmapArea(area.offset, area.size) for area in found]
+    # What is left of a page belongs to somebody else, or to nobody.
+    whole = [MmapArea(a.offset, a.size - a.size % mmap.PAGESIZE) for a in areas]
+    return tuple(area for area in whole if area.size and area.offset % mmap.PAGESIZE == 0)
+
+
+def export_dma_buf(fd: int, index: int, offset: int, length: int) -> int:
+    """A dma-buf of a part of region ``index`` of the device behind ``fd``.
+
+    Raises:
+        OSError: The kernel refused; ``ENOTTY`` if it knows no such feature.
+    """
+    call = _uapi.VfioDeviceFeatureDmaBuf(
+        feature_flags=_uapi.VFIO_DEVICE_FEATURE_GET | _uapi.VFIO_DEVICE_FEATURE_DMA_BUF,
+        region_index=index,
+        open_flags=os.O_RDWR | os.O_CLOEXEC,
+        nr_ranges=1,
+        offset=offset,
+        length=length,
+    )
+    return _uapi.ioctl(fd, _uapi.VFIO_DEVICE_FEATURE, call)
+
+
+def sysfs_directory(address: str) -> Path:
+    """Where sysfs describes a PCI device.
+
+    Raises:
+        DeviceError: There is no such device, or ``vfio-pci`` does not drive it.
+    """
+    path = Path("/sys/bus/pci/devices") / address
+    if "/" in address or not path.is_dir():
+        raise DeviceError(f"there is no PCI device {address}; addresses look like 0000:00:03.0")
+    driver = (path / "driver").resolve().name if (path / "driver").exists() else "no driver"
+    if not driver.startswith("vfio") and not (path / "vfio-dev").is_dir():
+        raise DeviceError(
+            f"{address} is driven by {driver}; bind it to vfio-pci: write vfio-pci to "
+            f"{path}/driver_override, unbind it from its driver, and write {address} to "
+            "/sys/bus/pci/drivers_probe"
+        )
+    return path

@@ -1,0 +1,351 @@
+"""VFIO's type1 IOMMU: a container that holds DMA maps for the devices of its groups.
+
+:class:`Type1Rules` turns the kernel's answers into errors that say what to do; the kernel's calls
+themselves are two methods below it, so that a simulated kernel can stand in.
+
+Sources: ``include/uapi/linux/vfio.h``, ``drivers/vfio/vfio_iommu_type1.c``,
+``Documentation/driver-api/vfio.rst``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import resource
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from guestio.addr import IovaRange
+from guestio.dma import _uapi
+from guestio.dma.device import VfioDevice, sysfs_directory
+from guestio.dma.target import DmaError
+from guestio.errors import DeviceError
+
+if TYPE_CHECKING:
+    from guestio.dma.target import DmaMapRequest
+
+
+class IommuInfo(NamedTuple):
+    """What the kernel says about an address space.
+
+    Attributes:
+        page_size: What addresses and sizes must be multiples of, in bytes.
+        ranges: The addresses that may be mapped, ascending; everything, if empty.
+        available: How many more mappings it takes, or None if it does not say.
+    """
+
+    page_size: int
+    ranges: tuple[IovaRange, ...]
+    available: int | None
+
+
+class Type1Rules(ABC):
+    """A DMA target on the kernel's type1v2 rules."""
+
+    @abstractmethod
+    def info(self) -> IommuInfo:
+        """What the kernel says about the address space now."""
+
+    @abstractmethod
+    def kernel_map(self, iova: int, size: int, address: int, writable: bool) -> None:
+        """``VFIO_IOMMU_MAP_DMA``.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+
+    @abstractmethod
+    def kernel_unmap(self, iova: int, size: int) -> int:
+        """``VFIO_IOMMU_UNMAP_DMA``; returns how many bytes were unmapped.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+
+    def map_dma(self, request: DmaMapRequest) -> None:
+        """Let the devices reach memory of this process; it is pinned until it is unmapped.
+
+        Raises:
+            DmaError: There is no address, it is not possible, or the kernel refused. ``errno`` is
+                the kernel's; checks made before the call use the number it would have used.
+        """
+        if request.host_address is None:
+            raise _refused(request, "type1 needs the memory's host address, and there is none")
+        info = self.info()
+        check_request(request, info, request.host_address)
+        if info.available == 0:
+            raise _refused(
+                request,
+                "the container is full; raise /sys/module/vfio_iommu_type1/parameters/"
+                "dma_entry_limit before opening it, or map larger ranges",
+                errno.ENOSPC,
+            )
+        try:
+            self.kernel_map(request.start, request.size, request.host_address, request.writable)
+        except OSError as error:
+            raise explain(request, error) from error
+
+    def unmap_dma(self, start: int, size: int) -> None:
+        """Take a mapping away.
+
+        Success means that nothing is mapped in the range any more; type1 is content if nothing was.
+
+        Raises:
+            DmaError: The range is not aligned, or would cut a mapping; nothing was unmapped.
+        """
+        try:
+            self.kernel_unmap(start, size)
+        except OSError as error:
+            reason = error.strerror
+            if error.errno == errno.EINVAL:
+                reason = "the range is not aligned to pages, or it would cut a mapping in two"
+            raise DmaError("unmap", start, size, str(reason), errno=error.errno) from error
+
+
+class VfioType1Target(Type1Rules):
+    """A VFIO container with the type1v2 IOMMU, and the devices in it.
+
+    Open a device first: without one there is no IOMMU to map in. A context manager that closes
+    it. Calls of one target from one thread at a time.
+
+    Args:
+        path: The container's device node.
+
+    Raises:
+        DeviceError: The kernel has no VFIO, or not type1v2.
+    """
+
+    def __init__(self, path: str = "/dev/vfio/vfio") -> None:
+        self._groups: dict[int, int] = {}
+        self._fd = open_node(path, "load the kernel module vfio_iommu_type1")
+        try:
+            version = _uapi.ioctl(self._fd, _uapi.VFIO_GET_API_VERSION, bytearray(1))
+            if version != _uapi.VFIO_API_VERSION:
+                raise DeviceError(f"{path} speaks version {version} of VFIO, not 0")
+            if not self._extension(_uapi.VFIO_TYPE1V2_IOMMU):
+                raise DeviceError(f"{path} has no type1v2 IOMMU: load vfio_iommu_type1")
+        except BaseException:
+            self.close()
+            raise
+
+    def open_device(self, address: str) -> VfioDevice:
+        """Open a PCI device; its IOMMU group joins the container.
+
+        Args:
+            address: Its PCI address, such as ``0000:00:03.0``; ``vfio-pci`` must drive it.
+
+        Raises:
+            DeviceError: There is no such device, its group is in use or not complete, or its IOMMU
+                does not fit those already in the container.
+        """
+        directory = sysfs_directory(address)
+        link = directory / "iommu_group"
+        if not link.exists():
+            raise DeviceError(f"{address} is behind no IOMMU; boot with one switched on")
+        group = self._group(int(link.resolve().name))
+        try:
+            name = bytearray(address.encode() + b"\0")
+            fd = _uapi.ioctl(group, _uapi.VFIO_GROUP_GET_DEVICE_FD, name)
+        except OSError as error:
+            raise DeviceError(f"cannot open {address}: {error.strerror}") from error
+        return VfioDevice(fd, address)
+
+    def info(self) -> IommuInfo:
+        """Page size, valid addresses and free entries, as the kernel has them now.
+
+        Raises:
+            DeviceError: No device is open.
+        """
+        self._check_ready()
+        raw = _uapi.info_with_capabilities(
+            self._fd, _uapi.VFIO_IOMMU_GET_INFO, _uapi.VfioIommuType1Info()
+        )
+        info = _uapi.VfioIommuType1Info.from_buffer_copy(raw)
+        page_size = os.sysconf("SC_PAGESIZE")
+        if info.flags & _uapi.VFIO_IOMMU_INFO_PGSIZES and info.iova_pgsizes:
+            page_size = info.iova_pgsizes & -info.iova_pgsizes
+        ranges: tuple[IovaRange, ...] = ()
+        available = None
+        offset = info.cap_offset if info.flags & _uapi.VFIO_IOMMU_INFO_CAPS else 0
+        for kind, at in _uapi.capabilities(raw, offset):
+            if kind == _uapi.VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE:
+                head = _uapi.VfioIommuType1InfoCapIovaRange.from_buffer_copy(raw, at)
+                begin = at + ctypes.sizeof(head)
+                found = _uapi.array_of(raw, _uapi.VfioIovaRange, begin, head.nr_iovas)
+                ranges = tuple(IovaRange(r.start, r.end - r.start + 1) for r in found)
+            elif kind == _uapi.VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL:
+                available = _uapi.VfioIommuType1InfoDmaAvail.from_buffer_copy(raw, at).avail
+        return IommuInfo(page_size, ranges, available)
+
+    def kernel_map(self, iova: int, size: int, address: int, writable: bool) -> None:
+        """``VFIO_IOMMU_MAP_DMA``; see :meth:`Type1Rules.kernel_map`."""
+        self._check_ready()
+        flags = _uapi.VFIO_DMA_MAP_FLAG_READ
+        if writable:
+            flags |= _uapi.VFIO_DMA_MAP_FLAG_WRITE
+        call = _uapi.VfioIommuType1DmaMap(flags=flags, vaddr=address, iova=iova, size=size)
+        _uapi.ioctl(self._fd, _uapi.VFIO_IOMMU_MAP_DMA, call)
+
+    def kernel_unmap(self, iova: int, size: int) -> int:
+        """``VFIO_IOMMU_UNMAP_DMA``; see :meth:`Type1Rules.kernel_unmap`."""
+        self._check_ready()
+        call = _uapi.VfioIommuType1DmaUnmap(iova=iova, size=size)
+        _uapi.ioctl(self._fd, _uapi.VFIO_IOMMU_UNMAP_DMA, call)
+        unmapped: int = call.size
+        return unmapped
+
+    def fileno(self) -> int:
+        """The container's file descriptor, -1 when closed."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close container and groups; all mappings end once the devices are closed too.
+
+        Remove it from its region manager first.
+        """
+        # A container loses its mappings with its last group, so groups stay until here.
+        while self._groups:
+            os.close(self._groups.popitem()[1])
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def __repr__(self) -> str:
+        groups = ", ".join(map(str, self._groups)) or "none"
+        return f"<VfioType1Target {'closed' if self._fd < 0 else f'groups: {groups}'}>"
+
+    def _extension(self, number: int) -> bool:
+        return fcntl.ioctl(self._fd, _uapi.VFIO_CHECK_EXTENSION, number) > 0
+
+    def _check_ready(self) -> None:
+        if self._fd < 0:
+            raise ValueError("the container is closed")
+        if not self._groups:
+            raise DeviceError("the container has no IOMMU yet: open a device in it first")
+
+    def _group(self, number: int) -> int:
+        if self._fd < 0:
+            raise ValueError("the container is closed")
+        if number in self._groups:
+            return self._groups[number]
+        fd = open_node(f"/dev/vfio/{number}", "vfio-pci must drive a device of that IOMMU group")
+        try:
+            status = _uapi.VfioGroupStatus()
+            _uapi.ioctl(fd, _uapi.VFIO_GROUP_GET_STATUS, status)
+            if not status.flags & _uapi.VFIO_GROUP_FLAGS_VIABLE:
+                members = sorted(
+                    path.name
+                    for path in Path(f"/sys/kernel/iommu_groups/{number}/devices").iterdir()
+                )
+                raise DeviceError(
+                    f"IOMMU group {number} is not complete: bind all of {', '.join(members)} to "
+                    "vfio-pci, or to no driver"
+                )
+            self._join(fd, number)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._groups[number] = fd
+        return fd
+
+    def _join(self, group: int, number: int) -> None:
+        try:
+            _uapi.ioctl(
+                group,
+                _uapi.VFIO_GROUP_SET_CONTAINER,
+                bytearray(self._fd.to_bytes(4, "little")),
+            )
+            if not self._groups:
+                fcntl.ioctl(self._fd, _uapi.VFIO_SET_IOMMU, _uapi.VFIO_TYPE1V2_IOMMU)
+        except OSError as error:
+            hint = {
+                errno.EPERM: "interrupt remapping is off (or set "
+                "vfio_iommu_type1.allow_unsafe_interrupts=1)",
+                errno.EINVAL: "it is in another container, or its IOMMU does not fit",
+            }.get(error.errno or 0, error.strerror)
+            raise DeviceError(f"IOMMU group {number} cannot join the container: {hint}") from error
+
+
+def open_node(path: str, hint: str) -> int:
+    """Open a device node of VFIO.
+
+    Raises:
+        DeviceError: It cannot be opened; says ``hint`` if it is not there.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        why = f"there is no such node; {hint}" if missing else error.strerror
+        raise DeviceError(f"cannot open {path}: {why}") from error
+
+
+def check_request(request: DmaMapRequest, info: IommuInfo, place: int) -> None:
+    """Refuse what the kernel would refuse with less explanation.
+
+    Args:
+        request: What to map.
+        info: What the kernel says.
+        place: Where the memory is: an address or an offset.
+
+    Raises:
+        DmaError: Not aligned, or outside the valid addresses (``EINVAL``).
+    """
+    number = errno.EINVAL
+    if (request.start | request.size | place) % info.page_size:
+        reason = f"IOVA, size and memory ({place:#x}) must be multiples of {info.page_size:#x}"
+        raise _refused(request, reason, number)
+    if info.ranges and not any(
+        r.base <= request.start and request.end <= r.base + r.length for r in info.ranges
+    ):
+        valid = ", ".join(f"[{r.base:#x}, {r.base + r.length:#x})" for r in info.ranges)
+        raise _refused(request, f"the IOMMU can map only {valid}", number)
+
+
+def explain(request: DmaMapRequest, error: OSError) -> DmaError:
+    """The kernel's refusal of a mapping, with what to do about it."""
+    reason = error.strerror or str(error)
+    match error.errno:
+        case errno.EEXIST:
+            reason = "a part of the range is mapped already; unmap it first"
+        case errno.EFAULT:
+            access = "written" if request.writable else "read"
+            reason = (
+                f"the memory cannot be {access}, or not be pinned: is all of it mapped, is its "
+                "file long enough, is it ordinary memory?"
+            )
+        case errno.ENOMEM:
+            reason = _locked_memory_advice(request.size)
+        case errno.EINVAL:
+            reason = "the kernel finds the range or the memory unfit"
+    return _refused(request, reason, error.errno)
+
+
+def _locked_memory_advice(size: int) -> str:
+    limit, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit == resource.RLIM_INFINITY:
+        return "the host is out of memory"
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    locked = 1024 * max(int(fields.get(name, "0").split()[0]) for name in ("VmLck", "VmPin"))
+    return (
+        f"{size:#x} more bytes would exceed the limit of locked memory (RLIMIT_MEMLOCK), which is "
+        f"{limit} with {locked} in use: raise it to at least {locked + size} "
+        f"(`ulimit -l {-(-(locked + size) // 1024)}`)"
+    )
+
+
+def _refused(request: DmaMapRequest, reason: str, number: int | None = None) -> DmaError:
+    return DmaError("map", request.start, request.size, reason, errno=number)
