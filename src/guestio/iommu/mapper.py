@@ -23,7 +23,8 @@ import itertools
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -171,6 +172,7 @@ class ExportSession:
             to cut a client off.
         time_limit: Seconds that the client has to release everything after a fault; None for ever.
         stray_releases: Releases of what was not exported; they change nothing.
+        on_unmapped: Called with the first unmapped part of a range that could not be exported.
     """
 
     _ids = itertools.count(1)
@@ -181,6 +183,7 @@ class ExportSession:
         self.revoked = Event()
         self.time_limit = time_limit
         self.stray_releases = 0
+        self.on_unmapped: Callable[[IovaRange], None] | None = None
         self._mapper = mapper
         self._lock: threading.Lock = mapper._lock
         self._exports: dict[tuple[int, int], int] = {}
@@ -193,6 +196,11 @@ class ExportSession:
     def broken(self) -> bool:
         """Whether a fault, a revocation or :meth:`close` has ended it."""
         return self._broken or self._closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
 
     @property
     def exports(self) -> list[IovaRange]:
@@ -217,6 +225,14 @@ class ExportSession:
             CannotResolveError: Some of the range is not mapped. Nothing is held.
             TypeError, ValueError: Bad numbers.
         """
+        try:
+            return self._export(iova, size)
+        except CannotResolveError as error:
+            if self.on_unmapped is not None:
+                self.on_unmapped(error.iova_range)
+            raise
+
+    def _export(self, iova: int, size: int) -> list[MemRegion]:
         with self._lock:
             if self.broken:
                 raise ExportError("broken export session: release everything and start a new one")
@@ -265,6 +281,22 @@ class ExportSession:
         if had:
             self.revoked.set()
         _settle(settled)
+
+    def restore(self, exports: Iterable[tuple[int, int]], broken: bool) -> None:
+        """Take over what a session held that there was before, as when a snapshot is restored.
+
+        Args:
+            exports: ``(iova, size)`` of everything held, each as often as it was exported.
+            broken: Whether it was broken.
+
+        Raises:
+            TypeError, ValueError: Bad numbers; nothing changed.
+        """
+        held = Counter(check_range(iova, size, name="iova", empty=False) for iova, size in exports)
+        with self._lock:
+            self._exports.update(held)
+            self._broken = broken
+            self._resolved = Event() if broken and held else None
 
     def close(self) -> None:
         """Release everything and leave the mapper. Calling it again does nothing."""
@@ -459,6 +491,12 @@ class BasicMemoryMapper(MemoryMapper):
     def mappings(self, iova: int = 0, size: int = ADDRESS_SPACE) -> list[MapEntry]:
         """The mappings that touch a range, unclipped: ``(iova, size, gpa, prot)``, ascending."""
         return self._map.overlapping(iova, size)
+
+    def is_free(self, iova: int, size: int) -> bool:
+        """Whether nothing of a range is mapped. O(log n)."""
+        first, length = check_range(iova, size, name="iova", empty=False)
+        after = self._map.neighbours(first)[1]
+        return not self._map.overlapping(first, 1) and (after is None or after[0] >= first + length)
 
     def neighbours(self, iova: int) -> tuple[MapEntry | None, MapEntry | None]:
         """The mapping before an address and the one after it."""

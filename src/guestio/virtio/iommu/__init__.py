@@ -1,0 +1,26 @@
+"""The virtio-iommu device (virtio 1.3, section 5.13).
+
+``device`` is the device without queues, ``queues`` puts it on a pair of virtqueues. ``wire`` is
+the bytes, ``space`` what endpoints see, ``programs`` what DMA targets hold of it, ``requests`` the
+order of requests that wait, ``faults`` the records on their way to the guest.
+"""
+
+from guestio.virtio.iommu.device import VirtioIommu
+from guestio.virtio.iommu.faults import FaultStats
+from guestio.virtio.iommu.programs import TargetStats
+from guestio.virtio.iommu.requests import Pending
+from guestio.virtio.iommu.space import Endpoint, EndpointMemory, TargetHandle
+from guestio.virtio.iommu.wire import FaultReason, FaultRecord, Status
+
+__all__ = [
+    "Endpoint",
+    "EndpointMemory",
+    "FaultReason",
+    "FaultRecord",
+    "FaultStats",
+    "Pending",
+    "Status",
+    "TargetHandle",
+    "TargetStats",
+    "VirtioIommu",
+]

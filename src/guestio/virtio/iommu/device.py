@@ -1,0 +1,407 @@
+"""The virtio-iommu device without its queues (virtio 1.3, section 5.13).
+
+Bytes of a request go in, bytes of its answer come out. What the driver may do wrong ends in a
+status or a zero-length answer and changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Self
+
+from guestio.addr import Permissions, check_int, check_range
+from guestio.dma import DmaTarget
+from guestio.errors import DeviceError
+from guestio.iommu.events import Event
+from guestio.memory import GuestRegionCollection
+from guestio.virtio.iommu import snapshot, wire
+from guestio.virtio.iommu.faults import FaultLog, FaultStats
+from guestio.virtio.iommu.requests import Keys, Pending, RequestQueue, Steps
+from guestio.virtio.iommu.space import Endpoint, ReservedRegion, TargetHandle
+from guestio.virtio.iommu.state import Limits, State
+from guestio.virtio.iommu.wire import FaultRecord
+
+U32: Final = (1 << 32) - 1
+U64: Final = (1 << 64) - 1
+
+FEATURES: Final = (
+    wire.F_INPUT_RANGE
+    | wire.F_DOMAIN_RANGE
+    | wire.F_MAP_UNMAP
+    | wire.F_PROBE
+    | wire.F_MMIO
+    | wire.F_BYPASS_CONFIG
+)
+"""What the device offers. PROBE is left out if ``probe_size`` is 0."""
+
+REVOKE_AFTER: Final = 5.0
+"""Seconds for clients to release memory. A Linux driver spins while it waits for an answer."""
+MAX_MAPPINGS: Final = 1 << 20
+BYPASS_WAIT: Final = 1.0
+"""Seconds that a change of bypass mode waits at most for accesses that have begun."""
+
+Reserved = Sequence[ReservedRegion]
+
+
+class VirtioIommu:
+    """The device's state and its requests.
+
+    The first arguments are named after the configuration space, and inclusive as it is.
+
+    Args:
+        endpoints: Ids of the endpoints that there are.
+        page_size_mask: Page sizes; the lowest bit is the granularity of mappings.
+        input_range: First and last I/O virtual address that can be mapped.
+        domain_range: First and last domain number.
+        probe_size: Bytes of properties in the answer to a PROBE; 0 to offer no PROBE.
+        bypass: Whether unattached endpoints reach all of memory.
+        features: Feature bits that the driver accepted, as a number or as bit numbers; all that
+            are offered by default. Set anew after each negotiation.
+        reserved: Regions that cannot be mapped, ``(first, last, subtype)`` with inclusive ends:
+            for all endpoints, or a mapping from endpoint ids to such lists.
+        max_domains: Domains at a time; None for as many as endpoints.
+        max_mappings: Mappings in each domain.
+        revoke_after: Seconds that clients of export sessions have to release memory that the guest
+            unmapped; then it is taken from them. None to wait for ever.
+        fault_rate: Fault records a second that an endpoint may cause in the long run.
+        fault_burst: Fault records that it may cause at once.
+        fault_capacity: Fault records that wait for the guest at most.
+        clock: Tells the time in seconds, for the fault rate.
+
+    Raises:
+        TypeError, ValueError: An argument is none of that, or the reserved regions of an endpoint
+            do not fit in ``probe_size`` bytes.
+
+    Everything may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        endpoints: Iterable[int] = (),
+        page_size_mask: int = U64 & ~0xFFF,
+        input_range: tuple[int, int] = (0, U64),
+        domain_range: tuple[int, int] = (0, U32),
+        probe_size: int = 512,
+        bypass: bool | int = False,
+        features: int | Iterable[int] | None = None,
+        reserved: Reserved | Mapping[int, Reserved] = (),
+        *,
+        max_domains: int | None = None,
+        max_mappings: int = MAX_MAPPINGS,
+        revoke_after: float | None = REVOKE_AFTER,
+        fault_rate: float = 1000.0,
+        fault_burst: int = 1024,
+        fault_capacity: int = 4096,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = Limits(
+            page_size_mask=_checked(page_size_mask, "page_size_mask", 1, U64),
+            input_range=_inclusive(input_range, "input_range", U64),
+            domain_range=_inclusive(domain_range, "domain_range", U32),
+            probe_size=_checked(probe_size, "probe_size", 0, U32),
+            max_domains=None if max_domains is None else check_int(max_domains, "max_domains"),
+            max_mappings=check_int(max_mappings, "max_mappings"),
+            revoke_after=revoke_after,
+        )
+        self._faults = FaultLog(fault_rate, fault_burst, fault_capacity, clock)
+        self._requests = RequestQueue()
+        self._state = State(self, self._limits)
+        accepted = self.offered_features if features is None else _bits(features)
+        self._set_idle(_flag(bypass), accepted)
+        for number in endpoints:
+            regions = reserved.get(number, ()) if isinstance(reserved, Mapping) else reserved
+            self.add_endpoint(number, regions)
+
+    @property
+    def offered_features(self) -> int:
+        """Feature bits of the device."""
+        return FEATURES if self._limits.probe_size else FEATURES & ~wire.F_PROBE
+
+    @property
+    def features(self) -> int:
+        """Feature bits that the driver accepted; bit numbers may be assigned too."""
+        return self._state.features
+
+    @features.setter
+    def features(self, bits: int | Iterable[int]) -> None:
+        self._set_idle(self._state.bypass, _bits(bits))
+
+    def config(self) -> bytes:
+        """The configuration space."""
+        limits = self._limits
+        return wire.pack_config(
+            limits.page_size_mask,
+            limits.input_range,
+            limits.domain_range,
+            limits.probe_size,
+            self.bypass,
+        )
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Take what the driver wrote to the configuration space: only ``bypass`` may be written.
+
+        Raises:
+            DeviceError: Anything else was written; nothing changed.
+        """
+        allowed = self.features & wire.F_BYPASS_CONFIG and offset == wire.BYPASS_OFFSET
+        if not allowed or data not in {b"\0", b"\1"}:
+            raise DeviceError(
+                f"the driver wrote {data[:16].hex()} at {offset:#x} of the configuration space; "
+                "only 0 or 1 at the offset of bypass is allowed, once that is negotiated"
+            )
+        self.bypass = data == b"\1"
+
+    @property
+    def bypass(self) -> bool:
+        """Whether unattached endpoints reach all of memory, untranslated. A reset keeps it.
+
+        Setting it waits for requests that are being answered, and when it is turned off for
+        accesses that have begun, but no longer than `BYPASS_WAIT` seconds; it takes effect later
+        then. Memory that clients hold of unattached endpoints is revoked at once, since there is
+        no answer that could be delayed.
+
+        Setting raises what a DMA target raised; nothing changed then.
+        """
+        return self._state.bypass
+
+    @bypass.setter
+    def bypass(self, value: bool | int) -> None:
+        self._set_idle(_flag(value), self._state.features)
+
+    def _set_idle(self, bypass: bool, features: int) -> None:
+        work = self._state.switch_idle(bypass, features)
+        pending = self._requests.submit(lambda: None, work, raises=True)
+        if pending.wait(BYPASS_WAIT):
+            pending.result()
+
+    def handle_request(self, request: bytes, writable: int) -> bytes | Pending:
+        """Serve one request of the request queue.
+
+        Args:
+            request: All the device-readable bytes.
+            writable: How many device-writable bytes there are.
+
+        Returns:
+            What is to be written from the start of the device-writable part, ``b""`` for a
+            zero-length answer; or :class:`Pending` if that must wait: for memory that is still in
+            use or exported, or for an earlier request that waits and concerns the same domain,
+            endpoint or target.
+        """
+        parsed = wire.parse(bytes(request[: wire.LONGEST_REQUEST]))
+        if parsed is None or writable < wire.TAIL_BYTES:
+            return b""
+        if isinstance(parsed, wire.Probe):
+            return self._state.probe(parsed, writable)
+        pending = self._requests.submit(*self._state.plan(parsed))
+        return pending.result() if pending.done else pending
+
+    def event_records(self, limit: int | None = None) -> list[FaultRecord]:
+        """Take the fault records that wait for the event queue, oldest first, at most ``limit``."""
+        return self._faults.take(limit)
+
+    @property
+    def event_arrival(self) -> Event:
+        """Happens when there is a fault record to take; a new one each time there was none."""
+        return self._faults.arrival
+
+    def reset(self) -> Pending | None:
+        """Forget domains and attachments, as a device reset does; ``bypass`` and features stay.
+
+        Requests that have not begun are cancelled, fault records that wait are dropped.
+
+        Returns:
+            None, or what to wait for before the driver is told that the reset is done: memory is
+            still in use or exported.
+        """
+        self._requests.cancel()
+        self._faults.clear()
+        pending = self._requests.submit(lambda: None, self._state.reset())
+        return None if pending.done else pending
+
+    @property
+    def endpoint_ids(self) -> list[int]:
+        """Ids of the endpoints, ascending."""
+        return sorted(self._state.endpoints)
+
+    def endpoint(self, number: int) -> Endpoint:
+        """An endpoint by its id.
+
+        Raises:
+            ValueError: There is none.
+        """
+        found = self._state.endpoints.get(number)
+        if found is None:
+            raise ValueError(f"endpoint {number} does not exist")
+        return found
+
+    def add_endpoint(self, number: int, reserved: Reserved = ()) -> Endpoint:
+        """Add an endpoint, unattached.
+
+        Raises:
+            ValueError: It exists, or the reserved regions are wrong.
+        """
+        _checked(number, "endpoint", 0, U32)
+        regions = _regions(reserved)
+        room = self._limits.probe_size
+        if room and len(regions) * wire.RESV_MEM_BYTES > room:
+            raise ValueError(f"{len(regions)} reserved regions do not fit in {room} bytes")
+        self._run(lambda: {("endpoint", number)}, self._state.add_endpoint(number, regions))
+        return self._state.endpoints[number]
+
+    def remove_endpoint(self, number: int) -> Pending | None:
+        """Remove an endpoint; its domain stays for the others, its sessions are closed.
+
+        Returns:
+            None, or what to wait for before the device behind it is gone: its memory is still in
+            use or exported.
+
+        Raises:
+            ValueError: There is none, or a DMA target belongs to it; close that first.
+        """
+        self.endpoint(number)
+        state = self._state
+        pending = self._requests.submit(
+            lambda: state.endpoint_keys(number), state.remove_endpoint(number), raises=True
+        )
+        if not pending.done:
+            return pending
+        pending.result()
+        return None
+
+    def add_target(
+        self, endpoint: int, target: DmaTarget, physical: GuestRegionCollection
+    ) -> TargetHandle:
+        """Have a DMA target hold what an endpoint may access; see :meth:`Endpoint.add_target`."""
+        self.endpoint(endpoint)
+        state = self._state
+        self._run(
+            lambda: {("target", id(target)), *state.endpoint_keys(endpoint)},
+            state.add_target(endpoint, target, physical),
+        )
+        return TargetHandle(self, endpoint, state.programs[id(target)])
+
+    def remove_target(self, endpoint: int, target: DmaTarget) -> None:
+        """Take an endpoint from a DMA target; see :meth:`TargetHandle.close`."""
+        self.endpoint(endpoint)
+        state = self._state
+        self._run(lambda: state.endpoint_keys(endpoint), state.remove_target(endpoint, target))
+
+    def _run(self, keys: Keys, work: Steps) -> None:
+        self._requests.submit(keys, work, raises=True).result()
+
+    def report(self, record: FaultRecord) -> None:
+        """Have a fault reported to the guest. It is not if the endpoint is gone."""
+        if record.endpoint in self._state.endpoints:
+            self._faults.add(record)
+
+    def fault_stats(self, endpoint: int) -> FaultStats:
+        """What became of an endpoint's faults."""
+        return self._faults.stats(endpoint)
+
+    def explain(
+        self, endpoint: int, iova: int, length: int = 1, access: Permissions = Permissions.READ
+    ) -> str:
+        """Say in a few lines what an access by an endpoint would meet, and why.
+
+        Meant for people; the wording may change. It is no access and causes no fault.
+        """
+        found = self.endpoint(endpoint)
+        first, size = check_range(iova, length, name="iova")
+        end = first + size
+        space = found.space
+        if space.id is None:
+            what = f"is not attached and {'in' if space.bypass else 'not in'} bypass mode"
+        else:
+            kind = "bypass domain" if space.bypass else "domain"
+            others = ", ".join(str(e.id) for e in space.endpoints if e is not found)
+            what = f"is attached to {kind} {space.id}" + (f" with {others}" if others else "")
+        lines = [f"endpoint {endpoint} {what}", found.iotlb.explain(first, size, access)]
+        lines += [
+            f"  reserved: {low:#x}..{high:#x}, subtype {subtype}"
+            for low, high, subtype in found.reserved
+            if low < end and first <= high
+        ]
+        lines += [
+            f"  held by {'a broken' if session.broken else 'a'} session: {base:#x}+{length:#x}"
+            for session in found.sessions
+            for base, length in session.exports
+            if base < end and first < base + length
+        ]
+        return "\n".join(lines)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The complete state as plain data: numbers, strings, lists and dictionaries.
+
+        Domains and their mappings, endpoints and where they are attached, export sessions and what
+        they hold, fault records that wait, and the settings. DMA targets are not among it; add
+        them again after :meth:`restore`, which replays to them.
+
+        Raises:
+            DeviceError: Requests wait for memory to be released; wait for their answers first.
+        """
+        if len(self._requests):
+            raise DeviceError(f"{len(self._requests)} requests are being answered; wait for them")
+        return snapshot.take(self._state, self._faults)
+
+    @classmethod
+    def restore(cls, data: Mapping[str, Any], **options: Any) -> Self:
+        """A device in the state that a :meth:`snapshot` was taken in.
+
+        Args:
+            data: The snapshot.
+            options: Arguments of the constructor that a snapshot does not hold: those for faults,
+                and the clock.
+
+        Raises:
+            ValueError: The data is no snapshot, or contradicts itself.
+        """
+        try:
+            device = cls(**snapshot.settings(data), **options)
+            for number, reserved in snapshot.endpoints(data):
+                device.add_endpoint(number, reserved)
+            snapshot.fill(device._state, device._faults, data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the snapshot is incomplete: {error!r}") from error
+        return device
+
+
+def _checked(value: int, name: str, first: int, last: int) -> int:
+    number = check_int(value, name)
+    if not first <= number <= last:
+        raise ValueError(f"{name} {number:#x} is not in {first:#x}..{last:#x}")
+    return number
+
+
+def _inclusive(pair: Sequence[int], name: str, limit: int) -> tuple[int, int]:
+    first, last = pair
+    return _checked(first, name, 0, limit), _checked(last, name, first, limit)
+
+
+def _flag(value: bool | int) -> bool:
+    if value not in {0, 1}:
+        raise ValueError(f"bypass {value!r} is neither 0 nor 1")
+    return bool(value)
+
+
+def _bits(features: int | Iterable[int]) -> int:
+    if isinstance(features, int):
+        return _checked(features, "features", 0, U64)
+    bits = 0
+    for bit in features:
+        bits |= 1 << _checked(bit, "feature bit", 0, 63)
+    return bits
+
+
+def _regions(reserved: Reserved) -> list[ReservedRegion]:
+    """Reserved regions, checked and ascending."""
+    found: list[ReservedRegion] = []
+    for first, last, subtype in sorted(reserved):
+        _inclusive((first, last), "reserved region", U64)
+        _checked(subtype, "subtype", 0, 255)
+        if found and found[-1][1] >= first:
+            raise ValueError(f"reserved regions overlap at {first:#x}")
+        found.append((first, last, subtype))
+    if sum(subtype == wire.RESV_MEM_MSI for _, _, subtype in found) > 1:
+        raise ValueError("an endpoint has one MSI region at most")
+    return found

@@ -1,0 +1,252 @@
+"""What a domain's mappings are to a DMA target: which requests it gets, and what it really holds.
+
+A target (a VFIO container, say) belongs to one endpoint or to several that the host cannot tell
+apart. It is programmed with what the endpoints that are attached see, or with what unattached
+endpoints see if none is. Every change goes through a :class:`~guestio.dma.Journal`, so that a
+target that refuses leaves no trace at the others.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from guestio.addr import ADDRESS_SPACE, Permissions
+from guestio.dma import DmaMapRequest, DmaTarget, Journal, MappingType
+from guestio.errors import GuestioError
+from guestio.virtio.iommu.wire import Status
+
+if TYPE_CHECKING:
+    from guestio.iommu.mapper import MapEntry
+    from guestio.memory import GuestRegionCollection
+    from guestio.virtio.iommu.space import Endpoint, Space
+
+_log = logging.getLogger(__name__)
+
+
+class Refused(GuestioError):  # noqa: N818 - not an error of ours but an answer
+    """A request cannot be carried out; its status says why."""
+
+    def __init__(self, status: Status, text: str) -> None:
+        self.status = status
+        super().__init__(f"{status.name}: {text}")
+
+
+def status_of(error: Exception) -> Status:
+    """What the guest is told of a failure."""
+    if isinstance(error, Refused):
+        return error.status
+    if getattr(error, "errno", None) in {errno.ENOMEM, errno.ENOSPC}:
+        return Status.NOMEM
+    return Status.DEVERR
+
+
+@dataclass(frozen=True, slots=True)
+class TargetStats:
+    """What a target holds and what it should.
+
+    Attributes:
+        held: Requests that are mapped.
+        held_bytes: Their bytes.
+        missing: Requests that should be mapped and are not, by their first address, and why.
+        stuck: Requests that should be gone and could not be taken away, and why. Their memory is
+            kept.
+    """
+
+    held: int
+    held_bytes: int
+    missing: dict[int, str] = field(default_factory=dict)
+    stuck: dict[int, str] = field(default_factory=dict)
+
+
+class Program:
+    """One target and the ledger of what it holds. Its endpoints' requests are never concurrent."""
+
+    def __init__(self, target: DmaTarget, physical: GuestRegionCollection) -> None:
+        self.target = target
+        self.physical = physical
+        self.endpoints: list[Endpoint] = []
+        self.current: Space | None = None
+        self._held: dict[int, DmaMapRequest] = {}
+        self._missing: dict[int, tuple[DmaMapRequest, str]] = {}
+        self._stuck: dict[int, tuple[DmaMapRequest, str]] = {}
+
+    def stats(self) -> TargetStats:
+        """What it holds and what it should."""
+        return TargetStats(
+            len(self._held),
+            sum(request.size for request in list(self._held.values())),
+            {start: why for start, (_, why) in self._missing.items()},
+            {start: why for start, (_, why) in self._stuck.items()},
+        )
+
+    def requests(
+        self, entry: MapEntry, registers: bool, *, partly: bool = False
+    ) -> list[DmaMapRequest]:
+        """A mapping as requests to the target, one for each region of memory behind it.
+
+        Args:
+            entry: The mapping.
+            registers: Whether it has VIRTIO_IOMMU_MAP_F_MMIO; then a hole does not matter.
+            partly: Whether a hole does not matter anyway.
+
+        Raises:
+            Refused: FAULT: there is not memory behind all of it.
+        """
+        iova, size, gpa, prot = entry
+        if prot is Permissions.NONE:
+            return []
+        found = list(self._split(iova, min(size, ADDRESS_SPACE - gpa), gpa, prot, registers))
+        covered = sum(request.size for request in found)
+        if covered < size and not registers and not partly:
+            raise Refused(
+                Status.FAULT,
+                f"{size - covered:#x} bytes of {gpa:#x}+{size:#x} are not guest memory, so a "
+                "device cannot reach them",
+            )
+        return found
+
+    def _split(
+        self, iova: int, size: int, gpa: int, prot: Permissions, registers: bool
+    ) -> Iterator[DmaMapRequest]:
+        for region in self.physical:
+            first, end = max(gpa, region.start), min(gpa + size, region.start + region.size)
+            if first >= end:
+                continue
+            inside = first - region.start
+            file = region.file_offset
+            yield DmaMapRequest(
+                start=iova + first - gpa,
+                size=end - first,
+                host_address=region.host_address(inside),
+                fd=file.fd if file is not None else None,
+                file_offset=file.start + inside if file is not None else 0,
+                # Reading cannot be withheld from hardware, writing can.
+                writable=bool(prot & Permissions.WRITE) and region.writable,
+                kind=MappingType.DEVICE if registers else MappingType.RAM,
+            )
+
+    def add(self, requests: Iterable[DmaMapRequest], journal: Journal) -> None:
+        """Map requests; what the target raises comes through."""
+        for request in requests:
+            self._map(request)
+            journal.did(partial(self._undo_map, request))
+
+    def take(self, entries: Iterable[MapEntry], mmio: Container[int], journal: Journal) -> None:
+        """Take mappings away that were added; what the target raises comes through."""
+        for entry in entries:
+            self._take(self.requests(entry, entry[0] in mmio, partly=True), journal)
+
+    def _take(self, requests: Iterable[DmaMapRequest], journal: Journal) -> None:
+        for request in requests:
+            if request.start in self._held or request.start in self._missing:
+                self._unmap(request)
+                journal.did(partial(self._undo_unmap, request))
+
+    def follow(self, endpoint: Endpoint, space: Space, idle: Space, journal: Journal) -> None:
+        """Have it hold what its endpoints see once ``endpoint`` sees ``space``.
+
+        Raises:
+            Refused: UNSUPP: another endpoint of the target is in another domain.
+        """
+        attached = [e.space for e in self.endpoints if e is not endpoint and e.space.id is not None]
+        if space.id is not None:
+            attached.append(space)
+        if any(other is not attached[0] for other in attached):
+            raise Refused(
+                Status.UNSUPP,
+                f"{endpoint} shares a DMA target with an endpoint in domain {attached[0].id}",
+            )
+        wanted = attached[0] if attached else idle
+        if self.current is not wanted:
+            self.move(wanted, journal)
+
+    def move(self, space: Space, journal: Journal) -> None:
+        """Exchange all that it holds for the mappings of a space."""
+        wanted = self._requests_of(space)
+        before, self.current = self.current, space
+        journal.did(partial(setattr, self, "current", before))
+        self._take(self._all(), journal)
+        self.add(wanted, journal)
+
+    def unstick(self, start: int = 0, end: int = ADDRESS_SPACE) -> None:
+        """Take away what could not be taken away before; what the target raises comes through."""
+        for request, _ in list(self._stuck.values()):
+            if request.start < end and start < request.end:
+                self.target.unmap_dma(request.start, request.size)
+                del self._stuck[request.start]
+
+    def restart(self, space: Space) -> None:
+        """As :meth:`move`, but what the target refuses is only noted: for a reset."""
+        if self.current is space:
+            return
+        self.current = space
+        for request in self._all():
+            try:
+                self._unmap(request)
+            except Exception as error:
+                self._stick(request, error)
+        for request in self._requests_of(space):
+            try:
+                self._map(request)
+            except Exception as error:
+                self._missing[request.start] = request, str(error)
+
+    def _requests_of(self, space: Space) -> list[DmaMapRequest]:
+        return [
+            request
+            for entry in space.mapper.mappings()
+            for request in self.requests(entry, entry[0] in space.mmio, partly=space.bypass)
+        ]
+
+    def _all(self) -> list[DmaMapRequest]:
+        """What it holds or should, ascending."""
+        found = [*self._held.values(), *(request for request, _ in self._missing.values())]
+        return sorted(found, key=lambda request: request.start)
+
+    def _map(self, request: DmaMapRequest) -> None:
+        self.unstick(request.start, request.end)
+        try:
+            self.target.map_dma(request)
+        except Exception as error:
+            if request.kind is not MappingType.DEVICE:
+                raise
+            self._missing[request.start] = request, str(error)
+        else:
+            self._held[request.start] = request
+
+    def _unmap(self, request: DmaMapRequest) -> None:
+        if request.start in self._held:
+            self.target.unmap_dma(request.start, request.size)
+            del self._held[request.start]
+        else:
+            self._missing.pop(request.start, None)
+
+    def _undo_map(self, request: DmaMapRequest) -> None:
+        try:
+            self._unmap(request)
+        except Exception as error:
+            self._stick(request, error)
+            raise
+
+    def _undo_unmap(self, request: DmaMapRequest) -> None:
+        try:
+            self._map(request)
+        except Exception as error:
+            self._missing[request.start] = request, str(error)
+            raise
+
+    def _stick(self, request: DmaMapRequest, error: Exception) -> None:
+        del self._held[request.start]
+        self._stuck[request.start] = request, str(error)
+        _log.error("a DMA target did not give up %#x+%#x: %s", request.start, request.size, error)
+
+
+def undo(journal: Journal) -> None:
+    """Undo what a refused request did at the targets; what cannot be undone is in their stats."""
+    for failure in journal.undo():
+        _log.error("a DMA target could not be brought back to its state before: %s", failure)

@@ -1,0 +1,294 @@
+"""Endpoints and what they see: the mappings of a domain, everything, or nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions
+from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails
+from guestio.iommu import Iommu, IommuMemory, Iotlb
+from guestio.iommu.mapper import BasicMemoryMapper, ExportError, ExportSession, MemRegion
+from guestio.memory import GuestRegionCollection
+from guestio.virtio.iommu.faults import FaultStats
+from guestio.virtio.iommu.wire import (
+    FAULT_F_ADDRESS,
+    FAULT_F_READ,
+    FAULT_F_WRITE,
+    FaultReason,
+    FaultRecord,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from guestio.dma import DmaTarget
+    from guestio.iommu.events import Event
+    from guestio.virtio.iommu.programs import Program, TargetStats
+
+ReservedRegion = tuple[int, int, int]
+"""``(first, last, subtype)`` of a reserved region, inclusive."""
+
+RECORDS_PER_ACCESS = 16
+"""Most fault records that one access can cause."""
+
+
+class Space:
+    """Mappings and the endpoints that see them.
+
+    Attributes:
+        id: The guest's number of the domain; None for what unattached endpoints see.
+        bypass: Whether every address is mapped to itself.
+        mapper: The mappings.
+        mmio: First addresses of the mappings that have VIRTIO_IOMMU_MAP_F_MMIO.
+        endpoints: Who sees them.
+    """
+
+    def __init__(self, number: int | None, bypass: bool, mapper: BasicMemoryMapper) -> None:
+        self.id = number
+        self.bypass = bypass
+        self.mapper = mapper
+        self.mmio: set[int] = set()
+        self.endpoints: list[Endpoint] = []
+        if bypass:
+            mapper.add_range(0, ADDRESS_SPACE, 0, Permissions.READ_WRITE)
+
+
+class EndpointMemory(IommuMemory):
+    """Guest memory as one endpoint sees it."""
+
+    def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:
+        """As :meth:`IommuMemory.check_range`. A question is no access, so no fault is reported."""
+        if not self.enabled:
+            return self.backend.check_range(addr, length, access)
+        try:
+            with self._space.gather(addr, length, access) as vector:
+                return not vector.stop
+        except (IotlbFails, InvalidAddressError):
+            return False
+
+
+class Owner(Protocol):
+    """What an endpoint asks of its device."""
+
+    def report(self, record: FaultRecord) -> None:
+        """Have a fault reported."""
+        ...
+
+    def fault_stats(self, endpoint: int) -> FaultStats:
+        """What became of an endpoint's faults."""
+        ...
+
+    def add_target(
+        self, endpoint: int, target: DmaTarget, physical: GuestRegionCollection
+    ) -> TargetHandle:
+        """Have a target follow an endpoint."""
+        ...
+
+    def remove_target(self, endpoint: int, target: DmaTarget) -> None:
+        """Let a target go."""
+        ...
+
+    def explain(self, endpoint: int, iova: int, length: int, access: Permissions) -> str:
+        """Say what an access would meet."""
+        ...
+
+
+class Endpoint(Iommu):
+    """A device behind the virtio-iommu: the IOMMU as that device sees it.
+
+    Its IOTLB always holds every mapping that it may use, so a miss is a fault: it is reported to
+    the guest and raises. Everything may be called from any thread.
+
+    Attributes:
+        id: The guest's number of it.
+        reserved: Its reserved regions, ``(first, last, subtype)`` with inclusive ends.
+    """
+
+    def __init__(
+        self, owner: Owner, number: int, reserved: Iterable[ReservedRegion], space: Space
+    ) -> None:
+        self.id = number
+        self.reserved = tuple(reserved)
+        self.space = space
+        self.programs: list[Program] = []
+        self._owner = owner
+        self._iotlb = Iotlb()
+        self._sessions: list[ExportSession] = []
+        self._single: ExportSession | None = None
+
+    @property
+    def iotlb(self) -> Iotlb:
+        """What it may access now. Only its device changes it."""
+        return self._iotlb
+
+    @property
+    def domain(self) -> int | None:
+        """The domain it is attached to, or None."""
+        return self.space.id
+
+    @property
+    def fault_stats(self) -> FaultStats:
+        """What became of its faults."""
+        return self._owner.fault_stats(self.id)
+
+    def memory(self, physical: GuestRegionCollection) -> EndpointMemory:
+        """Guest memory as this endpoint sees it, for any device of ours.
+
+        Args:
+            physical: Guest physical memory.
+        """
+        return EndpointMemory(physical, self)
+
+    def resolve(
+        self,
+        fails: IotlbFails,
+        iova: int,  # noqa: ARG002 - the contract of an Iommu
+        length: int,  # noqa: ARG002
+        access: Permissions,
+    ) -> None:
+        """Report an access that failed; see :meth:`Iommu.resolve`."""
+        self.report_fails(fails, access)
+        first = min(fails.misses + fails.access_fails)
+        if self.space.id is None:
+            reason = f"endpoint {self.id} is not attached to a domain"
+        elif first in fails.misses:
+            reason = f"it is not mapped in domain {self.space.id} of endpoint {self.id}"
+        else:
+            reason = f"its mapping in domain {self.space.id} does not allow the access"
+        raise CannotResolveError(first, access, reason)
+
+    def report_fails(self, fails: IotlbFails, access: Permissions) -> None:
+        """Tell the guest what an access could not reach: a record for each mapping or hole.
+
+        :meth:`resolve` does so; it is of use to those who look up in the IOTLB themselves.
+        """
+        pieces = list(fails.misses)
+        for base, length in fails.access_fails:
+            for start, size, _, _ in self.space.mapper.mappings(base, length):
+                first, end = max(start, base), min(start + size, base + length)
+                pieces.append(IovaRange(first, end - first))
+        for piece in sorted(pieces)[:RECORDS_PER_ACCESS]:
+            self._report(piece, access)
+
+    def _report(self, piece: IovaRange, access: Permissions) -> None:
+        reason = FaultReason.DOMAIN if self.space.id is None else FaultReason.MAPPING
+        flags = FAULT_F_ADDRESS
+        if access & Permissions.READ:
+            flags |= FAULT_F_READ
+        if access & Permissions.WRITE:
+            flags |= FAULT_F_WRITE
+        self._owner.report(FaultRecord.make(reason, flags, self.id, piece.base))
+
+    def open_session(self, *, time_limit: float | None = None) -> ExportSession:
+        """Begin to export memory to a client, beside those that there are.
+
+        The session follows the endpoint from domain to domain. What it holds faults when the
+        mapping goes or the endpoint leaves the domain; an export of what is not mapped is reported
+        to the guest like an access.
+
+        Args:
+            time_limit: As in :meth:`BasicMemoryMapper.open_session`.
+        """
+        session = self.space.mapper.open_session(time_limit=time_limit)
+        session.on_unmapped = self._report_unmapped
+        self.adopt(session)
+        return session
+
+    def adopt(self, session: ExportSession) -> None:
+        """Have a session follow the endpoint. For devices."""
+        self._sessions = [s for s in self._sessions if not s.closed] + [session]
+        # The endpoint may have gone to another domain since the session was opened.
+        session.move(self.space.mapper)
+
+    def _report_unmapped(self, where: IovaRange) -> None:
+        self._report(where, Permissions.NONE)
+
+    @property
+    def sessions(self) -> list[ExportSession]:
+        """The open sessions, oldest first."""
+        return [session for session in self._sessions if not session.closed]
+
+    def start_export_session(self) -> Event:
+        """As :meth:`BasicMemoryMapper.start_export_session`: for an endpoint with one client."""
+        previous = self._single
+        if previous is not None:
+            if previous.exports:
+                raise ExportError("the previous export session is still active: it holds memory")
+            previous.close()
+        self._single = self.open_session()
+        return self._single.fault
+
+    def export(self, iova: int, size: int) -> list[MemRegion]:
+        """As :meth:`ExportSession.export`, for the endpoint's one client."""
+        return self._one().export(iova, size)
+
+    def release(self, iova: int, size: int) -> None:
+        """As :meth:`ExportSession.release`, for the endpoint's one client."""
+        self._one().release(iova, size)
+
+    def _one(self) -> ExportSession:
+        if self._single is None:
+            raise ExportError("no export session; call start_export_session() first")
+        return self._single
+
+    def add_target(self, target: DmaTarget, physical: GuestRegionCollection) -> TargetHandle:
+        """Have a DMA target hold what this endpoint may access, from now on.
+
+        Endpoints that share a target can only be attached to the same domain.
+
+        Args:
+            target: Who is told of the mappings, such as a VFIO container.
+            physical: Guest physical memory.
+
+        Returns:
+            What to close when the target is to forget the endpoint.
+
+        Raises:
+            Exception: What the target raised; it holds nothing then.
+            ValueError: It belongs to an endpoint in another domain, or to other memory.
+        """
+        return self._owner.add_target(self.id, target, physical)
+
+    def feed(self) -> None:
+        """Put every mapping of its space into the empty IOTLB. For the device."""
+        for iova, size, gpa, prot in self.space.mapper.mappings():
+            self._iotlb.overwrite(iova, size, gpa, prot)
+
+    def explain(self, iova: int, length: int = 1, access: Permissions = Permissions.READ) -> str:
+        """Say in a few lines what an access would meet, and why."""
+        return self._owner.explain(self.id, iova, length, access)
+
+    def __repr__(self) -> str:
+        where = "unattached" if self.domain is None else f"in domain {self.domain}"
+        return f"<Endpoint {self.id} {where}>"
+
+
+class TargetHandle:
+    """A target that follows an endpoint."""
+
+    def __init__(self, owner: Owner, endpoint: int, program: Program) -> None:
+        self._owner = owner
+        self._endpoint = endpoint
+        self._program: Program = program
+        self._open = True
+
+    @property
+    def target(self) -> DmaTarget:
+        """The target."""
+        return self._program.target
+
+    def stats(self) -> TargetStats:
+        """What the target holds and what it should."""
+        return self._program.stats()
+
+    def close(self) -> None:
+        """Take the endpoint from the target, and everything if it was the last.
+
+        Calling it again does nothing.
+
+        Raises:
+            Exception: What the target raised; nothing changed then.
+        """
+        if self._open:
+            self._owner.remove_target(self._endpoint, self._program.target)
+            self._open = False

@@ -1,0 +1,412 @@
+"""The state of a virtio-iommu, and what requests do to it.
+
+Truth is kept once per domain, in a :class:`~guestio.iommu.BasicMemoryMapper`. Three kinds of user
+follow it: the IOTLB of every endpoint of the domain, the DMA targets behind those endpoints, and
+the export sessions of their clients. A mapping is added at the targets first, which may refuse,
+and becomes visible to the others when they all hold it. It is removed at the targets first too;
+then it goes from the domain and the IOTLBs, and the guest is told when the last access that had
+begun is over and the last client has released it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from guestio.addr import ADDRESS_SPACE, Permissions
+from guestio.dma import DmaTarget, Journal
+from guestio.iommu.events import Event
+from guestio.iommu.iotlb import Iotlb
+from guestio.iommu.mapper import BasicMemoryMapper
+from guestio.memory import GuestRegionCollection
+from guestio.virtio.iommu import wire
+from guestio.virtio.iommu.programs import Program, Refused, status_of, undo
+from guestio.virtio.iommu.requests import Keys, Steps
+from guestio.virtio.iommu.space import Endpoint, Owner, ReservedRegion, Space
+from guestio.virtio.iommu.wire import Status
+
+Waits = Generator[list[Event], None, None]
+"""Work that may have to wait and may be refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What does not change during a device's life; see :class:`VirtioIommu`."""
+
+    page_size_mask: int
+    input_range: tuple[int, int]
+    domain_range: tuple[int, int]
+    probe_size: int
+    max_domains: int | None
+    max_mappings: int
+    revoke_after: float | None
+
+    @property
+    def granule(self) -> int:
+        """Granularity of mappings, in bytes."""
+        return self.page_size_mask & -self.page_size_mask
+
+
+class State:
+    """Domains, endpoints and DMA targets.
+
+    The methods that are generators are requests for a
+    :class:`~guestio.virtio.iommu.requests.RequestQueue`: each runs alone on whatever its keys name.
+
+    Attributes:
+        idle: What unattached endpoints see.
+        bypass: Whether unattached endpoints reach all of memory.
+        features: Feature bits that the driver accepted.
+    """
+
+    def __init__(self, owner: Owner, limits: Limits) -> None:
+        self.limits = limits
+        self.domains: dict[int, Space] = {}
+        self.endpoints: dict[int, Endpoint] = {}
+        self.programs: dict[int, Program] = {}
+        self._owner = owner
+        self._lock = threading.Lock()
+        mapper = BasicMemoryMapper(limits.page_size_mask, time_limit=limits.revoke_after)
+        self._nowhere = Space(None, False, mapper)
+        self._identity = Space(None, True, self.new_mapper())
+        self.bypass, self.features, self.idle = False, 0, self._nowhere
+
+    def new_mapper(self) -> BasicMemoryMapper:
+        """A mapper for a domain."""
+        return BasicMemoryMapper(
+            self.limits.page_size_mask,
+            time_limit=self.limits.revoke_after,
+            sibling=self._nowhere.mapper,
+        )
+
+    def plan(
+        self, request: wire.Attach | wire.Detach | wire.Map | wire.Unmap
+    ) -> tuple[Keys, Steps]:
+        """What a request touches, and what it does."""
+        if isinstance(request, wire.Map):
+            return lambda: self._domain_keys(request.domain), _answer(self._map(request))
+        if isinstance(request, wire.Unmap):
+            return lambda: self._domain_keys(request.domain), _answer(self._unmap(request))
+        work = self._attach(request) if isinstance(request, wire.Attach) else self._detach(request)
+        return (
+            lambda: {("domain", request.domain), *self.endpoint_keys(request.endpoint)},
+            _answer(work),
+        )
+
+    def _domain_keys(self, number: int) -> set[Hashable]:
+        space = self.domains.get(number)
+        programs = _programs_of(space) if space is not None else ()
+        return {("domain", number), *map(_program_key, programs)}
+
+    def endpoint_keys(self, number: int) -> set[Hashable]:
+        """What a request touches that moves an endpoint."""
+        keys: set[Hashable] = {("endpoint", number)}
+        endpoint = self.endpoints.get(number)
+        if endpoint is not None:
+            keys.add(("domain", endpoint.space.id))
+            keys.update(map(_program_key, endpoint.programs))
+        keys.discard(("domain", None))
+        return keys
+
+    def probe(self, request: wire.Probe, writable: int) -> bytes:
+        """Answer a PROBE, which touches nothing."""
+        if not self.limits.probe_size:
+            return b""
+        room = writable - wire.TAIL_BYTES
+        if room < self.limits.probe_size:
+            return bytes(room) + wire.tail(Status.INVAL)
+        endpoint = self.endpoints.get(request.endpoint)
+        if endpoint is None:
+            return bytes(self.limits.probe_size) + wire.tail(Status.NOENT)
+        properties = wire.pack_reserved(endpoint.reserved)
+        return properties.ljust(self.limits.probe_size, b"\0") + wire.tail(Status.OK)
+
+    def _attach(self, request: wire.Attach) -> Waits:
+        known = wire.ATTACH_F_BYPASS if self.features & wire.F_BYPASS_CONFIG else 0
+        if any(request.reserved) or request.flags & ~known:
+            raise Refused(Status.INVAL, "reserved bits are set")
+        endpoint = self.endpoints.get(request.endpoint)
+        if endpoint is None:
+            raise Refused(Status.NOENT, f"endpoint {request.endpoint} does not exist")
+        if not self.limits.domain_range[0] <= request.domain <= self.limits.domain_range[1]:
+            raise Refused(Status.RANGE, f"domain {request.domain} is out of range")
+        bypass = bool(request.flags & wire.ATTACH_F_BYPASS)
+        space = self.domains.get(request.domain)
+        if space is None:
+            space = Space(request.domain, bypass, self.new_mapper())
+        elif space.bypass is not bypass:
+            raise Refused(Status.INVAL, "the domain exists and its bypass flag differs")
+        elif endpoint.space is space:
+            return
+        elif not bypass and any(
+            not space.mapper.is_free(first, last - first + 1)
+            for first, last, _ in endpoint.reserved
+        ):
+            raise Refused(Status.UNSUPP, "the domain maps what is reserved for the endpoint")
+        self._register(endpoint, space)
+        try:
+            yield from self._move(endpoint, space)
+        except Refused as refused:
+            # "If it cannot do so, the device MUST reject the request" with this status.
+            raise Refused(Status.UNSUPP, str(refused)) from refused
+        finally:
+            self._drop_empty(space)
+
+    def _detach(self, request: wire.Detach) -> Waits:
+        endpoint = self.endpoints.get(request.endpoint)
+        if endpoint is None:
+            raise Refused(Status.NOENT, f"endpoint {request.endpoint} does not exist")
+        if endpoint.space.id != request.domain:
+            raise Refused(Status.INVAL, f"{endpoint} is not attached to domain {request.domain}")
+        yield from self._move(endpoint, self.idle)
+
+    def _map(self, request: wire.Map) -> Waits:
+        start, end, phys = request.virt_start, request.virt_end, request.phys_start
+        known = wire.MAP_F_READ | wire.MAP_F_WRITE
+        known |= wire.MAP_F_MMIO if self.features & wire.F_MMIO else 0
+        if request.flags & ~known:
+            raise Refused(Status.INVAL, f"flags {request.flags:#x} are unknown")
+        if end < start:
+            raise Refused(Status.INVAL, f"the range {start:#x}..{end:#x} is inverted")
+        space = self._domain(request.domain)
+        size = end - start + 1
+        if (start | phys | size) & (self.limits.granule - 1):
+            raise Refused(Status.RANGE, "an address is not aligned")
+        if start < self.limits.input_range[0] or end > self.limits.input_range[1]:
+            raise Refused(Status.RANGE, "the range is outside of the input range")
+        if any(
+            first <= end and start <= last
+            for endpoint in space.endpoints
+            for first, last, _ in endpoint.reserved
+        ):
+            raise Refused(Status.INVAL, "the range is reserved")
+        if not space.mapper.is_free(start, size):
+            raise Refused(Status.INVAL, "something is mapped there")
+        if len(space.mapper) >= self.limits.max_mappings:
+            raise Refused(Status.NOMEM, f"the domain has {self.limits.max_mappings} mappings")
+        prot = Permissions(request.flags & (wire.MAP_F_READ | wire.MAP_F_WRITE))
+        registers = bool(request.flags & wire.MAP_F_MMIO)
+        with _all_or_nothing() as journal:
+            for program in _programs_of(space):
+                requests = program.requests((start, size, phys, prot), registers)
+                program.add(requests, journal)
+        if registers:
+            space.mmio.add(start)
+        space.mapper.add_range(start, size, phys, prot)
+        for endpoint in space.endpoints:
+            endpoint.iotlb.overwrite(start, size, phys, prot)
+        yield from ()
+
+    def _unmap(self, request: wire.Unmap) -> Waits:
+        start, end = request.virt_start, request.virt_end
+        space = self._domain(request.domain)
+        if any(request.reserved):
+            raise Refused(Status.INVAL, "reserved bits are set")
+        if end < start:
+            raise Refused(Status.INVAL, f"the range {start:#x}..{end:#x} is inverted")
+        size = end - start + 1
+        entries = space.mapper.mappings(start, size)
+        if entries and (entries[0][0] < start or sum(entries[-1][:2]) - 1 > end):
+            raise Refused(Status.RANGE, "a mapping would be split")
+        with _all_or_nothing() as journal:
+            for program in _programs_of(space):
+                program.take(entries, space.mmio, journal)
+        space.mmio.difference_update(entry[0] for entry in entries)
+        space.mapper.remove_map(start, size)
+        waits = space.mapper.pending_faults()
+        for endpoint in space.endpoints:
+            endpoint.iotlb.cut(start, size)
+            waits += _draining(endpoint.iotlb, start, size)
+        yield waits
+
+    def _domain(self, number: int) -> Space:
+        space = self.domains.get(number)
+        if space is None:
+            raise Refused(Status.NOENT, f"domain {number} does not exist")
+        if space.bypass:
+            raise Refused(Status.INVAL, f"domain {number} is a bypass domain")
+        return space
+
+    def _register(self, endpoint: Endpoint, space: Space) -> None:
+        """Make the domain exist, if there is room for it."""
+        with self._lock:
+            if space.id is None or space.id in self.domains:
+                return
+            leaves = endpoint.space.id is not None and len(endpoint.space.endpoints) == 1
+            if (
+                self.limits.max_domains is not None
+                and len(self.domains) - leaves >= self.limits.max_domains
+            ):
+                raise Refused(Status.NOMEM, f"there are {self.limits.max_domains} domains")
+            self.domains[space.id] = space
+
+    def _drop_empty(self, space: Space) -> None:
+        """A domain without endpoints ceases to exist."""
+        with self._lock:
+            if space.id is not None and not space.endpoints:
+                self.domains.pop(space.id, None)
+
+    def _move(self, endpoint: Endpoint, space: Space) -> Waits:
+        """Have an endpoint see something else."""
+        with _all_or_nothing() as journal:
+            for program in endpoint.programs:
+                program.follow(endpoint, space, self.idle, journal)
+        yield self._leave(endpoint, space)
+        endpoint.feed()
+
+    def _leave(self, endpoint: Endpoint, space: Space) -> list[Event]:
+        """Take away what an endpoint sees; what is to wait for before it may see anything else."""
+        old = endpoint.space
+        with self._lock:
+            old.endpoints.remove(endpoint)
+            space.endpoints.append(endpoint)
+            endpoint.space = space
+        self._drop_empty(old)
+        moved = [session.move(space.mapper) for session in endpoint.sessions]
+        waits = [event for event in moved if event is not None]
+        endpoint.iotlb.clear()
+        return waits + _draining(endpoint.iotlb, 0, ADDRESS_SPACE)
+
+    def place(self, endpoint: Endpoint, space: Space) -> None:
+        """Attach an endpoint that nobody uses yet, as when a snapshot is restored."""
+        self._leave(endpoint, space)
+        endpoint.feed()
+
+    def reset(self) -> Steps:
+        """Detach every endpoint."""
+        attached = [e for e in self.endpoints.values() if e.space.id is not None]
+        for program in self.programs.values():
+            program.restart(self.idle)
+        waits = [event for endpoint in attached for event in self._leave(endpoint, self.idle)]
+        yield waits
+        for endpoint in attached:
+            endpoint.feed()
+        return b""
+
+    def switch_idle(self, bypass: bool, features: int) -> Steps:
+        """Change what unattached endpoints see, as ``bypass`` and an old feature bit say."""
+        legacy = features & wire.F_BYPASS and not features & wire.F_BYPASS_CONFIG
+        new, old = self._identity if bypass or legacy else self._nowhere, self.idle
+        if new is not old:
+            with _all_or_nothing(raises=True) as journal:
+                for program in self.programs.values():
+                    if program.current is old:
+                        program.move(new, journal)
+        self.bypass, self.features, self.idle = bypass, features, new
+        if new is not old:
+            endpoints = list(old.endpoints)
+            for session in [s for e in endpoints for s in e.sessions if s.exports]:
+                session.revoke()
+            yield [event for endpoint in endpoints for event in self._leave(endpoint, new)]
+            for endpoint in endpoints:
+                endpoint.feed()
+        return b""
+
+    def add_endpoint(self, number: int, regions: list[ReservedRegion]) -> Steps:
+        """Add an endpoint, unattached."""
+        if number in self.endpoints:
+            raise ValueError(f"endpoint {number} exists")
+        endpoint = Endpoint(self._owner, number, regions, self.idle)
+        endpoint.feed()
+        with self._lock:
+            self.idle.endpoints.append(endpoint)
+            self.endpoints[number] = endpoint
+        yield from ()
+        return b""
+
+    def remove_endpoint(self, number: int) -> Steps:
+        """Remove an endpoint from its domain and the device."""
+        endpoint = self.endpoints[number]
+        if endpoint.programs:
+            raise ValueError(f"endpoint {number} has a DMA target; close its handle first")
+        del self.endpoints[number]
+        yield self._leave(endpoint, self._nowhere)
+        with self._lock:
+            self._nowhere.endpoints.remove(endpoint)
+        for session in endpoint.sessions:
+            session.close()
+        return b""
+
+    def add_target(self, number: int, target: DmaTarget, physical: GuestRegionCollection) -> Steps:
+        """Have a target hold what an endpoint sees."""
+        endpoint = self.endpoints[number]
+        program = self.programs.get(id(target)) or Program(target, physical)
+        if program.physical is not physical:
+            raise ValueError("the target was added before with other physical memory")
+        if endpoint in program.endpoints:
+            raise ValueError(f"the target belongs to endpoint {number} already")
+        with _all_or_nothing(raises=True) as journal:
+            program.follow(endpoint, endpoint.space, self.idle, journal)
+        program.endpoints.append(endpoint)
+        endpoint.programs.append(program)
+        self.programs[id(target)] = program
+        yield from ()
+        return b""
+
+    def remove_target(self, number: int, target: DmaTarget) -> Steps:
+        """Take an endpoint from a target."""
+        endpoint = self.endpoints[number]
+        program = self.programs.get(id(target))
+        if program is None or endpoint not in program.endpoints:
+            raise ValueError(f"the target does not belong to endpoint {number}")
+        with _all_or_nothing(raises=True) as journal:
+            if len(program.endpoints) == 1:
+                program.unstick()
+                program.move(self._nowhere, journal)
+            else:
+                program.follow(endpoint, self.idle, self.idle, journal)
+        program.endpoints.remove(endpoint)
+        endpoint.programs.remove(program)
+        if not program.endpoints:
+            del self.programs[id(target)]
+        yield from ()
+        return b""
+
+
+def _answer(work: Waits) -> Steps:
+    try:
+        yield from work
+    except Refused as refused:
+        return wire.tail(refused.status)
+    return wire.tail(Status.OK)
+
+
+@contextmanager
+def _all_or_nothing(*, raises: bool = False) -> Iterator[Journal]:
+    """What is done at targets inside is undone if something raises, which refuses the request."""
+    journal = Journal()
+    try:
+        yield journal
+    except Exception as error:
+        undo(journal)
+        if raises or isinstance(error, Refused):
+            raise
+        raise Refused(status_of(error), str(error)) from error
+
+
+def _draining(iotlb: Iotlb, start: int, length: int) -> list[Event]:
+    """What to wait for before nobody uses a translation any more that has been taken away."""
+    try:
+        if iotlb.drain(start, length, 0):
+            return []
+    except RuntimeError:
+        pass  # this very thread uses one: it must get on before it can let go
+    done = Event()
+
+    def wait() -> None:
+        iotlb.drain(start, length)
+        done.set()
+
+    threading.Thread(target=wait, name="guestio-iommu-drain", daemon=True).start()
+    return [done]
+
+
+def _programs_of(space: Space) -> list[Program]:
+    """The targets that are told of a domain's mappings, each once."""
+    return list({id(p): p for endpoint in space.endpoints for p in endpoint.programs}.values())
+
+
+def _program_key(program: Program) -> Hashable:
+    return ("target", id(program.target))
