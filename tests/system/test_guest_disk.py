@@ -31,8 +31,10 @@ class Served:
         self.log = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "guestio", "blk", image, "--socket", socket]
-                + ["--num-queues", str(QUEUES)],
+                [
+                    *(sys.executable, "-m", "guestio", "blk", image, "--socket", socket),
+                    *("--num-queues", str(QUEUES)),
+                ],
                 stderr=stderr,
             )
         deadline = time.monotonic() + 20

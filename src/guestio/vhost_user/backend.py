@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -12,8 +13,8 @@ from typing import Literal, Self
 
 from guestio.errors import DeviceError
 from guestio.vhost_user.channel import Channel
-from guestio.vhost_user.service import Service, Statistics
 from guestio.vhost_user.poller import Poller
+from guestio.vhost_user.service import Service, Statistics
 from guestio.virtio.device import Device
 
 log = logging.getLogger("guestio.vhost_user")
@@ -99,7 +100,7 @@ class Backend:
             connected, _ = self._listener.accept()
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
-                log.error("cannot accept a front-end: %s", error.strerror)
+                log.error("cannot accept a front-end: %s", error.strerror)  # noqa: TRY400
             return
         self._poller.remove(self._listener.fileno())
         self.statistics.connections += 1
@@ -126,10 +127,8 @@ class Backend:
         if self._listener.fileno() >= 0:
             self._listener.close()
             self._poller.close()
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)  # noqa: PTH108 - the path may be bytes-like
-            except FileNotFoundError:
-                pass
 
     def __enter__(self) -> Self:
         return self

@@ -534,19 +534,20 @@ class Service:
 
     def _give_up(self, queue: _Queue, ring: SplitRing) -> bool:
         """Deal with a refusal that concerns the ring itself or the request at its head."""
-        lost = queue.refused.intersection
-        if lost(pages(ring.missing())):
+        if queue.refused.intersection(pages(ring.missing())):
             self._bursts.report("queue %d: its ring has no translation", queue.index)
             queue.refused.clear()
             queue.started = False
             return True
-        _, lacking = ring.pop(1)
-        if not lost(pages(lacking)):
+        chains, missing = ring.pop(1)
+        lacking = set(pages(missing))
+        # What else it lacks may still come, the place of its status among it: wait for all.
+        if lacking and not lacking <= queue.refused:
             return False
-        chain = ring.pop_faulty()
+        queue.refused -= lacking
+        chain = chains[0] if chains else ring.pop_faulty()
         if chain is not None:
             self._report_access_fails(chain)
-            queue.refused.difference_update(pages(lacking))
             ring.complete(chain, self._process(queue, chain))
         self._wake(queue)
         return True

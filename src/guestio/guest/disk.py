@@ -21,10 +21,10 @@ import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from guestio.errors import DeviceError
+from guestio.guest.blkqueue import GuestQueue, Request, Shape
+from guestio.guest.dma import PAGE, DmaSpace, IommuMode, PageAllocator, Segment
 from guestio.iommu import Iommu, IommuMemory, Iotlb
 from guestio.memory import Backing, GuestMemory, GuestRegionCollection, MmapRegion
-from guestio.testing.blkqueue import GuestQueue, Request, Shape
-from guestio.testing.dma import PAGE, DmaSpace, IommuMode, PageAllocator
 from guestio.vhost_user.frontend import Frontend
 from guestio.vhost_user.messages import ProtocolFeature
 from guestio.virtio.blk import (
@@ -53,7 +53,7 @@ from guestio.virtio.device import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Sequence
 
 BLK_FEATURES: Final = (
     F_SEG_MAX | F_RO | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ | F_DISCARD | F_WRITE_ZEROES
@@ -98,7 +98,7 @@ class ScriptedGuest:
         memory_size: Bytes of guest memory, a multiple of 8192; half of it lies above 4 GiB.
         queues: How many queues to use.
         queue_size: Entries of each.
-        iommu: How the IOMMU is used, see :data:`~guestio.testing.dma.IommuMode`.
+        iommu: How the IOMMU is used, see :data:`~guestio.guest.dma.IommuMode`.
         indirect: Whether to use indirect tables where the device can.
         event_idx: Whether to use notification suppression by index where the device can.
         polling: Whether to poll for completions rather than sleep.
@@ -375,6 +375,42 @@ class ScriptedGuest:
         if publish:
             self._queues[queue].publish()
         return request
+
+    def submit_at(
+        self,
+        kind: int,
+        sector: int = 0,
+        *,
+        readable: Sequence[Segment] = (),
+        writable: Sequence[Segment] = (),
+        queue: int = 0,
+    ) -> Request:
+        """Begin a request whose data is at device addresses of the caller's choice.
+
+        This is how a driver misbehaves: nobody checks whether the device may go there. Memory and
+        mappings for it come from :attr:`dma`.
+
+        Args:
+            kind: Type of the request, ``T_IN`` and so on.
+            sector: Where on the disk.
+            readable: ``(address, length)`` of what the device reads after the header.
+            writable: The same for what it writes before the status.
+            queue: Which queue to use.
+        """
+        request = Request(kind, sector, queue)
+        header = _HEADER.pack(kind, 0, sector)
+        self._queues[queue].submit_at(request, header, readable, writable)
+        self._queues[queue].publish()
+        return request
+
+    def publish(self, queue: int = 0) -> None:
+        """Show the device the requests that were begun with ``publish=False``."""
+        self._queues[queue].publish()
+
+    @property
+    def dma(self) -> DmaSpace:
+        """Where buffers and their mappings come from."""
+        return self._dma
 
     def poll(self, queue: int = 0) -> list[Request]:
         """The requests that were finished since this was last asked, without waiting."""

@@ -1,6 +1,6 @@
 """Block requests in a guest's queue: where they lie in memory, and their way to the device.
 
-A :class:`GuestQueue` is one request queue of a :class:`~guestio.testing.guest.ScriptedGuest`: ring,
+A :class:`GuestQueue` is one request queue of a :class:`~guestio.guest.disk.ScriptedGuest`: ring,
 notifications, and the memory of the requests in flight. A :class:`Shape` says how a request lies in
 memory.
 
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 from guestio.addr import Permissions
 from guestio.errors import DeviceError, GuestioError, QueueError
+from guestio.guest.dma import PAGE, DmaSpace, GuestBuffer, Segment
 from guestio.memory import IoVector
-from guestio.testing.dma import PAGE, DmaSpace, GuestBuffer, Segment
 from guestio.vhost_user.channel import PeerGoneError
 from guestio.vhost_user.frontend import Frontend, FrontendQueue, NoAnswerError
 from guestio.virtio.blk import S_OK
@@ -334,6 +334,31 @@ class GuestQueue:
             self._dma.unmap(placement.mapped)
             self._recycle(placement)
             raise
+
+    def submit_at(
+        self,
+        request: Request,
+        header: bytes,
+        readable: Sequence[Segment],
+        writable: Sequence[Segment],
+    ) -> None:
+        """Put a request into the ring whose data is at addresses of the caller's choice.
+
+        Header and status are where they may be; nobody checks whether the data is.
+
+        Raises:
+            QueueError: The ring is full.
+        """
+        placement = _Placement(0, keep=False)
+        slot = placement.slot = self._slots.pop() if self._slots else _Slot(self._dma)
+        slot.head.memory.write(header + b"\xff")
+        map_head, mapped = self._dma.map, placement.mapped
+        placement.readable += map_head(slot.head, 0, _HEADER.size, Permissions.READ, mapped)
+        placement.readable += readable
+        placement.writable += writable
+        placement.writable += map_head(slot.head, _STATUS_AT, 1, Permissions.WRITE, mapped)
+        request._placement = placement
+        self.ring.add(placement.readable, placement.writable, request)
 
     def _place_usual(self, placement: _Placement, header: bytes, payload: bytes) -> _Table | None:
         dma, mapped = self._dma, placement.mapped

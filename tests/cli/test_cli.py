@@ -1,0 +1,151 @@
+"""The ``guestio`` command, run as a user runs it."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import guestio
+from guestio.guest import ScriptedGuest
+
+
+def run(*arguments: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "guestio", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(range(256)) * 4096)
+    return path
+
+
+@pytest.fixture
+def serve(tmp_path: Path, image: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    started = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "guestio", "blk", image, "--socket", "s.sock", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        started.append(process)
+        assert process.stderr is not None
+        assert process.stderr.readline() == "listening on s.sock\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_version_is_the_package_version():
+    assert run("--version").stdout == f"guestio, version {guestio.__version__}\n"
+
+
+def test_help_teaches_a_whole_qemu_command_line():
+    text = run("blk", "--help").stdout
+    for needed in ("memory-backend-memfd", "share=on", "virtio-iommu-pci", "iommu_platform=on"):
+        assert needed in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["blk"], "Missing argument"),
+        (["blk", "absent.img", "--socket", "s"], "cannot open the image absent.img"),
+        (["blk", "disk.img"], "Missing option"),
+        (["blk", "disk.img", "--socket", "x" * 120], "at most 107"),
+        (["blk", "disk.img", "--socket", "no/such/dir/s"], "cannot listen on"),
+        (["blk", "disk.img", "--socket", "disk.img"], "not a socket"),
+        (["blk", "disk.img", "--socket", "s", "--num-queues", "0"], "num-queues"),
+        (["blk", "disk.img", "--socket", "s", "--serial", "x" * 21], "longer than 20"),
+        (["blk", "disk.img", "--socket", "s", "--iommu", "maybe"], "maybe"),
+        (["blk", "odd.img", "--socket", "s"], "multiple of 512"),
+        (["blk", ".", "--socket", "s"], "cannot open the image"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, arguments, complaint
+):
+    (tmp_path / "odd.img").write_bytes(b"x" * 513)
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert complaint in done.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_socket_in_use_is_refused_and_left_alone(tmp_path: Path, image: Path):
+    path = tmp_path / "busy.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        done = run("blk", image, "--socket", path)
+    assert done.returncode == 2
+    assert "somebody else" in done.stderr
+    assert path.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_cleanly(tmp_path: Path, serve, number):
+    process = serve()
+    process.send_signal(number)
+    assert process.wait(10) == 0
+    assert not (tmp_path / "s.sock").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_with_a_guest_connected(tmp_path: Path, serve, number):
+    process = serve("--serial", "disk-7")
+    with ScriptedGuest(tmp_path / "s.sock", iommu="strict") as guest:
+        assert guest.get_id() == b"disk-7"
+        process.send_signal(number)
+        assert process.wait(10) == 0
+    assert not (tmp_path / "s.sock").exists()
+
+
+def test_read_only_image_and_reconnection(tmp_path: Path, image: Path, serve):
+    image.chmod(0o444)
+    serve("--read-only", "--num-queues", "4")
+    for iommu in ("off", "static", "strict"):
+        with ScriptedGuest(tmp_path / "s.sock", iommu=iommu, queues=4) as guest:
+            assert guest.config.num_queues == 4
+            for queue in range(4):
+                assert guest.read(8, 4096, queue=queue) == image.read_bytes()[4096:8192]
+
+
+def test_iommu_can_be_kept_off(tmp_path: Path, serve):
+    serve("--iommu", "off")
+    with pytest.raises(guestio.DeviceError, match="IOMMU"):
+        ScriptedGuest(tmp_path / "s.sock", iommu="strict")
+
+
+def test_demo_shows_that_every_check_held():
+    started = time.monotonic()
+    done = run("demo", "--seconds", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - started < 20
+    assert "every check held" in done.stdout
+    assert "4 of 4" in done.stdout
+    assert done.stdout.count(": refused") == 4
+    rows = dict(re.findall(r"│ (\S[\w ]*?) +│ +([\d,]+)\D", done.stdout))
+    for name in ("requests", "IOTLB hits", "IOTLB misses", "IOTLB invalidations", "dirty pages"):
+        assert int(rows[name].replace(",", "")) > 0, name
