@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OLDEST_KERNEL = (6, 12)
-META_PACKAGE = "linux-image-cloud-amd64"
+CLOUD = "cloud-amd64"
+FULL = "amd64"
 
 Progress = Callable[[str], None]
 
@@ -115,12 +116,16 @@ def cache_directory() -> Path:
     return Path(configured).absolute() if configured else Path.home() / ".cache" / "guestio-lab"
 
 
-def kernel(*, update: bool = False, progress: Progress | None = None) -> Kernel:
-    """Return the newest cached guest kernel, fetching one (about 35 MB) if there is none.
+def kernel(
+    flavour: str = CLOUD, *, update: bool = False, progress: Progress | None = None
+) -> Kernel:
+    """Return the newest cached guest kernel, fetching one if there is none.
 
     Safe to call from several processes at once: one fetches, the others wait for it.
 
     Args:
+        flavour: Debian's name for what the kernel is made for: `CLOUD` (35 MB to fetch) has the
+            drivers of virtual machines only, `FULL` (106 MB) has them all, 9p among them.
         update: Ask the mirror for a newer kernel even when one is cached.
         progress: Called with one line of text per step that takes time.
 
@@ -128,10 +133,10 @@ def kernel(*, update: bool = False, progress: Progress | None = None) -> Kernel:
         PartsError: No kernel cached and none to be had; the message says what was tried.
     """
     tell = progress or _ignore
-    found = _newest(cache_directory())
+    found = _newest(cache_directory(), flavour)
     if found is not None and not update:
         return found
-    return _fetch_kernel(cache_directory(), tell, refetch=update)
+    return _fetch_kernel(cache_directory(), flavour, tell, refetch=update)
 
 
 def require_program(name: str, package: str) -> str:
@@ -201,36 +206,41 @@ def _version(release: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", release))
 
 
-def _newest(cache: Path) -> Kernel | None:
+def _newest(cache: Path, flavour: str) -> Kernel | None:
     kernels = [Kernel(path.name, path) for path in (cache / "kernels").glob("[0-9]*")]
-    usable = [entry for entry in kernels if entry.image.is_file()]
+    usable = [
+        entry
+        for entry in kernels
+        if entry.release.partition("-")[2] == flavour and entry.image.is_file()
+    ]
     return max(usable, key=lambda entry: _version(entry.release), default=None)
 
 
 @contextlib.contextmanager
-def _locked(cache: Path, tell: Progress) -> Iterator[None]:
+def locked(cache: Path, tell: Progress) -> Iterator[None]:
+    """Hold a directory's lock, which is made with it; waits for whoever holds it."""
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            tell("waiting for another process that fetches the guest kernel")
+            tell("waiting for another process that makes a guest kernel")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _fetch_kernel(cache: Path, tell: Progress, *, refetch: bool) -> Kernel:
+def _fetch_kernel(cache: Path, flavour: str, tell: Progress, *, refetch: bool) -> Kernel:
     require_program("apt-get", "apt")
     try:
-        with _locked(cache, tell):
-            found = _newest(cache)
+        with locked(cache, tell):
+            found = _newest(cache, flavour)
             if found is not None and not refetch:
                 return found
             for leftover in cache.glob("fetching-*"):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             work = Path(tempfile.mkdtemp(prefix="fetching-", dir=cache))
             try:
-                return _fetch_into(cache / "kernels", work, tell)
+                return _fetch_into(cache / "kernels", flavour, work, tell)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
@@ -240,15 +250,16 @@ def _fetch_kernel(cache: Path, tell: Progress, *, refetch: bool) -> Kernel:
         ) from error
 
 
-def _fetch_into(kernels: Path, work: Path, tell: Progress) -> Kernel:
-    codename = _codename()
+def _fetch_into(kernels: Path, flavour: str, work: Path, tell: Progress) -> Kernel:
+    release_name = codename()
     tried: list[str] = []
     # A release's own suite serves where it has no backports, or none yet.
-    for suite in (f"{codename}-backports", codename):
-        apt = _PrivateApt(work / suite, suite, codename)
+    for suite in (f"{release_name}-backports", release_name):
+        apt = PrivateApt(work / suite, suite, release_name)
         try:
             tell(f"reading the package list of {suite}")
-            package = apt.kernel_package()
+            apt.update()
+            package = apt.kernel_package(f"linux-image-{flavour}")
             release = package.removeprefix("linux-image-")
             if _version(release) < OLDEST_KERNEL:
                 raise PartsError(f"its newest kernel is {release}")
@@ -257,7 +268,7 @@ def _fetch_into(kernels: Path, work: Path, tell: Progress) -> Kernel:
                 tell(f"downloading {package}")
                 deb = apt.download(package)
                 tell("unpacking")
-                _run(["dpkg-deb", "-x", str(deb), str(work / "root")])
+                run(["dpkg-deb", "-x", str(deb), str(work / "root")])
                 kernels.mkdir(exist_ok=True)
                 (work / "root").rename(target)
             return Kernel(release, target)
@@ -266,13 +277,13 @@ def _fetch_into(kernels: Path, work: Path, tell: Progress) -> Kernel:
     wanted = ".".join(map(str, OLDEST_KERNEL))
     raise PartsError(
         f"no guest kernel of at least {wanted} to be had from this machine's Debian mirror "
-        f"({META_PACKAGE}):\n" + "\n".join(tried) + "\nWith network access, "
+        f"(linux-image-{flavour}):\n" + "\n".join(tried) + "\nWith network access, "
         "`python -m lab.parts` fetches it; a filled cache can be copied from another machine "
         "and named by GUESTIO_LAB_CACHE."
     )
 
 
-class _PrivateApt:
+class PrivateApt:
     """Apt on a source list, package lists and caches of its own; needs no root."""
 
     def __init__(self, directory: Path, suite: str, codename: str) -> None:
@@ -299,25 +310,38 @@ class _PrivateApt:
             for option in ("-o", setting)
         ]
 
-    def kernel_package(self) -> str:
+    def update(self) -> None:
+        """Fetch the suite's package list; before anything else."""
+        run(["apt-get", *self._options, "-qq", "update", "--error-on=any"])
+
+    def names(self, pattern: str) -> list[str]:
+        """Names of the packages whose name matches a regular expression."""
+        listing = run(["apt-cache", *self._options, "search", "--names-only", pattern])
+        return [line.split(" ", 1)[0] for line in listing.splitlines()]
+
+    def kernel_package(self, meta: str) -> str:
         """Name of the kernel package that the suite's meta package stands for."""
-        _run(["apt-get", *self._options, "-qq", "update", "--error-on=any"])
-        record = _run(["apt-cache", *self._options, "show", "--no-all-versions", META_PACKAGE])
+        record = run(["apt-cache", *self._options, "show", "--no-all-versions", meta])
         match = re.search(r"^Depends:.*?\b(linux-image-\d[\w.+~-]*)", record, re.MULTILINE)
         if match is None:
-            raise PartsError(f"{META_PACKAGE} depends on no kernel")
+            raise PartsError(f"{meta} depends on no kernel")
         return match.group(1)
 
     def download(self, package: str) -> Path:
         """Fetch and authenticate one package; returns the .deb."""
-        _run(["apt-get", *self._options, "-qq", "download", package], cwd=self._directory)
+        run(["apt-get", *self._options, "-qq", "download", package], cwd=self._directory)
         debs = list(self._directory.glob("*.deb"))
         if len(debs) != 1:
             raise PartsError(f"apt-get download {package} left {len(debs)} packages")
         return debs[0]
 
 
-def _run(command: list[str], cwd: Path | None = None) -> str:
+def run(command: list[str], cwd: Path | None = None) -> str:
+    """Run a program and return what it prints.
+
+    Raises:
+        PartsError: It cannot be run or failed; says what it said.
+    """
     try:
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -329,7 +353,12 @@ def _run(command: list[str], cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def _codename() -> str:
+def codename() -> str:
+    """The name of this machine's Debian release, such as `bookworm`.
+
+    Raises:
+        PartsError: It is another distribution.
+    """
     text = Path("/etc/os-release").read_text()
     fields: dict[str, str] = dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', text, re.MULTILINE))
     if fields.get("ID") != "debian" or "VERSION_CODENAME" not in fields:
