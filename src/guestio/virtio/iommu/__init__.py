@@ -8,6 +8,7 @@ order of requests that wait, ``faults`` the records on their way to the guest.
 from guestio.virtio.iommu.device import VirtioIommu
 from guestio.virtio.iommu.faults import FaultStats
 from guestio.virtio.iommu.programs import TargetStats
+from guestio.virtio.iommu.queues import IommuQueues
 from guestio.virtio.iommu.requests import Pending
 from guestio.virtio.iommu.space import Endpoint, EndpointMemory, TargetHandle
 from guestio.virtio.iommu.wire import FaultReason, FaultRecord, Status
@@ -18,6 +19,7 @@ __all__ = [
     "FaultReason",
     "FaultRecord",
     "FaultStats",
+    "IommuQueues",
     "Pending",
     "Status",
     "TargetHandle",

@@ -1,0 +1,163 @@
+"""The two virtqueues of a virtio-iommu (virtio 1.3, section 5.13.2).
+
+Requests come out of queue 0 and their answers go back, each when it is there and not in the order
+of the requests. Fault records go into the buffers of queue 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from guestio._core.ring import Chain, SplitRing
+from guestio.errors import AccessError
+from guestio.iommu.events import Event
+from guestio.virtio.iommu.device import VirtioIommu
+from guestio.virtio.iommu.requests import Pending
+from guestio.virtio.iommu.wire import LONGEST_REQUEST, FaultRecord
+
+REQUEST_QUEUE: Final = 0
+EVENT_QUEUE: Final = 1
+
+
+class IommuQueues:
+    """Carries requests and fault records between the rings and the device.
+
+    Call :meth:`serve` when the driver has announced something on either queue, and whenever
+    :meth:`fileno` is readable: then an answer or a fault record has come. It never waits. One
+    thread at a time calls the methods.
+
+    Args:
+        iommu: The device.
+        requests: Its request queue, in guest physical memory.
+        events: Its event queue.
+        notify: Called with the number of a queue when the driver wants to hear of it.
+
+    Attributes:
+        waiting: Requests whose answer is not there yet.
+        short_buffers: Event buffers that were too small for a record; they went back empty.
+    """
+
+    def __init__(
+        self,
+        iommu: VirtioIommu,
+        requests: SplitRing,
+        events: SplitRing,
+        notify: Callable[[int], None],
+    ) -> None:
+        self._iommu = iommu
+        self._rings = requests, events
+        self._notify = notify
+        self._answers: deque[tuple[Chain, Pending]] = deque()
+        self._open = True
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._watched: Event | None = None
+        self.waiting = 0
+        self.short_buffers = 0
+        self._watch_faults()
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when :meth:`serve` has something to do."""
+        return self._wake
+
+    def serve(self) -> None:
+        """Take requests, give answers and report faults, as far as that is possible now.
+
+        Raises:
+            QueueError: The driver broke a rule of its queues; the device needs a reset.
+        """
+        with contextlib.suppress(BlockingIOError):  # it may be an announcement of the driver
+            os.eventfd_read(self._wake)
+        self._serve_requests()
+        self._serve_events()
+
+    def close(self) -> None:
+        """Forget the rings, as a reset does: answers that come later go nowhere."""
+        self._open = False
+        self._answers.clear()
+
+    def _serve_requests(self) -> None:
+        ring = self._rings[REQUEST_QUEUE]
+        while True:
+            while self._answers:
+                chain, pending = self._answers.popleft()
+                self.waiting -= 1
+                self._complete(ring, chain, pending.result())
+            chains, misses = ring.pop()
+            if misses and not chains:
+                # Its memory is guest physical, so what is missing now stays so.
+                faulty = ring.pop_faulty()
+                chains = [] if faulty is None else [faulty]
+            for chain in chains:
+                self._serve_request(ring, chain)
+            self._publish(REQUEST_QUEUE)
+            if not chains and not self._answers and not ring.enable_kicks():
+                return
+
+    def _serve_request(self, ring: SplitRing, chain: Chain) -> None:
+        answer: bytes | Pending = b""
+        if chain.fault is None:
+            try:
+                request = chain.readable.read(0, min(len(chain.readable), LONGEST_REQUEST))
+            except AccessError:
+                request = b""
+            answer = self._iommu.handle_request(request, len(chain.writable))
+        if isinstance(answer, Pending):
+            self.waiting += 1
+            answer.add_callback(partial(self._answered, chain, answer))
+        else:
+            self._complete(ring, chain, answer)
+
+    def _answered(self, chain: Chain, pending: Pending) -> None:
+        if self._open:
+            self._answers.append((chain, pending))
+            self._rouse()
+
+    @staticmethod
+    def _complete(ring: SplitRing, chain: Chain, answer: bytes) -> None:
+        try:
+            chain.writable.write(answer)
+        except AccessError:
+            answer = b""
+        ring.complete(chain, len(answer))
+
+    def _serve_events(self) -> None:
+        ring = self._rings[EVENT_QUEUE]
+        while self._iommu.event_arrival.is_set:
+            chains, _ = ring.pop(1)
+            if chains:
+                self._fill_buffer(ring, chains[0])
+            elif not ring.enable_kicks():
+                break
+        self._publish(EVENT_QUEUE)
+        self._watch_faults()
+
+    def _fill_buffer(self, ring: SplitRing, chain: Chain) -> None:
+        if chain.fault is not None or len(chain.writable) < FaultRecord.SIZE:
+            self.short_buffers += 1
+            ring.complete(chain, 0)
+            return
+        # A reset in another thread may have dropped what was there.
+        records = self._iommu.event_records(1)
+        self._complete(ring, chain, records[0] if records else b"")
+
+    def _publish(self, queue: int) -> None:
+        if self._rings[queue].publish():
+            self._notify(queue)
+
+    def _watch_faults(self) -> None:
+        """Be woken by the next fault; those that wait now wait for buffers."""
+        arrival = self._iommu.event_arrival
+        if arrival is not self._watched and not arrival.is_set:
+            self._watched = arrival
+            arrival.add_callback(self._rouse)
+
+    def _rouse(self) -> None:
+        os.eventfd_write(self._wake, 1)
+
+    def __del__(self) -> None:
+        os.close(self._wake)
