@@ -191,26 +191,26 @@ class BlockDevice(Device):
             raise OSError(errno.EIO, "the image takes no more")
         return 0
 
-    def _flush(self, sector: int, chain: Chain) -> int:  # noqa: ARG002 - one of a table
+    def _flush(self, sector: int, chain: Chain) -> int:
         if not self.read_only:
             os.fdatasync(self._fd)
         return 0
 
-    def _get_id(self, sector: int, chain: Chain) -> int:  # noqa: ARG002 - one of a table
+    def _get_id(self, sector: int, chain: Chain) -> int:
         room = chain.writable.total - 1
         if room < ID_BYTES:
             raise _Refused(S_IOERR)
         chain.writable.write(self.serial)
         return ID_BYTES
 
-    def _discard(self, sector: int, chain: Chain) -> int:  # noqa: ARG002 - one of a table
+    def _discard(self, sector: int, chain: Chain) -> int:
         for offset, length, flags in self._segments(chain):
             if flags:
                 raise _Refused(S_UNSUPP)
             self._deallocate(offset, length)
         return 0
 
-    def _write_zeroes(self, sector: int, chain: Chain) -> int:  # noqa: ARG002 - one of a table
+    def _write_zeroes(self, sector: int, chain: Chain) -> int:
         for offset, length, flags in self._segments(chain):
             if flags & ~_FLAG_UNMAP:
                 raise _Refused(S_UNSUPP)

@@ -72,7 +72,7 @@ class Device(ABC):
             GuestioError: The request cannot be served; :meth:`fail` is called for it.
         """
 
-    def fail(self, queue: int, chain: Chain) -> int:  # noqa: ARG002 - for those who override it
+    def fail(self, queue: int, chain: Chain) -> int:
         """Answer a request whose memory cannot be reached, as far as that is possible.
 
         ``chain.readable`` and ``chain.writable`` hold what could be reached, ``chain.tail`` the
