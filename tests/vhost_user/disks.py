@@ -58,7 +58,7 @@ def storage_daemon(directory: Path, *, queues: int = 1) -> Iterator[Disk]:
     disk.process = subprocess.Popen(
         [
             program,
-            *("--blockdev", f"driver=file,node-name=file,filename={disk.image}"),
+            *("--blockdev", f"driver=file,node-name=file,filename={disk.image},discard=unmap"),
             *("--blockdev", "driver=raw,node-name=disk,file=file,discard=unmap"),
             "--export",
             f"{export},addr.type=unix,addr.path={disk.socket}",

@@ -243,6 +243,7 @@ class GuestQueue:
         self._timeout = timeout
         self._slots: list[_Slot] = []
         self._handle: FrontendQueue | None = None
+        self._base = 0
         physical = self._dma.mode == "off"
         self._rings = self._dma.buffer(RingLayout.contiguous_bytes(size), contiguous=physical)
         base = self._rings.pages[0] if physical else self._dma.map_whole(self._rings)
@@ -264,9 +265,7 @@ class GuestQueue:
     def start(self) -> None:
         """Start it where it stopped last."""
         # A polling driver has a call eventfd as well: QEMU's back-ends die without one.
-        self._handle = self._frontend.start_queue(
-            self._index, self.layout, base=self.ring.published
-        )
+        self._handle = self._frontend.start_queue(self._index, self.layout, base=self._base)
         if self._polling:
             self.ring.disable_interrupts()
         if self._frontend.iommu:
@@ -285,8 +284,8 @@ class GuestQueue:
             self._handle.kick()
 
     def stop(self) -> None:
-        """Stop it; what is in flight is finished first, but not collected."""
-        self._frontend.stop_queue(self._index)
+        """Stop it; what the device has taken is finished first, but not collected."""
+        self._base = self._frontend.stop_queue(self._index)
         self._handle = None
 
     def close(self) -> None:
@@ -349,16 +348,21 @@ class GuestQueue:
         Raises:
             QueueError: The ring is full.
         """
-        placement = _Placement(0, keep=False)
-        slot = placement.slot = self._slots.pop() if self._slots else _Slot(self._dma)
+        placement, dma = _Placement(0, keep=False), self._dma
+        slot = placement.slot = self._slots.pop() if self._slots else _Slot(dma)
         slot.head.memory.write(header + b"\xff")
-        map_head, mapped = self._dma.map, placement.mapped
-        placement.readable += map_head(slot.head, 0, _HEADER.size, Permissions.READ, mapped)
-        placement.readable += readable
-        placement.writable += writable
-        placement.writable += map_head(slot.head, _STATUS_AT, 1, Permissions.WRITE, mapped)
+        mapped = placement.mapped
         request._placement = placement
-        self.ring.add(placement.readable, placement.writable, request)
+        try:
+            placement.readable += dma.map(slot.head, 0, _HEADER.size, Permissions.READ, mapped)
+            placement.readable += readable
+            placement.writable += writable
+            placement.writable += dma.map(slot.head, _STATUS_AT, 1, Permissions.WRITE, mapped)
+            self.ring.add(placement.readable, placement.writable, request)
+        except BaseException:
+            dma.unmap(mapped)
+            self._recycle(placement)
+            raise
 
     def _place_usual(self, placement: _Placement, header: bytes, payload: bytes) -> _Table | None:
         dma, mapped = self._dma, placement.mapped

@@ -232,7 +232,7 @@ class ScriptedGuest:
             self.frontend.set_status(status)
 
     def pause(self) -> None:
-        """Stop all queues as for a snapshot; what is in flight is finished first."""
+        """Stop all queues as for a snapshot; what the device has taken is finished first."""
         for queue in self._queues:
             queue.stop()
 
