@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from guestio import CannotResolveError, GuestRegionCollection, Permissions
+from guestio import CannotResolveError, GuestRegionCollection
 from guestio.virtio.iommu import VirtioIommu
 
 TRACES = Path(__file__).parent.parent / "traces" / "virtio-iommu-qemu-10.0.2.jsonl.gz"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from guestio.dma import DmaTarget
     from guestio.iommu.events import Event
+    from guestio.iommu.mapper import MapEntry
     from guestio.virtio.iommu.programs import Program, TargetStats
 
 ReservedRegion = tuple[int, int, int]
@@ -249,10 +250,16 @@ class Endpoint(Iommu):
         """
         return self._owner.add_target(self.id, target, physical)
 
+    def learn(self, entry: MapEntry) -> None:
+        """Put a mapping into the IOTLB, where there is none. For the device."""
+        iova, size, gpa, prot = entry
+        # What would lie behind the last physical address is nowhere.
+        self._iotlb.overwrite(iova, min(size, ADDRESS_SPACE - gpa), gpa, prot)
+
     def feed(self) -> None:
         """Put every mapping of its space into the empty IOTLB. For the device."""
-        for iova, size, gpa, prot in self.space.mapper.mappings():
-            self._iotlb.overwrite(iova, size, gpa, prot)
+        for entry in self.space.mapper.mappings():
+            self.learn(entry)
 
     def explain(self, iova: int, length: int = 1, access: Permissions = Permissions.READ) -> str:
         """Say in a few lines what an access would meet, and why."""

@@ -196,7 +196,7 @@ class State:
             space.mmio.add(start)
         space.mapper.add_range(start, size, phys, prot)
         for endpoint in space.endpoints:
-            endpoint.iotlb.overwrite(start, size, phys, prot)
+            endpoint.learn((start, size, phys, prot))
         yield from ()
 
     def _unmap(self, request: wire.Unmap) -> Waits:
