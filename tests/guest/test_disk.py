@@ -339,6 +339,24 @@ class TestIommu:
             statuses.add(request.status)
         return statuses
 
+    def test_a_request_that_points_where_nothing_is_mapped(self, disk: Disk) -> None:
+        with ScriptedGuest(disk.socket, iommu="strict") as guest:
+            request = guest.submit_at(T_IN, 0, writable=[(0x1234000, 512)])
+            guest.wait(request)
+            assert request.status == S_IOERR
+            assert guest.frontend.iotlb.counts.refused > 0
+            assert guest.read(0, 512) == disk.contents[:512]
+
+    def test_a_request_of_its_own_that_does_not_fit_leaks_nothing(self, disk: Disk) -> None:
+        with ScriptedGuest(disk.socket, iommu="strict", queue_size=8) as guest:
+            guest.read(0, 512)
+            mappings = len(guest.frontend.iotlb.mappings)
+            for _ in range(3):
+                with pytest.raises(ValueError, match="a chain of 10 buffers"):
+                    guest.submit_at(T_IN, 0, writable=[(0x1000, 512)] * 8)
+            assert len(guest.frontend.iotlb.mappings) == mappings
+            assert guest.read(0, 512) == disk.contents[:512]
+
     def test_late_answers_are_waited_for(self, disk: Disk) -> None:
         with ScriptedGuest(disk.socket, iommu="strict") as guest:
             guest.frontend.iotlb.miss_hook = lambda miss: MissAnswer(delay=0.02)
