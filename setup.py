@@ -9,7 +9,19 @@ EXTENSIONS = [
         [f"src/guestio/_core/{name}.pyx"],
         extra_compile_args=["-O3", "-fno-strict-aliasing", "-Wno-unused-function"],
     )
-    for name in ("access", "bitmap", "border", "intervals", "leases", "mapping", "ring")
+    for name in (
+        "access",
+        "bitmap",
+        "border",
+        "eviction",
+        "intervals",
+        "leases",
+        "mapping",
+        "ring",
+        "slices",
+        "tree",
+        "vector",
+    )
 ]
 
 setup(

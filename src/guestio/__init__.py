@@ -26,16 +26,18 @@ from guestio.errors import (
     RegionError,
     UnsortedMemoryRegionsError,
 )
-from guestio.iommu import DirtyMode, Iommu, IommuMemory, Iotlb
+from guestio.iommu import DirtyMode, Iommu, IommuMemory, Iotlb, IotlbStats
 from guestio.memory import (
     AtomicBitmap,
     Backing,
+    BitmapSlice,
     FileOffset,
     GuestMemory,
     GuestMemoryAtomic,
     GuestRegionCollection,
     IoVector,
     MmapRegion,
+    SliceMemory,
     VolatileSlice,
 )
 
@@ -46,6 +48,7 @@ __all__ = [
     "AtomicBitmap",
     "Backing",
     "BackingError",
+    "BitmapSlice",
     "CannotResolveError",
     "DeviceError",
     "DirtyMode",
@@ -60,6 +63,7 @@ __all__ = [
     "IommuMemory",
     "Iotlb",
     "IotlbFails",
+    "IotlbStats",
     "IovaRange",
     "MappedRange",
     "MemoryRegionOverlapError",
@@ -74,6 +78,7 @@ __all__ = [
     "ProtocolError",
     "QueueError",
     "RegionError",
+    "SliceMemory",
     "UnsortedMemoryRegionsError",
     "VolatileSlice",
 ]

@@ -58,12 +58,18 @@ class IovaRange(NamedTuple):
     base: int
     length: int
 
+    def __repr__(self) -> str:
+        return f"IovaRange({self.base:#x}, {self.length:#x})"
+
 
 class MappedRange(NamedTuple):
     """``length`` bytes of the underlying address space from ``base``."""
 
     base: int
     length: int
+
+    def __repr__(self) -> str:
+        return f"MappedRange({self.base:#x}, {self.length:#x})"
 
 
 def check_int(value: SupportsIndex, name: str) -> int:
@@ -119,23 +125,45 @@ def check_range(
     return first, size
 
 
-def checked_add(addr: int, offset: int) -> int | None:
+def checked_add(addr: SupportsIndex, offset: SupportsIndex) -> int | None:
     """``addr + offset``, or None if that leaves ``[0, 2**64)``."""
-    total = addr + offset
+    total = check_int(addr, "addr") + check_int(offset, "offset")
     return total if 0 <= total < ADDRESS_SPACE else None
 
 
-def checked_sub(addr: int, offset: int) -> int | None:
+def checked_sub(addr: SupportsIndex, offset: SupportsIndex) -> int | None:
     """``addr - offset``, or None if that leaves ``[0, 2**64)``."""
-    return checked_add(addr, -offset)
+    return checked_add(addr, -check_int(offset, "offset"))
 
 
-def align_up(addr: int, alignment: int) -> int | None:
+def overflowing_add(addr: SupportsIndex, offset: SupportsIndex) -> tuple[int, bool]:
+    """``addr + offset`` modulo ``2**64``, and whether it left the address space."""
+    total = check_int(addr, "addr") + check_int(offset, "offset")
+    return total % ADDRESS_SPACE, not 0 <= total < ADDRESS_SPACE
+
+
+def overflowing_sub(addr: SupportsIndex, offset: SupportsIndex) -> tuple[int, bool]:
+    """``addr - offset`` modulo ``2**64``, and whether it left the address space."""
+    return overflowing_add(addr, -check_int(offset, "offset"))
+
+
+def align_down(addr: SupportsIndex, alignment: SupportsIndex) -> int:
+    """``addr`` rounded down to a multiple of ``alignment``, a power of two."""
+    return check_address(addr) & ~(_power_of_two(alignment) - 1)
+
+
+def align_up(addr: SupportsIndex, alignment: SupportsIndex) -> int | None:
     """``addr`` rounded up to a multiple of ``alignment``, or None if that passes the last address.
 
     Raises:
         ValueError: ``alignment`` is not a power of two.
     """
-    if alignment <= 0 or alignment & (alignment - 1):
-        raise ValueError(f"alignment {alignment} is not a power of two")
-    return checked_add(addr, -addr % alignment)
+    at = check_address(addr)
+    return checked_add(at, -at % _power_of_two(alignment))
+
+
+def _power_of_two(alignment: SupportsIndex) -> int:
+    size = check_int(alignment, "alignment")
+    if size <= 0 or size & (size - 1):
+        raise ValueError(f"alignment {size} is not a power of two")
+    return size

@@ -24,6 +24,7 @@ changes. What a guest or a peer may cause is always a :class:`GuestioError`.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class AccessError(GuestioError):
         access: What the access wanted to do; None where it does not matter.
         reason: Why it was refused, without the address.
         target: The address behind a translation where the refusal happened; None without one.
+        region: The memory region that refused the access; None where there is none, or where it
+            is not a region that refuses.
     """
 
     def __init__(
@@ -55,15 +58,18 @@ class AccessError(GuestioError):
         reason: str,
         *,
         target: int | None = None,
+        region: object | None = None,
     ) -> None:
         self.addr = addr
         self.length = length
         self.access = access
         self.reason = reason
         self.target = target
+        self.region = region
         wanted = f" for {access.name}" if access is not None and access.name else ""
         behind = f" (translated to {target:#x})" if target is not None else ""
-        super().__init__(f"cannot access {addr:#x}+{length:#x}{behind}{wanted}: {reason}")
+        where = f" in {region}" if region is not None else ""
+        super().__init__(f"cannot access {addr:#x}+{length:#x}{behind}{wanted}{where}: {reason}")
 
 
 class InvalidAddressError(AccessError, ValueError):
@@ -78,8 +84,25 @@ class MisalignedError(AccessError):
     """An atomic access whose address is not a multiple of its width."""
 
 
-class MemoryVanishedError(AccessError):
-    """The file behind this memory no longer reaches this far: its owner truncated it."""
+class MemoryVanishedError(AccessError, OSError):
+    """The file behind this memory no longer reaches this far: its owner truncated it.
+
+    What was moved before the end was found is unknown. It is an OSError too, with ``errno``
+    EFAULT, which is what the kernel says when it meets such memory in a system call.
+    """
+
+    def __init__(
+        self,
+        addr: int,
+        length: int,
+        access: Permissions | None,
+        reason: str,
+        *,
+        target: int | None = None,
+        region: object | None = None,
+    ) -> None:
+        super().__init__(addr, length, access, reason, target=target, region=region)
+        self.errno = errno.EFAULT
 
 
 class PartialAccessError(AccessError):
@@ -97,10 +120,11 @@ class PartialAccessError(AccessError):
         reason: str,
         *,
         target: int | None = None,
+        region: object | None = None,
     ) -> None:
         self.completed = completed
         moved = f"only {completed:#x} bytes moved: {reason}"
-        super().__init__(addr, length, access, moved, target=target)
+        super().__init__(addr, length, access, moved, target=target, region=region)
 
 
 class CannotResolveError(AccessError):

@@ -120,7 +120,9 @@ class IntervalMachine(RuleBasedStateMachine):
             with pytest.raises(IotlbFails) as caught:
                 self.map.lookup(self.base + start, length, access)
             assert [(r.base - self.base, r.length) for r in caught.value.misses] == runs(missing)
-            hit = [r.base - self.base + i for r in caught.value.access_fails for i in range(r.length)]
+            hit = [
+                r.base - self.base + i for r in caught.value.access_fails for i in range(r.length)
+            ]
             assert hit == refused
 
     @rule(

@@ -6,13 +6,26 @@ from cpython.exc cimport PyErr_NoMemory
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from guestio._core.border cimport Span, as_address, as_size, as_span, u64
+from guestio._core.border cimport Span, as_address, as_span, u64
+
+from guestio.errors import InvalidAddressError
 
 cdef extern from * nogil:
     """
+    #include <string.h>
+
+    #if defined(__x86_64__) && defined(__gnu_linux__)
+    #define COUNTING __attribute__((target_clones("popcnt", "default")))
+    #else
+    #define COUNTING
+    #endif
+
+    /* Most writes hit pages that are dirty already, so a set bit is only looked at. The barrier
+       keeps that look after the write: else a harvest in between could take the bit and still
+       read the page as it was before. */
+    #define write_before_look() __atomic_thread_fence(__ATOMIC_SEQ_CST)
     static inline void set_bits(uint64_t *word, uint64_t bits)
     {
-        /* Most writes hit pages that are dirty already: look before locking the line. */
         if ((__atomic_load_n(word, __ATOMIC_RELAXED) & bits) != bits)
             __atomic_fetch_or(word, bits, __ATOMIC_RELEASE);
     }
@@ -31,14 +44,60 @@ cdef extern from * nogil:
             return 0;
         return __atomic_fetch_and(word, ~bits, __ATOMIC_ACQ_REL) & bits;
     }
-    #define first_bit(bits) __builtin_ctzll(bits)
+
+    /* Take whole words; a clean cache line costs one look. */
+    COUNTING static uint64_t take_words(uint64_t *word, uint64_t *taken, size_t n)
+    {
+        uint64_t found = 0;
+        size_t i = 0;
+        for (; i + 8 <= n; i += 8) {
+            uint64_t any = 0;
+            for (int k = 0; k < 8; k++)
+                any |= __atomic_load_n(&word[i + k], __ATOMIC_RELAXED);
+            if (!any) {
+                memset(&taken[i], 0, 64);
+                continue;
+            }
+            for (int k = 0; k < 8; k++) {
+                taken[i + k] = take_bits(&word[i + k], ~(uint64_t)0);
+                found += __builtin_popcountll(taken[i + k]);
+            }
+        }
+        for (; i < n; i++) {
+            taken[i] = take_bits(&word[i], ~(uint64_t)0);
+            found += __builtin_popcountll(taken[i]);
+        }
+        return found;
+    }
+
+    COUNTING static uint64_t peek_words(const uint64_t *word, uint64_t *seen, size_t n)
+    {
+        uint64_t found = 0;
+        for (size_t i = 0; i < n; i++) {
+            seen[i] = __atomic_load_n(&word[i], __ATOMIC_RELAXED);
+            found += __builtin_popcountll(seen[i]);
+        }
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        return found;
+    }
+
+    static void list_pages(const uint64_t *seen, size_t n, uint64_t first, uint64_t *page)
+    {
+        for (size_t i = 0; i < n; i++) {
+            for (uint64_t bits = seen[i]; bits; bits &= bits - 1)
+                *page++ = first + 64 * i + (uint64_t)__builtin_ctzll(bits);
+        }
+    }
     #define count_bits(bits) __builtin_popcountll(bits)
     """
     void set_bits(u64 *word, u64 bits)
     void clear_bits(u64 *word, u64 bits)
     u64 peek_word(const u64 *word)
     u64 take_bits(u64 *word, u64 bits)
-    int first_bit(u64 bits)
+    void write_before_look()
+    u64 take_words(u64 *word, u64 *taken, size_t n)
+    u64 peek_words(const u64 *word, u64 *seen, size_t n)
+    void list_pages(const u64 *seen, size_t n, u64 first, u64 *page)
     int count_bits(u64 bits)
 
 
@@ -60,31 +119,44 @@ cdef class AtomicBitmap:
         page_size: Bytes to a bit; greater than 0, not necessarily a power of two.
 
     Addresses beyond the range are never dirty, and marking them does nothing. Threads: marking,
-    testing and harvesting may be done from any thread at any time.
+    testing and harvesting may be done from any thread at any time. A page that is written before
+    or while it is harvested is reported by this harvest or the next, never by none.
+
+    Attributes:
+        pages: Number of pages, also ``len()``.
+        byte_size: Bytes covered.
+        page_size: Bytes to a page.
     """
 
     def __cinit__(self, size, page_size=4096):
         cdef u64 unit = as_address(page_size, "page_size")
         if not unit:
             raise ValueError("page_size must be greater than 0")
+        if pthread_rwlock_init(&self.lock, NULL):
+            raise MemoryError
         self.page_size = unit
         self.grow(as_address(size, "size"))
 
     def __dealloc__(self):
         free(self.word)
+        pthread_rwlock_destroy(&self.lock)
 
     cdef int grow(self, u64 byte_size) except -1:
         cdef u64 pages = byte_size // self.page_size + (byte_size % self.page_size != 0)
         cdef u64 *word = <u64 *>calloc((pages >> 6) + 1, sizeof(u64))
         if word is NULL:
             PyErr_NoMemory()
+        # A harvest reads the words without the GIL; it needs no GIL to finish.
+        pthread_rwlock_wrlock(&self.lock)
         if self.word is not NULL:
             memcpy(word, self.word, ((self.pages >> 6) + 1) * sizeof(u64))
             free(self.word)
         self.word, self.pages, self.byte_size = word, pages, byte_size
+        pthread_rwlock_unlock(&self.lock)
         return 0
 
     cdef void mark(self, u64 start, u64 length) noexcept nogil:
+        """Mark a byte range. Whoever calls it holds the GIL, which keeps :meth:`grow` away."""
         cdef u64 first, last, i
         if not length or not self.pages:
             return
@@ -93,6 +165,7 @@ cdef class AtomicBitmap:
             return
         last = start + (length - 1)
         last = self.pages - 1 if last < start else min(last // self.page_size, self.pages - 1)
+        write_before_look()
         for i in range(first >> 6, (last >> 6) + 1):
             set_bits(&self.word[i], word_mask(i, first, last))
 
@@ -132,13 +205,13 @@ cdef class AtomicBitmap:
         """Mark page number ``page``; beyond the end nothing happens."""
         cdef u64 number = as_address(page, "page")
         if number < self.pages:
-            set_bits(&self.word[number >> 6], <u64>1 << (number & 63))
+            self.mark(number * self.page_size, 1)
 
     def reset_bit(self, page):
         """Clear page number ``page``; beyond the end nothing happens."""
         cdef u64 number = as_address(page, "page")
         if number < self.pages:
-            clear_bits(&self.word[number >> 6], <u64>1 << (number & 63))
+            self.clear_pages(number, number)
 
     def is_bit_set(self, page):
         """Whether page number ``page`` is dirty."""
@@ -147,11 +220,21 @@ cdef class AtomicBitmap:
             peek_word(&self.word[number >> 6]) >> (number & 63) & 1
         )
 
+    def slice_at(self, offset):
+        """The bitmap seen from byte ``offset`` on, as a :class:`BitmapSlice`."""
+        cdef BitmapSlice made = BitmapSlice.__new__(BitmapSlice)
+        made.bitmap, made.offset = self, as_address(offset, "offset")
+        return made
+
     def enlarge(self, extra):
         """Cover ``extra`` more bytes, clean ones. O(pages)."""
         cdef Span span
         as_span(self.byte_size, extra, &span, True)
         if not span.empty:
+            if span.last == <u64>-1:
+                raise InvalidAddressError(
+                    self.byte_size, extra, None, "a bitmap covers less than 2**64 bytes"
+                )
             self.grow(span.last + 1)
 
     def get_and_reset(self):
@@ -159,14 +242,27 @@ cdef class AtomicBitmap:
 
         Returns:
             ``uint64`` words; bit ``i`` of word ``w`` is page ``64 * w + i``.
+
+        Cost: O(pages / 64) at memory speed; the GIL is released.
         """
-        cdef u64 count = (self.pages + 63) >> 6
-        words = np.zeros(count, np.uint64)
+        return self.snapshot(True)
+
+    def peek(self):
+        """The words as :meth:`get_and_reset` returns them; the bitmap stays as it is."""
+        return self.snapshot(False)
+
+    cdef object snapshot(self, bint clear):
+        cdef size_t count = (self.pages + 63) >> 6
+        words = np.empty(count, np.uint64)
         cdef u64[::1] view = words
-        cdef u64 i
-        with nogil:
-            for i in range(count):
-                view[i] = take_bits(&self.word[i], <u64>-1)
+        if count:
+            with nogil:
+                pthread_rwlock_rdlock(&self.lock)
+                if clear:
+                    take_words(self.word, &view[0], count)
+                else:
+                    peek_words(self.word, &view[0], count)
+                pthread_rwlock_unlock(&self.lock)
         return words
 
     def reset(self):
@@ -174,65 +270,138 @@ cdef class AtomicBitmap:
         if self.pages:
             self.clear_pages(0, self.pages - 1)
 
-    def dirty_pages(self, start=0, length=None, *, bint clear=False):
+    def dirty_pages(self, start=0, length=None, *, bint clear=False, page_size=None):
         """The numbers of the dirty pages that a byte range touches.
 
         Args:
             start: First byte of the range.
             length: Bytes; None for all that follows.
             clear: Take the bits, atomically, instead of only looking at them.
+            page_size: Count in pages of this size instead of the bitmap's own, which must be a
+                multiple or a fraction of it.
 
         Returns:
             A ``uint64`` array, ascending.
 
-        Cost: O(pages / 64 + dirty pages).
+        Raises:
+            ValueError: Neither page size divides the other; nothing was cleared.
+
+        Cost: O(pages / 64 + dirty pages) at memory speed; the GIL is released.
         """
-        cdef u64 first = 0, last = 0, i, bits, total = 0, words
-        begin = as_address(start, "start")
+        cdef u64 first = 0, last = 0, begin = as_address(start, "start")
+        cdef u64 unit = self.page_size if page_size is None else as_address(page_size, "page_size")
+        if not unit or (unit % self.page_size and self.page_size % unit):
+            raise ValueError(
+                f"pages of {unit} bytes neither divide nor are divided by {self.page_size}"
+            )
         if length is None:
             length = (1 << 64) - begin
         if not self.pages_of(start, length, &first, &last):
             return np.zeros(0, np.uint64)
-        words = (last >> 6) - (first >> 6) + 1
-        snapshot = np.empty(words, np.uint64)
-        cdef u64[::1] taken = snapshot
-        with nogil:
-            for i in range(words):
-                bits = word_mask((first >> 6) + i, first, last)
-                if clear:
-                    taken[i] = take_bits(&self.word[(first >> 6) + i], bits)
-                else:
-                    taken[i] = peek_word(&self.word[(first >> 6) + i]) & bits
-                total += count_bits(taken[i])
-        found = np.empty(total, np.uint64)
-        if not total:
+        found = self.pages_in(first, last, clear)
+        if unit == self.page_size:
             return found
-        cdef u64[::1] page = found
-        cdef u64 at = 0
+        if unit > self.page_size:
+            return np.unique(found // np.uint64(unit // self.page_size))
+        parts = np.arange(self.page_size // unit, dtype=np.uint64)
+        finer = (found[:, None] * np.uint64(len(parts)) + parts).reshape(-1)
+        end = min(begin + length, self.byte_size)
+        return finer[(finer >= begin // unit) & (finer <= (end - 1) // unit)]
+
+    cdef object pages_in(self, u64 first, u64 last, bint clear):
+        """The dirty ones of the pages ``first`` to ``last``, inclusive."""
+        cdef size_t words = (last >> 6) - (first >> 6) + 1
+        cdef u64 *word
+        cdef u64 total, head_mask, tail_mask
+        taken = np.empty(words, np.uint64)
+        cdef u64[::1] seen = taken
+        cdef u64[::1] page
         with nogil:
-            for i in range(words):
-                bits = taken[i]
-                while bits:
-                    page[at] = (((first >> 6) + i) << 6) + first_bit(bits)
-                    at += 1
-                    bits &= bits - 1
+            pthread_rwlock_rdlock(&self.lock)
+            word = &self.word[first >> 6]
+            head_mask = word_mask(first >> 6, first, last)
+            tail_mask = word_mask(last >> 6, first, last)
+            if not clear:
+                total = peek_words(word, &seen[0], words)
+                total -= count_bits(seen[0] & ~head_mask)
+                seen[0] &= head_mask
+                total -= count_bits(seen[words - 1] & ~tail_mask)
+                seen[words - 1] &= tail_mask
+            else:
+                seen[0] = take_bits(word, head_mask)
+                total = count_bits(seen[0])
+                if words > 1:
+                    seen[words - 1] = take_bits(&word[words - 1], tail_mask)
+                    total += count_bits(seen[words - 1])
+                if words > 2:
+                    total += take_words(&word[1], &seen[1], words - 2)
+            pthread_rwlock_unlock(&self.lock)
+        found = np.empty(total, np.uint64)
+        if total:
+            page = found
+            with nogil:
+                list_pages(&seen[0], words, first >> 6 << 6, &page[0])
         return found
 
     def count(self):
         """How many pages are dirty."""
         cdef u64 i, total = 0
         with nogil:
+            pthread_rwlock_rdlock(&self.lock)
             for i in range((self.pages + 63) >> 6):
                 total += count_bits(peek_word(&self.word[i]))
+            pthread_rwlock_unlock(&self.lock)
         return total
 
     def copy(self):
         """A snapshot that lives on its own."""
         cdef AtomicBitmap twin = AtomicBitmap(self.byte_size, self.page_size)
-        cdef u64 i
-        for i in range((self.pages + 63) >> 6):
-            twin.word[i] = peek_word(&self.word[i])
+        peek_words(self.word, twin.word, (self.pages + 63) >> 6)
         return twin
 
     def __len__(self):
         return self.pages
+
+
+cdef class BitmapSlice:
+    """A bitmap whose first byte is somewhere inside another one.
+
+    Addresses past the end of the other bitmap are never dirty. Sums past ``2**64`` are refused,
+    so that no unrelated page is ever marked.
+
+    Attributes:
+        bitmap: The other bitmap.
+        offset: Where in it this one begins, in bytes.
+    """
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("slices come from AtomicBitmap.slice_at()")
+
+    def set_range(self, start, length):
+        """Mark every page that ``[start, start + length)`` touches.
+
+        Raises:
+            InvalidAddressError: The range passes ``2**64`` in the other bitmap.
+        """
+        self.bitmap.set_range(self.within(start, length), length)
+
+    def reset_range(self, start, length):
+        """Clear every page that ``[start, start + length)`` touches; raises as :meth:`set_range`."""
+        self.bitmap.reset_range(self.within(start, length), length)
+
+    def is_set(self, addr):
+        """Whether the page that holds byte ``addr`` is dirty; raises as :meth:`set_range`."""
+        return self.bitmap.is_set(self.within(addr, 1))
+
+    def slice_at(self, offset):
+        """The bitmap seen from byte ``offset`` of this one on."""
+        return self.bitmap.slice_at(self.within(offset, 1))
+
+    cdef object within(self, object start, object length):
+        cdef Span span
+        as_span(start, length, &span, True)
+        if span.last > <u64>-1 - self.offset:
+            raise InvalidAddressError(
+                span.first, length, None, f"it passes 2**64 in a slice at {self.offset:#x}"
+            )
+        return self.offset + span.first

@@ -14,7 +14,11 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_destroy(pthread_mutex_t *)
     int pthread_mutex_lock(pthread_mutex_t *)
     int pthread_mutex_unlock(pthread_mutex_t *)
-    int pthread_cond_init(pthread_cond_t *, void *)
+    ctypedef struct pthread_condattr_t:
+        pass
+    int pthread_condattr_init(pthread_condattr_t *)
+    int pthread_condattr_setclock(pthread_condattr_t *, int)
+    int pthread_cond_init(pthread_cond_t *, pthread_condattr_t *)
     int pthread_cond_destroy(pthread_cond_t *)
     int pthread_cond_broadcast(pthread_cond_t *)
     int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, timespec *)
@@ -35,12 +39,15 @@ cdef class Leases:
     cdef int slots
     cdef int free_slot
     cdef int waiting
+    cdef int held
     cdef u64 serial
 
     cdef int enter(self, u64 first, u64 last) except -1
     cdef void leave(self, int slot) noexcept nogil
     cdef bint busy(self, Span span, u64 before) noexcept nogil
-    cdef Guard hold(self, Span span, list ranges)
+    cdef bint used(self, u64 first, u64 last) noexcept nogil
+    cdef bint used_by_me(self, Span span) noexcept
+    cdef Guard hold(self, Span span)
     cdef bint wait(self, Span span, timeout)
     cdef int check_self(self, Span span) except -1
 

@@ -17,7 +17,7 @@ from guestio._core.border cimport Span, u64
 
 cdef extern from "<time.h>" nogil:
     enum:
-        CLOCK_REALTIME
+        CLOCK_MONOTONIC
     int clock_gettime(int, timespec *)
 
 cdef enum:
@@ -28,8 +28,14 @@ cdef class Leases:
     """A table of the ranges in use. Every method may be called from any thread."""
 
     def __cinit__(self):
+        cdef pthread_condattr_t steady
         self.free_slot = -1
-        if pthread_mutex_init(&self.mutex, NULL) or pthread_cond_init(&self.released, NULL):
+        if (
+            pthread_mutex_init(&self.mutex, NULL)
+            or pthread_condattr_init(&steady)
+            or pthread_condattr_setclock(&steady, CLOCK_MONOTONIC)
+            or pthread_cond_init(&self.released, &steady)
+        ):
             raise MemoryError
 
     def __dealloc__(self):
@@ -59,6 +65,7 @@ cdef class Leases:
         self.slot[slot].first, self.slot[slot].last = first, last
         self.slot[slot].serial = self.serial
         self.slot[slot].owner = PyThread_get_thread_ident()
+        self.held += 1
         pthread_mutex_unlock(&self.mutex)
         return slot
 
@@ -68,6 +75,7 @@ cdef class Leases:
         self.slot[slot].serial = 0
         self.slot[slot].next_free = self.free_slot
         self.free_slot = slot
+        self.held -= 1
         if self.waiting:
             pthread_cond_broadcast(&self.released)
         pthread_mutex_unlock(&self.mutex)
@@ -76,6 +84,8 @@ cdef class Leases:
         """Whether a lease taken up to ``before`` overlaps. Needs the mutex."""
         cdef int i
         cdef Lease *lease
+        if not self.held:
+            return False
         for i in range(self.slots):
             lease = &self.slot[i]
             if lease.serial and lease.serial <= before and (
@@ -84,20 +94,33 @@ cdef class Leases:
                 return True
         return False
 
-    cdef int check_self(self, Span span) except -1:
+    cdef bint used(self, u64 first, u64 last) noexcept nogil:
+        """Whether a lease overlaps ``[first, last]``. O(leases)."""
+        cdef bint found
+        pthread_mutex_lock(&self.mutex)
+        found = self.busy(Span(first, last, False), self.serial)
+        pthread_mutex_unlock(&self.mutex)
+        return found
+
+    cdef bint used_by_me(self, Span span) noexcept:
+        """Whether this very thread holds a lease that overlaps."""
         cdef unsigned long me = PyThread_get_thread_ident()
         cdef Lease *lease
         cdef int i
         cdef bint mine = False
         pthread_mutex_lock(&self.mutex)
-        for i in range(self.slots):
-            lease = &self.slot[i]
-            if lease.serial and lease.owner == me and (
-                lease.first <= span.last and span.first <= lease.last
-            ):
-                mine = True
+        if self.held:
+            for i in range(self.slots):
+                lease = &self.slot[i]
+                if lease.serial and lease.owner == me and (
+                    lease.first <= span.last and span.first <= lease.last
+                ):
+                    mine = True
         pthread_mutex_unlock(&self.mutex)
-        if mine:
+        return mine
+
+    cdef int check_self(self, Span span) except -1:
+        if self.used_by_me(span):
             raise RuntimeError(
                 f"this thread still uses a translation in {span.first:#x}..{span.last:#x} "
                 "(inclusive) and would wait for itself; leave the guard first"
@@ -122,7 +145,7 @@ cdef class Leases:
                 return False
             PyErr_CheckSignals()
             with nogil:
-                clock_gettime(CLOCK_REALTIME, &until)
+                clock_gettime(CLOCK_MONOTONIC, &until)
                 until.tv_nsec += PATIENCE_NS
                 if until.tv_nsec >= 1_000_000_000:
                     until.tv_sec, until.tv_nsec = until.tv_sec + 1, until.tv_nsec - 1_000_000_000
@@ -135,20 +158,17 @@ cdef class Leases:
                 pthread_mutex_unlock(&self.mutex)
         return True
 
-    cdef Guard hold(self, Span span, list ranges):
+    cdef Guard hold(self, Span span):
+        """A guard of a range; what it leads to is still to be put in."""
         cdef Guard guard = Guard()
-        guard.leases, guard.ranges = self, ranges
-        guard.slot = -1 if span.empty else self.enter(span.first, span.last)
+        guard.leases = self
+        if not span.empty:
+            guard.slot = self.enter(span.first, span.last)
         return guard
 
     def __len__(self):
         """How many leases are held."""
-        cdef int i, held = 0
-        pthread_mutex_lock(&self.mutex)
-        for i in range(self.slots):
-            held += self.slot[i].serial != 0
-        pthread_mutex_unlock(&self.mutex)
-        return held
+        return self.held
 
 
 cdef class Guard:

@@ -31,9 +31,12 @@ cdef class HostMapping:
     cdef readonly size_t size
     cdef readonly bint writable
     cdef readonly size_t page_size
+    cdef object lender
     cdef u8 *reserved
     cdef size_t reserved_size
     cdef int exports
     cdef Spot *spot
 
+    cdef int adopt(self, object buffer) except -1
+    cdef int map(self, int fd, object offset, object size, bint writable, bint guard) except -1
     cdef void unmap(self) noexcept

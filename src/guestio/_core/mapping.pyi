@@ -5,7 +5,14 @@ from typing_extensions import Buffer, disjoint_base
 @disjoint_base
 class HostMapping(Buffer):
     def __new__(
-        cls, fd: int, offset: int, size: int, *, writable: bool = True, guard: bool = False
+        cls,
+        fd: int = -1,
+        offset: int = 0,
+        size: int = 0,
+        *,
+        writable: bool = True,
+        guard: bool = False,
+        over: Buffer | None = None,
     ) -> Self: ...
     @property
     def size(self) -> int: ...

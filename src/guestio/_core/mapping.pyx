@@ -6,19 +6,18 @@ records where the file was found to end, so that the access that met it fails wi
 instead of killing the process. Memory beyond that point stays refused: what the file held is gone.
 """
 
-from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.buffer cimport (
+    PyBUF_CONTIG_RO, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
+)
 from libc.errno cimport errno
 from libc.string cimport strerror
 
-from guestio._core.border cimport as_address, as_size, u8
-
-
+from guestio._core.border cimport as_size, u8
 
 from guestio.errors import BackingError
 
 cdef extern from * nogil:
     """
-    #define _GNU_SOURCE
     #include <signal.h>
     #include <stdlib.h>
     #include <sys/mman.h>
@@ -35,7 +34,6 @@ cdef extern from * nogil:
 
     static Chunk first_chunk;
     static struct sigaction previous_action;
-    static int handler_installed;
 
     static void pass_on(int number, siginfo_t *info, void *context)
     {
@@ -75,18 +73,19 @@ cdef extern from * nogil:
         pass_on(number, info, context);
     }
 
+    /* Somebody may have put a handler of their own in front since the last time. */
     static int install_handler(void)
     {
-        struct sigaction action = {0};
-        if (handler_installed)
+        struct sigaction action = {0}, current;
+        if (sigaction(SIGBUS, NULL, &current))
+            return -1;
+        if ((current.sa_flags & SA_SIGINFO) && current.sa_sigaction == on_sigbus)
             return 0;
+        previous_action = current;
         action.sa_sigaction = on_sigbus;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
         sigemptyset(&action.sa_mask);
-        if (sigaction(SIGBUS, &action, &previous_action))
-            return -1;
-        handler_installed = 1;
-        return 0;
+        return sigaction(SIGBUS, &action, NULL);
     }
 
     static Spot *take_spot(uintptr_t start, size_t size, size_t page, int prot)
@@ -158,6 +157,7 @@ cdef class HostMapping:
         size: Bytes to map; greater than 0.
         writable: Whether the memory may be written.
         guard: Keep an inaccessible page on either side.
+        over: A contiguous buffer of this process to use instead; nothing is mapped then.
 
     Raises:
         BackingError: The memory cannot be mapped.
@@ -166,7 +166,26 @@ cdef class HostMapping:
     alive. Closing is refused while one exists.
     """
 
-    def __cinit__(self, int fd, offset, size, *, bint writable=True, bint guard=False):
+    def __cinit__(self, int fd=-1, offset=0, size=0, *, bint writable=True, bint guard=False,
+                  over=None):
+        if over is not None:
+            self.adopt(over)
+        else:
+            self.map(fd, offset, size, writable, guard)
+
+    cdef int adopt(self, object buffer) except -1:
+        """Use memory that belongs to a buffer, which stays exported as long as this is open."""
+        cdef Py_buffer raw
+        view = memoryview(buffer).cast("B")
+        if not view.nbytes:
+            raise ValueError("size must be greater than 0")
+        PyObject_GetBuffer(view, &raw, PyBUF_CONTIG_RO)
+        self.lender, self.ptr, self.size = view, <u8 *>raw.buf, raw.len
+        self.writable, self.page_size = not raw.readonly, page_size_of(-1)
+        PyBuffer_Release(&raw)
+        return 0
+
+    cdef int map(self, int fd, object offset, object size, bint writable, bint guard) except -1:
         cdef size_t length = as_size(size, "size")
         cdef long start = <long>as_size(offset, "offset")
         cdef int prot = PROT_READ | (PROT_WRITE if writable else 0)
@@ -206,8 +225,9 @@ cdef class HostMapping:
         self.spot = take_spot(<size_t>at, whole - 2 * margin, page, prot)
         if self.spot is NULL:
             munmap(self.reserved, whole)
-            self.reserved = NULL
+            self.reserved = self.ptr = NULL
             raise MemoryError
+        return 0
 
     def __dealloc__(self):
         self.unmap()
@@ -217,6 +237,8 @@ cdef class HostMapping:
             give_spot(self.spot)
             munmap(self.reserved, self.reserved_size)
             self.reserved = self.ptr = NULL
+        elif self.lender is not None:
+            self.ptr, self.lender = NULL, None
 
     def close(self):
         """Unmap now. Calling it again does nothing.
@@ -249,7 +271,7 @@ cdef class HostMapping:
     @property
     def vanished(self):
         """Offset from which on the file was found to be truncated, or None."""
-        if self.ptr is NULL or self.spot.vanished == <size_t>-1:
+        if self.ptr is NULL or self.spot is NULL or self.spot.vanished == <size_t>-1:
             return None
         return self.spot.vanished - <size_t>self.ptr
 

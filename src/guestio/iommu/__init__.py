@@ -8,7 +8,7 @@ wait for.
 
 from guestio.iommu.events import Event
 from guestio.iommu.exported import ExportedRegion
-from guestio.iommu.iotlb import Iotlb
+from guestio.iommu.iotlb import Iotlb, IotlbStats
 from guestio.iommu.mapper import (
     AddMapResult,
     BasicMemoryMapper,
@@ -35,6 +35,7 @@ __all__ = [
     "Iommu",
     "IommuMemory",
     "Iotlb",
+    "IotlbStats",
     "MappingInfo",
     "MemRegion",
     "MemoryMapper",

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import NamedTuple, Self
 
 from guestio._core.intervals import IntervalMap
 from guestio.addr import Permissions, check_range
+
+
+class IotlbStats(NamedTuple):
+    """What an :class:`Iotlb` has counted since it was made.
+
+    A batch counts each of its lookups. A range that is looked up again after its translation was
+    asked for counts twice.
+    """
+
+    entries: int
+    """Mappings held now."""
+    capacity: int | None
+    """Largest number of mappings, or None."""
+    hits: int
+    """Lookups that resolved."""
+    misses: int
+    """Lookups with an unmapped byte."""
+    access_fails: int
+    """Lookups that were mapped throughout, but forbidden somewhere."""
+    evictions: int
+    """Mappings dropped to keep within the capacity."""
+    invalidations: int
+    """Calls of ``invalidate_mapping`` and ``invalidate_all``."""
 
 
 class Iotlb(IntervalMap):
@@ -18,7 +41,8 @@ class Iotlb(IntervalMap):
 
     Args:
         capacity: Largest number of entries; beyond it the least recently used one is evicted.
-            None for no limit. Pinned ranges are never evicted.
+            None for no limit. Pinned ranges (:meth:`~guestio._core.intervals.IntervalMap.pin`)
+            and translations in use at that moment are never evicted, even if that exceeds it.
 
     Threads: everything may be called from any thread. Lookups never wait. A change that takes a
     translation away returns only after everybody who was using it has finished (see
@@ -40,13 +64,13 @@ class Iotlb(IntervalMap):
 
         Raises:
             TypeError, ValueError: Bad numbers; nothing changed.
-            RuntimeError: This thread itself uses a translation that would be replaced.
+            RuntimeError: This thread itself uses a translation that would be moved or restricted;
+                nothing changed.
 
-        Cost: O((k + 1) log n) for k entries replaced, plus the wait for their users.
+        Cost: O((k + 1) log n) for k entries replaced. If that takes a translation away (moves it
+        or restricts it), plus the wait for its users.
         """
-        self.check_drain(iova, length)
-        if self.overwrite(iova, length, map_to, perm):
-            self.drain(iova, length)
+        self.overwrite(iova, length, map_to, perm, drain=True)
 
     def invalidate_mapping(self, iova: int, length: int) -> None:
         """Forget every translation in ``[iova, iova + length)``, splitting mappings at its ends.
@@ -55,46 +79,65 @@ class Iotlb(IntervalMap):
 
         Raises:
             TypeError, ValueError: Bad numbers, or a length of 0; nothing changed.
-            RuntimeError: This thread itself uses one of them.
+            RuntimeError: This thread itself uses one of them; nothing changed.
 
         Cost: O((k + 1) log n) for k entries removed, plus the wait for their users.
         """
-        check_range(iova, length, name="iova", empty=False)
-        self.check_drain(iova, length)
-        self.cut(iova, length)
-        self.drain(iova, length)
+        self.cut(iova, length, drain=True)
 
     def invalidate_all(self) -> None:
-        """Forget every translation; returns once nobody uses one any more."""
-        self.check_drain(0, 1 << 64)
-        self.clear()
-        self.drain(0, 1 << 64)
+        """Forget every translation; returns once nobody uses one any more.
+
+        Raises:
+            RuntimeError: This thread itself uses one; nothing changed.
+        """
+        self.clear(drain=True)
+
+    def stats(self) -> IotlbStats:
+        """The counters at this moment."""
+        return IotlbStats(
+            len(self),
+            self.capacity,
+            self.hits,
+            self.misses,
+            self.access_fails,
+            self.evictions,
+            self.invalidations,
+        )
 
     def explain(self, iova: int, length: int, access: Permissions) -> str:
         """Say in a few lines what an access would meet and which mappings are near.
 
         It counts as no lookup. Meant for people; the wording may change.
         """
-        check_range(iova, length, name="iova")
-        wanted = Permissions(access)
-        lines = [f"{iova:#x}+{length:#x} for {wanted.name}:"]
-        at, end = iova, iova + length
-        for start, size, target, perm in self.overlapping(iova, length):
+        at, size = check_range(iova, length, name="iova")
+        wanted, end = Permissions(access), at + size
+        parts: list[str] = []
+        missing = refused = 0
+        for start, extent, target, perm in self.overlapping(at, size):
             if start > at:
-                lines.append(f"  {at:#x}+{start - at:#x} is not mapped")
-            first, last = max(start, at), min(start + size, end)
-            verdict = "ok" if perm.allows(wanted) else "refused"
-            lines.append(
+                parts.append(f"  {at:#x}+{start - at:#x} is not mapped")
+                missing += 1
+            first, last = max(start, at), min(start + extent, end)
+            allowed = perm.allows(wanted)
+            refused += not allowed
+            parts.append(
                 f"  {first:#x}+{last - first:#x} -> {(target + first - start) % 2**64:#x} "
-                f"{perm.name}: {verdict}"
+                f"{perm.name}: {'ok' if allowed else f'{wanted.name} is refused'}"
             )
             at = last
         if at < end:
-            lines.append(f"  {at:#x}+{end - at:#x} is not mapped")
-        if length == 0:
-            lines.append("  an access of 0 bytes always succeeds")
-        for label, near in zip(("before", "after"), self.neighbours(iova), strict=True):
-            if near is not None:
-                start, size, target, perm = near
-                lines.append(f"  {label}: {start:#x}+{size:#x} -> {target:#x} {perm.name}")
-        return "\n".join(lines)
+            parts.append(f"  {at:#x}+{end - at:#x} is not mapped")
+            missing += 1
+        if missing or refused:
+            verdict = f"fails: {missing} ranges not mapped, {refused} refused"
+        else:
+            verdict = "succeeds" if size else "succeeds: an access of 0 bytes touches nothing"
+        before, after = self.neighbours(iova)[0], self.neighbours(end - 1 if size else iova)[1]
+        for label, near in (("before", before), ("after", after)):
+            if near is None:
+                parts.append(f"  {label}: nothing is mapped")
+            else:
+                start, extent, target, perm = near
+                parts.append(f"  {label}: {start:#x}+{extent:#x} -> {target:#x} {perm.name}")
+        return "\n".join([f"{iova:#x}+{size:#x} for {wanted.name} {verdict}", *parts])

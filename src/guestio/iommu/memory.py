@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from typing import Self
+from contextlib import AbstractContextManager, ExitStack
+from typing import Final, Self
 
 from guestio._core.access import AddressSpace, IoVector, VolatileSlice
 from guestio._core.bitmap import AtomicBitmap
@@ -92,7 +92,7 @@ class DirtyMode(enum.Enum):
 
 
 class IommuMemory(GuestMemory):
-    """Guest memory whose addresses are translated by an IOMMU.
+    """Guest memory whose addresses are translated by an IOMMU. It may be used from any thread.
 
     Args:
         backend: Physical memory.
@@ -101,6 +101,9 @@ class IommuMemory(GuestMemory):
         bitmap: Where writes are marked by I/O virtual address while enabled.
         dirty: Which bitmaps writes are marked in while enabled. While disabled it is always the
             regions' own.
+
+    Attributes:
+        enabled: May be switched at any time; it holds from the next access on.
 
     Translation is all or nothing: if any byte of a range is unmapped or forbidden the access fails
     before anything moves. If a mapping leads to where there is no memory, the bytes before that
@@ -116,11 +119,11 @@ class IommuMemory(GuestMemory):
         *,
         dirty: DirtyMode = DirtyMode.IOVA,
     ) -> None:
-        self.backend = backend
-        self.iommu = iommu
+        self.backend: Final = backend
+        self.iommu: Final = iommu
         self.enabled = enabled
-        self.bitmap = bitmap
-        self.dirty = dirty
+        self.bitmap: Final = bitmap
+        self.dirty: Final = dirty
         self._space = AddressSpace(
             backend._space.regions,
             iommu.iotlb,
@@ -168,7 +171,8 @@ class IommuMemory(GuestMemory):
         return vector, stop_error(vector, addr, length) if vector.stop else None
 
     def _gather_resolved(self, addr: int, length: int, access: Permissions) -> IoVector:
-        guard = self.iommu.translate(addr, length, access)
-        vector = self._space.gather_ranges(addr, guard.__enter__(), access)
-        vector.hold(guard)
+        with ExitStack() as held:
+            ranges = held.enter_context(self.iommu.translate(addr, length, access))
+            vector = self._space.gather_ranges(addr, length, ranges, access)
+            vector.hold(held.pop_all())
         return vector

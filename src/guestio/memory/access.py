@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from guestio._core.access import IoVector, VolatileSlice
-from guestio.addr import Ordering, Permissions, check_int
+from guestio.addr import Ordering, Permissions, check_int, check_range
 from guestio.errors import (
     AccessError,
     InvalidAddressError,
     PartialAccessError,
     PermissionDeniedError,
 )
+from guestio.memory.objects import from_bytes, size_of, to_bytes
+from guestio.memory.streams import Sink, Source, pull, push
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -26,15 +27,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_CHUNK = 1 << 20
-
-
-class HasFileno(Protocol):
-    """Something with a file descriptor of its own: a socket, a raw file."""
-
-    def fileno(self) -> int:
-        """The descriptor."""
-
 
 class GuestMemory(ABC):
     """Memory that a device can address.
@@ -42,10 +34,12 @@ class GuestMemory(ABC):
     A subclass provides :meth:`check_range` and :meth:`slices`; everything else follows from them.
 
     An access of 0 bytes touches nothing and always succeeds, wherever it points. Exact transfers
-    (``read``, ``write``, ...) raise :class:`~guestio.errors.PartialAccessError` if memory ends
-    part of the way: the bytes before that have moved, and ``completed`` says how many. If not even
-    the first byte is there, the error that says why is raised instead. With a translation in
-    between, a range that is not wholly translated fails before any byte moves.
+    (``read``, ``write``, ...) raise :class:`~guestio.PartialAccessError` if memory ends part of
+    the way: the bytes before that have moved, and ``completed`` says how many. If not even the
+    first byte is there, the error that says why is raised instead. With a translation in between,
+    a range that is not wholly translated fails before any byte moves.
+
+    Memory whose file was truncated by its owner raises :class:`~guestio.MemoryVanishedError`.
 
     Writes are marked dirty; what is written through the buffer of a slice is not.
     """
@@ -92,13 +86,25 @@ class GuestMemory(ABC):
     ) -> tuple[IoVector, AccessError | None]:
         """As much of a range as there is, and why it is not all."""
         found: list[VolatileSlice] = []
-        error = None
+        got = 0
+        error: AccessError | None = None
         source = self.slices(addr, length, access)
         try:
-            found.extend(source)
+            # The iterator is not exhausted, because that would give the translation back.
+            while got < length:
+                found.append(next(source))
+                got += len(found[-1])
+        except StopIteration:
+            error = InvalidAddressError(addr + got, length - got, access, "memory ends there")
         except AccessError as stopped:
             error = stopped
-        return IoVector.of_slices(found, access), error
+        vector = IoVector.of_slices(found, access)
+        close = getattr(source, "close", None)
+        if close is not None:
+            held = ExitStack()
+            held.callback(close)
+            vector.hold(held)
+        return vector, error
 
     def read(self, addr: int, length: int) -> bytes:
         """A copy of exactly ``length`` bytes.
@@ -109,10 +115,9 @@ class GuestMemory(ABC):
         """
         vector, error = self._gather(addr, length, Permissions.READ)
         with vector:
-            data = vector.read()
-        if error is not None:
-            raise _shortfall(error, addr, length, Permissions.READ, len(data))
-        return data
+            if error is not None:
+                raise _shortfall(error, addr, length, Permissions.READ, vector.total)
+            return vector.read()
 
     def readinto(self, addr: int, buffer: Buffer) -> None:
         """Fill a writable buffer exactly; raises as :meth:`read`."""
@@ -168,13 +173,12 @@ class GuestMemory(ABC):
             return vector.total, error
 
     def fill(self, addr: int, length: int, value: int = 0) -> None:
-        """Set ``length`` bytes to ``value``; raises as :meth:`write`."""
+        """Set ``length`` bytes to ``value``, 0 to 255; raises as :meth:`write`."""
         vector, error = self._gather(addr, length, Permissions.WRITE)
         with vector:
             vector.fill(value)
-            done = vector.total
-        if error is not None:
-            raise _shortfall(error, addr, length, Permissions.WRITE, done)
+            if error is not None:
+                raise _shortfall(error, addr, length, Permissions.WRITE, vector.total)
 
     def read_obj(self, addr: int, kind: type[T] | np.dtype[Any]) -> T:
         """One object: of a ctypes type (a structure, ``c_uint32``, ...) or of a numpy dtype.
@@ -183,27 +187,14 @@ class GuestMemory(ABC):
         ctypes and numpy. Aligned objects of up to 8 bytes are never torn.
 
         Raises:
-            TypeError: ``kind`` is neither.
+            TypeError: ``kind`` is neither, or holds pointers, which mean nothing in a guest.
             AccessError: As :meth:`read`.
         """
-        if isinstance(kind, type) and issubclass(kind, _CTYPES):
-            return cast("T", kind.from_buffer_copy(self.read(addr, ctypes.sizeof(kind))))
-        try:
-            dtype = np.dtype(kind)
-        except TypeError:
-            raise TypeError(f"{kind!r} is neither a ctypes type nor a numpy dtype") from None
-        return cast("T", np.frombuffer(self.read(addr, dtype.itemsize), dtype)[0])
+        return from_bytes(kind, self.read(addr, size_of(kind)))
 
     def write_obj(self, addr: int, value: object) -> None:
-        """Write a ctypes object or a numpy scalar; raises as :meth:`write`."""
-        if isinstance(value, _CTYPES):
-            self.write(addr, bytes(value))
-        elif isinstance(value, np.generic):
-            self.write(addr, value.tobytes())
-        else:
-            raise TypeError(
-                f"{type(value).__name__} has no layout; use a ctypes object or a numpy scalar"
-            )
+        """Write a ctypes object or a numpy scalar; raises as :meth:`read_obj` and :meth:`write`."""
+        self.write(addr, to_bytes(value))
 
     def load(self, addr: int, width: int, ordering: Ordering = Ordering.SEQ_CST) -> int:
         """One atomic load of an unsigned native-endian integer.
@@ -236,7 +227,7 @@ class GuestMemory(ABC):
         with self.gather(addr, width, Permissions.READ_WRITE) as vector:
             return vector.compare_exchange(expected, new, width)
 
-    def read_from(self, addr: int, source: int | HasFileno | io.IOBase, count: int) -> int:
+    def read_from(self, addr: int, source: Source, count: int) -> int:
         """Read up to ``count`` bytes of a stream into memory, as one read would.
 
         Args:
@@ -250,25 +241,30 @@ class GuestMemory(ABC):
 
         Raises:
             AccessError: The first byte is not there or may not be written.
-            OSError: The stream failed.
+            OSError: The stream failed; BlockingIOError if it has nothing now.
         """
         vector, error = self._gather(addr, check_int(count, "count"), Permissions.WRITE)
         with vector:
             if error is not None and not vector.total:
                 raise error
-            return _pull(vector, source, 0)
+            return pull(vector, source, 0, vector.total)
 
-    def read_exact_from(self, addr: int, source: int | HasFileno | io.IOBase, count: int) -> None:
+    def read_exact_from(self, addr: int, source: Source, count: int) -> None:
         """Read exactly ``count`` bytes of a stream into memory, in as many reads as it takes.
 
         Raises:
-            PartialAccessError: The stream or memory ended before that.
+            PartialAccessError: The stream or memory ended, or the stream failed, before that;
+                its cause says which.
+            OSError: The stream failed before any byte moved.
         """
         vector, error = self._gather(addr, check_int(count, "count"), Permissions.WRITE)
         with vector:
             done = 0
             while done < vector.total:
-                moved = _pull(vector, source, done)
+                try:
+                    moved = pull(vector, source, done, vector.total - done)
+                except OSError as failed:
+                    raise _stream_error(failed, addr, count, Permissions.WRITE, done) from failed
                 if not moved:
                     raise PartialAccessError(
                         addr, count, Permissions.WRITE, done, "the stream ended"
@@ -277,47 +273,45 @@ class GuestMemory(ABC):
         if error is not None:
             raise _shortfall(error, addr, count, Permissions.WRITE, done)
 
-    def write_to(self, addr: int, sink: int | HasFileno | io.IOBase, count: int) -> int:
+    def write_to(self, addr: int, sink: Sink, count: int) -> int:
         """Write up to ``count`` bytes of memory to a stream.
 
-        Memory is read once, so a sink that takes only part of it is written to until it took all.
+        A sink that takes only part of it is written to until it took all.
 
         Returns:
             Bytes moved: fewer than ``count`` only if memory ends.
 
         Raises:
-            PartialAccessError: The sink takes no more.
+            PartialAccessError: The sink takes no more, or failed after some bytes; its cause says
+                which.
             AccessError: The first byte is not there or may not be read.
-            OSError: The stream failed.
+            OSError: The stream failed before any byte moved.
         """
         done, error = self._push(addr, sink, count)
         if error is not None and not done:
             raise error
         return done
 
-    def write_all_to(self, addr: int, sink: int | HasFileno | io.IOBase, count: int) -> None:
+    def write_all_to(self, addr: int, sink: Sink, count: int) -> None:
         """Write exactly ``count`` bytes of memory to a stream.
 
         Raises:
-            PartialAccessError: Memory ended or the sink takes no more.
+            PartialAccessError: Memory ended, or the sink takes no more.
+            OSError: The stream failed before any byte moved.
         """
         done, error = self._push(addr, sink, count)
         if error is not None:
             raise _shortfall(error, addr, count, Permissions.READ, done)
 
-    def _push(
-        self, addr: int, sink: int | HasFileno | io.IOBase, count: int
-    ) -> tuple[int, AccessError | None]:
+    def _push(self, addr: int, sink: Sink, count: int) -> tuple[int, AccessError | None]:
         vector, error = self._gather(addr, check_int(count, "count"), Permissions.READ)
         with vector:
-            fd, stream = _stream(sink)
             done = 0
             while done < vector.total:
-                if stream is None:
-                    moved = vector.to_file(fd, None, done, once=True)
-                else:
-                    piece = vector.read(done, min(_CHUNK, vector.total - done))
-                    moved = stream.write(piece) or 0
+                try:
+                    moved = push(vector, sink, done, vector.total - done)
+                except OSError as failed:
+                    raise _stream_error(failed, addr, count, Permissions.READ, done) from failed
                 if not moved:
                     raise PartialAccessError(
                         addr, count, Permissions.READ, done, "the stream takes no more"
@@ -326,7 +320,44 @@ class GuestMemory(ABC):
             return done, error
 
 
-_CTYPES = (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes._SimpleCData)
+class SliceMemory(GuestMemory):
+    """A slice as memory of its own: addresses are offsets in the slice.
+
+    It gives a slice, or any buffer by way of :meth:`VolatileSlice.over`, everything that guest
+    memory can do; writes are marked where the slice's writes are.
+    """
+
+    def __init__(self, memory: VolatileSlice) -> None:
+        self._memory = memory
+
+    def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:
+        """Whether the range lies in the slice and ``access`` is allowed."""
+        _, size = check_range(addr, length)
+        if size == 0:
+            return True
+        writes = Permissions(access) & Permissions.WRITE
+        return addr + size <= len(self._memory) and not (writes and self._memory.readonly)
+
+    def slices(
+        self, addr: int, length: int, access: Permissions = Permissions.READ
+    ) -> Iterator[VolatileSlice]:
+        """The part of the slice; see :meth:`GuestMemory.slices`."""
+        vector, error = self._gather(addr, length, access)
+        return held_slices(vector, error)
+
+    def _gather(
+        self, addr: int, length: int, access: Permissions
+    ) -> tuple[IoVector, AccessError | None]:
+        start, size = check_range(addr, length)
+        wanted, there = Permissions(access), len(self._memory)
+        have = min(size, max(there - start, 0))
+        error: AccessError | None = None
+        if have < size:
+            error = InvalidAddressError(
+                start + have, size - have, wanted, f"the slice is {there:#x} bytes long"
+            )
+        part = [self._memory.subslice(start, have)] if have else []
+        return IoVector.of_slices(part, wanted), error
 
 
 def stop_error(vector: IoVector, addr: int, length: int) -> AccessError:
@@ -335,8 +366,10 @@ def stop_error(vector: IoVector, addr: int, length: int) -> AccessError:
     behind = None if at == target else target
     rest = addr + length - at
     access = Permissions(vector.access)
-    if vector.stop == 2:
-        return PermissionDeniedError(at, rest, access, "the memory is read-only", target=behind)
+    if vector.stop_region is not None:
+        return PermissionDeniedError(
+            at, rest, access, "the memory is read-only", target=behind, region=vector.stop_region
+        )
     return InvalidAddressError(at, rest, access, "no memory region is there", target=behind)
 
 
@@ -354,27 +387,17 @@ def _shortfall(
     """The error of an exact transfer that moved ``done`` bytes and then met ``error``."""
     if not done:
         return error
-    partial = PartialAccessError(addr, length, access, done, str(error), target=error.target)
+    partial = PartialAccessError(
+        addr, length, access, done, str(error), target=error.target, region=error.region
+    )
     partial.__cause__ = error
     return partial
 
 
-def _stream(stream: int | HasFileno | io.IOBase) -> tuple[int, Any]:
-    """The descriptor to use, or the object whose own ``read`` or ``write`` must be used."""
-    if isinstance(stream, int):
-        return check_int(stream, "fd"), None
-    if isinstance(stream, io.FileIO) or not hasattr(stream, "read"):
-        return stream.fileno(), None
-    return -1, stream
-
-
-def _pull(vector: IoVector, source: int | HasFileno | io.IOBase, start: int) -> int:
-    """One read of a stream into a vector from ``start`` on."""
-    fd, stream = _stream(source)
-    if start >= vector.total:
-        return 0
-    if stream is None:
-        return vector.from_file(fd, None, start, once=True)
-    data = stream.read(min(_CHUNK, vector.total - start)) or b""
-    vector.write(data, start)
-    return len(data)
+def _stream_error(
+    error: OSError, addr: int, count: int, access: Permissions, done: int
+) -> Exception:
+    """The error of an exact transfer whose stream, or whose memory, failed."""
+    if not done or isinstance(error, AccessError):
+        return error
+    return PartialAccessError(addr, count, access, done, f"the stream failed: {error}")

@@ -5,26 +5,31 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from typing import Self
+from typing import TYPE_CHECKING, Final, Self
 
 from guestio._core.mapping import HostMapping
 from guestio.addr import check_int
 from guestio.errors import BackingError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 SEALS = {
     fcntl.F_SEAL_SEAL: "seal",
     fcntl.F_SEAL_SHRINK: "shrink",
     fcntl.F_SEAL_GROW: "grow",
     fcntl.F_SEAL_WRITE: "write",
+    0x0010: "future_write",  # F_SEAL_FUTURE_WRITE of linux/fcntl.h
+    0x0020: "exec",  # F_SEAL_EXEC of linux/fcntl.h
 }
 
 
 class Backing:
     """Memory of this process that guest memory can be made of; owns its fd and its mapping.
 
-    Make one with :meth:`anonymous`, :meth:`memfd` or :meth:`from_fd`. It stays mapped as long as a
-    region, slice or buffer uses it; :meth:`close` refuses until then. It may be used from any
-    thread.
+    Make one with :meth:`anonymous`, :meth:`memfd`, :meth:`from_fd`, :meth:`from_file` or
+    :meth:`from_buffer`. It stays mapped as long as a collection, slice or buffer uses it;
+    :meth:`close` refuses until then. It may be used from any thread.
 
     Attributes:
         size: Bytes.
@@ -36,12 +41,12 @@ class Backing:
     def __init__(
         self, mapping: HostMapping, size: int, skip: int, fd: int | None, file_offset: int | None
     ) -> None:
-        self._mapping = mapping
-        self._skip = skip
-        self.size = size
+        self._mapping: Final = mapping
+        self._skip: Final = skip
+        self.size: Final = size
         self.fd = fd
-        self.file_offset = file_offset
-        self.writable = mapping.writable
+        self.file_offset: Final = file_offset
+        self.writable: Final = mapping.writable
 
     @classmethod
     def anonymous(cls, size: int, *, guard: bool = False) -> Self:
@@ -81,9 +86,10 @@ class Backing:
         length = _positive(size)
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
         if hugetlb is not None:
-            if hugetlb <= 0 or hugetlb & (hugetlb - 1) or length % hugetlb:
-                raise ValueError(f"size {length:#x} is not a multiple of huge pages {hugetlb:#x}")
-            flags |= os.MFD_HUGETLB | (hugetlb.bit_length() - 1) << os.MFD_HUGE_SHIFT
+            page = check_int(hugetlb, "hugetlb")
+            if page <= 0 or page & (page - 1) or length % page:
+                raise ValueError(f"size {length:#x} is not a multiple of huge pages of {page:#x}")
+            flags |= os.MFD_HUGETLB | (page.bit_length() - 1) << os.MFD_HUGE_SHIFT
         try:
             fd = os.memfd_create(name, flags)
         except OSError as error:
@@ -142,9 +148,79 @@ class Backing:
             raise
         return cls(mapping, length, skip, own, begin)
 
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        size: int | None = None,
+        offset: int = 0,
+        writable: bool = True,
+        *,
+        guard: bool = False,
+    ) -> Self:
+        """Map a file by its name.
+
+        Args:
+            path: The file.
+            size: Bytes; None for all from ``offset`` to its end.
+            offset: Where in the file to begin; it need not be aligned.
+            writable: Whether the memory may be written; that changes the file.
+            guard: Keep an inaccessible page on either side.
+
+        Raises:
+            BackingError: It cannot be opened or mapped, or is too short.
+        """
+        mode = os.O_RDWR if writable else os.O_RDONLY
+        try:
+            fd = os.open(path, mode | os.O_CLOEXEC)
+        except OSError as error:
+            raise BackingError(f"cannot open {path}: {error.strerror}") from error
+        try:
+            if size is None:
+                size = os.fstat(fd).st_size - check_int(offset, "offset")
+                if size <= 0:
+                    raise BackingError(f"{path} has no bytes from offset {offset:#x} on")
+            return cls.from_fd(fd, size, offset, writable, guard=guard)
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def from_buffer(cls, buffer: Buffer) -> Self:
+        """Use memory that somebody else in this process owns: a ``bytearray``, an ``mmap``, ...
+
+        The buffer stays exported (it cannot be resized or closed) until this is closed or goes
+        away; it is not unmapped then. If it maps a file that others may truncate, accesses are not
+        protected as those to a file mapped here are.
+
+        Raises:
+            ValueError: It is empty.
+            TypeError: It is no contiguous buffer.
+        """
+        mapping = HostMapping(over=buffer)
+        return cls(mapping, mapping.size, 0, None, None)
+
+    def overlaps(self, other: Backing) -> bool:
+        """Whether both are parts of one file that have bytes in common.
+
+        Files are compared by what they are, not by descriptor. Anonymous memory overlaps nothing.
+        """
+        if self.fd is None or other.fd is None:
+            return False
+        if self.file_offset is None or other.file_offset is None:
+            return False
+        if not os.path.sameopenfile(self.fd, other.fd):
+            return False
+        return (
+            self.file_offset < other.file_offset + other.size
+            and other.file_offset < self.file_offset + self.size
+        )
+
     @property
     def host_address(self) -> int:
         """Where the memory is in this process.
+
+        What is written there by other means than this library's is not tracked, and nothing
+        keeps the memory mapped but this object.
 
         Raises:
             ValueError: It is closed.
@@ -163,18 +239,26 @@ class Backing:
 
     @property
     def seals(self) -> frozenset[str]:
-        """What the file's seals forbid: of ``shrink``, ``grow``, ``write``, ``seal``.
+        """What the file's seals forbid: of the values of ``SEALS``, such as ``shrink``.
 
-        Without ``shrink``, whoever holds the file can take memory away at any time; an access to
-        it then raises :class:`~guestio.errors.MemoryVanishedError`.
+        Files that cannot be sealed have none. Memory without a file has none either; nobody can
+        change it. See fcntl(2), F_GET_SEALS.
         """
         if self.fd is None:
-            return frozenset(SEALS.values())
+            return frozenset()
         try:
             seals = fcntl.fcntl(self.fd, fcntl.F_GET_SEALS)
         except OSError:
             return frozenset()
         return frozenset(name for bit, name in SEALS.items() if seals & bit)
+
+    @property
+    def shrinkable(self) -> bool:
+        """Whether somebody may take the memory away by truncating its file.
+
+        An access to memory that was taken away raises :class:`~guestio.MemoryVanishedError`.
+        """
+        return self.fd is not None and "shrink" not in self.seals
 
     @property
     def vanished(self) -> int | None:
@@ -207,7 +291,7 @@ class Backing:
             self._close_fd()
 
     def __repr__(self) -> str:
-        kind = "anonymous" if self.fd is None else f"fd {self.fd} at {self.file_offset:#x}"
+        kind = "no file" if self.fd is None else f"fd {self.fd} at {self.file_offset:#x}"
         return f"<Backing {self.size:#x} bytes, {'closed' if self.closed else kind}>"
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Self
+from pathlib import Path
+from typing import Final, NamedTuple, Self
 
 from guestio._core.access import AddressSpace, IoVector, RegionTable, VolatileSlice
 from guestio._core.bitmap import AtomicBitmap
+from guestio._core.mapping import HostMapping
 from guestio.addr import Permissions, check_address, check_range, checked_add
 from guestio.errors import (
     AccessError,
@@ -39,7 +41,9 @@ class MmapRegion:
         name: For messages and listings.
 
     Raises:
-        ValueError: The region would pass ``2**64``.
+        ValueError: The region would pass ``2**64``, or the bitmap does not cover all of it.
+
+    The same backing may be placed again elsewhere with a region of its own.
     """
 
     def __init__(
@@ -51,11 +55,17 @@ class MmapRegion:
         writable: bool = True,
         name: str = "",
     ) -> None:
-        self.start, self.size = check_range(start, backing.size, name="start", empty=False)
-        self.backing = backing
-        self.bitmap = bitmap
-        self.writable = writable and backing.writable
-        self.name = name
+        first, size = check_range(start, backing.size, name="start", empty=False)
+        if bitmap is not None and bitmap.byte_size < size:
+            raise ValueError(
+                f"a bitmap of {bitmap.byte_size:#x} bytes would miss writes to {size:#x} bytes"
+            )
+        self.start: Final = first
+        self.size: Final = size
+        self.backing: Final = backing
+        self.bitmap: Final = bitmap
+        self.writable: Final = writable and backing.writable
+        self.name: Final = name
 
     @classmethod
     def anonymous(cls, start: int, size: int, *, bitmap: AtomicBitmap | None = None) -> Self:
@@ -100,6 +110,45 @@ class MmapRegion:
         """Whether the memory is made of huge pages."""
         return self.backing.page_size > 65536
 
+    def to_offset(self, addr: int) -> int | None:
+        """Where in the region ``addr`` is, or None if it is not there."""
+        return check_address(addr) - self.start if addr in self else None
+
+    def fds_overlap(self, other: MmapRegion) -> bool:
+        """Whether both show the same bytes of one file; see :meth:`Backing.overlaps`."""
+        return self.backing.overlaps(other.backing)
+
+    def describe(self) -> dict[str, object]:
+        """What the region knows of itself, for listings and logs.
+
+        Keys: ``name``, ``start``, ``size``, ``last_addr``, ``writable``, ``file`` (a path as
+        ``/proc`` shows it, or None), ``file_offset``, ``page_size``, ``is_hugetlbfs``, ``seals``
+        (a sorted list), ``shrinkable``, ``vanished`` (an offset or None), ``tracked`` (whether
+        writes are marked).
+        """
+        backing = self.backing
+        shown = None
+        if backing.fd is not None:
+            try:
+                shown = str(Path(f"/proc/self/fd/{backing.fd}").readlink())
+            except OSError:
+                shown = f"fd {backing.fd}"
+        return {
+            "name": self.name,
+            "start": self.start,
+            "size": self.size,
+            "last_addr": self.last_addr,
+            "writable": self.writable,
+            "file": shown,
+            "file_offset": backing.file_offset,
+            "page_size": backing.page_size,
+            "is_hugetlbfs": self.is_hugetlbfs,
+            "seals": sorted(backing.seals),
+            "shrinkable": backing.shrinkable,
+            "vanished": backing.vanished,
+            "tracked": self.bitmap is not None,
+        }
+
     def host_address(self, offset: int = 0) -> int:
         """Where byte ``offset`` of the region is in this process.
 
@@ -116,14 +165,10 @@ class MmapRegion:
         Raises:
             InvalidAddressError: The part leaves the region.
         """
-        check_address(offset, "offset")
-        wanted = max(self.size - offset, 0) if length is None else length
-        base = self.start + offset
+        wanted = max(self.size - check_address(offset, "offset"), 0) if length is None else length
         access = Permissions.READ_WRITE if self.writable else Permissions.READ
         memory = GuestRegionCollection.from_regions([self])
-        if wanted == 0 and offset == self.size:
-            return memory.whole_slice(self.start, self.size, access).subslice(offset, 0)
-        return memory.whole_slice(self.start, self.size, access).subslice(base - self.start, wanted)
+        return memory.whole_slice(self.start, self.size, access).subslice(offset, wanted)
 
     def __contains__(self, addr: int) -> bool:
         return self.start <= addr <= self.last_addr
@@ -149,7 +194,7 @@ class GuestRegionCollection(GuestMemory):
     def _set_regions(self, regions: Sequence[MmapRegion]) -> None:
         self._regions = tuple(regions)
         self._starts = [region.start for region in regions]
-        table = [
+        table: list[tuple[int, HostMapping, int, int, bool, AtomicBitmap | None, object]] = [
             (
                 region.start,
                 region.backing._mapping,
@@ -157,6 +202,7 @@ class GuestRegionCollection(GuestMemory):
                 region.size,
                 region.writable,
                 region.bitmap,
+                region,
             )
             for region in regions
         ]
@@ -202,12 +248,13 @@ class GuestRegionCollection(GuestMemory):
         Raises:
             NoMemoryRegionError: There is no such region.
         """
-        for region in self._regions:
-            if (region.start, region.size) == (start, size):
-                made = self.__class__.__new__(self.__class__)
-                made._set_regions([r for r in self._regions if r is not region])
-                return made, region
-        raise NoMemoryRegionError(f"no region is exactly {start:#x}+{size:#x}")
+        check_range(start, size, name="start")
+        region = self.find_region(start)
+        if region is None or (region.start, region.size) != (start, size):
+            raise NoMemoryRegionError(f"no region is exactly {start:#x}+{size:#x}")
+        made = self.__class__.__new__(self.__class__)
+        made._set_regions([other for other in self._regions if other is not region])
+        return made, region
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -249,7 +296,7 @@ class GuestRegionCollection(GuestMemory):
         return None if end is None else self.check_address(end)
 
     def host_address(self, addr: int) -> int:
-        """Where ``addr`` is in this process.
+        """Where ``addr`` is in this process; see :attr:`Backing.host_address`.
 
         Raises:
             InvalidAddressError: No region holds it.
@@ -265,16 +312,18 @@ class GuestRegionCollection(GuestMemory):
         return self
 
     def whole_slice(self, addr: int, length: int, access: Permissions) -> VolatileSlice:
-        """The memory of a range as one slice.
+        """The memory of a range as one slice, which keeps the memory alive.
 
         Raises:
             InvalidAddressError: The range is not inside one region.
             PermissionDeniedError: The region does not allow the access.
         """
         with self.gather(addr, length, access) as vector:
-            if vector.count != 1:
-                raise InvalidAddressError(addr, length, access, "it is not inside one region")
-            return vector.slices()[0]
+            if vector.count > 1:
+                raise InvalidAddressError(
+                    addr, length, access, "it is not inside one region; use slices()"
+                )
+            return vector.slices()[0] if vector.count else VolatileSlice.over(bytearray())
 
     def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:
         """Whether every byte of a range is there and allows ``access``; true if it is empty."""
