@@ -63,6 +63,9 @@ def build(progress: Progress) -> Path:
         PartsError: It cannot be built; says what is missing.
     """
     home = cache_directory() / "iommufd"
+    found = cached()
+    if found is not None:
+        return found
     with locked(home, progress):
         found = cached()
         if found is not None:
