@@ -33,6 +33,7 @@ class Refused(GuestioError):  # noqa: N818 - not an error of ours but an answer
 
     def __init__(self, status: Status, text: str) -> None:
         self.status = status
+        self.text = text
         super().__init__(f"{status.name}: {text}")
 
 

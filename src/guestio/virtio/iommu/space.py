@@ -143,8 +143,8 @@ class Endpoint(Iommu):
     def resolve(
         self,
         fails: IotlbFails,
-        iova: int,  # noqa: ARG002 - the contract of an Iommu
-        length: int,  # noqa: ARG002
+        iova: int,
+        length: int,
         access: Permissions,
     ) -> None:
         """Report an access that failed; see :meth:`Iommu.resolve`."""
@@ -246,7 +246,9 @@ class Endpoint(Iommu):
 
         Raises:
             Exception: What the target raised; it holds nothing then.
-            ValueError: It belongs to an endpoint in another domain, or to other memory.
+            DeviceError: The target belongs to an endpoint in another domain, or the domain maps
+                what is not in ``physical``.
+            ValueError: The target belongs to this endpoint already, or to other memory.
         """
         return self._owner.add_target(self.id, target, physical)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from guestio.addr import ADDRESS_SPACE, Permissions
 from guestio.dma import DmaTarget, Journal
+from guestio.errors import DeviceError
 from guestio.iommu.events import Event
 from guestio.iommu.iotlb import Iotlb
 from guestio.iommu.mapper import BasicMemoryMapper
@@ -150,7 +151,7 @@ class State:
             yield from self._move(endpoint, space)
         except Refused as refused:
             # "If it cannot do so, the device MUST reject the request" with this status.
-            raise Refused(Status.UNSUPP, str(refused)) from refused
+            raise Refused(Status.UNSUPP, refused.text) from refused
         finally:
             self._drop_empty(space)
 
@@ -375,13 +376,21 @@ def _answer(work: Waits) -> Steps:
 
 @contextmanager
 def _all_or_nothing(*, raises: bool = False) -> Iterator[Journal]:
-    """What is done at targets inside is undone if something raises, which refuses the request."""
+    """What is done at targets inside is undone if something raises.
+
+    A request of the driver is refused then; with ``raises``, what a target raised comes through.
+    """
     journal = Journal()
     try:
         yield journal
+    except Refused as refused:
+        undo(journal)
+        if raises:
+            raise DeviceError(refused.text) from None
+        raise
     except Exception as error:
         undo(journal)
-        if raises or isinstance(error, Refused):
+        if raises:
             raise
         raise Refused(status_of(error), str(error)) from error
 
