@@ -20,7 +20,11 @@ cdef struct UsedElem:
     u32 written
 
 
+cdef class SplitRing
+
+
 cdef class Chain:
+    cdef SplitRing ring
     cdef readonly int head
     cdef readonly IoVector readable
     cdef readonly IoVector writable
@@ -51,8 +55,12 @@ cdef class SplitRing:
     cdef readonly int outstanding
     cdef UsedElem *pending
     cdef u32 pending_count
+    cdef u64 work
 
     cdef object wrong(self, str what)
+    cdef bint vanished(self) noexcept
+    cdef bint current(self) noexcept
+    cdef int waiting(self) except -1
     cdef bint areas_ready(self, list misses) except -1
     cdef IoVector area(self, u64 addr, u64 size, int access, list misses)
     cdef int check_areas(self) except -1

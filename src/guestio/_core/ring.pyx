@@ -28,6 +28,8 @@ cdef extern from * nogil:
     void store_release16(void *p, u16 v)
     void full_barrier()
 
+cdef str VANISHED = "the file behind the ring's memory was truncated by its owner"
+
 cdef enum:
     READ = 1
     WRITE = 2
@@ -39,6 +41,8 @@ cdef enum:
     USED_NO_NOTIFY = 1
     CHAIN_LIMIT = 1024    # descriptors of an indirect table in a ring smaller than this
     LOOK_AHEAD = 64       # chains that are looked at while an earlier one waits for a translation
+    LOOK_AHEAD_WORK = 1 << 16   # descriptors and pieces of memory after which that ends as well
+    CHAIN_PIECES = 1 << 21      # more than 4 GiB in pages have
 
 cdef u64 CHAIN_BYTES = <u64>1 << 32
 
@@ -62,9 +66,9 @@ cdef class Chain:
         raise TypeError("chains come from a ring")
 
 
-cdef Chain new_chain(u16 head):
+cdef Chain new_chain(SplitRing ring, u16 head):
     cdef Chain chain = Chain.__new__(Chain)
-    chain.head = head
+    chain.ring, chain.head = ring, head
     chain.readable, chain.writable = IoVector(), IoVector()
     chain.readable.access, chain.writable.access = READ, WRITE
     chain.access_fails = []
@@ -115,8 +119,21 @@ cdef class SplitRing:
         free(self.pending)
 
     cdef object wrong(self, str what):
+        if self.vanished():
+            # Whatever looks wrong was read from the empty pages that took its place.
+            what = VANISHED
         self.broken = what
         return QueueError(what)
+
+    cdef bint vanished(self) noexcept:
+        return self.used is not None and (
+            self.desc.vanished(0, self.desc.total) or self.avail.vanished(0, self.avail.total)
+            or self.used.vanished(0, self.used.total)
+        )
+
+    cdef bint current(self) noexcept:
+        """Whether no translation was taken away since the areas were looked up."""
+        return self.space.iotlb is None or self.space.iotlb.generation == self.generation
 
     cdef IoVector area(self, u64 addr, u64 size, int access, list misses):
         cdef IoVector found = IoVector()
@@ -139,9 +156,7 @@ cdef class SplitRing:
         cdef u64 tail = 2 if self.event_idx else 0
         if self.broken is not None:
             raise QueueError(self.broken)
-        if self.used is not None and (
-            self.space.iotlb is None or self.space.iotlb.generation == self.generation
-        ):
+        if self.used is not None and self.current():
             return True
         self.used = None
         if self.space.iotlb is not None:
@@ -158,17 +173,12 @@ cdef class SplitRing:
         return True
 
     cdef int check_areas(self) except -1:
-        if (
-            self.desc.vanished(0, self.desc.total) or self.avail.vanished(0, self.avail.total)
-            or self.used.vanished(0, self.used.total)
-        ):
-            raise self.wrong("the file behind the ring's memory was truncated by its owner")
+        if self.vanished():
+            raise self.wrong(VANISHED)
         return 0
 
     cdef u16 load16(self, IoVector area, u64 offset) except? 65535:
         cdef u16 value
-        if area.count == 1:
-            return load_acquire16(<u8 *>area.vec[0].iov_base + offset)
         cdef u8 *at = locate(area, offset, 2)
         if at is NULL or <uintptr_t>at & 1:
             area.transfer(<u8 *>&value, offset, 2, False)
@@ -178,7 +188,10 @@ cdef class SplitRing:
     cdef int store16(self, IoVector area, u64 offset, u16 value) except -1:
         cdef u8 *at = locate(area, offset, 2)
         if at is NULL or <uintptr_t>at & 1:
-            raise self.wrong(f"the ring field at {area.start + offset:#x} is split over mappings")
+            raise self.wrong(
+                f"the ring field at {area.start + offset:#x} is split over mappings or misaligned "
+                "in the host's memory"
+            )
         store_release16(at, value)
         area.mark(offset, 2)
         return 0
@@ -197,7 +210,7 @@ cdef class SplitRing:
         that everything that is missing can be asked for at once.
 
         Args:
-            limit: Requests to look at, at most.
+            limit: Requests to look at, at most; fewer if they are very large.
 
         Returns:
             ``(chains, misses)``: the requests taken, and ``(IovaRange, access)`` for everything
@@ -209,21 +222,22 @@ cdef class SplitRing:
         Cost: O(descriptors) plus a lookup for each.
         """
         cdef list chains = [], misses = []
-        cdef u16 avail, at
+        cdef u16 at
+        cdef int left
         cdef Chain chain
         if not self.areas_ready(misses):
             return chains, misses
-        avail = self.load16(self.avail, 2)
-        if <u16>(avail - self.next_avail) + self.outstanding + self.pending_count > self.size:
-            raise self.wrong(
-                f"available index {avail} runs ahead of a ring of {self.size} whose next entry is "
-                f"{self.next_avail}"
-            )
+        left = min(self.waiting(), limit)
         at = self.next_avail
-        while at != avail and limit > 0:
-            limit -= 1
-            chain = new_chain(self.load16(self.avail, 4 + 2 * (at % self.size)))
+        self.work = 0
+        while left > 0 and self.work < LOOK_AHEAD_WORK:
+            left -= 1
+            chain = new_chain(self, self.load16(self.avail, 4 + 2 * (at % self.size)))
             self.walk(chain, misses, False)
+            if not self.current():
+                # To report a miss runs Python code, during which others may take the ring's
+                # translation away; what it held must not be looked at any more.
+                break
             at += 1
             if not misses:
                 chains.append(chain)
@@ -231,6 +245,18 @@ cdef class SplitRing:
                 self.outstanding += 1
         self.check_areas()
         return chains, misses
+
+    cdef int waiting(self) except -1:
+        """How many requests are available that were not taken."""
+        cdef u16 avail = self.load16(self.avail, 2)
+        cdef int ahead = <u16>(avail - self.next_avail)
+        if ahead + self.outstanding + <int>self.pending_count > <int>self.size:
+            raise self.wrong(
+                f"available index {avail} runs ahead of a ring of {self.size} whose next entry is "
+                f"{self.next_avail}, with {self.outstanding + <int>self.pending_count} requests "
+                "not given back"
+            )
+        return ahead
 
     def pop_faulty(self):
         """Take the next request although some of it cannot be reached.
@@ -243,11 +269,13 @@ cdef class SplitRing:
             QueueError: The driver broke a rule.
         """
         cdef Chain chain
-        if not self.areas_ready([]) or self.load16(self.avail, 2) == self.next_avail:
+        if not self.areas_ready([]) or not self.waiting():
             return None
-        chain = new_chain(self.load16(self.avail, 4 + 2 * (self.next_avail % self.size)))
+        chain = new_chain(self, self.load16(self.avail, 4 + 2 * (self.next_avail % self.size)))
         self.walk(chain, [], True)
         self.check_areas()
+        if not self.current():
+            return None
         self.next_avail += 1
         self.outstanding += 1
         return chain
@@ -275,7 +303,13 @@ cdef class SplitRing:
             steps += 1
             if steps > entries:
                 raise self.wrong(f"the chain from descriptor {chain.head} has a loop")
+            if not nested and not self.current():
+                return 0
             table.transfer(<u8 *>&desc, 16 * <u64>index, 16, False)
+            self.work += 1
+            if nested and table.vanished(16 * <u64>index, 16):
+                chain.fault = "the file behind its indirect table was truncated by its owner"
+                return 0
             if desc.flags & DESC_INDIRECT:
                 return self.walk_indirect(&desc, nested, chain, sizes, misses, lenient)
             self.add_buffer(&desc, chain, sizes, misses, lenient)
@@ -308,18 +342,16 @@ cdef class SplitRing:
         if table.stop:
             chain.fault = f"no memory behind the indirect table at {table.stop_addr:#x}"
             return 0
-        self.walk_table(table, entries, 0, True, chain, sizes, misses, lenient)
-        if table.vanished(0, table.total):
-            chain.fault = f"the memory of the indirect table at {desc.addr:#x} was truncated"
-        return 0
+        return self.walk_table(table, entries, 0, True, chain, sizes, misses, lenient)
 
     cdef int add_buffer(
         self, const Desc *desc, Chain chain, u64 *sizes, list misses, bint lenient
     ) except -1:
-        cdef bint writes = desc.flags & DESC_WRITE
+        cdef bint writes = (desc.flags & DESC_WRITE) != 0
         cdef IoVector out = chain.writable if writes else chain.readable
         cdef int access = WRITE if writes else READ
         cdef list missing = [], refused = []
+        cdef int before = out.count
         if not desc.size:
             raise self.wrong(f"a descriptor of 0 bytes in the chain from {chain.head}")
         if desc.addr > <u64>-1 - (desc.size - 1):
@@ -336,6 +368,9 @@ cdef class SplitRing:
         elif out.stop:
             chain.fault = f"no usable memory behind the buffer at {out.stop_addr:#x}"
             out.stop = 0
+        self.work += out.count - before
+        if out.count > CHAIN_PIECES:
+            raise self.wrong(f"the chain from descriptor {chain.head} is in too many pieces")
         if writes and chain.fault is not None:
             chain.tail = self.last_byte(desc.addr + (desc.size - 1))
         return 0
@@ -357,9 +392,11 @@ cdef class SplitRing:
         Its memory must not be touched any more.
 
         Raises:
-            ValueError: It was given back before, or more bytes than it has.
+            ValueError: It was given back before, comes from another ring, or has less room.
         """
         cdef u64 count = as_address(written, "written")
+        if chain.ring is not self:
+            raise ValueError(f"request {chain.head} was taken from another ring")
         if chain.done:
             raise ValueError(f"request {chain.head} was completed before")
         if count > chain.writable.total:
