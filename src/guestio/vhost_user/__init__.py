@@ -1,12 +1,14 @@
 """vhost-user: devices for other processes, on both sides of the socket.
 
-``messages`` is the wire format, ``channel`` the socket, ``session`` what a front-end may ask for;
-none of them knows devices. ``service`` joins them to memory, rings and a device, ``misses`` keeps
-track of translations asked for, ``poller`` waits, ``backend`` listens. ``frontend`` is the other
-side, on ``connection``.
+``messages`` is the wire format, ``channel`` the socket. On the back-end's side ``session`` knows
+what a front-end may ask for and nothing of devices, ``service`` joins it to memory, rings and a
+device, ``misses`` keeps track of translations asked for, ``poller`` waits and ``backend`` listens.
+On the other side ``frontend`` sets devices up over an ``exchange`` of requests and replies, and
+``iotlb_service`` answers their misses.
 """
 
 from guestio.vhost_user.backend import Backend
+from guestio.vhost_user.frontend import Frontend
 from guestio.vhost_user.service import Statistics
 
-__all__ = ["Backend", "Statistics"]
+__all__ = ["Backend", "Frontend", "Statistics"]
