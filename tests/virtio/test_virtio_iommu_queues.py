@@ -1,0 +1,219 @@
+"""The virtio-iommu on real rings, driven by the driver's side of them."""
+
+import select
+import threading
+from itertools import pairwise
+
+import pytest
+
+from guestio import CannotResolveError, GuestRegionCollection, QueueError
+from guestio.virtio import SplitRing
+from guestio.virtio.driver import DriverQueue, RingLayout
+from guestio.virtio.iommu import FaultRecord, IommuQueues, Status, VirtioIommu
+from tests.virtio.iommu_driver import MSI, PAGE, attach, map_, probe, send_all, unmap
+
+RINGS = 0x10000
+BUFFERS = 0x20000
+SIZE = 16
+BIG = 0x80000
+
+
+class Guest:
+    """A driver of a virtio-iommu: rings, and buffers cut as one likes."""
+
+    def __init__(self, *, event_idx=False, **settings):
+        self.physical = GuestRegionCollection.from_ranges([(0, 0x100000)])
+        settings = {"endpoints": [8, 9], "revoke_after": None, "reserved": [MSI], **settings}
+        self.iommu = VirtioIommu(**settings)
+        self.notified = []
+        self.driver, rings = [], []
+        for number in range(2):
+            layout = RingLayout.contiguous(RINGS + number * PAGE, SIZE)
+            self.driver.append(DriverQueue(self.physical, layout, event_idx=event_idx))
+            rings.append(
+                SplitRing(
+                    self.physical._space,
+                    SIZE,
+                    layout.desc,
+                    layout.avail,
+                    layout.used,
+                    event_idx=event_idx,
+                )
+            )
+        self.queues = IommuQueues(self.iommu, *rings, self.notified.append)
+        self.next = BUFFERS
+
+    def place(self, length):
+        addr, self.next = self.next, self.next + length + 64
+        return addr
+
+    def send(self, request, room=4, *, cuts=(), room_cuts=()):
+        """Make a request available, its buffers cut at these offsets."""
+        addr, answer = self.place(len(request)), self.place(room)
+        self.physical.write(addr, request)
+        self.physical.fill(answer, room, 0xEE)
+        self.driver[0].add(
+            pieces(addr, len(request), cuts), pieces(answer, room, room_cuts), (answer, room)
+        )
+        self.driver[0].publish()
+
+    def answers(self):
+        return [
+            (self.physical.read(token[0], done.written), done.written)
+            for done in self.driver[0].collect()
+            for token in [done.token]
+        ]
+
+    def add_event_buffer(self, length=FaultRecord.SIZE):
+        addr = self.place(length)
+        self.driver[1].add([], [(addr, length)], addr)
+        self.driver[1].publish()
+
+    def events(self):
+        return [self.physical.read(done.token, done.written) for done in self.driver[1].collect()]
+
+    def wakes(self):
+        return bool(select.select([self.queues], [], [], 0)[0])
+
+    def fault(self, iova=0x5000):
+        with pytest.raises(CannotResolveError):
+            self.iommu.endpoint(8).memory(self.physical).read(iova, 1)
+
+
+def pieces(addr, length, cuts):
+    edges = pairwise([0, *cuts, length])
+    return [(addr + start, end - start) for start, end in edges if end > start]
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_requests(event_idx):
+    guest = Guest(event_idx=event_idx)
+    guest.send(attach(8, 1))
+    guest.send(map_(1, 0, PAGE - 1, 0), cuts=(1, 5, 17), room_cuts=(1, 2))
+    guest.send(probe(8), 516, cuts=(70,), room_cuts=(13, 514))
+    guest.send(bytes([77]), 4)
+    guest.queues.serve()
+    answers = guest.answers()
+    assert [written for _, written in answers] == [4, 4, 516, 0]
+    assert answers[0][0] == answers[1][0] == bytes(4)
+    assert answers[2][0][:4] == b"\1\0\x14\0"
+    assert 0 in guest.notified
+    assert guest.iommu.snapshot()["domains"][0]["mappings"] == [[0, PAGE - 1, 0, 3]]
+
+
+def test_no_writable_tail_and_only_a_writable_one():
+    guest = Guest()
+    guest.driver[0].add([(BUFFERS, 64)], [])
+    guest.driver[0].add([], [(BIG, 4)])
+    guest.driver[0].publish()
+    guest.queues.serve()
+    assert [done.written for done in guest.driver[0].collect()] == [0, 0]
+
+
+def test_a_huge_request_is_not_read_whole():
+    guest = Guest()
+    guest.driver[0].add([(0, 0x80000)] * 10, [(BIG, 4)], None)
+    guest.driver[0].publish()
+    guest.queues.serve()
+    assert [done.written for done in guest.driver[0].collect()] == [0]
+
+
+def test_memory_that_is_not_there():
+    guest = Guest()
+    guest.driver[0].add([(0x200000, 20)], [(BIG, 4)], None)
+    guest.driver[0].publish()
+    guest.queues.serve()
+    assert [done.written for done in guest.driver[0].collect()] == [0]
+
+
+def test_answers_that_come_later():
+    guest = Guest()
+    send_all(guest.iommu, attach(8, 1), attach(9, 2), map_(1, 0, PAGE - 1, 0))
+    session = guest.iommu.endpoint(8).open_session()
+    session.export(0, 1)
+    guest.send(unmap(1, 0, PAGE - 1))
+    guest.send(map_(2, 0, PAGE - 1, 0))
+    guest.queues.serve()
+    assert guest.queues.waiting == 1
+    assert len(guest.answers()) == 1
+    assert not guest.wakes()
+    thread = threading.Thread(target=session.close)
+    thread.start()
+    assert select.select([guest.queues], [], [], 10)[0]
+    thread.join()
+    guest.queues.serve()
+    assert guest.answers() == [(bytes(4), 4)]
+    assert guest.queues.waiting == 0
+    assert not guest.wakes()
+
+
+def test_answers_after_close_go_nowhere():
+    guest = Guest()
+    send_all(guest.iommu, attach(8, 1), map_(1, 0, PAGE - 1, 0))
+    session = guest.iommu.endpoint(8).open_session()
+    session.export(0, 1)
+    guest.send(unmap(1, 0, PAGE - 1))
+    guest.queues.serve()
+    guest.queues.close()
+    guest.iommu.reset()
+    session.close()
+    assert not guest.wakes()
+    assert guest.answers() == []
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_faults_wait_for_buffers_and_buffers_for_faults(event_idx):
+    guest = Guest(event_idx=event_idx)
+    guest.fault(0x5000)
+    assert guest.wakes()
+    guest.queues.serve()
+    assert guest.events() == []
+    assert not guest.wakes()
+    guest.add_event_buffer()
+    guest.add_event_buffer(64)
+    guest.queues.serve()
+    assert guest.events() == [FaultRecord.make(1, 0x101, 8, 0x5000)]
+    assert 1 in guest.notified
+    guest.fault(0x6000)
+    assert guest.wakes()
+    guest.queues.serve()
+    assert [FaultRecord(event).address for event in guest.events()] == [0x6000]
+
+
+def test_short_event_buffers_go_back_empty():
+    guest = Guest()
+    for length in (23, 1, 24):
+        guest.add_event_buffer(length)
+    guest.fault()
+    guest.queues.serve()
+    assert [len(event) for event in guest.events()] == [0, 0, 24]
+    assert guest.queues.short_buffers == 2
+
+
+def test_buffers_are_left_alone_without_faults():
+    guest = Guest()
+    guest.add_event_buffer()
+    for _ in range(5):
+        guest.queues.serve()
+    assert guest.events() == []
+
+
+def test_a_driver_that_breaks_its_ring():
+    guest = Guest()
+    guest.physical.write(RINGS + 16 * SIZE + 2, b"\xff\x7f")
+    with pytest.raises(QueueError):
+        guest.queues.serve()
+
+
+def test_status_of_a_request_that_waits_is_written_where_it_belongs():
+    guest = Guest()
+    send_all(guest.iommu, attach(8, 1), map_(1, 0, PAGE - 1, 0))
+    session = guest.iommu.endpoint(8).open_session()
+    session.export(0, 1)
+    guest.send(unmap(1, 0, PAGE - 1), 8, room_cuts=(3,))
+    guest.send(unmap(1, 0, 0), 8)
+    guest.send(map_(1, 0, 0, 0), 8)
+    guest.queues.serve()
+    session.close()
+    guest.queues.serve()
+    assert [answer[0] for answer, _ in guest.answers()] == [Status.OK, Status.OK, Status.RANGE]
