@@ -3,9 +3,10 @@
 from guestio._core.access cimport AddressSpace, IoVector
 from guestio._core.border cimport u8, u32, u64
 
-from libc.stdint cimport uint16_t
+from libc.stdint cimport int64_t, uint16_t
 
 ctypedef uint16_t u16
+ctypedef int64_t i64
 
 
 cdef struct Desc:
@@ -20,6 +21,10 @@ cdef struct UsedElem:
     u32 written
 
 
+cdef enum:
+    NOT_SERVED = -1
+
+
 cdef class SplitRing
 
 
@@ -32,6 +37,12 @@ cdef class Chain:
     cdef readonly str fault
     cdef readonly list access_fails
     cdef bint done
+
+    cdef void clear(self) noexcept
+
+
+cdef class Server:
+    cdef i64 serve(self, Chain chain) except -2
 
 
 cdef class SplitRing:
@@ -51,6 +62,12 @@ cdef class SplitRing:
     cdef IoVector desc
     cdef IoVector avail
     cdef IoVector used
+    cdef IoVector table
+    cdef list missed
+    cdef list refused
+    cdef bint resolved
+    cdef bint notify_due
+    cdef Chain spare
     cdef u64 generation
     cdef readonly int outstanding
     cdef UsedElem *pending
@@ -62,7 +79,13 @@ cdef class SplitRing:
     cdef bint current(self) noexcept
     cdef int waiting(self) except -1
     cdef bint areas_ready(self, list misses) except -1
-    cdef IoVector area(self, u64 addr, u64 size, int access, list misses)
+    cdef bint area(self, IoVector found, u64 addr, u64 size, int access, list misses) except -1
+    cdef int take(self, int limit, Server server, list chains, list misses) except -1
+    cdef Chain chain_at(self, u16 position)
+    cdef bint served(self, Server server, Chain chain) except -1
+    cdef int note_missing(self, Chain chain, list misses, int access) except -1
+    cdef void finish(self, int head, u64 written) noexcept
+    cdef int show_pending(self) except -1
     cdef int check_areas(self) except -1
     cdef u16 load16(self, IoVector area, u64 offset) except? 65535
     cdef int store16(self, IoVector area, u64 offset, u16 value) except -1

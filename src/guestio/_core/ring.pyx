@@ -23,7 +23,21 @@ cdef extern from * nogil:
     #define load_acquire16(p) __atomic_load_n((const uint16_t *)(p), __ATOMIC_ACQUIRE)
     #define store_release16(p, v) __atomic_store_n((uint16_t *)(p), (v), __ATOMIC_RELEASE)
     #define full_barrier() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    #include <time.h>
+    #if defined(__x86_64__)
+    #define relax() __builtin_ia32_pause()
+    #else
+    #define relax() ((void)0)
+    #endif
+    static uint64_t now_ns(void)
+    {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
     """
+    void relax()
+    u64 now_ns()
     u16 load_acquire16(void *p)
     void store_release16(void *p, u16 v)
     void full_barrier()
@@ -43,6 +57,7 @@ cdef enum:
     LOOK_AHEAD = 64       # chains that are looked at while an earlier one waits for a translation
     LOOK_AHEAD_WORK = 1 << 16   # descriptors and pieces of memory after which that ends as well
     CHAIN_PIECES = 1 << 21      # more than 4 GiB in pages have
+    PUBLISH_EACH = 8            # requests served in the core that the driver is shown at a time
 
 cdef u64 CHAIN_BYTES = <u64>1 << 32
 
@@ -65,14 +80,31 @@ cdef class Chain:
     def __init__(self):
         raise TypeError("chains come from a ring")
 
+    cdef void clear(self) noexcept:
+        """Give its memory back and be ready for another request."""
+        self.readable.release()
+        self.writable.release()
+        self.tail = self.fault = None
+        self.done = False
+        if self.access_fails:
+            self.access_fails = []
 
-cdef Chain new_chain(SplitRing ring, u16 head):
+
+cdef Chain new_chain(SplitRing ring):
     cdef Chain chain = Chain.__new__(Chain)
-    chain.ring, chain.head = ring, head
+    chain.ring = ring
     chain.readable, chain.writable = IoVector(), IoVector()
     chain.readable.access, chain.writable.access = READ, WRITE
     chain.access_fails = []
     return chain
+
+
+cdef class Server:
+    """Serves the simple requests of a device without leaving the core."""
+
+    cdef i64 serve(self, Chain chain) except -2:
+        """Serve a request; the bytes written, or NOT_SERVED if it is left to the device."""
+        return NOT_SERVED
 
 
 cdef class SplitRing:
@@ -114,6 +146,8 @@ cdef class SplitRing:
         self.pending = <UsedElem *>realloc(NULL, entries * sizeof(UsedElem))
         if self.pending is NULL:
             PyErr_NoMemory()
+        self.desc, self.avail, self.used = IoVector(), IoVector(), IoVector()
+        self.table, self.missed, self.refused = IoVector(), [], []
 
     def __dealloc__(self):
         free(self.pending)
@@ -126,7 +160,7 @@ cdef class SplitRing:
         return QueueError(what)
 
     cdef bint vanished(self) noexcept:
-        return self.used is not None and (
+        return self.resolved and (
             self.desc.vanished(0, self.desc.total) or self.avail.vanished(0, self.avail.total)
             or self.used.vanished(0, self.used.total)
         )
@@ -135,38 +169,42 @@ cdef class SplitRing:
         """Whether no translation was taken away since the areas were looked up."""
         return self.space.iotlb is None or self.space.iotlb.generation == self.generation
 
-    cdef IoVector area(self, u64 addr, u64 size, int access, list misses):
-        cdef IoVector found = IoVector()
+    cdef bint area(self, IoVector found, u64 addr, u64 size, int access, list misses) except -1:
+        """Look one of the ring's areas up; False, and what is missing, without a translation."""
         cdef list failed = []
+        found.rewind(0, 0, 0)
         found.access, found.start = access, addr
         if size - 1 > <u64>-1 - addr:
             raise self.wrong(f"the ring area {addr:#x}+{size:#x} passes 2**64")
         if not self.space.translate(found, addr, size, access, failed, failed):
             misses.extend([(item, access) for item in failed])
-            return None
+            return False
         if found.stop:
             raise self.wrong(f"no usable memory behind the ring at {found.stop_addr:#x}")
         # The areas are looked up again whenever a translation changes; a lease would only make
         # the revocation wait for ever.
         found.rewind(found.count, found.total, 0)
-        return found
+        return True
 
     cdef bint areas_ready(self, list misses) except -1:
         """Make sure that the three areas are translated; adds what is missing."""
         cdef u64 tail = 2 if self.event_idx else 0
+        cdef bint found
         if self.broken is not None:
             raise QueueError(self.broken)
-        if self.used is not None and self.current():
+        if self.resolved and self.current():
             return True
-        self.used = None
+        self.resolved = False
         if self.space.iotlb is not None:
             self.generation = self.space.iotlb.generation
-        self.desc = self.area(self.desc_addr, 16 * self.size, READ, misses)
-        self.avail = self.area(self.avail_addr, 4 + 2 * self.size + tail, READ, misses)
-        used = self.area(self.used_addr, 4 + 8 * self.size + tail, READ | WRITE, misses)
-        if self.desc is None or self.avail is None or used is None:
+        found = self.area(self.desc, self.desc_addr, 16 * self.size, READ, misses)
+        found &= self.area(self.avail, self.avail_addr, 4 + 2 * self.size + tail, READ, misses)
+        found &= self.area(
+            self.used, self.used_addr, 4 + 8 * self.size + tail, READ | WRITE, misses
+        )
+        if not found:
             return False
-        self.used = used
+        self.resolved = True
         if not self.used_known:
             self.next_used = self.load16(self.used, 2)
             self.used_known = True
@@ -222,29 +260,82 @@ cdef class SplitRing:
         Cost: O(descriptors) plus a lookup for each.
         """
         cdef list chains = [], misses = []
+        self.take(limit, None, chains, misses)
+        return chains, misses
+
+    def serve(self, Server server not None, int limit=LOOK_AHEAD):
+        """Take the available requests as :meth:`pop` does, and have served what can be at once.
+
+        What is served is shown to the driver every few requests, the last of it by
+        :meth:`publish`.
+
+        Args:
+            server: Serves them; what it leaves is returned.
+            limit: As for :meth:`pop`.
+
+        Returns:
+            ``(chains, misses, served)``: as from :meth:`pop`, and how many were served.
+
+        Raises:
+            QueueError: As :meth:`pop`.
+        """
+        cdef list chains = [], misses = []
+        cdef int served = self.take(limit, server, chains, misses)
+        return chains, misses, served
+
+    cdef int take(self, int limit, Server server, list chains, list misses) except -1:
+        """Take requests into the lists; the number of those that were served instead."""
         cdef u16 at
-        cdef int left
+        cdef int left, served = 0
         cdef Chain chain
         if not self.areas_ready(misses):
-            return chains, misses
+            return served
         left = min(self.waiting(), limit)
         at = self.next_avail
         self.work = 0
         while left > 0 and self.work < LOOK_AHEAD_WORK:
             left -= 1
-            chain = new_chain(self, self.load16(self.avail, 4 + 2 * (at % self.size)))
+            chain = self.chain_at(at)
             self.walk(chain, misses, False)
             if not self.current():
                 # To report a miss runs Python code, during which others may take the ring's
                 # translation away; what it held must not be looked at any more.
                 break
             at += 1
-            if not misses:
+            if misses:
+                continue
+            self.next_avail = at
+            self.outstanding += 1
+            if server is not None and chain.fault is None and self.served(server, chain):
+                served += 1
+                if served % PUBLISH_EACH == 0:
+                    self.show_pending()
+                if not self.areas_ready(misses):
+                    return served
+            else:
                 chains.append(chain)
-                self.next_avail = at
-                self.outstanding += 1
+                self.spare = None
+        if self.spare is not None:
+            self.spare.clear()
         self.check_areas()
-        return chains, misses
+        return served
+
+    cdef Chain chain_at(self, u16 position):
+        """An empty chain for the request at a ring position; the spare one if it is still ours."""
+        if self.spare is None:
+            self.spare = new_chain(self)
+        else:
+            self.spare.clear()
+        self.spare.head = self.load16(self.avail, 4 + 2 * (position % self.size))
+        return self.spare
+
+    cdef bint served(self, Server server, Chain chain) except -1:
+        cdef i64 written = server.serve(chain)
+        if written == NOT_SERVED:
+            return False
+        chain.clear()
+        self.finish(chain.head, <u64>written)
+        return True
 
     cdef int waiting(self) except -1:
         """How many requests are available that were not taken."""
@@ -271,7 +362,8 @@ cdef class SplitRing:
         cdef Chain chain
         if not self.areas_ready([]) or not self.waiting():
             return None
-        chain = new_chain(self, self.load16(self.avail, 4 + 2 * (self.next_avail % self.size)))
+        chain = self.chain_at(self.next_avail)
+        self.spare = None
         self.walk(chain, [], True)
         self.check_areas()
         if not self.current():
@@ -320,8 +412,7 @@ cdef class SplitRing:
     cdef int walk_indirect(
         self, const Desc *desc, bint nested, Chain chain, u64 *sizes, list misses, bint lenient
     ) except -1:
-        cdef IoVector table = IoVector()
-        cdef list missing = [], refused = []
+        cdef IoVector table = self.table
         cdef u64 entries = desc.size // 16
         if not self.indirect:
             raise self.wrong("an indirect descriptor, but the feature was not negotiated")
@@ -333,16 +424,21 @@ cdef class SplitRing:
             raise self.wrong(f"an indirect table of {desc.size} bytes")
         if desc.addr > <u64>-1 - (desc.size - 1):
             raise self.wrong(f"an indirect table at {desc.addr:#x} passes 2**64")
+        table.release()
         table.access, table.start = READ, desc.addr
-        if not self.space.translate(table, desc.addr, desc.size, READ, missing, refused):
-            note_missing(chain, misses, missing, refused, READ)
+        if not self.space.translate(table, desc.addr, desc.size, READ, self.missed, self.refused):
+            self.note_missing(chain, misses, READ)
             if lenient:
                 chain.fault = f"no translation of the indirect table at {desc.addr:#x}"
             return 0
         if table.stop:
             chain.fault = f"no memory behind the indirect table at {table.stop_addr:#x}"
+            table.release()
             return 0
-        return self.walk_table(table, entries, 0, True, chain, sizes, misses, lenient)
+        try:
+            return self.walk_table(table, entries, 0, True, chain, sizes, misses, lenient)
+        finally:
+            table.release()
 
     cdef int add_buffer(
         self, const Desc *desc, Chain chain, u64 *sizes, list misses, bint lenient
@@ -350,7 +446,6 @@ cdef class SplitRing:
         cdef bint writes = (desc.flags & DESC_WRITE) != 0
         cdef IoVector out = chain.writable if writes else chain.readable
         cdef int access = WRITE if writes else READ
-        cdef list missing = [], refused = []
         cdef int before = out.count
         if not desc.size:
             raise self.wrong(f"a descriptor of 0 bytes in the chain from {chain.head}")
@@ -361,8 +456,10 @@ cdef class SplitRing:
         sizes[writes] += desc.size
         if sizes[0] + sizes[1] > CHAIN_BYTES:
             raise self.wrong(f"the chain from descriptor {chain.head} is longer than 2**32 bytes")
-        if not self.space.translate(out, desc.addr, desc.size, access, missing, refused):
-            note_missing(chain, misses, missing, refused, access)
+        if not self.space.translate(
+            out, desc.addr, desc.size, access, self.missed, self.refused
+        ):
+            self.note_missing(chain, misses, access)
             if lenient:
                 chain.fault = f"no translation of the buffer at {desc.addr:#x}+{desc.size:#x}"
         elif out.stop:
@@ -375,6 +472,17 @@ cdef class SplitRing:
             chain.tail = self.last_byte(desc.addr + (desc.size - 1))
         return 0
 
+    cdef int note_missing(self, Chain chain, list misses, int access) except -1:
+        """Take over what the last failed translation found missing or forbidden."""
+        cdef list missed = self.missed, refused = self.refused
+        self.missed, self.refused = [], []
+        for item in missed:
+            misses.append((item, access))
+        for item in refused:
+            misses.append((item, access))
+            chain.access_fails.append((item, access))
+        return 0
+
     cdef IoVector last_byte(self, u64 addr):
         cdef IoVector tail = IoVector()
         tail.access, tail.start = WRITE, addr
@@ -384,7 +492,7 @@ cdef class SplitRing:
 
     def rebind(self, AddressSpace space not None):
         """Go on in other memory; requests that were taken keep what they have."""
-        self.space, self.used = space, None
+        self.space, self.resolved = space, False
 
     def complete(self, Chain chain not None, written):
         """Give a request back, with the number of bytes written to it; :meth:`publish` shows it.
@@ -408,9 +516,12 @@ cdef class SplitRing:
         chain.writable.close()
         if chain.tail is not None:
             chain.tail.close()
+        self.finish(chain.head, count)
+
+    cdef void finish(self, int head, u64 written) noexcept:
         self.outstanding -= 1
-        self.pending[self.pending_count].head = chain.head
-        self.pending[self.pending_count].written = <u32>min(count, <u64>0xFFFFFFFF)
+        self.pending[self.pending_count].head = head
+        self.pending[self.pending_count].written = <u32>min(written, <u64>0xFFFFFFFF)
         self.pending_count += 1
 
     @property
@@ -428,14 +539,19 @@ cdef class SplitRing:
         Raises:
             QueueError: The ring is broken.
         """
+        cdef bint notify
+        if self.pending_count and not self.areas_ready([]):
+            return None
+        if self.pending_count:
+            self.show_pending()
+        notify, self.notify_due = self.notify_due, False
+        return notify
+
+    cdef int show_pending(self) except -1:
+        """Publish completions; the areas are translated. Remembers whether to notify."""
         cdef u32 i
         cdef u64 slot
-        cdef u16 before
-        if not self.pending_count:
-            return False
-        if not self.areas_ready([]):
-            return None
-        before = self.next_used
+        cdef u16 before = self.next_used
         for i in range(self.pending_count):
             slot = 4 + 8 * <u64>(self.next_used % self.size)
             self.used.transfer(<u8 *>&self.pending[i], slot, 8, True)
@@ -443,9 +559,9 @@ cdef class SplitRing:
             self.next_used += 1
         self.pending_count = 0
         self.store16(self.used, 2, self.next_used)
-        notify = self.wants_notification(before)
-        self.check_areas()
-        return notify
+        if self.wants_notification(before):
+            self.notify_due = True
+        return self.check_areas()
 
     cdef bint wants_notification(self, u16 before) except -1:
         cdef u16 event
@@ -463,6 +579,21 @@ cdef class SplitRing:
         """Tell the driver that it need not announce new requests. Only a hint."""
         if not self.event_idx and self.areas_ready([]):
             self.store16(self.used, 0, USED_NO_NOTIFY)
+
+    def spin(self, u64 microseconds):
+        """Look for new requests for a while without pause.
+
+        Returns:
+            Whether there are any; None if the ring lacks a translation.
+        """
+        cdef u64 until = now_ns() + 1000 * microseconds
+        if not self.areas_ready([]):
+            return None
+        while self.load16(self.avail, 2) == self.next_avail:
+            if now_ns() >= until:
+                return False
+            relax()
+        return True
 
     def enable_kicks(self):
         """Ask the driver to announce the next request.
@@ -493,15 +624,4 @@ cdef inline u8 *locate(IoVector area, u64 offset, u64 size) noexcept nogil:
             return <u8 *>area.vec[i].iov_base + offset
         offset -= area.vec[i].iov_len
     return NULL
-
-
-cdef int note_missing(
-    Chain chain, list misses, list missing, list refused, int access
-) except -1:
-    for item in missing:
-        misses.append((item, access))
-    for item in refused:
-        misses.append((item, access))
-        chain.access_fails.append((item, access))
-    return 0
 

@@ -473,16 +473,22 @@ class Service:
         if not self._publish(queue, ring):
             return
         ring.disable_kicks()
-        chains, missing = ring.pop(TURN)
+        if self._device.server is None:
+            chains, missing = ring.pop(TURN)
+            served = 0
+        else:
+            chains, missing, served = ring.serve(self._device.server, TURN)
+            self._stats.requests += served
         for chain in chains:
             ring.complete(chain, self._process(queue, chain))
-        if chains and not self._publish(queue, ring):
+        served += len(chains)
+        if served and not self._publish(queue, ring):
             return
         if missing:
             self._park(queue, ring, missing)
             return
         queue.refused.clear()
-        if len(chains) == TURN or ring.enable_kicks():
+        if served == TURN or ring.enable_kicks():
             self._wake(queue)
         elif queue.polled:
             due = time.monotonic() + POLL_INTERVAL

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from guestio._core.access import IoVector
+from guestio._core.blockio import BlockServer
 from guestio._core.ring import Chain
 from guestio.errors import AccessError, DeviceError
 from guestio.virtio.device import Device, DeviceId
@@ -108,10 +109,9 @@ class BlockDevice(Device):
         if num_queues > 1:
             self.features |= F_MQ
         self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
-        self.errors = 0
+        self.server: BlockServer = BlockServer(self._fd, self.size, writable=not read_only)
+        self._errors = 0
         self._serve: dict[int, Callable[[int, Chain], int]] = {
-            T_IN: self._read,
-            T_OUT: self._write,
             T_FLUSH: self._flush,
             T_GET_ID: self._get_id,
             T_DISCARD: self._discard,
@@ -122,6 +122,11 @@ class BlockDevice(Device):
     def capacity(self) -> int:
         """Sectors of 512 bytes."""
         return self.size // SECTOR
+
+    @property
+    def errors(self) -> int:
+        """Requests that failed because of the file or the guest's memory."""
+        return self._errors + self.server.errors
 
     def config(self) -> bytes:
         """The configuration space (section 5.2.4)."""
@@ -146,6 +151,9 @@ class BlockDevice(Device):
 
         The header may be split over any descriptors; the last writable byte is the status.
         """
+        served = self.server.process(chain)
+        if served is not None:
+            return served
         readable, writable = chain.readable, chain.writable
         if not writable.total:
             return 0
@@ -158,12 +166,12 @@ class BlockDevice(Device):
         except _Refused as refused:
             return _answer(writable, refused.status, 0)
         except (AccessError, OSError):
-            self.errors += 1
+            self._errors += 1
             return _answer(writable, S_IOERR, 0)
 
     def fail(self, queue: int, chain: Chain) -> int:
         """Report an I/O error in the status byte, if that can be reached."""
-        self.errors += 1
+        self._errors += 1
         if chain.tail is not None:
             chain.tail.write(bytes([S_IOERR]))
         return 0
@@ -173,23 +181,6 @@ class BlockDevice(Device):
         if length % SECTOR or sector > self.capacity or length > self.size - sector * SECTOR:
             raise _Refused(S_IOERR)
         return sector * SECTOR
-
-    def _read(self, sector: int, chain: Chain) -> int:
-        length = chain.writable.total - 1
-        offset = self._span(sector, length)
-        moved = chain.writable.from_file(self._fd, offset, 0, length)
-        if moved < length:
-            raise OSError(errno.EIO, "the image became shorter")
-        return length
-
-    def _write(self, sector: int, chain: Chain) -> int:
-        self._check_writable()
-        length = chain.readable.total - _HEADER.size
-        offset = self._span(sector, length)
-        moved = chain.readable.to_file(self._fd, offset, _HEADER.size, length)
-        if moved < length:
-            raise OSError(errno.EIO, "the image takes no more")
-        return 0
 
     def _flush(self, sector: int, chain: Chain) -> int:
         if not self.read_only:

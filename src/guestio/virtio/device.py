@@ -6,7 +6,7 @@ import enum
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from guestio._core.ring import Chain
+from guestio._core.ring import Chain, Server
 from guestio.errors import DeviceError
 
 VIRTIO_F_INDIRECT_DESC = 28
@@ -51,11 +51,14 @@ class Device(ABC):
         num_queues: How many virtqueues it has.
         features: Feature bits of its own; those of the transport and the rings are added by
             whoever carries the queues.
+        server: Serves the simple requests in the compiled core; :meth:`process` is given the
+            rest. None if all are for :meth:`process`.
     """
 
     device_id: ClassVar[int]
     num_queues: int = 1
     features: int = 0
+    server: Server | None = None
 
     @abstractmethod
     def process(self, queue: int, chain: Chain) -> int:

@@ -1,0 +1,118 @@
+"""Reads and writes of a block device between its file and guest memory (virtio 1.3, 5.2.6).
+
+These are nearly all that a disk is asked for, so they are served where the ring is walked: no
+Python object is made for one. Data moves without a copy in between; the system calls release the
+GIL, with the translation of the memory held by its lease.
+"""
+
+from libc.errno cimport EINTR, errno
+
+from guestio._core.border cimport as_size, u8, u32, u64
+from guestio._core.ring cimport NOT_SERVED, Chain, Server, i64
+from guestio._core.vector cimport IoVector, iovec
+
+cdef extern from "<sys/uio.h>" nogil:
+    Py_ssize_t preadv(int, iovec *, int, long)
+    Py_ssize_t pwritev(int, iovec *, int, long)
+
+cdef extern from "<endian.h>" nogil:
+    u32 le32toh(u32)
+    u64 le64toh(u64)
+
+cdef enum:
+    IOV_BATCH = 1024
+    SECTOR = 512
+    T_IN = 0
+    T_OUT = 1
+    S_OK = 0
+    S_IOERR = 1
+
+
+cdef struct Header:
+    u32 kind
+    u32 priority
+    u64 sector
+
+
+cdef class BlockServer(Server):
+    """Serves VIRTIO_BLK_T_IN and VIRTIO_BLK_T_OUT; leaves all else to the device.
+
+    Args:
+        fd: The image; it stays the caller's and must outlive this object.
+        size: Its bytes, a multiple of 512.
+        writable: Whether writes are served.
+
+    Attributes:
+        errors: Requests that failed because of the file or the memory.
+    """
+
+    cdef int fd
+    cdef u64 size
+    cdef bint writable
+    cdef readonly u64 errors
+
+    def __init__(self, int fd, size, *, bint writable=True):
+        self.fd, self.size, self.writable = fd, as_size(size, "size"), writable
+
+    def process(self, Chain chain not None):
+        """Serve one request; the bytes written, or None if it is not a read or write."""
+        cdef i64 written = self.serve(chain)
+        return None if written == NOT_SERVED else written
+
+    cdef i64 serve(self, Chain chain) except -2:
+        cdef Header header
+        cdef IoVector data = chain.writable
+        cdef u64 start = 0, length, offset
+        cdef u8 status = S_OK
+        cdef bint reading
+        if chain.readable.total < sizeof(Header) or not chain.writable.total:
+            return NOT_SERVED
+        chain.readable.transfer(<u8 *>&header, 0, sizeof(Header), False)
+        header.kind, header.sector = le32toh(header.kind), le64toh(header.sector)
+        if header.kind > T_OUT or chain.readable.vanished(0, sizeof(Header)):
+            return NOT_SERVED
+        reading = header.kind == T_IN
+        length = chain.writable.total - 1
+        if not reading:
+            data, start, length = chain.readable, sizeof(Header), chain.readable.total - sizeof(Header)
+        if length % SECTOR or header.sector > self.size // SECTOR or (
+            length > self.size - header.sector * SECTOR
+        ) or not (reading or self.writable):
+            status = S_IOERR
+        elif self.move(data, start, length, header.sector * SECTOR, reading) != length:
+            status = S_IOERR
+            self.errors += 1
+        start = chain.writable.total - 1
+        chain.writable.transfer(&status, start, 1, True)
+        chain.writable.mark(start, 1)
+        if chain.writable.vanished(0, start + 1):
+            return 0
+        if not start or (reading and status == S_OK):
+            return <i64>(start + 1)
+        return 0
+
+    cdef u64 move(
+        self, IoVector data, u64 start, u64 length, u64 offset, bint to_guest
+    ) except? <u64>-1:
+        """Move a window from or to the file; fewer bytes than asked for is an error of either."""
+        cdef iovec batch[IOV_BATCH]
+        cdef u64 done = 0
+        cdef Py_ssize_t moved
+        cdef int n, error
+        while done < length:
+            n = data.window_batch(start + done, length - done, batch)
+            with nogil:
+                if to_guest:
+                    moved = preadv(self.fd, batch, n, <long>(offset + done))
+                else:
+                    moved = pwritev(self.fd, batch, n, <long>(offset + done))
+                error = errno
+            if moved <= 0:
+                if moved < 0 and error == EINTR:
+                    continue
+                break
+            done += moved
+        if to_guest:
+            # After a failure it is unknown how much of the rest was written.
+            data.mark(start, length)
+        return done
