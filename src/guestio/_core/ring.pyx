@@ -90,9 +90,8 @@ cdef class Chain:
             self.access_fails = []
 
 
-cdef Chain new_chain(SplitRing ring):
+cdef Chain new_chain():
     cdef Chain chain = Chain.__new__(Chain)
-    chain.ring = ring
     chain.readable, chain.writable = IoVector(), IoVector()
     chain.readable.access, chain.writable.access = READ, WRITE
     chain.access_fails = []
@@ -313,8 +312,7 @@ cdef class SplitRing:
                 if not self.areas_ready(misses):
                     return served
             else:
-                chains.append(chain)
-                self.spare = None
+                chains.append(self.hand_out())
         if self.spare is not None:
             self.spare.clear()
         self.check_areas()
@@ -323,11 +321,17 @@ cdef class SplitRing:
     cdef Chain chain_at(self, u16 position):
         """An empty chain for the request at a ring position; the spare one if it is still ours."""
         if self.spare is None:
-            self.spare = new_chain(self)
+            self.spare = new_chain()
         else:
             self.spare.clear()
         self.spare.head = self.load16(self.avail, 4 + 2 * (position % self.size))
         return self.spare
+
+    cdef Chain hand_out(self):
+        """Give the spare chain away; only from now on does it refer to the ring."""
+        cdef Chain chain = self.spare
+        chain.ring, self.spare = self, None
+        return chain
 
     cdef bint served(self, Server server, Chain chain) except -1:
         cdef i64 written = server.serve(chain)
@@ -363,11 +367,11 @@ cdef class SplitRing:
         if not self.areas_ready([]) or not self.waiting():
             return None
         chain = self.chain_at(self.next_avail)
-        self.spare = None
         self.walk(chain, [], True)
         self.check_areas()
         if not self.current():
             return None
+        self.hand_out()
         self.next_avail += 1
         self.outstanding += 1
         return chain
