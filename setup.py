@@ -12,7 +12,6 @@ EXTENSIONS = [
     for name in (
         "access",
         "bitmap",
-        "blockio",
         "border",
         "eviction",
         "intervals",
