@@ -12,6 +12,7 @@ EXTENSIONS = [
     for name in (
         "access",
         "bitmap",
+        "blockio",
         "border",
         "eviction",
         "intervals",
