@@ -1,7 +1,7 @@
 """iommufd: an I/O address space (IOAS) that holds DMA maps for the devices attached to it.
 
-:class:`IoasRules` chooses how a mapping is made and explains refusals; the kernel's calls
-themselves are the methods below it, so that a simulated kernel can stand in.
+What chooses how a mapping is made and explains refusals stands on :class:`IoasCalls`, so that a
+simulated kernel can take the real one's place.
 
 Sources: ``include/uapi/linux/iommufd.h``, ``include/uapi/linux/vfio.h``,
 ``Documentation/userspace-api/iommufd.rst``.
@@ -13,14 +13,13 @@ import ctypes
 import errno
 import fcntl
 import os
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from guestio.addr import IovaRange
 from guestio.dma import _uapi
 from guestio.dma.device import VfioDevice, export_dma_buf, sysfs_directory
 from guestio.dma.target import DmaError, MappingType
-from guestio.dma.vfio import IommuInfo, check_request, explain, open_node
+from guestio.dma.vfio import IommuInfo, check_request, explain, open_node, refused
 from guestio.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -31,40 +30,44 @@ if TYPE_CHECKING:
 _NOT_BY_FILE = {errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV}
 
 
-class IoasRules(ABC):
-    """A DMA target on iommufd's rules."""
+class IoasCalls(Protocol):
+    """The kernel's calls for an I/O address space."""
 
-    @abstractmethod
     def info(self) -> IommuInfo:
         """What the kernel says about the address space now."""
+        ...
 
-    @abstractmethod
     def kernel_map(self, iova: int, size: int, address: int, writable: bool) -> None:
         """``IOMMU_IOAS_MAP`` at a fixed IOVA.
 
         Raises:
             OSError: The kernel refused.
         """
+        ...
 
-    @abstractmethod
     def kernel_map_file(self, iova: int, size: int, fd: int, start: int, writable: bool) -> None:
         """``IOMMU_IOAS_MAP_FILE`` at a fixed IOVA.
 
         Raises:
             OSError: The kernel refused.
         """
+        ...
 
-    @abstractmethod
     def kernel_unmap(self, iova: int, size: int) -> int:
         """``IOMMU_IOAS_UNMAP``; returns how many bytes were unmapped.
 
         Raises:
             OSError: The kernel refused.
         """
+        ...
 
-    @abstractmethod
-    def export(self, fd: int, start: int, size: int) -> int | None:
-        """A dma-buf of a part of a VFIO device's BAR.
+    def kernel_export(self, fd: int, start: int, size: int) -> int | None:
+        """``VFIO_DEVICE_FEATURE_DMA_BUF``: a dma-buf of a part of a BAR.
+
+        Args:
+            fd: A file that may be a VFIO device.
+            start: Where the part begins in that file.
+            size: Bytes.
 
         Returns:
             A descriptor to be closed, or None if ``fd`` is no VFIO device.
@@ -72,87 +75,72 @@ class IoasRules(ABC):
         Raises:
             OSError: The kernel cannot export it.
         """
-
-    def map_dma(self, request: DmaMapRequest) -> None:
-        """Let the devices reach memory.
-
-        Memory with a file is mapped by its descriptor, or by its address where its file does not
-        allow that; a BAR of a VFIO device through a dma-buf.
-
-        Raises:
-            DmaError: It is not possible, or the kernel refused. ``errno`` is the kernel's; checks
-                made before the call use the number it would have used.
-        """
-        place = request.file_offset if request.fd is not None else request.host_address
-        if place is None:
-            raise _refused(request, "the memory has neither a file nor a host address")
-        check_request(request, self.info(), place)
-        try:
-            if request.fd is None:
-                self._map_address(request)
-            elif request.kind is not MappingType.DEVICE or not self._map_bar(request):
-                self._map_file(request)
-        except OSError as error:
-            raise explain(request, error) from error
-
-    def unmap_dma(self, start: int, size: int) -> None:
-        """Take a mapping away.
-
-        Raises:
-            DmaError: Nothing is mapped there, or a mapping would be cut (both ``ENOENT``).
-        """
-        try:
-            self.kernel_unmap(start, size)
-        except OSError as error:
-            reason = error.strerror
-            if error.errno == errno.ENOENT:
-                reason = "nothing is mapped there, or a mapping would be cut in two"
-            raise DmaError("unmap", start, size, str(reason), errno=error.errno) from error
-
-    def _map_address(self, request: DmaMapRequest) -> None:
-        if request.host_address is None:
-            raise _refused(request, "the memory has no host address", errno.EFAULT)
-        self.kernel_map(request.start, request.size, request.host_address, request.writable)
-
-    def _map_file(self, request: DmaMapRequest) -> None:
-        assert request.fd is not None
-        # The kernel does not look at how the file was opened.
-        mode = fcntl.fcntl(request.fd, fcntl.F_GETFL) & os.O_ACCMODE
-        if request.writable and mode == os.O_RDONLY:
-            reason = "devices are to write, but the file is open for reading only"
-            raise _refused(request, reason, errno.EACCES)
-        try:
-            self.kernel_map_file(
-                request.start, request.size, request.fd, request.file_offset, request.writable
-            )
-        except OSError as error:
-            if error.errno not in _NOT_BY_FILE or request.host_address is None:
-                raise
-            self._map_address(request)
-
-    def _map_bar(self, request: DmaMapRequest) -> bool:
-        """Map a BAR; False if the file is not a VFIO device's."""
-        assert request.fd is not None
-        try:
-            fd = self.export(request.fd, request.file_offset, request.size)
-        except OSError as error:
-            reason = (
-                f"the kernel exports no dma-buf of this BAR ({error.strerror}); that needs Linux "
-                "6.19 with CONFIG_VFIO_PCI_DMABUF, a device that can do peer-to-peer, and its "
-                "memory space enabled"
-            )
-            raise _refused(request, reason, error.errno) from error
-        if fd is None:
-            return False
-        try:
-            self.kernel_map_file(request.start, request.size, fd, 0, request.writable)
-        finally:
-            # The mapping holds the dma-buf by itself.
-            os.close(fd)
-        return True
+        ...
 
 
-class IommufdTarget(IoasRules):
+def map_ioas(calls: IoasCalls, request: DmaMapRequest) -> None:
+    """Map memory in an I/O address space; see :meth:`IommufdTarget.map_dma`."""
+    place = request.file_offset if request.fd is not None else request.host_address
+    if place is None:
+        raise refused(request, "the memory has neither a file nor a host address")
+    check_request(request, calls.info(), place)
+    try:
+        if request.fd is None:
+            calls.kernel_map(request.start, request.size, place, request.writable)
+        elif request.kind is not MappingType.DEVICE or not _map_bar(calls, request, request.fd):
+            _map_file(calls, request, request.fd)
+    except OSError as error:
+        raise explain(request, error) from error
+
+
+def unmap_ioas(calls: IoasCalls, start: int, size: int) -> None:
+    """Unmap a range of an I/O address space; see :meth:`IommufdTarget.unmap_dma`."""
+    try:
+        calls.kernel_unmap(start, size)
+    except OSError as error:
+        reason = error.strerror
+        if error.errno == errno.ENOENT:
+            reason = "nothing is mapped there, or a mapping would be cut in two"
+        raise DmaError("unmap", start, size, str(reason), errno=error.errno) from error
+
+
+def _map_file(calls: IoasCalls, request: DmaMapRequest, fd: int) -> None:
+    # The kernel does not look at how the file was opened.
+    if request.writable and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        reason = "devices are to write, but the file is open for reading only"
+        raise refused(request, reason, errno.EACCES)
+    try:
+        calls.kernel_map_file(
+            request.start, request.size, fd, request.file_offset, request.writable
+        )
+    except OSError as error:
+        if error.errno not in _NOT_BY_FILE or request.host_address is None:
+            raise
+        calls.kernel_map(request.start, request.size, request.host_address, request.writable)
+
+
+def _map_bar(calls: IoasCalls, request: DmaMapRequest, device: int) -> bool:
+    """Map a BAR; False if the file is not a VFIO device's."""
+    try:
+        fd = calls.kernel_export(device, request.file_offset, request.size)
+    except OSError as error:
+        reason = (
+            f"the kernel exports no dma-buf of this BAR ({error.strerror}); that needs Linux "
+            "6.19 with CONFIG_VFIO_PCI_DMABUF, a device that can do peer-to-peer, and its "
+            "memory space enabled"
+        )
+        raise refused(request, reason, error.errno) from error
+    if fd is None:
+        return False
+    try:
+        calls.kernel_map_file(request.start, request.size, fd, 0, request.writable)
+    finally:
+        # The mapping holds the dma-buf by itself.
+        os.close(fd)
+    return True
+
+
+class IommufdTarget:
     """An I/O address space of its own iommufd, and the devices attached to it.
 
     A context manager that closes it. Calls of one target from one thread at a time.
@@ -210,6 +198,26 @@ class IommufdTarget(IoasRules):
             raise DeviceError(f"{address} cannot join the address space: {hint}") from error
         return VfioDevice(fd, address)
 
+    def map_dma(self, request: DmaMapRequest) -> None:
+        """Let the devices reach memory.
+
+        Memory with a file is mapped by its descriptor, or by its address where its file does not
+        allow that; a BAR of a VFIO device through a dma-buf.
+
+        Raises:
+            DmaError: It is not possible, or the kernel refused. ``errno`` is the kernel's; checks
+                made before the call use the number it would have used.
+        """
+        map_ioas(self, request)
+
+    def unmap_dma(self, start: int, size: int) -> None:
+        """Take a mapping away.
+
+        Raises:
+            DmaError: Nothing is mapped there, or a mapping would be cut (both ``ENOENT``).
+        """
+        unmap_ioas(self, start, size)
+
     def info(self) -> IommuInfo:
         """Alignment and valid addresses; both depend on the devices that are attached."""
         call = _uapi.IommuIoasIovaRanges(ioas_id=self._ioas)
@@ -230,28 +238,28 @@ class IommufdTarget(IoasRules):
             return IommuInfo(call.out_iova_alignment, ranges, None)
 
     def kernel_map(self, iova: int, size: int, address: int, writable: bool) -> None:
-        """``IOMMU_IOAS_MAP``; see :meth:`IoasRules.kernel_map`."""
+        """``IOMMU_IOAS_MAP``; see :meth:`IoasCalls.kernel_map`."""
         call = _uapi.IommuIoasMap(
             flags=_flags(writable), ioas_id=self._ioas, user_va=address, length=size, iova=iova
         )
         _uapi.ioctl(self.fileno(), _uapi.IOMMU_IOAS_MAP, call)
 
     def kernel_map_file(self, iova: int, size: int, fd: int, start: int, writable: bool) -> None:
-        """``IOMMU_IOAS_MAP_FILE``; see :meth:`IoasRules.kernel_map_file`."""
+        """``IOMMU_IOAS_MAP_FILE``; see :meth:`IoasCalls.kernel_map_file`."""
         call = _uapi.IommuIoasMapFile(
             flags=_flags(writable), ioas_id=self._ioas, fd=fd, start=start, length=size, iova=iova
         )
         _uapi.ioctl(self.fileno(), _uapi.IOMMU_IOAS_MAP_FILE, call)
 
     def kernel_unmap(self, iova: int, size: int) -> int:
-        """``IOMMU_IOAS_UNMAP``; see :meth:`IoasRules.kernel_unmap`."""
+        """``IOMMU_IOAS_UNMAP``; see :meth:`IoasCalls.kernel_unmap`."""
         call = _uapi.IommuIoasUnmap(ioas_id=self._ioas, iova=iova, length=size)
         _uapi.ioctl(self.fileno(), _uapi.IOMMU_IOAS_UNMAP, call)
         unmapped: int = call.length
         return unmapped
 
-    def export(self, fd: int, start: int, size: int) -> int | None:
-        """``VFIO_DEVICE_FEATURE_DMA_BUF``; see :meth:`IoasRules.export`."""
+    def kernel_export(self, fd: int, start: int, size: int) -> int | None:
+        """``VFIO_DEVICE_FEATURE_DMA_BUF``; see :meth:`IoasCalls.kernel_export`."""
         for index in range(_uapi.VFIO_PCI_NUM_BARS):
             info = _uapi.VfioRegionInfo(index=index)
             try:
@@ -300,7 +308,3 @@ class IommufdTarget(IoasRules):
 def _flags(writable: bool) -> int:
     flags = _uapi.IOMMU_IOAS_MAP_FIXED_IOVA | _uapi.IOMMU_IOAS_MAP_READABLE
     return flags | _uapi.IOMMU_IOAS_MAP_WRITEABLE if writable else flags
-
-
-def _refused(request: DmaMapRequest, reason: str, number: int | None = None) -> DmaError:
-    return DmaError("map", request.start, request.size, reason, errno=number)

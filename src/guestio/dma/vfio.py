@@ -1,7 +1,7 @@
 """VFIO's type1 IOMMU: a container that holds DMA maps for the devices of its groups.
 
-:class:`Type1Rules` turns the kernel's answers into errors that say what to do; the kernel's calls
-themselves are two methods below it, so that a simulated kernel can stand in.
+What turns the kernel's answers into errors that say what to do stands on :class:`Type1Calls`, so
+that a simulated kernel can take the real one's place.
 
 Sources: ``include/uapi/linux/vfio.h``, ``drivers/vfio/vfio_iommu_type1.c``,
 ``Documentation/driver-api/vfio.rst``.
@@ -14,9 +14,8 @@ import errno
 import fcntl
 import os
 import resource
-from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from guestio.addr import IovaRange
 from guestio.dma import _uapi
@@ -42,70 +41,60 @@ class IommuInfo(NamedTuple):
     available: int | None
 
 
-class Type1Rules(ABC):
-    """A DMA target on the kernel's type1v2 rules."""
+class Type1Calls(Protocol):
+    """The kernel's calls for a container."""
 
-    @abstractmethod
     def info(self) -> IommuInfo:
         """What the kernel says about the address space now."""
+        ...
 
-    @abstractmethod
     def kernel_map(self, iova: int, size: int, address: int, writable: bool) -> None:
         """``VFIO_IOMMU_MAP_DMA``.
 
         Raises:
             OSError: The kernel refused.
         """
+        ...
 
-    @abstractmethod
     def kernel_unmap(self, iova: int, size: int) -> int:
         """``VFIO_IOMMU_UNMAP_DMA``; returns how many bytes were unmapped.
 
         Raises:
             OSError: The kernel refused.
         """
-
-    def map_dma(self, request: DmaMapRequest) -> None:
-        """Let the devices reach memory of this process; it is pinned until it is unmapped.
-
-        Raises:
-            DmaError: There is no address, it is not possible, or the kernel refused. ``errno`` is
-                the kernel's; checks made before the call use the number it would have used.
-        """
-        if request.host_address is None:
-            raise _refused(request, "type1 needs the memory's host address, and there is none")
-        info = self.info()
-        check_request(request, info, request.host_address)
-        if info.available == 0:
-            raise _refused(
-                request,
-                "the container is full; raise /sys/module/vfio_iommu_type1/parameters/"
-                "dma_entry_limit before opening it, or map larger ranges",
-                errno.ENOSPC,
-            )
-        try:
-            self.kernel_map(request.start, request.size, request.host_address, request.writable)
-        except OSError as error:
-            raise explain(request, error) from error
-
-    def unmap_dma(self, start: int, size: int) -> None:
-        """Take a mapping away.
-
-        Success means that nothing is mapped in the range any more; type1 is content if nothing was.
-
-        Raises:
-            DmaError: The range is not aligned, or would cut a mapping; nothing was unmapped.
-        """
-        try:
-            self.kernel_unmap(start, size)
-        except OSError as error:
-            reason = error.strerror
-            if error.errno == errno.EINVAL:
-                reason = "the range is not aligned to pages, or it would cut a mapping in two"
-            raise DmaError("unmap", start, size, str(reason), errno=error.errno) from error
+        ...
 
 
-class VfioType1Target(Type1Rules):
+def map_type1(calls: Type1Calls, request: DmaMapRequest) -> None:
+    """Map memory of this process in a container; see :meth:`VfioType1Target.map_dma`."""
+    if request.host_address is None:
+        raise refused(request, "type1 needs the memory's host address, and there is none")
+    info = calls.info()
+    check_request(request, info, request.host_address)
+    if info.available == 0:
+        reason = (
+            "the container is full; raise /sys/module/vfio_iommu_type1/parameters/"
+            "dma_entry_limit before opening it, or map larger ranges"
+        )
+        raise refused(request, reason, errno.ENOSPC)
+    try:
+        calls.kernel_map(request.start, request.size, request.host_address, request.writable)
+    except OSError as error:
+        raise explain(request, error) from error
+
+
+def unmap_type1(calls: Type1Calls, start: int, size: int) -> None:
+    """Unmap a range of a container; see :meth:`VfioType1Target.unmap_dma`."""
+    try:
+        calls.kernel_unmap(start, size)
+    except OSError as error:
+        reason = error.strerror
+        if error.errno == errno.EINVAL:
+            reason = "the range is not aligned to pages, or it would cut a mapping in two"
+        raise DmaError("unmap", start, size, str(reason), errno=error.errno) from error
+
+
+class VfioType1Target:
     """A VFIO container with the type1v2 IOMMU, and the devices in it.
 
     Open a device first: without one there is no IOMMU to map in. A context manager that closes
@@ -153,6 +142,25 @@ class VfioType1Target(Type1Rules):
             raise DeviceError(f"cannot open {address}: {error.strerror}") from error
         return VfioDevice(fd, address)
 
+    def map_dma(self, request: DmaMapRequest) -> None:
+        """Let the devices reach memory of this process; it is pinned until it is unmapped.
+
+        Raises:
+            DmaError: There is no address, it is not possible, or the kernel refused. ``errno`` is
+                the kernel's; checks made before the call use the number it would have used.
+        """
+        map_type1(self, request)
+
+    def unmap_dma(self, start: int, size: int) -> None:
+        """Take a mapping away.
+
+        Success means that nothing is mapped in the range any more; type1 is content if nothing was.
+
+        Raises:
+            DmaError: The range is not aligned, or would cut a mapping; nothing was unmapped.
+        """
+        unmap_type1(self, start, size)
+
     def info(self) -> IommuInfo:
         """Page size, valid addresses and free entries, as the kernel has them now.
 
@@ -181,7 +189,7 @@ class VfioType1Target(Type1Rules):
         return IommuInfo(page_size, ranges, available)
 
     def kernel_map(self, iova: int, size: int, address: int, writable: bool) -> None:
-        """``VFIO_IOMMU_MAP_DMA``; see :meth:`Type1Rules.kernel_map`."""
+        """``VFIO_IOMMU_MAP_DMA``; see :meth:`Type1Calls.kernel_map`."""
         self._check_ready()
         flags = _uapi.VFIO_DMA_MAP_FLAG_READ
         if writable:
@@ -190,7 +198,7 @@ class VfioType1Target(Type1Rules):
         _uapi.ioctl(self._fd, _uapi.VFIO_IOMMU_MAP_DMA, call)
 
     def kernel_unmap(self, iova: int, size: int) -> int:
-        """``VFIO_IOMMU_UNMAP_DMA``; see :meth:`Type1Rules.kernel_unmap`."""
+        """``VFIO_IOMMU_UNMAP_DMA``; see :meth:`Type1Calls.kernel_unmap`."""
         self._check_ready()
         call = _uapi.VfioIommuType1DmaUnmap(iova=iova, size=size)
         _uapi.ioctl(self._fd, _uapi.VFIO_IOMMU_UNMAP_DMA, call)
@@ -307,12 +315,12 @@ def check_request(request: DmaMapRequest, info: IommuInfo, place: int) -> None:
     number = errno.EINVAL
     if (request.start | request.size | place) % info.page_size:
         reason = f"IOVA, size and memory ({place:#x}) must be multiples of {info.page_size:#x}"
-        raise _refused(request, reason, number)
+        raise refused(request, reason, number)
     if info.ranges and not any(
         r.base <= request.start and request.end <= r.base + r.length for r in info.ranges
     ):
         valid = ", ".join(f"[{r.base:#x}, {r.base + r.length:#x})" for r in info.ranges)
-        raise _refused(request, f"the IOMMU can map only {valid}", number)
+        raise refused(request, f"the IOMMU can map only {valid}", number)
 
 
 def explain(request: DmaMapRequest, error: OSError) -> DmaError:
@@ -331,7 +339,7 @@ def explain(request: DmaMapRequest, error: OSError) -> DmaError:
             reason = _locked_memory_advice(request.size)
         case errno.EINVAL:
             reason = "the kernel finds the range or the memory unfit"
-    return _refused(request, reason, error.errno)
+    return refused(request, reason, error.errno)
 
 
 def _locked_memory_advice(size: int) -> str:
@@ -347,5 +355,6 @@ def _locked_memory_advice(size: int) -> str:
     )
 
 
-def _refused(request: DmaMapRequest, reason: str, number: int | None = None) -> DmaError:
+def refused(request: DmaMapRequest, reason: str, number: int | None = None) -> DmaError:
+    """The error for a mapping that cannot be made."""
     return DmaError("map", request.start, request.size, reason, errno=number)
