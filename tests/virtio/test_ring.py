@@ -9,10 +9,10 @@ import random
 from itertools import pairwise
 
 import pytest
-from tests.virtio.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Tables, linked, physical
 
 from guestio._core.ring import Chain, SplitRing
 from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
+from tests.virtio.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Tables, linked, physical
 
 A, B, C = 0x10000, 0x11000, 0x12000
 
@@ -139,7 +139,7 @@ class TestIndirect:
     def test_the_write_flag_of_a_table_means_nothing(self) -> None:
         # "The device MUST ignore the write-only flag ... in the descriptor that refers to an
         # indirect table" (section 2.7.5.3.2).
-        memory, rig = physical(indirect=True)
+        _, rig = physical(indirect=True)
         rig.put_table(0, B, [Desc(A, 4)])
         rig.put(0, Desc(B, 16, INDIRECT | WRITE))
         rig.offer(0)

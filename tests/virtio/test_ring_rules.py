@@ -10,12 +10,12 @@ import struct
 from collections.abc import Callable
 
 import pytest
-from tests.virtio.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Rig, Tables, linked, physical
 
 from guestio._core.ring import Chain, SplitRing
 from guestio.addr import IovaRange
 from guestio.errors import MemoryVanishedError, QueueError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
+from tests.virtio.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Rig, Tables, linked, physical
 
 A, B, C = 0x10000, 0x11000, 0x12000
 TOP = 2**64
