@@ -16,6 +16,7 @@ EXTENSIONS = [
         "border",
         "eviction",
         "intervals",
+        "iotlbwire",
         "leases",
         "mapping",
         "ring",

@@ -193,6 +193,32 @@ class Channel:
                     return None
         return message
 
+    def peek(self) -> bytes:
+        """Return what has arrived of messages that :meth:`recv` has not begun, without taking it.
+
+        Nothing if there is nothing, and nothing if the channel is of no more use: `recv` tells.
+        """
+        if self._failure is not None or self._header is not None or self._fds:
+            return b""
+        try:
+            if not self._with_fds:
+                if self._start == len(self._buffer):
+                    self._fill()
+                return self._buffer[self._start :]
+            if self._start != len(self._buffer):
+                return b""
+            # Without room for them, fds of a message that is only looked at stay with it.
+            return self._socket.recv(_READ_AHEAD, _RECV_FLAGS | socket.MSG_PEEK)
+        except (OSError, GuestioError):
+            return b""
+
+    def skip(self, size: int) -> None:
+        """Take bytes that :meth:`peek` returned: whole messages without fds."""
+        if self._with_fds:
+            self._socket.recv(size, _RECV_FLAGS)
+        else:
+            self._start += size
+
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send a whole message, its fds with the first byte.
 

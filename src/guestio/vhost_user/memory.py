@@ -6,6 +6,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from guestio._core.access import RegionTable
+from guestio._core.intervals import IntervalMap
+from guestio.addr import Permissions
 from guestio.errors import InvalidAddressError
 from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user.messages import MemoryRegion
@@ -35,6 +37,18 @@ class SharedMemory:
         self.memory = (
             GuestRegionCollection.from_regions(placed) if placed else GuestRegionCollection()
         )
+
+    def users(self) -> IntervalMap:
+        """Where each of the front-end's own addresses is in guest memory; a new map."""
+        found = IntervalMap()
+        for description, _ in self._regions:
+            found.add(
+                description.user_addr,
+                description.size,
+                description.guest_addr,
+                Permissions.READ_WRITE,
+            )
+        return found
 
     @property
     def table(self) -> RegionTable:

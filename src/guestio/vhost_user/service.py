@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from guestio._core.access import AddressSpace
+from guestio._core.iotlbwire import IotlbUpdater, MissTable, Question, pages
 from guestio._core.ring import Chain, SplitRing
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import DeviceError, GuestioError, ProtocolError
@@ -35,7 +36,6 @@ from guestio.vhost_user.messages import (
     decode_ack,
     encode_iotlb,
 )
-from guestio.vhost_user.misses import PAGE, MissTable, Question, pages
 from guestio.vhost_user.poller import Poller
 from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES, Session
 from guestio.virtio.device import (
@@ -161,6 +161,7 @@ class Service:
         self._shared = SharedMemory(track_dirty=track_dirty)
         self._iotlb = Iotlb(MAX_TRANSLATIONS)
         self._misses = MissTable(miss_timeout)
+        self._updater = IotlbUpdater(self._iotlb, self._shared.users(), self._misses)
         self._space = AddressSpace(self._shared.table)
         self._queues = [_Queue(index) for index in range(device.num_queues)]
         self._ready: deque[_Queue] = deque()
@@ -185,6 +186,8 @@ class Service:
             return
         try:
             for _ in range(TURN):
+                if self.translating and self._receive_iotlb():
+                    continue
                 message = self._channel.recv()
                 if message is None:
                     return
@@ -198,6 +201,20 @@ class Service:
             self._stats.protocol_errors += 1
             log.error("front-end disconnected: %s", error)  # noqa: TRY400 - the peer's fault
             self.close()
+
+    def _receive_iotlb(self) -> bool:
+        """Apply a run of plain IOTLB messages; False if none has arrived."""
+        before = self._updater.updates, self._updater.invalidations
+        taken, replies, ready = self._updater.apply(self._channel.peek())
+        if not taken:
+            return False
+        self._stats.iotlb_updates += self._updater.updates - before[0]
+        self._stats.iotlb_invalidations += self._updater.invalidations - before[1]
+        self._channel.skip(taken)
+        # A driver may use what is acknowledged as free, so that comes before anything else.
+        self._channel.send(replies)
+        self._wake_all(ready)
+        return True
 
     def close(self) -> None:
         """Give everything back. Calling it again does nothing."""
@@ -276,6 +293,7 @@ class Service:
     def _change_memory(self, shared: SharedMemory) -> None:
         """Use other memory; rings and translations are looked up again."""
         self._shared = shared
+        self._updater.users = shared.users()
         self._iotlb.invalidate_all()
         self._space = AddressSpace(shared.table, self._iotlb if self.translating else None)
         for queue in self._queues:
@@ -407,7 +425,7 @@ class Service:
             at += length
         self._wake_all(self._misses.answered(iova, size))
 
-    def _wake_all(self, indices: set[int]) -> None:
+    def _wake_all(self, indices: list[int]) -> None:
         for index in indices:
             self._wake(self._queues[index])
 
@@ -522,20 +540,18 @@ class Service:
 
     def _park(self, queue: _Queue, ring: SplitRing, missing: Missing) -> None:
         """Ask for what a queue lacks; a request that lacks what was refused fails instead."""
-        wanted = missing
-        if queue.refused:
-            if self._give_up(queue, ring):
-                return
-            wanted = [
-                (IovaRange(iova, PAGE), access)
-                for iova, access in pages(missing)
-                if (iova, access) not in queue.refused
-            ]
-        messages = self._misses.ask(
-            queue.index, wanted, time.monotonic(), acknowledged=self._acknowledged
+        if queue.refused and self._give_up(queue, ring):
+            return
+        before = self._misses.asked
+        questions = self._misses.ask(
+            queue.index,
+            missing,
+            time.monotonic(),
+            acknowledged=self._acknowledged,
+            skip=queue.refused,
         )
-        self._stats.iotlb_misses += len(messages)
-        self._send_back(messages)
+        self._stats.iotlb_misses += self._misses.asked - before
+        self._send_back(questions)
         self._arm()
 
     def _give_up(self, queue: _Queue, ring: SplitRing) -> bool:
@@ -559,12 +575,17 @@ class Service:
         return True
 
     def _report_access_fails(self, chain: Chain) -> None:
-        messages = [
-            IotlbMessage.access_fail(base, length, access)
-            for (base, length), access in chain.access_fails
-        ]
-        self._stats.access_fails += len(messages)
-        self._send_back(messages, need_reply=False)
+        self._stats.access_fails += len(chain.access_fails)
+        self._send_back(
+            b"".join(
+                encode_iotlb(
+                    BackendRequest.IOTLB_MSG,
+                    IotlbMessage.access_fail(base, length, access),
+                    need_reply=False,
+                )
+                for (base, length), access in chain.access_fails
+            )
+        )
 
     def _arm(self) -> None:
         deadline = self._misses.deadline()
@@ -608,31 +629,34 @@ class Service:
         """Take the acknowledgements of misses."""
         try:
             while self._back is not None:
-                message = self._back.recv()
-                if message is None:
-                    break
-                with message:
-                    value = decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
-                refused, waiters = self._misses.replied(value != 0)
-                if refused is not None:
-                    self._refuse(refused)
-                self._wake_all(waiters)
+                data = self._back.peek()
+                taken = self._acknowledge(data)
+                self._back.skip(taken)
+                if not taken:
+                    # Incomplete, the end of the stream, or what no front-end may send.
+                    message = self._back.recv()
+                    if message is None:
+                        break
+                    with message:
+                        decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
+                        self._acknowledge(message.header.encode() + message.payload)
         except GuestioError as error:
             self._lose_back_channel(error)
         self._arm()
 
-    def _send_back(self, messages: list[IotlbMessage], *, need_reply: bool = True) -> None:
+    def _acknowledge(self, data: bytes) -> int:
+        taken, refused, ready = self._misses.acknowledge(data)
+        for question in refused:
+            self._refuse(question)
+        self._wake_all(ready)
+        return taken
+
+    def _send_back(self, messages: bytes) -> None:
+        """Send messages, all at once: a socket's buffer holds few small ones but one large one."""
         if self._back is None or not messages:
             return
-        need_reply = need_reply and self._acknowledged
         try:
-            # All at once: the socket's buffer holds few small messages but all of a large one.
-            self._back.send(
-                b"".join(
-                    encode_iotlb(BackendRequest.IOTLB_MSG, message, need_reply=need_reply)
-                    for message in messages
-                )
-            )
+            self._back.send(messages)
         except GuestioError as error:
             self._lose_back_channel(error)
 
