@@ -62,9 +62,23 @@ def cli() -> None:
     show_default=True,
     help="Whether the device may sit behind an IOMMU.",
 )
+@click.option(
+    "--poll-us",
+    type=click.IntRange(0, 1_000_000),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Microseconds to look out for the next request before sleeping.",
+)
 @click.option("--serial", metavar="TEXT", help="Serial number, up to 20 ASCII characters.")
 def blk(
-    image: str, path: str, read_only: bool, num_queues: int, iommu: str, serial: str | None
+    image: str,
+    path: str,
+    read_only: bool,
+    num_queues: int,
+    iommu: str,
+    poll_us: int,
+    serial: str | None,
 ) -> None:
     """Serve an image; the help text is ``BLK_HELP``."""
     _log_to_stderr()
@@ -73,7 +87,7 @@ def blk(
             device = BlockDevice(image, read_only=read_only, num_queues=num_queues, serial=serial)
             stack.callback(device.close)
             backend = stack.enter_context(
-                Backend(device, path, iommu="off" if iommu == "off" else "auto")
+                Backend(device, path, iommu="off" if iommu == "off" else "auto", poll_us=poll_us)
             )
             _run_until_signalled(backend)
     except (GuestioError, ValueError) as error:

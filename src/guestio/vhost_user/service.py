@@ -61,6 +61,9 @@ TURN = 64
 POLL_INTERVAL = 0.001
 """Seconds between looks at a ring whose front-end gave no kick fd."""
 
+SPIN_US = 20
+"""Microseconds that a queue is watched before everybody else has a turn."""
+
 _ONE = struct.pack("=Q", 1)
 
 Missing: TypeAlias = list[tuple[IovaRange, int]]
@@ -118,6 +121,7 @@ class _Queue:
     started: bool = False
     polled: bool = False
     broken: bool = False
+    watch_until: float = 0.0
     kick: int | None = None
     call: int | None = None
     err: int | None = None
@@ -136,6 +140,7 @@ class Service:
         offer_iommu: Whether the device may sit behind an IOMMU.
         miss_timeout: Seconds a front-end may take to answer an IOTLB miss.
         track_dirty: Whether to mark the pages that the device writes.
+        poll_us: Microseconds to look out for a request before sleeping.
 
     Attributes:
         closed: Whether the front-end is gone and everything of it released.
@@ -151,7 +156,9 @@ class Service:
         offer_iommu: bool,
         miss_timeout: float,
         track_dirty: bool,
+        poll_us: int,
     ) -> None:
+        self._poll_seconds = poll_us / 1e6
         self.closed = False
         self._channel = channel
         self._device = device
@@ -506,11 +513,23 @@ class Service:
             self._park(queue, ring, missing)
             return
         queue.refused.clear()
-        if served == TURN or ring.enable_kicks():
+        if served == TURN or self._watches(queue, ring, served) or ring.enable_kicks():
             self._wake(queue)
         elif queue.polled:
             due = time.monotonic() + POLL_INTERVAL
             self._poller.set_timer(queue, due, lambda: self._run(queue))
+
+    def _watches(self, queue: _Queue, ring: SplitRing, served: int) -> bool:
+        """Look out for the next request for a while before asking to be woken for it."""
+        if not self._poll_seconds:
+            return False
+        now = time.monotonic()
+        if served:
+            queue.watch_until = now + self._poll_seconds
+        if now >= queue.watch_until:
+            return False
+        ring.spin(SPIN_US)
+        return True
 
     def _process(self, queue: _Queue, chain: Chain) -> int:
         self._stats.requests += 1
