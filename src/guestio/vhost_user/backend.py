@@ -90,6 +90,7 @@ class Backend:
                 if connections is not None and not self._stopping.is_set():
                     connections -= 1
         finally:
+            self._poller.remove(self._listener.fileno())
             if self._service is not None:
                 self._service.close()
 
@@ -99,8 +100,12 @@ class Backend:
         self._poller.add(self._listener.fileno(), self._accept)
         while not self._stopping.is_set():
             self._poller.run_once()
-            if self._service is not None and self._service.closed:
+            if self._is_done():
                 return
+
+    def _is_done(self) -> bool:
+        """Whether there was a front-end and it has gone."""
+        return self._service is not None and self._service.closed
 
     def _accept(self) -> None:
         try:
