@@ -35,8 +35,9 @@ _READ_AHEAD: Final = 16384
 _FD_SIZE: Final = array.array("i").itemsize
 _FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * _FD_SIZE)
 # Non-blocking per call: the peer may share the file description and could clear O_NONBLOCK.
-_RECV_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-_SEND_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_RECV_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_PEEK_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_PEEK)
+_SEND_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _SCM_PIDFD: Final = 4  # linux/socket.h; a socket option of the peer's can make the kernel add one
 _GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 
@@ -208,7 +209,7 @@ class Channel:
             if self._start != len(self._buffer):
                 return b""
             # Without room for them, fds of a message that is only looked at stay with it.
-            return self._socket.recv(_READ_AHEAD, _RECV_FLAGS | socket.MSG_PEEK)
+            return self._socket.recv(_READ_AHEAD, _PEEK_FLAGS)
         except (OSError, GuestioError):
             return b""
 

@@ -194,7 +194,7 @@ class Service:
         try:
             for _ in range(TURN):
                 if self.translating and self._receive_iotlb():
-                    continue
+                    return
                 message = self._channel.recv()
                 if message is None:
                     return
@@ -647,23 +647,23 @@ class Service:
     def _receive_back(self) -> None:
         """Take the acknowledgements of misses."""
         try:
-            while self._back is not None:
-                data = self._back.peek()
-                taken = self._acknowledge(data)
-                self._back.skip(taken)
-                if not taken:
-                    # Incomplete, the end of the stream, or what no front-end may send.
-                    message = self._back.recv()
-                    if message is None:
-                        break
+            if self._back is not None and not self._acknowledge(self._back):
+                # Incomplete, the end of the stream, or what no front-end may send.
+                while (message := self._back.recv()) is not None:
                     with message:
                         decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
-                        self._acknowledge(message.header.encode() + message.payload)
+                        self._settle(message.header.encode() + message.payload)
         except GuestioError as error:
             self._lose_back_channel(error)
         self._arm()
 
-    def _acknowledge(self, data: bytes) -> int:
+    def _acknowledge(self, channel: Channel) -> bool:
+        """Take a run of acknowledgements; False if none has arrived."""
+        taken = self._settle(channel.peek())
+        channel.skip(taken)
+        return taken > 0
+
+    def _settle(self, data: bytes) -> int:
         taken, refused, ready = self._misses.acknowledge(data)
         for question in refused:
             self._refuse(question)
