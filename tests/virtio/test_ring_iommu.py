@@ -11,7 +11,7 @@ import pytest
 from guestio._core.ring import SplitRing
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import QueueError
-from tests.virtio.rings import NEXT, PAGE, WRITE, Desc, Rig, Tables, linked
+from tests.virtio.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Rig, Tables, linked
 
 READ_ONLY, WRITE_ONLY, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 DESC, AVAIL, USED, BUF, TABLE = 0x1000, 0x2000, 0x3000, 0x100000, 0x200000
@@ -155,6 +155,55 @@ class TestMisses:
         assert chain.writable.total == 5000
         chain.writable.write(b"end", 4997)
         assert tables.read(2**64 - 3, 3) == b"end"
+
+
+class TestBrokenRingsHoldNothing:
+    """What was looked at before a rule was found broken would hold off revocations for ever."""
+
+    @pytest.mark.parametrize("faulty", [False, True])
+    def test_buffers(self, tables: Tables, rig: Rig, faulty: bool) -> None:
+        rig.put_chain(0, Desc(BUF, 8), Desc(BUF, 0, WRITE))
+        tables.tell(BUF, 1)
+        rig.offer(0)
+        with pytest.raises(QueueError, match="0 bytes"):
+            rig.ring.pop_faulty() if faulty else rig.ring.pop()
+        assert len(tables.iotlb.leases) == 0
+        tables.iotlb.invalidate_all()
+
+    @pytest.mark.parametrize("faulty", [False, True])
+    def test_an_indirect_table(self, tables: Tables, rig: Rig, faulty: bool) -> None:
+        rig.offer(rig.put_table(0, TABLE, linked(Desc(BUF, 8), Desc(BUF, 0))))
+        tables.tell(BUF, 1)
+        tables.tell(TABLE, 1)
+        with pytest.raises(QueueError, match="0 bytes"):
+            rig.ring.pop_faulty() if faulty else rig.ring.pop()
+        assert len(tables.iotlb.leases) == 0
+
+    def test_requests_that_were_taken_before(self, tables: Tables, rig: Rig) -> None:
+        rig.put(0, Desc(BUF, 8))
+        rig.put(1, Desc(BUF, 0))
+        tables.tell(BUF, 1)
+        rig.offer(0, 1)
+        with pytest.raises(QueueError, match="0 bytes"):
+            rig.ring.pop()
+        assert len(tables.iotlb.leases) == 0
+
+    def test_areas_of_the_ring(self) -> None:
+        tables = Tables()
+        rig = tables.rig()
+        tables.iotlb.set_mapping(DESC, 0x10000000, PAGE, RW)
+        with pytest.raises(QueueError, match="no usable memory behind the ring"):
+            rig.ring.pop()
+        assert len(tables.iotlb.leases) == 0
+
+    def test_a_request_in_memory_that_is_not_there(self, tables: Tables, rig: Rig) -> None:
+        tables.iotlb.set_mapping(TABLE, 0x10000000, PAGE, RW)
+        rig.put(0, Desc(TABLE, 16, INDIRECT))
+        rig.offer(0)
+        chain = rig.pop_one()
+        assert chain.fault is not None
+        rig.finish(chain)
+        assert len(tables.iotlb.leases) == 0
 
 
 class TestFaulty:

@@ -83,6 +83,7 @@ cdef class SplitRing:
     cdef int take(self, int limit, Server server, list chains, list misses) except -1
     cdef Chain chain_at(self, u16 position)
     cdef Chain hand_out(self)
+    cdef void keep_nothing(self) noexcept
     cdef bint served(self, Server server, Chain chain) except -1
     cdef int note_missing(self, Chain chain, list misses, int access) except -1
     cdef void finish(self, int head, u64 written) noexcept

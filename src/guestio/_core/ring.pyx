@@ -171,6 +171,7 @@ cdef class SplitRing:
     cdef bint area(self, IoVector found, u64 addr, u64 size, int access, list misses) except -1:
         """Look one of the ring's areas up; False, and what is missing, without a translation."""
         cdef list failed = []
+        cdef bint stopped
         found.rewind(0, 0, 0)
         found.access, found.start = access, addr
         if size - 1 > <u64>-1 - addr:
@@ -178,11 +179,12 @@ cdef class SplitRing:
         if not self.space.translate(found, addr, size, access, failed, failed):
             misses.extend([(item, access) for item in failed])
             return False
-        if found.stop:
-            raise self.wrong(f"no usable memory behind the ring at {found.stop_addr:#x}")
         # The areas are looked up again whenever a translation changes; a lease would only make
         # the revocation wait for ever.
+        stopped = found.stop
         found.rewind(found.count, found.total, 0)
+        if stopped:
+            raise self.wrong(f"no usable memory behind the ring at {found.stop_addr:#x}")
         return True
 
     cdef bint areas_ready(self, list misses) except -1:
@@ -259,7 +261,10 @@ cdef class SplitRing:
         Cost: O(descriptors) plus a lookup for each.
         """
         cdef list chains = [], misses = []
-        self.take(limit, None, chains, misses)
+        try:
+            self.take(limit, None, chains, misses)
+        finally:
+            self.keep_nothing()
         return chains, misses
 
     def serve(self, Server server not None, int limit=LOOK_AHEAD):
@@ -279,7 +284,11 @@ cdef class SplitRing:
             QueueError: As :meth:`pop`.
         """
         cdef list chains = [], misses = []
-        cdef int served = self.take(limit, server, chains, misses)
+        cdef int served
+        try:
+            served = self.take(limit, server, chains, misses)
+        finally:
+            self.keep_nothing()
         return chains, misses, served
 
     cdef int take(self, int limit, Server server, list chains, list misses) except -1:
@@ -307,16 +316,20 @@ cdef class SplitRing:
             self.outstanding += 1
             if server is not None and chain.fault is None and self.served(server, chain):
                 served += 1
-                if served % PUBLISH_EACH == 0:
-                    self.show_pending()
+                # Others ran while the data moved.
                 if not self.areas_ready(misses):
                     return served
+                if served % PUBLISH_EACH == 0:
+                    self.show_pending()
             else:
                 chains.append(self.hand_out())
-        if self.spare is not None:
-            self.spare.clear()
         self.check_areas()
         return served
+
+    cdef void keep_nothing(self) noexcept:
+        """Let go of what was only looked at: nobody else will, and a revocation waits for it."""
+        if self.spare is not None:
+            self.spare.clear()
 
     cdef Chain chain_at(self, u16 position):
         """An empty chain for the request at a ring position; the spare one if it is still ours."""
@@ -363,18 +376,18 @@ cdef class SplitRing:
         Raises:
             QueueError: The driver broke a rule.
         """
-        cdef Chain chain
         if not self.areas_ready([]) or not self.waiting():
             return None
-        chain = self.chain_at(self.next_avail)
-        self.walk(chain, [], True)
-        self.check_areas()
-        if not self.current():
-            return None
-        self.hand_out()
-        self.next_avail += 1
-        self.outstanding += 1
-        return chain
+        try:
+            self.walk(self.chain_at(self.next_avail), [], True)
+            self.check_areas()
+            if not self.current():
+                return None
+            self.next_avail += 1
+            self.outstanding += 1
+            return self.hand_out()
+        finally:
+            self.keep_nothing()
 
     cdef int walk(self, Chain chain, list misses, bint lenient) except -1:
         """Fill a chain. What is missing is added to the list, or made its fault if lenient."""
