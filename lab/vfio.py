@@ -8,8 +8,8 @@ host's Python and whatever is installed there; what it writes is gone afterwards
     python -m lab.vfio FILE [ARGUMENT...]           Debian's kernel: VFIO type1
     python -m lab.vfio --kernel iommufd FILE ...    a kernel with iommufd; see lab.kernel
 
-A file named `test_*.py` is run by pytest. The exit status is the file's own; 125 if the guest
-never came so far.
+A file named `test_*.py`, or a directory of such, is run by pytest. The exit status is the file's
+own; 125 if the guest never came so far.
 """
 
 import argparse
@@ -154,8 +154,8 @@ class VfioGuest(Guest):
 
 
 def python_command(file: Path, arguments: Sequence[str]) -> list[str]:
-    """How a file is run: test files by pytest, others by Python alone."""
-    if not file.name.startswith("test_"):
+    """How a file is run: test files and directories by pytest, others by Python alone."""
+    if not file.is_dir() and not file.name.startswith("test_"):
         return [sys.executable, str(file), *arguments]
     options = ["-c", str(HERE / "pytest.ini"), f"--rootdir={REPOSITORY}"]
     return [sys.executable, "-m", "pytest", *options, str(file), *arguments]
@@ -172,7 +172,7 @@ def guest_for(
         on: The kernel.
         timeout: Seconds from QEMU's start until the guest is killed.
     """
-    variables = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
+    variables = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
     paths = [str(REPOSITORY), str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return VfioGuest(
@@ -219,7 +219,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="./run lab",
         description="Run a Python file in a Linux guest with assigned devices behind an IOMMU.",
-        epilog="A file named test_*.py is run by pytest. Exit status 125: no guest.",
+        epilog="Files named test_*.py, and directories, are run by pytest. Status 125: no guest.",
     )
     parser.add_argument("--kernel", choices=("stock", "iommufd"), default="stock")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS")
@@ -227,7 +227,7 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
-    if not arguments.file.is_file():
+    if not arguments.file.exists():
         parser.error(f"there is no file {arguments.file}")
 
     def tell(line: str) -> None:

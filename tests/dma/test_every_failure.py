@@ -7,11 +7,11 @@ operation left a trace.
 from collections.abc import Callable
 
 import pytest
-from tests.dma.common import PAGE, holds
 
 from guestio import Backing
 from guestio.dma import DmaError, MappingType, Region, RegionManager
 from guestio.testing.targets import FailAfter, RecordingTarget, ReplacingTarget
+from tests.dma.common import PAGE, holds
 
 Operation = Callable[["World"], None]
 

@@ -3,11 +3,11 @@
 import errno
 
 import pytest
-from tests.dma.common import PAGE, holds, mapped, region_at, unmapped
 
 from guestio import Backing, GuestioError, InvalidAddressError
 from guestio.dma import DmaError, DmaMapRequest, MappingType, RegionManager
 from guestio.testing.targets import DmaEvent, FailAfter, RecordingTarget, ReplacingTarget
+from tests.dma.common import PAGE, holds, mapped, region_at, unmapped
 
 RAM, DEVICE = MappingType.RAM, MappingType.DEVICE
 TOP = 1 << 64
@@ -46,9 +46,8 @@ def test_r1_replay_live_updates_and_disable_order_are_pinned(manager, ram, backi
 
 @pytest.mark.parametrize("requirement", ["R2", "R11"])
 def test_r2_r11_a_missing_address_is_an_error_and_no_abort(requirement):
-    from guestio.testing.host_iommu import SimulatedHostIommu
-
     from guestio.dma import IommufdTarget, VfioType1Target
+    from guestio.testing.host_iommu import SimulatedHostIommu
 
     assert VfioType1Target.map_dma is not None
     assert IommufdTarget.map_dma is not None

@@ -6,11 +6,11 @@ of an enable that failed; the last tests pin what happens here instead.
 """
 
 import pytest
-from tests.dma.common import PAGE, holds, mapped, region_at, unmapped
 
 from guestio import Backing, MemoryRegionOverlapError
 from guestio.dma import DmaError, MappingType, Region, RegionManager
 from guestio.testing.targets import FailAfter, RecordingTarget
+from tests.dma.common import PAGE, holds, mapped, region_at, unmapped
 
 FOUR = 0x4000
 REPLAYED = [(0, 0x4000), (0x8000, 0xC000)]

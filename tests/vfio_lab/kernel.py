@@ -1,16 +1,18 @@
 """The script's bench on the real kernel; runs in the lab guest and prints its results.
 
-    ./run lab tests/vfio_lab/kernel.py type1
+./run lab tests/vfio_lab/kernel.py type1
 """
 
+import contextlib
 import ctypes
 import json
-import os
 import platform
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from guestio.dma import IommufdTarget, VfioDevice, VfioType1Target
 from tests.vfio_lab.script import (
@@ -106,44 +108,63 @@ class KernelBench(Bench):
         self.kernel.close()
 
 
-def drop_lock_capability() -> None:
-    """Become a process that RLIMIT_MEMLOCK binds (capset(2), version 3)."""
+@contextlib.contextmanager
+def bound_by_limit(size: int) -> Iterator[None]:
+    """Be a process that may lock `size` bytes (capset(2), version 3; getrlimit(2))."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    data = (ctypes.c_uint32 * 6)()
-    if libc.capget(header, data):
-        raise OSError(ctypes.get_errno(), "capget")
+    data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+
+    def call(function: Any) -> None:
+        if function(header, data):
+            raise OSError(ctypes.get_errno(), function.__name__)
+
+    call(libc.capget)
     data[0] &= ~(1 << CAP_IPC_LOCK)
-    if libc.capset(header, data):
-        raise OSError(ctypes.get_errno(), "capset")
+    call(libc.capset)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, limit)
+        data[0] |= 1 << CAP_IPC_LOCK
+        call(libc.capset)
+
+
+@contextlib.contextmanager
+def room_for(entries: int) -> Iterator[None]:
+    """Have containers opened now hold few mappings."""
+    usual = ENTRY_LIMIT.read_text()
+    ENTRY_LIMIT.write_text(str(entries))
+    try:
+        yield
+    finally:
+        ENTRY_LIMIT.write_text(usual)
 
 
 def run_on_kernel(interface: str) -> dict[str, list[str]]:
     """The results of every phase."""
+    surroundings = {
+        "plain": contextlib.nullcontext,
+        "entries": lambda: room_for(ENTRIES),
+        "locked": lambda: bound_by_limit(LOCKED_PAGES * PAGE),
+    }
     results = {}
     for phase, steps in script(interface).items():
-        if phase == "entries":
-            usual = ENTRY_LIMIT.read_text()
-            ENTRY_LIMIT.write_text(str(ENTRIES))
-        if phase == "locked":
-            drop_lock_capability()
-            size = LOCKED_PAGES * PAGE
-            resource.setrlimit(resource.RLIMIT_MEMLOCK, (size, size))
-        bench = KernelBench(VfioType1Target() if interface == "type1" else IommufdTarget())
-        results[phase] = bench.run(steps)
-        bench.close()
-        if phase == "entries":
-            ENTRY_LIMIT.write_text(usual)
+        with surroundings[phase]():
+            bench = KernelBench(VfioType1Target() if interface == "type1" else IommufdTarget())
+            results[phase] = bench.run(steps)
+            bench.close()
     return results
 
 
 def main() -> None:
-    results = run_on_kernel(sys.argv[1])
-    release = platform.release().split(".")
-    report = {"linux": [int(release[0]), int(release[1])], "results": results}
-    sys.stdout.write("\n".join(["CALIBRATION " + json.dumps(report), ""]))
-    sys.stdout.flush()
-    os._exit(0)
+    interface = sys.argv[1]
+    linux = [int(number) for number in platform.release().split(".")[:2]]
+    results = run_on_kernel(interface)
+    report = {"interface": interface, "linux": linux, "results": results}
+    sys.stdout.write(json.dumps(report, indent=0) + "\n")
 
 
 if __name__ == "__main__":

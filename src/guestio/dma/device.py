@@ -186,6 +186,7 @@ class VfioDevice:
 
     Attributes:
         address: Its PCI address.
+        can_reset: Whether :meth:`reset` is possible.
     """
 
     def __init__(self, fd: int, address: str) -> None:
@@ -196,7 +197,7 @@ class VfioDevice:
             _uapi.ioctl(fd, _uapi.VFIO_DEVICE_GET_INFO, info)
             if not info.flags & _uapi.VFIO_DEVICE_FLAGS_PCI:
                 raise DeviceError(f"{address} is not a PCI device")
-            self._can_reset = bool(info.flags & _uapi.VFIO_DEVICE_FLAGS_RESET)
+            self.can_reset = bool(info.flags & _uapi.VFIO_DEVICE_FLAGS_RESET)
             self._regions = [DeviceRegion(self, index) for index in range(min(info.num_regions, 8))]
         except BaseException:
             self.close()
@@ -265,7 +266,7 @@ class VfioDevice:
         Raises:
             DeviceError: It cannot be reset alone, or it failed.
         """
-        if not self._can_reset:
+        if not self.can_reset:
             raise DeviceError(f"{self.address} offers no reset of its own")
         try:
             _uapi.ioctl(self.fileno(), _uapi.VFIO_DEVICE_RESET, bytearray(1))

@@ -12,7 +12,7 @@ by call, with Linux 6.12 (type1) and 7.2 and 7.3 (both); where kernels differ, `
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -22,7 +22,7 @@ import threading
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions, check_range
 from guestio.dma.iommufd import map_ioas, unmap_ioas
@@ -31,7 +31,7 @@ from guestio.errors import AccessError
 from guestio.memory import Backing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Collection, Iterator
 
     from guestio.dma import DmaMapRequest
 
@@ -92,15 +92,14 @@ class _Address:
     start: int
 
     def read(self, offset: int, length: int) -> bytes | None:
-        buffer = ctypes.create_string_buffer(length)
-        done = _process_vm(_libc.process_vm_readv, buffer, self.start + offset, length)
-        return buffer.raw if done == length else None
+        return _peek(self.start + offset, length)
 
     def write(self, offset: int, data: bytes) -> bool:
-        buffer = ctypes.create_string_buffer(data, len(data))
-        return _process_vm(_libc.process_vm_writev, buffer, self.start + offset, len(data)) == len(
-            data
-        )
+        try:
+            with _own_memory(os.O_WRONLY) as fd:
+                return os.pwrite(fd, data, self.start + offset) == len(data)
+        except OSError:
+            return False
 
     def release(self) -> None:
         pass
@@ -549,24 +548,23 @@ def _is_memfd(fd: int) -> bool:
     return True
 
 
-class _IoVec(ctypes.Structure):
-    _fields_: ClassVar[list[tuple[str, Any]]] = [
-        ("base", ctypes.c_size_t),
-        ("length", ctypes.c_size_t),
-    ]
+@contextlib.contextmanager
+def _own_memory(mode: int) -> Iterator[int]:
+    """This process's memory as a file: where there is none, reading fails instead of crashing."""
+    fd = os.open("/proc/self/mem", mode | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_PROBES = 1024  # IOV_MAX
-
-
-def _process_vm(
-    call: Callable[..., int], buffer: ctypes.Array[ctypes.c_char], address: int, length: int
-) -> int:
-    """Copy between a buffer and an address of this process that may be nonsense."""
-    local = _IoVec(ctypes.addressof(buffer), length)
-    remote = _IoVec(address, length)
-    return call(os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+def _peek(address: int, length: int) -> bytes | None:
+    try:
+        with _own_memory(os.O_RDONLY) as fd:
+            data = os.pread(fd, length, address)
+    except OSError:
+        return None
+    return data if len(data) == length else None
 
 
 def _pinnable(address: int, size: int, writable: bool) -> bool:
@@ -574,15 +572,13 @@ def _pinnable(address: int, size: int, writable: bool) -> bool:
     end = address + size
     if end > 1 << 63:
         return False
-    pages = range(address - address % mmap.PAGESIZE, end, mmap.PAGESIZE)
-    buffer = ctypes.create_string_buffer(_PROBES)
-    for first in range(0, len(pages), _PROBES):
-        batch = pages[first : first + _PROBES]
-        remote = (_IoVec * len(batch))(*(_IoVec(page, 1) for page in batch))
-        local = _IoVec(ctypes.addressof(buffer), len(batch))
-        reached = _libc.process_vm_readv(os.getpid(), ctypes.byref(local), 1, remote, len(batch), 0)
-        if reached != len(batch):
-            return False
+    try:
+        with _own_memory(os.O_RDONLY) as fd:
+            at = address
+            while at < end:
+                at += len(os.pread(fd, min(end - at, 1 << 20), at))
+    except OSError:
+        return False
     return not writable or _writable(address, end)
 
 
