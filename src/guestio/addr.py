@@ -101,6 +101,19 @@ def check_address(value: SupportsIndex, name: str = "addr") -> int:
     return number
 
 
+def check_access(value: SupportsIndex) -> Permissions:
+    """Return ``value`` as permissions.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: it has bits that are no permission.
+    """
+    number = check_int(value, "access")
+    if not 0 <= number <= Permissions.READ_WRITE:
+        raise ValueError(f"access {number} is not a combination of READ and WRITE")
+    return Permissions(number)
+
+
 def check_range(
     start: SupportsIndex, length: SupportsIndex, *, name: str = "addr", empty: bool = True
 ) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +43,8 @@ class IntervalMap:
     def check_drain(self, start: int, length: int) -> None: ...
     def lookup_many(
         self,
-        starts: npt.ArrayLike,
-        lengths: npt.ArrayLike,
+        starts: npt.NDArray[np.integer[Any]] | Sequence[int],
+        lengths: npt.NDArray[np.integer[Any]] | Sequence[int] | int,
         access: Permissions,
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]: ...
     def overlapping(self, start: int, length: int) -> list[tuple[int, int, int, Permissions]]: ...

@@ -560,8 +560,8 @@ cdef class IntervalMap:
         """Resolve many ranges at once.
 
         Args:
-            starts: First addresses; an integer array, or what converts to one without loss.
-            lengths: Bytes for each, or one number for all.
+            starts: First addresses: an integer array of numpy, or a list.
+            lengths: Bytes for each, in the same way, or one number for all.
             access: What every one of them wants to do.
 
         Returns:
@@ -580,7 +580,7 @@ cdef class IntervalMap:
         cdef const u64[::1] x = as_u64_array(starts, "starts")
         cdef const u64[::1] size = as_u64_array(lengths, "lengths")
         cdef Py_ssize_t n = x.shape[0]
-        cdef bint same = np.ndim(lengths) == 0
+        cdef bint same = not isinstance(lengths, (list, tuple)) and np.ndim(lengths) == 0
         if not same and size.shape[0] != n:
             raise ValueError(f"{n} starts but {size.shape[0]} lengths")
         targets = np.empty(n, np.uint64)
@@ -726,9 +726,14 @@ cdef inline bint joins(const Entry *a, const Entry *b) noexcept nogil:
 
 
 cdef object as_u64_array(object values, str name):
-    array = np.asarray(values)
-    if array.dtype.kind == "i" and array.size and array.min() < 0:
-        raise ValueError(f"{name} must not be negative")
-    if array.dtype.kind not in "ui" and array.size:
-        raise TypeError(f"{name} must be integers that fit in 64 bits, not {array.dtype}")
-    return np.ascontiguousarray(array, dtype=np.uint64).reshape(-1)
+    if isinstance(values, np.ndarray):
+        if values.dtype.kind not in "ui":
+            raise TypeError(f"{name} must be integers that fit in 64 bits, not {values.dtype}")
+        if values.dtype.kind == "i" and values.size and values.min() < 0:
+            raise ValueError(f"{name} must not be negative")
+        return np.ascontiguousarray(values, dtype=np.uint64).reshape(-1)
+    if isinstance(values, (str, bytes, bytearray)):
+        raise TypeError(f"{name} must be integers, not {type(values).__name__}")
+    if isinstance(values, (list, tuple)):
+        return np.array([as_address(value, name) for value in values], np.uint64)
+    return np.array([as_address(values, name)], np.uint64)

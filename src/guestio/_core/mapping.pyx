@@ -189,7 +189,7 @@ cdef class HostMapping:
         cdef size_t length = as_size(size, "size")
         cdef long start = <long>as_size(offset, "offset")
         cdef int prot = PROT_READ | (PROT_WRITE if writable else 0)
-        cdef int flags = MAP_NORESERVE | (MAP_PRIVATE | MAP_ANONYMOUS if fd < 0 else MAP_SHARED)
+        cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS if fd < 0 else MAP_SHARED
         cdef size_t page = page_size_of(fd)
         cdef size_t margin = page if guard else 0
         cdef size_t whole
@@ -200,6 +200,9 @@ cdef class HostMapping:
             raise ValueError(f"offset {start:#x} is not a multiple of the page size {page:#x}")
         if length > (<size_t>1 << 62):
             raise BackingError(f"cannot map {length:#x} bytes: more than any process can hold")
+        if page == page_size_of(-1):
+            # Huge pages that are not reserved now could not be had when they are touched.
+            flags |= MAP_NORESERVE
         if install_handler():
             raise failure("cannot install a handler for SIGBUS")
         whole = (length + page - 1) // page * page + 2 * margin

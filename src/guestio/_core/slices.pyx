@@ -5,6 +5,7 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stdint cimport uintptr_t
 from libc.string cimport memmove, memset
 
@@ -116,6 +117,10 @@ cdef class VolatileSlice:
         if span.empty:
             return 0
         self.check_open(span.first, length, access)
+        if span.last - span.first >= <u64>PY_SSIZE_T_MAX:
+            raise InvalidAddressError(
+                span.first, length, Permissions(access), "more than a process can address"
+            )
         if span.first >= self.size:
             raise InvalidAddressError(
                 span.first, length, Permissions(access),

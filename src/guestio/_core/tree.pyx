@@ -318,6 +318,6 @@ cdef int check_node(Node *node, int height, u64 low, u64 high) except -1:
                 (<Inner *>node).child[i], height - 1, node.key[i],
                 node.key[i + 1] - 1 if i + 1 < node.count else high,
             )
-    for i in range(node.count, NODE_CAPACITY):
+    for i in range(node.count, <u32>NODE_CAPACITY):
         assert node.key[i] == UINT64_MAX
     return 0

@@ -69,7 +69,9 @@ cdef class RegionTable:
         if not (self.first and self.last and self.host and self.origin):
             PyErr_NoMemory()
         for i, (start, mapping, offset, size, writable, bitmap, owner) in enumerate(regions):
-            if mapping.ptr is NULL or offset + size > mapping.size:
+            if mapping.ptr is NULL:
+                raise ValueError(f"the memory of the region at {start:#x} is closed")
+            if offset + size > mapping.size:
                 raise ValueError(f"region {start:#x}+{size:#x} leaves its mapping")
             self.first[i], self.last[i] = start, start + size - 1
             self.host[i] = mapping.ptr + <size_t>offset
@@ -604,6 +606,9 @@ cdef class IoVector:
             offset = <long>as_size(file_offset, "file_offset")
             if <u64>(LONG_MAX - offset) < length:
                 raise ValueError(f"file_offset {offset:#x} + {length:#x} passes 2**63")
+        if self.vanished(at, length):
+            # What stands in for the pages that are gone is not to be read or written as if it were.
+            raise self.gone(at, length)
         while done < length:
             n = self.window_batch(at + done, length - done, batch)
             with nogil:
@@ -626,6 +631,8 @@ cdef class IoVector:
                 raise self.move_error(error, at + done, length - done)
             if to_guest:
                 self.mark(at + done, moved)
+            if self.vanished(at + done, moved):
+                raise self.gone(at + done, moved)
             done += moved
             if not moved or once:
                 break

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Self
 
 from guestio._core.intervals import IntervalMap
-from guestio.addr import Permissions, check_range
+from guestio.addr import Permissions, check_access, check_range
 
 
 class IotlbStats(NamedTuple):
@@ -111,7 +111,7 @@ class Iotlb(IntervalMap):
         It counts as no lookup. Meant for people; the wording may change.
         """
         at, size = check_range(iova, length, name="iova")
-        wanted, end = Permissions(access), at + size
+        wanted, end = check_access(access), at + size
         parts: list[str] = []
         missing = refused = 0
         for start, extent, target, perm in self.overlapping(at, size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,7 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from guestio._core.access import IoVector, VolatileSlice
-from guestio.addr import Ordering, Permissions, check_int, check_range
+from guestio.addr import (
+    Ordering,
+    Permissions,
+    check_access,
+    check_address,
+    check_int,
+    check_range,
+)
 from guestio.errors import (
     AccessError,
     InvalidAddressError,
@@ -332,11 +340,13 @@ class SliceMemory(GuestMemory):
 
     def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:
         """Whether the range lies in the slice and ``access`` is allowed."""
-        _, size = check_range(addr, length)
+        start, size = check_address(addr), check_int(length, "length")
+        writes = check_access(access) & Permissions.WRITE
+        if size < 0:
+            raise ValueError(f"length {size} must be >= 0")
         if size == 0:
             return True
-        writes = Permissions(access) & Permissions.WRITE
-        return addr + size <= len(self._memory) and not (writes and self._memory.readonly)
+        return start + size <= len(self._memory) and not (writes and self._memory.readonly)
 
     def slices(
         self, addr: int, length: int, access: Permissions = Permissions.READ
@@ -349,7 +359,9 @@ class SliceMemory(GuestMemory):
         self, addr: int, length: int, access: Permissions
     ) -> tuple[IoVector, AccessError | None]:
         start, size = check_range(addr, length)
-        wanted, there = Permissions(access), len(self._memory)
+        wanted, there = check_access(access), len(self._memory)
+        if size > sys.maxsize:
+            raise InvalidAddressError(start, size, wanted, "more than a process can address")
         have = min(size, max(there - start, 0))
         error: AccessError | None = None
         if have < size:

@@ -124,11 +124,13 @@ class Backing:
         Raises:
             BackingError: The file is too short, not mappable, or not writable.
         """
-        length, begin = _positive(size), check_int(offset, "offset")
+        length, begin, source = _positive(size), check_int(offset, "offset"), check_int(fd, "fd")
+        if not 0 <= source < 1 << 31:
+            raise ValueError(f"fd {source} is not a file descriptor")
         if begin < 0 or begin + length >= 1 << 63:
             raise ValueError(f"offset {begin:#x} + size {length:#x} is not in [0, 2**63)")
         try:
-            own = fcntl.fcntl(check_int(fd, "fd"), fcntl.F_DUPFD_CLOEXEC, 0)
+            own = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 0)
         except OSError as error:
             raise BackingError(f"fd {fd} cannot be used: {error.strerror}") from error
         try:
@@ -196,7 +198,7 @@ class Backing:
             ValueError: It is empty.
             TypeError: It is no contiguous buffer.
         """
-        mapping = HostMapping(over=buffer)
+        mapping = HostMapping(over=memoryview(buffer))
         return cls(mapping, mapping.size, 0, None, None)
 
     def overlaps(self, other: Backing) -> bool:

@@ -112,7 +112,8 @@ class MmapRegion:
 
     def to_offset(self, addr: int) -> int | None:
         """Where in the region ``addr`` is, or None if it is not there."""
-        return check_address(addr) - self.start if addr in self else None
+        offset = check_address(addr) - self.start
+        return offset if 0 <= offset < self.size else None
 
     def fds_overlap(self, other: MmapRegion) -> bool:
         """Whether both show the same bytes of one file; see :meth:`Backing.overlaps`."""
