@@ -15,7 +15,8 @@ from guestio.addr import check_int
 from guestio.errors import DeviceError
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.poller import Poller
-from guestio.vhost_user.service import Service, Statistics
+from guestio.vhost_user.service import Service
+from guestio.vhost_user.statistics import Statistics
 from guestio.virtio.device import Device
 
 log = logging.getLogger("guestio.vhost_user")

@@ -13,31 +13,28 @@ import os
 import struct
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from guestio._core.access import AddressSpace
-from guestio._core.iotlbwire import IotlbUpdater, MissTable, Question, pages
+from guestio._core.iotlbwire import pages
 from guestio._core.ring import Chain, SplitRing
-from guestio.addr import IovaRange, Permissions
+from guestio.addr import IovaRange
 from guestio.errors import DeviceError, GuestioError, ProtocolError
-from guestio.iommu import Iotlb
 from guestio.vhost_user.channel import Channel, PeerGoneError
 from guestio.vhost_user.memory import SharedMemory
 from guestio.vhost_user.messages import (
-    BackendRequest,
     ConfigFlag,
     IotlbMessage,
-    IotlbType,
     MemoryRegion,
     ProtocolFeature,
     VringAddr,
-    decode_ack,
-    encode_iotlb,
 )
 from guestio.vhost_user.poller import Poller
 from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES, Session
+from guestio.vhost_user.statistics import Statistics
+from guestio.vhost_user.translations import Translations
 from guestio.virtio.device import (
     VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_EVENT_IDX,
@@ -51,9 +48,6 @@ log = logging.getLogger("guestio.vhost_user")
 
 MAX_MEM_SLOTS = 509
 """Memory regions at most, as many as QEMU's default for KVM."""
-
-MAX_TRANSLATIONS = 1 << 20
-"""IOTLB entries at most; a front-end that sends more makes the least used ones go."""
 
 TURN = 64
 """Requests of a queue, or messages, that are served before somebody else has a turn."""
@@ -70,48 +64,9 @@ Missing: TypeAlias = list[tuple[IovaRange, int]]
 """Ranges that lack a translation, and the access that each is needed for."""
 
 
-@dataclass
-class Statistics:
-    """What happened on a back end, over all its front-ends.
-
-    Attributes:
-        connections: Front-ends accepted.
-        requests: Requests taken from queues.
-        failed_requests: Those of them that could not be served.
-        queue_errors: Queues that stopped because their driver broke a rule.
-        protocol_errors: Front-ends disconnected because they broke the protocol.
-        dirty_pages: Pages of guest memory written; counted when a front-end goes, if tracked.
-        iotlb_hits: Ranges translated without asking; counted when a front-end goes.
-        iotlb_misses: Translations asked for.
-        iotlb_updates: Translations told.
-        iotlb_invalidations: Translations revoked.
-        iotlb_refused: Translations asked for in vain.
-        iotlb_timeouts: Those of them that the front-end did not answer in time.
-        access_fails: Accesses that their translation forbade.
-    """
-
-    connections: int = 0
-    requests: int = 0
-    failed_requests: int = 0
-    queue_errors: int = 0
-    protocol_errors: int = 0
-    dirty_pages: int = 0
-    iotlb_hits: int = 0
-    iotlb_misses: int = 0
-    iotlb_updates: int = 0
-    iotlb_invalidations: int = 0
-    iotlb_refused: int = 0
-    iotlb_timeouts: int = 0
-    access_fails: int = 0
-
-
 @dataclass(eq=False)
 class _Queue:
-    """A virtqueue as the front-end set it up.
-
-    `refused` are the pages, and accesses, that it was told it cannot have since it last made
-    progress; a request that needs one of them fails.
-    """
+    """A virtqueue as the front-end set it up."""
 
     index: int
     num: int = 0
@@ -126,7 +81,6 @@ class _Queue:
     call: int | None = None
     err: int | None = None
     ring: SplitRing | None = None
-    refused: set[tuple[int, int]] = field(default_factory=set)
 
 
 class Service:
@@ -164,11 +118,8 @@ class Service:
         self._device = device
         self._poller = poller
         self._stats = statistics
-        self._back: Channel | None = None
         self._shared = SharedMemory(track_dirty=track_dirty)
-        self._iotlb = Iotlb(MAX_TRANSLATIONS)
-        self._misses = MissTable(miss_timeout)
-        self._updater = IotlbUpdater(self._iotlb, self._shared.users(), self._misses)
+        self._translations = Translations(poller, statistics, self._wake_all, miss_timeout)
         self._space = AddressSpace(self._shared.table)
         self._queues = [_Queue(index) for index in range(device.num_queues)]
         self._ready: deque[_Queue] = deque()
@@ -193,7 +144,7 @@ class Service:
             return
         try:
             for _ in range(TURN):
-                if self.translating and self._receive_iotlb():
+                if self.translating and self._translations.receive(self._channel):
                     return
                 message = self._channel.recv()
                 if message is None:
@@ -209,20 +160,6 @@ class Service:
             log.error("front-end disconnected: %s", error)  # noqa: TRY400 - the peer's fault
             self.close()
 
-    def _receive_iotlb(self) -> bool:
-        """Apply a run of plain IOTLB messages; False if none has arrived."""
-        before = self._updater.updates, self._updater.invalidations
-        taken, replies, ready = self._updater.apply(self._channel.peek())
-        if not taken:
-            return False
-        self._stats.iotlb_updates += self._updater.updates - before[0]
-        self._stats.iotlb_invalidations += self._updater.invalidations - before[1]
-        self._channel.skip(taken)
-        # A driver may use what is acknowledged as free, so that comes before anything else.
-        self._channel.send(replies)
-        self._wake_all(ready)
-        return True
-
     def close(self) -> None:
         """Give everything back. Calling it again does nothing."""
         if self.closed:
@@ -230,11 +167,10 @@ class Service:
         self.closed = True
         self._poller.remove(self._channel.fileno())
         self._channel.close()
-        self._close_back_channel()
+        self._translations.close()
         self._forget_queues()
-        self._poller.clear_timer(self)
         self._device.reset()
-        self._stats.iotlb_hits += self._iotlb.hits
+        self._stats.iotlb_hits += self._translations.iotlb.hits
         self._count_dirty()
         self._shared = SharedMemory()
         self._space = AddressSpace(self._shared.table)
@@ -300,9 +236,9 @@ class Service:
     def _change_memory(self, shared: SharedMemory) -> None:
         """Use other memory; rings and translations are looked up again."""
         self._shared = shared
-        self._updater.users = shared.users()
-        self._iotlb.invalidate_all()
-        self._space = AddressSpace(shared.table, self._iotlb if self.translating else None)
+        self._translations.change_memory(shared)
+        iotlb = self._translations.iotlb if self.translating else None
+        self._space = AddressSpace(shared.table, iotlb)
         for queue in self._queues:
             self._detach(queue)
 
@@ -348,8 +284,7 @@ class Service:
     def _stop(self, queue: _Queue) -> None:
         queue.started = False
         self._detach(queue)
-        queue.refused.clear()
-        self._misses.forget(queue.index)
+        self._translations.forget(queue.index)
         self._poller.clear_timer(queue)
         self._set_fd(queue, "kick", None)
 
@@ -420,19 +355,9 @@ class Service:
 
     def iotlb(self, message: IotlbMessage) -> None:
         """See :class:`SessionHandler`."""
-        iova, size, uaddr, perm, kind = message
-        if kind == IotlbType.INVALIDATE:
-            self._stats.iotlb_invalidations += 1
-            self._iotlb.invalidate_mapping(iova, size)
-            return
-        self._stats.iotlb_updates += 1
-        at = iova
-        for guest_addr, length in self._shared.guest_ranges(uaddr, size):
-            self._iotlb.set_mapping(at, guest_addr, length, Permissions(perm))
-            at += length
-        self._wake_all(self._misses.answered(iova, size))
+        self._translations.apply(message)
 
-    def _wake_all(self, indices: list[int]) -> None:
+    def _wake_all(self, indices: Iterable[int]) -> None:
         for index in indices:
             self._wake(self._queues[index])
 
@@ -512,7 +437,7 @@ class Service:
         if missing:
             self._park(queue, ring, missing)
             return
-        queue.refused.clear()
+        self._translations.refused(queue.index).clear()
         if served == TURN or self._watches(queue, ring, served) or ring.enable_kicks():
             self._wake(queue)
         elif queue.polled:
@@ -559,130 +484,38 @@ class Service:
 
     def _park(self, queue: _Queue, ring: SplitRing, missing: Missing) -> None:
         """Ask for what a queue lacks; a request that lacks what was refused fails instead."""
-        if queue.refused and self._give_up(queue, ring):
-            return
-        before = self._misses.asked
-        questions = self._misses.ask(
-            queue.index,
-            missing,
-            time.monotonic(),
-            acknowledged=self._acknowledged,
-            skip=queue.refused,
-        )
-        self._stats.iotlb_misses += self._misses.asked - before
-        self._send_back(questions)
-        self._arm()
+        if not self._give_up(queue, ring):
+            self._translations.ask(queue.index, missing)
 
     def _give_up(self, queue: _Queue, ring: SplitRing) -> bool:
         """Deal with a refusal that concerns the ring itself or the request at its head."""
-        if queue.refused.intersection(pages(ring.missing())):
+        refused = self._translations.refused(queue.index)
+        if not refused:
+            return False
+        if refused.intersection(pages(ring.missing())):
             self._bursts.report("queue %d: its ring has no translation", queue.index)
-            queue.refused.clear()
+            refused.clear()
             queue.started = False
             return True
         chains, missing = ring.pop(1)
         lacking = set(pages(missing))
         # What else it lacks may still come, the place of its status among it: wait for all.
-        if lacking and not lacking <= queue.refused:
+        if lacking and not lacking <= refused:
             return False
-        queue.refused -= lacking
+        refused -= lacking
         chain = chains[0] if chains else ring.pop_faulty()
         if chain is not None:
-            self._report_access_fails(chain)
+            self._translations.report_access_fails(chain.access_fails)
             ring.complete(chain, self._process(queue, chain))
         self._wake(queue)
         return True
 
-    def _report_access_fails(self, chain: Chain) -> None:
-        self._stats.access_fails += len(chain.access_fails)
-        self._send_back(
-            b"".join(
-                encode_iotlb(
-                    BackendRequest.IOTLB_MSG,
-                    IotlbMessage.access_fail(base, length, access),
-                    need_reply=False,
-                )
-                for (base, length), access in chain.access_fails
-            )
-        )
-
-    def _arm(self) -> None:
-        deadline = self._misses.deadline()
-        if deadline is None:
-            self._poller.clear_timer(self)
-        else:
-            self._poller.set_timer(self, deadline, self._expire)
-
-    def _expire(self) -> None:
-        for question in self._misses.expired(time.monotonic()):
-            self._stats.iotlb_timeouts += 1
-            self._refuse(question)
-        self._wake_all(self._misses.starved())
-        self._arm()
-
-    def _refuse(self, question: Question) -> None:
-        self._stats.iotlb_refused += 1
-        for index in question.waiting:
-            self._queues[index].refused.add((question.iova, question.access))
-            self._wake(self._queues[index])
-
-    @property
-    def _acknowledged(self) -> bool:
-        """Whether the front-end acknowledges what we ask."""
-        return bool(self._session.protocol_features & ProtocolFeature.REPLY_ACK)
-
     def set_backend_channel(self, fd: int) -> None:
         """See :class:`SessionHandler`."""
-        channel = Channel.from_fd(fd)
-        self._close_back_channel()
-        self._back = channel
-        self._poller.add(channel.fileno(), self._receive_back)
-
-    def _close_back_channel(self) -> None:
-        if self._back is not None:
-            self._poller.remove(self._back.fileno())
-            self._back.close()
-            self._back = None
-
-    def _receive_back(self) -> None:
-        """Take the acknowledgements of misses."""
-        try:
-            if self._back is not None and not self._acknowledge(self._back):
-                # Incomplete, the end of the stream, or what no front-end may send.
-                while (message := self._back.recv()) is not None:
-                    with message:
-                        decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
-                        self._settle(message.header.encode() + message.payload)
-        except GuestioError as error:
-            self._lose_back_channel(error)
-        self._arm()
-
-    def _acknowledge(self, channel: Channel) -> bool:
-        """Take a run of acknowledgements; False if none has arrived."""
-        taken = self._settle(channel.peek())
-        channel.skip(taken)
-        return taken > 0
-
-    def _settle(self, data: bytes) -> int:
-        taken, refused, ready = self._misses.acknowledge(data)
-        for question in refused:
-            self._refuse(question)
-        self._wake_all(ready)
-        return taken
-
-    def _send_back(self, messages: bytes) -> None:
-        """Send messages, all at once: a socket's buffer holds few small ones but one large one."""
-        if self._back is None or not messages:
-            return
-        try:
-            self._back.send(messages)
-        except GuestioError as error:
-            self._lose_back_channel(error)
-
-    def _lose_back_channel(self, error: GuestioError) -> None:
-        if not isinstance(error, PeerGoneError):
-            log.error("the back-end channel is of no use any more: %s", error)
-        self._close_back_channel()
+        self._translations.acknowledged = bool(
+            self._session.protocol_features & ProtocolFeature.REPLY_ACK
+        )
+        self._translations.set_channel(fd)
 
 
 class _Bursts:

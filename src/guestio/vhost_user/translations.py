@@ -1,0 +1,225 @@
+"""What a back-end knows of the IOMMU in front of it, and how it learns more.
+
+Translations live in an IOTLB. What is missing there is asked for on the back-end channel, a page
+at a time and each page once, for all who wait for it; the answers come as UPDATE messages on the
+main channel, and as acknowledgements that say whether there is an answer at all. What is refused,
+or not answered in time, is remembered for those who asked until they have drawn the conclusion.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from guestio._core.iotlbwire import IotlbUpdater, MissTable, Question
+from guestio.addr import IovaRange, Permissions
+from guestio.errors import GuestioError
+from guestio.iommu import Iotlb
+from guestio.vhost_user.channel import Channel, PeerGoneError
+from guestio.vhost_user.memory import SharedMemory
+from guestio.vhost_user.messages import (
+    BackendRequest,
+    IotlbMessage,
+    IotlbType,
+    decode_ack,
+    encode_iotlb,
+)
+from guestio.vhost_user.poller import Poller
+from guestio.vhost_user.statistics import Statistics
+
+log = logging.getLogger("guestio.vhost_user")
+
+MAX_TRANSLATIONS = 1 << 20
+"""IOTLB entries at most; a front-end that sends more makes the least used ones go."""
+
+Page = tuple[int, int]
+"""Address of a page and what is to be done with it."""
+
+
+class Translations:
+    """The IOTLB of a connection and the traffic that fills it. For the poller's thread only.
+
+    Args:
+        poller: Calls back when acknowledgements arrive or time is up.
+        statistics: Where to count.
+        wake: Called with the waiters that may go on.
+        time_limit: Seconds a front-end may take to answer a miss.
+
+    Attributes:
+        iotlb: What is known.
+        acknowledged: Whether the front-end acknowledges what it is asked (REPLY_ACK).
+    """
+
+    def __init__(
+        self,
+        poller: Poller,
+        statistics: Statistics,
+        wake: Callable[[Iterable[int]], None],
+        time_limit: float,
+    ) -> None:
+        self.iotlb = Iotlb(MAX_TRANSLATIONS)
+        self.acknowledged = False
+        self._poller = poller
+        self._stats = statistics
+        self._wake = wake
+        self._shared = SharedMemory()
+        self._misses = MissTable(time_limit)
+        self._updater = IotlbUpdater(self.iotlb, self._shared.users(), self._misses)
+        self._refused: dict[int, set[Page]] = {}
+        self._channel: Channel | None = None
+
+    def change_memory(self, shared: SharedMemory) -> None:
+        """Follow the memory table; what was known is asked for again."""
+        self._shared = shared
+        self._updater.users = shared.users()
+        self.iotlb.invalidate_all()
+
+    def receive(self, channel: Channel) -> bool:
+        """Apply a run of plain messages from the main channel; False if none has arrived."""
+        before = self._updater.updates, self._updater.invalidations
+        taken, replies, ready = self._updater.apply(channel.peek())
+        if not taken:
+            return False
+        self._stats.iotlb_updates += self._updater.updates - before[0]
+        self._stats.iotlb_invalidations += self._updater.invalidations - before[1]
+        channel.skip(taken)
+        # A driver waits for these before it uses its memory for something else.
+        channel.send(replies)
+        self._wake(ready)
+        return True
+
+    def apply(self, message: IotlbMessage) -> None:
+        """Apply an UPDATE or INVALIDATE that the session has checked.
+
+        Raises:
+            InvalidAddressError: An UPDATE leads to memory that is not shared; nothing changed.
+        """
+        iova, size, uaddr, perm, kind = message
+        if kind == IotlbType.INVALIDATE:
+            self._stats.iotlb_invalidations += 1
+            self.iotlb.invalidate_mapping(iova, size)
+            return
+        self._stats.iotlb_updates += 1
+        at = iova
+        for guest_addr, length in self._shared.guest_ranges(uaddr, size):
+            self.iotlb.set_mapping(at, guest_addr, length, Permissions(perm))
+            at += length
+        self._wake(self._misses.answered(iova, size))
+
+    def ask(self, waiter: int, missing: Iterable[tuple[IovaRange, int]]) -> None:
+        """Ask for ranges, except for pages that this waiter was refused."""
+        before = self._misses.asked
+        questions = self._misses.ask(
+            waiter,
+            missing,
+            time.monotonic(),
+            acknowledged=self.acknowledged,
+            skip=self.refused(waiter),
+        )
+        self._stats.iotlb_misses += self._misses.asked - before
+        self._send(questions)
+        self._arm()
+
+    def refused(self, waiter: int) -> set[Page]:
+        """The pages that a waiter asked for in vain; remove those that were dealt with."""
+        return self._refused.setdefault(waiter, set())
+
+    def forget(self, waiter: int) -> None:
+        """Somebody does not wait any more."""
+        self._misses.forget(waiter)
+        self._refused.pop(waiter, None)
+
+    def report_access_fails(self, fails: list[tuple[IovaRange, int]]) -> None:
+        """Tell the front-end what was attempted and is not allowed."""
+        self._stats.access_fails += len(fails)
+        self._send(
+            b"".join(
+                encode_iotlb(
+                    BackendRequest.IOTLB_MSG,
+                    IotlbMessage.access_fail(base, length, access),
+                    need_reply=False,
+                )
+                for (base, length), access in fails
+            )
+        )
+
+    def set_channel(self, fd: int) -> None:
+        """Take the socket to ask on; it replaces an earlier one.
+
+        Raises:
+            ProtocolError: It is no such socket.
+        """
+        channel = Channel.from_fd(fd)
+        self._close_channel()
+        self._channel = channel
+        self._poller.add(channel.fileno(), self._receive_replies)
+
+    def close(self) -> None:
+        """Stop asking and release everything. Calling it again does nothing."""
+        self._close_channel()
+        self._poller.clear_timer(self)
+        self._shared = SharedMemory()
+
+    def _close_channel(self) -> None:
+        if self._channel is not None:
+            self._poller.remove(self._channel.fileno())
+            self._channel.close()
+            self._channel = None
+
+    def _receive_replies(self) -> None:
+        channel = self._channel
+        if channel is None:
+            return
+        try:
+            taken = self._settle(channel.peek())
+            channel.skip(taken)
+            # Otherwise: incomplete, the end of the stream, or what no front-end may send.
+            while not taken and (message := channel.recv()) is not None:
+                with message:
+                    decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
+                    self._settle(message.header.encode() + message.payload)
+        except GuestioError as error:
+            self._lose_channel(error)
+        self._arm()
+
+    def _settle(self, acknowledgements: bytes) -> int:
+        taken, refused, ready = self._misses.acknowledge(acknowledgements)
+        for question in refused:
+            self._refuse(question)
+        self._wake(ready)
+        return taken
+
+    def _refuse(self, question: Question) -> None:
+        self._stats.iotlb_refused += 1
+        for waiter in question.waiting:
+            self.refused(waiter).add((question.iova, question.access))
+        self._wake(question.waiting)
+
+    def _send(self, messages: bytes) -> None:
+        """Send messages, all at once: a socket's buffer holds few small ones but one large one."""
+        if self._channel is None or not messages:
+            return
+        try:
+            self._channel.send(messages)
+        except GuestioError as error:
+            self._lose_channel(error)
+
+    def _lose_channel(self, error: GuestioError) -> None:
+        if not isinstance(error, PeerGoneError):
+            log.error("the back-end channel is of no use any more: %s", error)
+        self._close_channel()
+
+    def _arm(self) -> None:
+        deadline = self._misses.deadline()
+        if deadline is None:
+            self._poller.clear_timer(self)
+        else:
+            self._poller.set_timer(self, deadline, self._expire)
+
+    def _expire(self) -> None:
+        for question in self._misses.expired(time.monotonic()):
+            self._stats.iotlb_timeouts += 1
+            self._refuse(question)
+        self._wake(self._misses.starved())
+        self._arm()
