@@ -90,6 +90,8 @@ class TargetDiff:
 class _Held:
     entry: Entry
     view: memoryview
+    # The call that makes it has not returned.
+    pending: bool = True
     # Unmapping it failed: it may be reachable wholly, partly or not at all.
     stuck: bool = False
 
@@ -174,6 +176,7 @@ class Ledger:
                 raise _as_dma_error("map", request, error) from error
             self._note_failure(FailedMapping(request, error), journal)
             return
+        held.pending = False
         self._count("map")
 
     def unmap(self, entry: Entry, journal: Journal) -> None:
@@ -241,7 +244,7 @@ class Ledger:
     def stats(self) -> TargetStats:
         """See :class:`TargetStats`."""
         with self._lock:
-            held = list(self._held.values())
+            held = [item for item in self._held.values() if not item.pending]
             return TargetStats(
                 mappings=len(held),
                 mapped_bytes=sum(item.entry.request.size for item in held),
@@ -258,7 +261,7 @@ class Ledger:
     def diff(self, wanted: Sequence[Entry]) -> TargetDiff:
         """Compare with what the target should hold."""
         with self._lock:
-            held = list(self._held.values())
+            held = [item for item in self._held.values() if not item.pending]
         actual = {item.entry.request: item for item in held}
         intended = {entry.request: entry for entry in wanted}
         return TargetDiff(
@@ -289,7 +292,7 @@ class Ledger:
             raise
         with self._lock:
             gone = self._held[new.request.start]
-            self._held[new.request.start] = _Held(new, view)
+            self._held[new.request.start] = _Held(new, view, pending=False)
         gone.view.release()
         self._count("replace")
         journal.did(lambda: self._replace_again(new, old))
@@ -328,7 +331,7 @@ class Ledger:
             self.target.unmap_dma(request.start, request.size)
         except BaseException as error:
             with self._lock:
-                held.stuck = True
+                held.stuck, held.pending = True, False
             self._count("unmap", failed=True)
             failure = _as_dma_error("unmap", request, error)
             self._break(failure)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import resource
 from pathlib import Path
@@ -172,7 +173,7 @@ class VfioType1Target:
             self._fd, _uapi.VFIO_IOMMU_GET_INFO, _uapi.VfioIommuType1Info()
         )
         info = _uapi.VfioIommuType1Info.from_buffer_copy(raw)
-        page_size = os.sysconf("SC_PAGESIZE")
+        page_size = mmap.PAGESIZE
         if info.flags & _uapi.VFIO_IOMMU_INFO_PGSIZES and info.iova_pgsizes:
             page_size = info.iova_pgsizes & -info.iova_pgsizes
         ranges: tuple[IovaRange, ...] = ()

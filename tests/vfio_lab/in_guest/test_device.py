@@ -5,8 +5,8 @@ import select
 
 import pytest
 
-from guestio import BackingError, DeviceError
-from guestio.dma import INTX, MSI, MSIX, VfioType1Target
+from guestio import Backing, BackingError, DeviceError
+from guestio.dma import INTX, MSI, MSIX, DmaMapRequest, VfioType1Target
 from tests.vfio_lab.in_guest.conftest import Lab
 
 IDENTIFICATION, LIVENESS, FACTORIAL, STATUS = 0x00, 0x04, 0x08, 0x20
@@ -122,14 +122,10 @@ def test_devices_that_cannot_be_opened(lab: Lab):
 
 
 def test_a_container_without_devices_says_so():
-    from guestio.dma import DmaMapRequest
-
     with VfioType1Target() as target, pytest.raises(DeviceError, match="open a device"):
         target.map_dma(DmaMapRequest(0, 4096, host_address=4096))
 
 
 def test_memory_that_cannot_be_mapped(lab: Lab):
-    from guestio import Backing
-
     with pytest.raises(BackingError):
         Backing.from_fd(lab.edu_device.fileno(), 4096, lab.edu_device.config.offset)

@@ -1,9 +1,11 @@
 """Two assigned devices under a real kernel: what one reaches of the other, and of memory."""
 
+import os
+
 import pytest
 
 from guestio import Backing
-from guestio.dma import DmaError, MappingType, RegionManager
+from guestio.dma import DmaError, DmaMapRequest, MappingType, RegionManager
 from guestio.testing.targets import RecordingTarget
 from tests.vfio_lab.in_guest.conftest import Lab, bytes_of
 from tests.vfio_lab.script import MSI, PAGE
@@ -160,10 +162,6 @@ def test_memory_without_a_file(lab, manager):
 
 def test_a_file_open_for_reading_only_is_not_written(lab, memory):
     """The kernel would let the device write through an iommufd; see the limits in the docs."""
-    import os
-
-    from guestio.dma import DmaMapRequest
-
     fd = os.open(f"/proc/self/fd/{memory.fd}", os.O_RDONLY)
     request = DmaMapRequest(0, PAGE, fd=fd, host_address=None)
     with pytest.raises(DmaError):
