@@ -54,6 +54,10 @@ cdef class BlockServer(Server):
     def __init__(self, int fd, size, *, bint writable=True):
         self.fd, self.size, self.writable = fd, as_size(size, "size"), writable
 
+    def close(self):
+        """Forget the image: its number may be another file's soon. All requests fail from now on."""
+        self.fd = -1
+
     def process(self, Chain chain not None):
         """Serve one request; the bytes written, or None if it is not a read or write."""
         cdef i64 written = self.serve(chain)

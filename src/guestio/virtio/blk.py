@@ -158,6 +158,8 @@ class BlockDevice(Device):
         if not writable.total:
             return 0
         try:
+            if self._fd < 0:
+                raise OSError(errno.EBADF, "the device is closed")
             kind, _, sector = _HEADER.unpack(readable.read(0, _HEADER.size))
             serve = self._serve.get(kind)
             if serve is None:
@@ -195,28 +197,29 @@ class BlockDevice(Device):
         return ID_BYTES
 
     def _discard(self, sector: int, chain: Chain) -> int:
-        for offset, length, flags in self._segments(chain):
-            if flags:
-                raise _Refused(S_UNSUPP)
+        for offset, length, _ in self._segments(chain, 0):
             self._deallocate(offset, length)
         return 0
 
     def _write_zeroes(self, sector: int, chain: Chain) -> int:
-        for offset, length, flags in self._segments(chain):
-            if flags & ~_FLAG_UNMAP:
-                raise _Refused(S_UNSUPP)
+        for offset, length, flags in self._segments(chain, _FLAG_UNMAP):
             if not (flags and self._deallocate(offset, length)):
                 self._zero(offset, length)
         return 0
 
-    def _segments(self, chain: Chain) -> list[tuple[int, int, int]]:
-        """The checked ranges of a discard or write-zeroes request (section 5.2.6.2)."""
+    def _segments(self, chain: Chain, known: int) -> list[tuple[int, int, int]]:
+        """The ranges of a discard or write-zeroes request (section 5.2.6.2), all of them checked.
+
+        Nothing may be done before: a request that is refused leaves the disk as it is.
+        """
         self._check_writable()
         length = chain.readable.total - _HEADER.size
         if length % _TRIM.size or not 0 < length <= _TRIM.size * MAX_TRIM_SEGMENTS:
             raise _Refused(S_IOERR)
         found = []
         for sector, sectors, flags in _TRIM.iter_unpack(chain.readable.read(_HEADER.size)):
+            if flags & ~known:
+                raise _Refused(S_UNSUPP)
             if sectors > MAX_TRIM_SECTORS:
                 raise _Refused(S_IOERR)
             found.append((self._span(sector, sectors * SECTOR), sectors * SECTOR, flags))
@@ -239,9 +242,11 @@ class BlockDevice(Device):
             raise _Refused(S_IOERR)
 
     def close(self) -> None:
-        """Close the image. Calling it again does nothing."""
+        """Close the image; requests fail from now on. Calling it again does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            if self.server is not None:
+                self.server.close()
             os.close(fd)
 
 
@@ -289,9 +294,10 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
     """Call fallocate(2); False if the file system does not know the mode."""
     if not length:
         return True
-    if _libc.fallocate(fd, mode, offset, length) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
-        return False
-    raise OSError(number, os.strerror(number))
+    while _libc.fallocate(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
+            return False
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+    return True
