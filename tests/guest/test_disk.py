@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.vhost_user.disks import SIZE, Disk, own_disk, storage_daemon
-from tests.vhost_user.peer import nothing_left
 
 from guestio.errors import DeviceError, GuestioError, QueueError
 from guestio.guest import BlkError, Request, ScriptedGuest, Shape
@@ -20,6 +18,8 @@ from guestio.vhost_user.exchange import NoAnswerError
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.messages import IotlbMessage
 from guestio.virtio.blk import F_RO, S_IOERR, S_UNSUPP, T_IN
+from tests.vhost_user.disks import SIZE, Disk, own_disk, storage_daemon
+from tests.vhost_user.peer import nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

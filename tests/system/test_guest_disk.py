@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from lab.guest import MIB, GuestResult, Script, VhostUserDisk, Viommu
 
 QUEUES = 2

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from lab import parts
 from lab.guest import MIB, Guest, GuestError, GuestResult, QemuDisk, Script, Viommu
 

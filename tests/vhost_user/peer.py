@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tests.vhost_user.recording import RecordingHandler
-
 from guestio.errors import GuestioError
 from guestio.vhost_user.channel import Channel, Message, PeerGoneError
 from guestio.vhost_user.messages import (
@@ -24,6 +22,7 @@ from guestio.vhost_user.messages import (
     encode_message,
 )
 from guestio.vhost_user.session import Session
+from tests.vhost_user.recording import RecordingHandler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.vhost_user.peer import WAIT, Hand, nothing_left
 
 from guestio.errors import GuestioError, ProtocolError
 from guestio.vhost_user.channel import PeerGoneError
 from guestio.vhost_user.exchange import Exchange, NoAnswerError
 from guestio.vhost_user.messages import FrontendRequest, VringState, encode_ack, encode_message
+from tests.vhost_user.peer import WAIT, Hand, nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,9 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.vhost_user.disks import Disk, storage_daemon
-from tests.vhost_user.peer import WAIT, Hand, SessionPeer, nothing_left
-from tests.vhost_user.recording import DEVICE_FEATURES
 
 from guestio.addr import Permissions
 from guestio.errors import DeviceError, InvalidAddressError, ProtocolError
@@ -37,6 +34,9 @@ from guestio.vhost_user.messages import (
     encode_iotlb,
 )
 from guestio.virtio.driver import DriverQueue, RingLayout
+from tests.vhost_user.disks import Disk, storage_daemon
+from tests.vhost_user.peer import WAIT, Hand, SessionPeer, nothing_left
+from tests.vhost_user.recording import DEVICE_FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

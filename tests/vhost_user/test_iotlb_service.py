@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.vhost_user.peer import WAIT, Hand, nothing_left
 
 from guestio.addr import Permissions
 from guestio.errors import ProtocolError
@@ -29,6 +28,7 @@ from guestio.vhost_user.messages import (
     encode_ack,
     encode_message,
 )
+from tests.vhost_user.peer import WAIT, Hand, nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

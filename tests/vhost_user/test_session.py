@@ -8,13 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.vhost_user.recording import (
-    ACCESS_PLATFORM,
-    DEVICE_FEATURES,
-    OWN_REPLY,
-    PROTOCOL_FEATURES,
-    RecordingHandler,
-)
 
 from guestio.errors import DeviceError, ProtocolError
 from guestio.vhost_user.channel import Message
@@ -38,6 +31,13 @@ from guestio.vhost_user.messages import (
     FrontendRequest as F,
 )
 from guestio.vhost_user.session import MAX_QUEUES, SUPPORTED_PROTOCOL_FEATURES, Session
+from tests.vhost_user.recording import (
+    ACCESS_PLATFORM,
+    DEVICE_FEATURES,
+    OWN_REPLY,
+    PROTOCOL_FEATURES,
+    RecordingHandler,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

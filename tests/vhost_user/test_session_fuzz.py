@@ -15,13 +15,6 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.vhost_user.recording import (
-    ACCESS_PLATFORM,
-    DEVICE_FEATURES,
-    OWN_REPLY,
-    PROTOCOL_FEATURES,
-    VIRTIO_F_VERSION_1,
-)
 
 from guestio.errors import DeviceError, ProtocolError
 from guestio.vhost_user.channel import Channel, Message, PeerGoneError
@@ -45,6 +38,13 @@ from guestio.vhost_user.messages import (
     encode_message,
 )
 from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES, Session
+from tests.vhost_user.recording import (
+    ACCESS_PLATFORM,
+    DEVICE_FEATURES,
+    OWN_REPLY,
+    PROTOCOL_FEATURES,
+    VIRTIO_F_VERSION_1,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -33,8 +33,9 @@ iommu_platform=on,disable-legacy=on,ats=on \\
     -kernel vmlinuz -initrd initrd -append "root=/dev/vda"
 
 Guest memory must be shared (share=on). Without an IOMMU leave out the virtio-iommu-pci line and
-everything after num-queues; with intel-iommu use "-device intel-iommu,intremap=off,
-device-iotlb=on" and the kernel option intel_iommu=on.
+everything after num-queues. With intel-iommu use "-device intel-iommu,intremap=off,
+device-iotlb=on", put the disk below a port ("-device pcie-root-port,id=port0" and bus=port0), and
+boot with intel_iommu=on.
 """
 
 
