@@ -174,7 +174,7 @@ class Ledger:
             self._count("map", failed=True)
             if request.kind is not MappingType.DEVICE:
                 raise _as_dma_error("map", request, error) from error
-            self._note_failure(FailedMapping(request, error), journal)
+            self._note_failure(FailedMapping(request, _without_stack(error)), journal)
             return
         held.pending = False
         self._count("map")
@@ -285,7 +285,7 @@ class Ledger:
             if new.request.kind is not MappingType.DEVICE:
                 raise _as_dma_error("replace", new.request, error) from error
             self.unmap(old, journal)
-            self._note_failure(FailedMapping(new.request, error), journal)
+            self._note_failure(FailedMapping(new.request, _without_stack(error)), journal)
             return
         except BaseException:
             view.release()
@@ -343,7 +343,10 @@ class Ledger:
 
     def _break(self, error: DmaError) -> None:
         if self.broken is None:
-            self.broken = error
+            # Not the error itself: its traceback would keep everything on the stack alive.
+            self.broken = DmaError(
+                error.operation, error.start, error.size, error.reason, errno=error.errno
+            )
 
     def _note_failure(self, failure: FailedMapping, journal: Journal) -> None:
         start = failure.request.start
@@ -376,3 +379,12 @@ def _as_dma_error(operation: str, request: DmaMapRequest, error: BaseException) 
     number = error.errno if isinstance(error, OSError) else None
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return DmaError(operation, request.start, request.size, reason, errno=number)
+
+
+def _without_stack(error: Exception) -> Exception:
+    """An error to be kept: without the tracebacks, which would keep the stack's objects alive."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
