@@ -70,7 +70,8 @@ cdef class Question:
     cdef readonly int access
     cdef readonly list waiting
     cdef double asked
-    cdef bint answered
+    cdef bint settled     # it is not in the table any more
+    cdef bint forbidden   # a translation came that does not allow the access
 
 
 cdef class MissTable:
@@ -138,6 +139,8 @@ cdef class MissTable:
     ) except -1:
         cdef Question question = <Question>self.open.get(iova | <u64>access)
         if question is None:
+            if len(self.order) >= LIMIT:
+                self.drop_stale(now)
             if len(self.open) >= LIMIT or len(self.order) >= LIMIT:
                 self.starved_waiters.add(waiter)
                 return False
@@ -154,18 +157,39 @@ cdef class MissTable:
             self.lacking[waiter] = self.lacking.get(waiter, 0) + 1
         return True
 
-    def answered(self, iova, size):
+    cdef int drop_stale(self, double now) except -1:
+        """Expect no acknowledgement any more of questions that were settled long ago."""
+        cdef Question oldest
+        while self.order:
+            oldest = <Question>self.order[0]
+            if not oldest.settled or now - oldest.asked < self.time_limit:
+                break
+            self.order.popleft()
+        return 0
+
+    cdef int relieve(self, list ready) except -1:
+        """Add those who could not ask for want of room, once there is some."""
+        if self.starved_waiters and max(len(self.open), len(self.order)) <= LIMIT // 2:
+            ready.extend(self.starved_waiters)
+            self.starved_waiters.clear()
+        return 0
+
+    def answered(self, iova, size, int perm):
         """A translation of a range arrived.
+
+        Args:
+            iova, size: The range.
+            perm: What it allows. Who needs more goes on waiting.
 
         Returns:
             The waiters that miss nothing any more.
         """
         cdef list ready = []
         cdef u64 first = as_address(iova, "iova")
-        self.answer(first, size - 1, ready)
+        self.answer(first, size - 1, perm, ready)
         return ready
 
-    cdef int answer(self, u64 first, u64 span, list ready) except -1:
+    cdef int answer(self, u64 first, u64 span, int perm, list ready) except -1:
         cdef Question question
         cdef int access
         if not self.open:
@@ -176,25 +200,28 @@ cdef class MissTable:
                     first // PAGE_BYTES * PAGE_BYTES | <u64>access
                 )
                 if question is not None:
-                    self.settle(question, ready)
+                    self.answer_one(question, perm, ready)
+        else:
+            for question in list(self.open.values()):
+                if question.iova + (PAGE_BYTES - 1) >= first and question.iova <= first + span:
+                    self.answer_one(question, perm, ready)
+        return self.relieve(ready)
+
+    cdef int answer_one(self, Question question, int perm, list ready) except -1:
+        if question.access & ~perm:
+            question.forbidden = True
             return 0
-        for question in list(self.open.values()):
-            if question.iova + (PAGE_BYTES - 1) >= first and question.iova <= first + span:
-                self.settle(question, ready)
-        return 0
+        return self.settle(question, ready)
 
     cdef int settle(self, Question question, list ready) except -1:
         """Take a question off the table and note who misses nothing any more."""
         del self.open[question.iova | <u64>question.access]
-        question.answered = True
+        question.settled = True
         for waiter in question.waiting:
             left = self.lacking.get(waiter, 1) - 1
             self.lacking[waiter] = left
             if not left:
                 ready.append(waiter)
-        if self.starved_waiters and len(self.open) < LIMIT // 2:
-            ready.extend(self.starved_waiters)
-            self.starved_waiters.clear()
         return 0
 
     def acknowledge(self, data):
@@ -225,6 +252,7 @@ cdef class MissTable:
                 at += ACK_BYTES
         finally:
             PyBuffer_Release(&view)
+        self.relieve(ready)
         return at, refused, ready
 
     cdef int acknowledge_one(self, bint refuse, list refused, list ready) except -1:
@@ -232,12 +260,12 @@ cdef class MissTable:
         if not self.order:
             return 0
         question = <Question>self.order.popleft()
-        if question.answered:
+        # Without a refusal, the translation may still be under way on the other channel.
+        if question.settled or not (refuse or question.forbidden):
             return 0
         self.settle(question, ready)
-        if refuse:
-            self.refused += 1
-            refused.append(question)
+        self.refused += 1
+        refused.append(question)
         return 0
 
     def expired(self, double now):
@@ -256,19 +284,40 @@ cdef class MissTable:
         self.timeouts += len(late)
         return late
 
-    def starved(self):
+    def starved(self, double now):
         """Waiters that could not ask for want of room, if there is room now."""
-        if len(self.open) >= LIMIT // 2 or len(self.order) >= LIMIT:
-            return []
-        waiters, self.starved_waiters = list(self.starved_waiters), set()
-        return waiters
+        cdef list ready = []
+        self.drop_stale(now)
+        self.relieve(ready)
+        return ready
 
     def deadline(self):
-        """When the next question expires, or None."""
+        """When to call :meth:`expired` and :meth:`starved`; None if nothing is to be expected."""
         cdef Question question
+        cdef double first = -1
         for question in self.open.values():
-            return question.asked + self.time_limit
-        return None
+            first = question.asked
+            break
+        if self.starved_waiters and self.order:
+            question = <Question>self.order[0]
+            if first < 0 or question.asked < first:
+                first = question.asked
+        return None if first < 0 else first + self.time_limit
+
+    def awaited(self, waiter):
+        """How many questions of a waiter are not settled."""
+        return self.lacking.get(waiter, 0)
+
+    def reset(self):
+        """Forget all questions, because no answer to them can be told from others any more.
+
+        Returns:
+            Everybody who waited and has to ask again.
+        """
+        waiters = self.starved_waiters.union(w for w, left in self.lacking.items() if left)
+        self.open, self.order = {}, deque()
+        self.lacking, self.starved_waiters = {}, set()
+        return list(waiters)
 
     def forget(self, waiter):
         """Somebody does not wait any more."""
@@ -280,15 +329,19 @@ cdef class MissTable:
                 question.waiting.remove(waiter)
 
 
-def pages(missing):
-    """The pages that ranges touch, as ``(first address, access)``."""
+def touched(missing, known):
+    """Those of the ``known`` pages ``(iova, access)`` that ranges touch, as a set."""
     cdef u64 iova, last
-    cdef list found = []
+    cdef set found = set()
+    if not known:
+        return found
     for (base, length), access in missing:
         last = base + (length - 1)
         iova = <u64>base // PAGE_BYTES * PAGE_BYTES
         while True:
-            found.append((iova, access))
+            page = (iova, access)
+            if page in known:
+                found.add(page)
             if last - iova < PAGE_BYTES:
                 break
             iova += PAGE_BYTES
@@ -379,7 +432,7 @@ cdef class IotlbUpdater:
         self.iotlb.overwrite_span(span, message.uaddr + entry.delta, message.perm)
         self.iotlb.end_change()
         self.updates += 1
-        self.misses.answer(span.first, rest, ready)
+        self.misses.answer(span.first, rest, message.perm, ready)
         return True
 
 

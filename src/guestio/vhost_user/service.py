@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from guestio._core.access import AddressSpace
-from guestio._core.iotlbwire import pages
+from guestio._core.iotlbwire import touched
 from guestio._core.ring import Chain, SplitRing
-from guestio.addr import IovaRange
+from guestio.addr import IovaRange, check_int
 from guestio.errors import DeviceError, GuestioError, ProtocolError
 from guestio.vhost_user.channel import Channel, PeerGoneError
 from guestio.vhost_user.memory import SharedMemory
@@ -58,6 +58,12 @@ POLL_INTERVAL = 0.001
 SPIN_US = 20
 """Microseconds that a queue is watched before everybody else has a turn."""
 
+PATIENCE = 4
+"""Times the limit for one answer that a request may wait for translations in all: a front-end that
+answers every question, but never with what was asked for, must not keep it for ever."""
+
+MAX_REFUSED = 4096
+"""Refused pages that are remembered for a queue."""
 _ONE = struct.pack("=Q", 1)
 
 Missing: TypeAlias = list[tuple[IovaRange, int]]
@@ -77,6 +83,7 @@ class _Queue:
     polled: bool = False
     broken: bool = False
     watch_until: float = 0.0
+    parked_at: float | None = None
     kick: int | None = None
     call: int | None = None
     err: int | None = None
@@ -113,6 +120,7 @@ class Service:
         poll_us: int,
     ) -> None:
         self._poll_seconds = poll_us / 1e6
+        self._patience = PATIENCE * miss_timeout
         self.closed = False
         self._channel = channel
         self._device = device
@@ -150,6 +158,7 @@ class Service:
                 if message is None:
                     return
                 reply = self._session.handle(message)
+                self._report_refusal()
                 if reply is not None:
                     self._channel.send(reply)
             self._poller.again(self._receive)
@@ -157,8 +166,14 @@ class Service:
             self.close()
         except ProtocolError as error:
             self._stats.protocol_errors += 1
-            log.error("front-end disconnected: %s", error)  # noqa: TRY400 - the peer's fault
+            log.error("front-end disconnected: %s", str(error))  # noqa: TRY400 - the peer's fault
             self.close()
+
+    def _report_refusal(self) -> None:
+        """Log what the front-end was refused, and let go of it: a traceback keeps memory mapped."""
+        error, self._session.last_refusal = self._session.last_refusal, None
+        if error is not None:
+            self._bursts.report("the front-end was refused: %s", str(error))
 
     def close(self) -> None:
         """Give everything back. Calling it again does nothing."""
@@ -169,12 +184,16 @@ class Service:
         self._channel.close()
         self._translations.close()
         self._forget_queues()
-        self._device.reset()
+        self._session.last_refusal = None
         self._stats.iotlb_hits += self._translations.iotlb.hits
         self._count_dirty()
         self._shared = SharedMemory()
         self._space = AddressSpace(self._shared.table)
         self._bursts.flush()
+        try:
+            self._device.reset()
+        except Exception:
+            log.exception("the device could not be reset")
         stats = self._stats
         log.info(
             "front-end %d gone; so far: requests=%d failed=%d iotlb_misses=%d "
@@ -208,8 +227,8 @@ class Service:
         """See :class:`SessionHandler`."""
         if features == self._negotiated:
             return
-        self._negotiated = features
         self._device.negotiated(features)
+        self._negotiated = features
         self._change_memory(self._shared)
 
     def set_memory_table(self, regions: Sequence[tuple[MemoryRegion, int]]) -> None:
@@ -244,7 +263,10 @@ class Service:
 
     def set_vring_num(self, index: int, num: int) -> None:
         """See :class:`SessionHandler`."""
-        self._queues[index].num = num
+        queue = self._queues[index]
+        queue.num = num
+        if queue.enabled and queue.started:
+            self._wake(queue)
 
     def set_vring_addr(self, index: int, address: VringAddr) -> None:
         """See :class:`SessionHandler`."""
@@ -284,6 +306,7 @@ class Service:
     def _stop(self, queue: _Queue) -> None:
         queue.started = False
         self._detach(queue)
+        queue.parked_at = None
         self._translations.forget(queue.index)
         self._poller.clear_timer(queue)
         self._set_fd(queue, "kick", None)
@@ -416,7 +439,7 @@ class Service:
         queue.broken = True
         self._stats.queue_errors += 1
         self._status |= Status.NEEDS_RESET
-        log.error("queue %d stopped: %s", queue.index, error)
+        log.error("queue %d stopped: %s", queue.index, str(error))
         _signal(queue.err)
 
     def _serve(self, queue: _Queue, ring: SplitRing) -> None:
@@ -432,13 +455,16 @@ class Service:
         for chain in chains:
             ring.complete(chain, self._process(queue, chain))
         served += len(chains)
-        if served and not self._publish(queue, ring):
-            return
+        if served:
+            queue.parked_at = None
+            if not self._publish(queue, ring):
+                return
         if missing:
             self._park(queue, ring, missing)
             return
+        queue.parked_at = None
         self._translations.refused(queue.index).clear()
-        if served == TURN or self._watches(queue, ring, served) or ring.enable_kicks():
+        if served == TURN or self._watches(queue, ring, served) or ring.enable_kicks() is not False:
             self._wake(queue)
         elif queue.polled:
             due = time.monotonic() + POLL_INTERVAL
@@ -460,16 +486,19 @@ class Service:
         self._stats.requests += 1
         try:
             if chain.fault is None:
-                return self._device.process(queue.index, chain)
+                return _plausible(self._device.process(queue.index, chain), chain)
             self._bursts.report("queue %d: request refused: %s", queue.index, chain.fault)
         except GuestioError as error:
-            self._bursts.report("queue %d: request failed: %s", queue.index, error)
+            self._bursts.report("queue %d: request failed: %s", queue.index, str(error))
         except Exception:
             log.exception("queue %d: the device failed; its request is refused", queue.index)
         self._stats.failed_requests += 1
         try:
-            return self._device.fail(queue.index, chain)
+            return _plausible(self._device.fail(queue.index, chain), chain)
         except GuestioError:
+            return 0
+        except Exception:
+            log.exception("queue %d: the device failed to fail a request", queue.index)
             return 0
 
     def _publish(self, queue: _Queue, ring: SplitRing) -> bool:
@@ -484,29 +513,48 @@ class Service:
 
     def _park(self, queue: _Queue, ring: SplitRing, missing: Missing) -> None:
         """Ask for what a queue lacks; a request that lacks what was refused fails instead."""
-        if not self._give_up(queue, ring):
+        now = time.monotonic()
+        if queue.parked_at is None:
+            queue.parked_at = now
+        if not self._give_up(queue, ring, late=now - queue.parked_at >= self._patience):
             self._translations.ask(queue.index, missing)
 
-    def _give_up(self, queue: _Queue, ring: SplitRing) -> bool:
-        """Deal with a refusal that concerns the ring itself or the request at its head."""
+    def _give_up(self, queue: _Queue, ring: SplitRing, *, late: bool) -> bool:
+        """Deal with a refusal that concerns the ring itself or the request at its head.
+
+        Args:
+            queue: The queue.
+            ring: Its ring.
+            late: Whether it has waited long enough for whatever it lacks.
+
+        Returns:
+            Whether there is nothing to ask for now.
+        """
         refused = self._translations.refused(queue.index)
-        if not refused:
+        if not refused and not late:
             return False
-        if refused.intersection(pages(ring.missing())):
+        missing = ring.missing()
+        if missing and (late or touched(missing, refused)):
             self._bursts.report("queue %d: its ring has no translation", queue.index)
             refused.clear()
-            queue.started = False
+            queue.started, queue.parked_at = False, None
             return True
         chains, missing = ring.pop(1)
-        lacking = set(pages(missing))
-        # What else it lacks may still come, the place of its status among it: wait for all.
-        if lacking and not lacking <= refused:
-            return False
-        refused -= lacking
+        lost = touched(missing, refused)
+        if missing and not late:
+            if not lost:
+                return False
+            # What else it lacks may still come, the place of its status among it.
+            if self._translations.awaited(queue.index):
+                return True
+        refused -= lost
+        if len(refused) > MAX_REFUSED:
+            refused.clear()
         chain = chains[0] if chains else ring.pop_faulty()
         if chain is not None:
             self._translations.report_access_fails(chain.access_fails)
             ring.complete(chain, self._process(queue, chain))
+        queue.parked_at = None
         self._wake(queue)
         return True
 
@@ -540,6 +588,16 @@ class _Bursts:
             self._hidden = 0
 
 
+def _plausible(written: int, chain: Chain) -> int:
+    """What a device says that it wrote, if that is possible."""
+    if not 0 <= check_int(written, "written") <= chain.writable.total:
+        raise DeviceError(
+            f"the device says it wrote {written} bytes to a request with room for "
+            f"{chain.writable.total}"
+        )
+    return written
+
+
 def _signal(fd: int | None) -> None:
     """Add one to an eventfd; if that would wait, its owner has enough to do anyway."""
     if fd is not None:
@@ -548,6 +606,9 @@ def _signal(fd: int | None) -> None:
 
 
 def _drain(fd: int) -> None:
-    """Take back what an eventfd counted, so that its owner does not see an old kick."""
+    """Take back what an eventfd counted, so that its owner does not see an old kick.
+
+    Without waiting, whatever its owner made of the file description meanwhile.
+    """
     with contextlib.suppress(OSError):
-        os.read(fd, 8)
+        os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)

@@ -33,6 +33,12 @@ log = logging.getLogger("guestio.vhost_user")
 MAX_TRANSLATIONS = 1 << 20
 """IOTLB entries at most; a front-end that sends more makes the least used ones go."""
 
+MAX_REPORTS = 64
+"""Forbidden accesses of one request that a front-end is told of."""
+
+TURN = 64
+"""Acknowledgements that are taken one by one before somebody else has a turn."""
+
 Page = tuple[int, int]
 """Address of a page and what is to be done with it."""
 
@@ -105,7 +111,7 @@ class Translations:
         for guest_addr, length in self._shared.guest_ranges(uaddr, size):
             self.iotlb.set_mapping(at, guest_addr, length, Permissions(perm))
             at += length
-        self._wake(self._misses.answered(iova, size))
+        self._wake(self._misses.answered(iova, size, perm))
 
     def ask(self, waiter: int, missing: Iterable[tuple[IovaRange, int]]) -> None:
         """Ask for ranges, except for pages that this waiter was refused."""
@@ -125,13 +131,17 @@ class Translations:
         """The pages that a waiter asked for in vain; remove those that were dealt with."""
         return self._refused.setdefault(waiter, set())
 
+    def awaited(self, waiter: int) -> int:
+        """How many questions of a waiter are still open."""
+        return self._misses.awaited(waiter)
+
     def forget(self, waiter: int) -> None:
         """Somebody does not wait any more."""
         self._misses.forget(waiter)
         self._refused.pop(waiter, None)
 
     def report_access_fails(self, fails: list[tuple[IovaRange, int]]) -> None:
-        """Tell the front-end what was attempted and is not allowed."""
+        """Tell the front-end what was attempted and is not allowed, or some of it if it is much."""
         self._stats.access_fails += len(fails)
         self._send(
             b"".join(
@@ -140,7 +150,7 @@ class Translations:
                     IotlbMessage.access_fail(base, length, access),
                     need_reply=False,
                 )
-                for (base, length), access in fails
+                for (base, length), access in fails[:MAX_REPORTS]
             )
         )
 
@@ -154,6 +164,8 @@ class Translations:
         self._close_channel()
         self._channel = channel
         self._poller.add(channel.fileno(), self._receive_replies)
+        # Acknowledgements say nothing but their order, which is another one now.
+        self._wake(self._misses.reset())
 
     def close(self) -> None:
         """Stop asking and release everything. Calling it again does nothing."""
@@ -174,14 +186,22 @@ class Translations:
         try:
             taken = self._settle(channel.peek())
             channel.skip(taken)
-            # Otherwise: incomplete, the end of the stream, or what no front-end may send.
-            while not taken and (message := channel.recv()) is not None:
-                with message:
-                    decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
-                    self._settle(message.header.encode() + message.payload)
+            if not taken:
+                # Incomplete, the end of the stream, or what no front-end may send.
+                self._receive_one_by_one(channel)
         except GuestioError as error:
             self._lose_channel(error)
         self._arm()
+
+    def _receive_one_by_one(self, channel: Channel) -> None:
+        for _ in range(TURN):
+            message = channel.recv()
+            if message is None:
+                return
+            with message:
+                decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
+                self._settle(message.header.encode() + message.payload)
+        self._poller.again(self._receive_replies)
 
     def _settle(self, acknowledgements: bytes) -> int:
         taken, refused, ready = self._misses.acknowledge(acknowledgements)
@@ -194,7 +214,8 @@ class Translations:
         self._stats.iotlb_refused += 1
         for waiter in question.waiting:
             self.refused(waiter).add((question.iova, question.access))
-        self._wake(question.waiting)
+        # What else they asked for may still come.
+        self._wake([w for w in question.waiting if not self._misses.awaited(w)])
 
     def _send(self, messages: bytes) -> None:
         """Send messages, all at once: a socket's buffer holds few small ones but one large one."""
@@ -207,7 +228,7 @@ class Translations:
 
     def _lose_channel(self, error: GuestioError) -> None:
         if not isinstance(error, PeerGoneError):
-            log.error("the back-end channel is of no use any more: %s", error)
+            log.error("the back-end channel is of no use any more: %s", str(error))
         self._close_channel()
 
     def _arm(self) -> None:
@@ -218,8 +239,9 @@ class Translations:
             self._poller.set_timer(self, deadline, self._expire)
 
     def _expire(self) -> None:
-        for question in self._misses.expired(time.monotonic()):
+        now = time.monotonic()
+        for question in self._misses.expired(now):
             self._stats.iotlb_timeouts += 1
             self._refuse(question)
-        self._wake(self._misses.starved())
+        self._wake(self._misses.starved(now))
         self._arm()
