@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, Self
 from guestio._core.access import AddressSpace, IoVector, RegionTable, VolatileSlice
 from guestio._core.bitmap import AtomicBitmap
 from guestio._core.mapping import HostMapping
-from guestio.addr import Permissions, check_address, check_range, checked_add
+from guestio.addr import Permissions, check_address, check_int, check_range, checked_add
 from guestio.errors import (
     AccessError,
     InvalidAddressError,
@@ -249,8 +249,9 @@ class GuestRegionCollection(GuestMemory):
         Raises:
             NoMemoryRegionError: There is no such region.
         """
-        check_range(start, size, name="start")
         region = self.find_region(start)
+        if check_int(size, "size") < 0:
+            raise ValueError(f"size {size} must be >= 0")
         if region is None or (region.start, region.size) != (start, size):
             raise NoMemoryRegionError(f"no region is exactly {start:#x}+{size:#x}")
         made = self.__class__.__new__(self.__class__)

@@ -1,0 +1,203 @@
+"""A bounded interval map: who is evicted, who is not, and what is counted."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from guestio import Iotlb, IotlbFails, Permissions
+
+R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
+SLOTS = 24
+SLOT = 0x10
+
+
+class EvictionMachine(RuleBasedStateMachine):
+    """Entries that never touch, so that each is one slot; the model keeps when each was used."""
+
+    def __init__(self):
+        super().__init__()
+        self.used = {}
+        self.perms = {}
+        self.pins = []
+        self.guards = []
+        self.clock = 0
+        self.counts = dict.fromkeys(("hits", "misses", "access_fails", "evictions"), 0)
+        self.invalidations = 0
+
+    @initialize(capacity=st.integers(1, 6))
+    def start(self, capacity):
+        self.capacity = capacity
+        self.iotlb = Iotlb(capacity)
+
+    slots = st.integers(0, SLOTS - 1)
+
+    def now(self):
+        self.clock += 1
+        return self.clock
+
+    def kept(self, slot):
+        """Whether the slot may not be evicted."""
+        return slot in self.pins or any(held == slot for held, _ in self.guards)
+
+    def evicted(self):
+        """Take from the model what a change evicted, after a look that it was right to."""
+        present = {source.base // SLOT for source, _, _ in self.iotlb}
+        gone = set(self.used) - present
+        assert present <= set(self.used)
+        evictable = {slot for slot in self.used if not self.kept(slot)}
+        assert gone <= evictable
+        assert len(gone) == min(max(len(self.used) - self.capacity, 0), len(evictable))
+        if gone and evictable - gone:
+            newest = max(self.used[slot] for slot in gone)
+            assert newest <= min(self.used[slot] for slot in evictable - gone)
+        for slot in gone:
+            del self.used[slot], self.perms[slot]
+        self.counts["evictions"] += len(gone)
+
+    @rule(slot=slots, perm=st.sampled_from([R, W, RW]))
+    def map(self, slot, perm):
+        held = any(at == slot for at, _ in self.guards)
+        if held and slot in self.perms and not perm.allows(self.perms[slot]):
+            with pytest.raises(RuntimeError, match="wait for itself"):
+                self.iotlb.set_mapping(slot * SLOT, slot << 20, SLOT // 2, perm)
+            return
+        self.iotlb.set_mapping(slot * SLOT, slot << 20, SLOT // 2, perm)
+        self.used[slot], self.perms[slot] = self.now(), perm
+        self.evicted()
+
+    @rule(slot=slots)
+    def invalidate(self, slot):
+        if any(at == slot for at, _ in self.guards):
+            with pytest.raises(RuntimeError, match="wait for itself"):
+                self.iotlb.invalidate_mapping(slot * SLOT, SLOT)
+            return
+        self.iotlb.invalidate_mapping(slot * SLOT, SLOT)
+        self.invalidations += 1
+        self.used.pop(slot, None)
+        self.perms.pop(slot, None)
+        self.evicted()
+
+    def expected(self, slot, access):
+        if slot not in self.used:
+            return "misses"
+        self.used[slot] = self.now()
+        return "hits" if self.perms[slot].allows(access) else "access_fails"
+
+    @rule(slot=slots, access=st.sampled_from([R, W]))
+    def look_up(self, slot, access):
+        outcome = self.expected(slot, access)
+        if outcome == "hits":
+            assert self.iotlb.lookup(slot * SLOT + 1, 2, access) == [((slot << 20) + 1, 2)]
+        else:
+            with pytest.raises(IotlbFails) as caught:
+                self.iotlb.lookup(slot * SLOT + 1, 2, access)
+            assert len(getattr(caught.value, outcome)) == 1
+        self.counts[outcome] += 1
+
+    @rule(chosen=st.lists(slots, max_size=20), access=st.sampled_from([R, W]))
+    def look_up_many(self, chosen, access):
+        _, status = self.iotlb.lookup_many([slot * SLOT for slot in chosen], 4, access)
+        moment = self.now()
+        for slot, outcome in zip(chosen, status.tolist(), strict=True):
+            name = self.expected(slot, access)
+            assert name == ("hits", "misses", "access_fails")[outcome]
+            self.counts[name] += 1
+        for slot in set(chosen) & set(self.used):
+            self.used[slot] = moment
+
+    @rule(slot=slots)
+    def pin(self, slot):
+        self.iotlb.pin(slot * SLOT + 3, 1)
+        self.pins.append(slot)
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data):
+        slot = data.draw(st.sampled_from(self.pins))
+        self.iotlb.unpin(slot * SLOT + 3, 1)
+        self.pins.remove(slot)
+
+    @precondition(lambda self: any(perm.allows(R) for perm in self.perms.values()))
+    @rule(data=st.data())
+    def hold(self, data):
+        slot = data.draw(st.sampled_from([s for s, p in self.perms.items() if p.allows(R)]))
+        self.guards.append((slot, self.iotlb.guard(slot * SLOT, 4, R)))
+        self.expected(slot, R)
+        self.counts["hits"] += 1
+
+    @precondition(lambda self: self.guards)
+    @rule(data=st.data())
+    def let_go(self, data):
+        chosen = data.draw(st.integers(0, len(self.guards) - 1))
+        self.guards.pop(chosen)[1].close()
+
+    @invariant()
+    def counted(self):
+        if not hasattr(self, "iotlb"):
+            return
+        stats = self.iotlb.stats()
+        assert stats.entries == len(self.iotlb) == len(self.used)
+        assert stats.capacity == self.capacity
+        for name, count in self.counts.items():
+            assert getattr(stats, name) == count, name
+        assert stats.invalidations == self.invalidations
+        assert len(self.iotlb.leases) == len(self.guards)
+        self.iotlb.check()
+
+    def teardown(self):
+        for _, guard in self.guards:
+            guard.close()
+
+
+@pytest.mark.slow
+def test_least_recently_used_goes_first():
+    run_state_machine_as_test(
+        EvictionMachine, settings=settings(max_examples=120, stateful_step_count=50, deadline=None)
+    )
+
+
+def test_a_cache_that_is_used_more_than_it_is_filled():
+    """Uses are noted without moving anything; the queue is put in order when it matters."""
+    iotlb = Iotlb(100)
+    rng = np.random.default_rng(5)
+    for page in range(100):
+        iotlb.set_mapping(page << 12, 0, 4096, RW)
+    hot = np.arange(50, dtype=np.uint64) << np.uint64(12)
+    for round_ in range(200):
+        iotlb.lookup_many(rng.permutation(hot), 1, R)
+        iotlb.set_mapping((1000 + round_) << 12, 0, 4096, RW)
+    assert len(iotlb) == 100
+    assert not iotlb.lookup_many(hot, 1, R)[1].any()
+    assert iotlb.stats().evictions == 200
+    iotlb.check()
+
+
+def test_parts_of_a_split_entry_are_evicted_on_their_own():
+    iotlb = Iotlb(3)
+    iotlb.set_mapping(0, 0x10000, 0x3000, RW)
+    iotlb.invalidate_mapping(0x1000, 0x1000)
+    iotlb.set_mapping(0x8000, 0, 0x1000, RW)
+    iotlb.lookup(0, 1, R)
+    iotlb.set_mapping(0xA000, 0, 0x1000, RW)
+    assert [source.base for source, _, _ in iotlb] == [0, 0x8000, 0xA000]
+
+
+def test_everything_pinned_exceeds_the_capacity_until_it_may_go():
+    iotlb = Iotlb(2)
+    iotlb.pin(0, 0x10000)
+    for page in range(6):
+        iotlb.set_mapping(page << 12, page << 20, 4096, RW)
+    assert len(iotlb) == 6
+    iotlb.unpin(0, 0x10000)
+    iotlb.set_mapping(0x20000, 0, 4096, RW)
+    assert len(iotlb) == 2
+    assert iotlb.stats().evictions == 5
