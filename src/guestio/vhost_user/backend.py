@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from typing import Literal, Self
 
 from guestio.addr import check_int
@@ -23,6 +24,9 @@ log = logging.getLogger("guestio.vhost_user")
 
 MAX_PATH = 107
 """Bytes of a Unix socket's path (sun_path without its terminator)."""
+
+ACCEPT_PAUSE = 0.25
+"""Seconds until the next attempt if a front-end cannot be accepted, for want of fds say."""
 
 
 class Backend:
@@ -76,8 +80,13 @@ class Backend:
         self._poll_us = poll_us
         self._stopping = threading.Event()
         self._service: Service | None = None
-        self._listener = _listen(self.path)
         self._poller = Poller()
+        try:
+            self._listener = _listen(self.path)
+            self._inode = _inode(self.path)
+        except BaseException:
+            self._poller.close()
+            raise
 
     def serve(self, connections: int | None = None) -> None:
         """Serve front-ends until :meth:`stop` is called.
@@ -92,6 +101,7 @@ class Backend:
                     connections -= 1
         finally:
             self._poller.remove(self._listener.fileno())
+            self._poller.clear_timer(self)
             if self._service is not None:
                 self._service.close()
 
@@ -100,9 +110,20 @@ class Backend:
         self._service = None
         self._poller.add(self._listener.fileno(), self._accept)
         while not self._stopping.is_set():
-            self._poller.run_once()
+            try:
+                self._poller.run_once()
+            except Exception:
+                # A mistake of the device or of ours: it costs this connection, not the next.
+                log.exception("serving failed")
+                self._drop()
             if self._is_done():
                 return
+
+    def _drop(self) -> None:
+        if self._service is None:
+            self._pause_accepting()
+        else:
+            self._service.close()
 
     def _is_done(self) -> bool:
         """Whether there was a front-end and it has gone."""
@@ -114,19 +135,33 @@ class Backend:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
                 log.error("cannot accept a front-end: %s", error.strerror)  # noqa: TRY400
+                self._pause_accepting()
             return
         self._poller.remove(self._listener.fileno())
         self.statistics.connections += 1
-        self._service = Service(
-            Channel(connected),
-            self.device,
-            self._poller,
-            self.statistics,
-            offer_iommu=self._iommu == "auto",
-            miss_timeout=self._miss_timeout,
-            track_dirty=self._track_dirty,
-            poll_us=self._poll_us,
-        )
+        channel = Channel(connected)
+        try:
+            self._service = Service(
+                channel,
+                self.device,
+                self._poller,
+                self.statistics,
+                offer_iommu=self._iommu == "auto",
+                miss_timeout=self._miss_timeout,
+                track_dirty=self._track_dirty,
+                poll_us=self._poll_us,
+            )
+        except BaseException:
+            channel.close()
+            raise
+
+    def _pause_accepting(self) -> None:
+        """Look away for a while from a front-end that goes on waiting."""
+        self._poller.remove(self._listener.fileno())
+        self._poller.set_timer(self, time.monotonic() + ACCEPT_PAUSE, self._listen_again)
+
+    def _listen_again(self) -> None:
+        self._poller.add(self._listener.fileno(), self._accept)
 
     def stop(self) -> None:
         """Make :meth:`serve` return after what it is doing. From any thread or signal handler."""
@@ -142,13 +177,20 @@ class Backend:
             self._listener.close()
             self._poller.close()
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)  # noqa: PTH108 - the path may be bytes-like
+                # Unless somebody else has taken its place.
+                if _inode(self.path) == self._inode:
+                    os.unlink(self.path)  # noqa: PTH108 - the path may be bytes-like
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _inode(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
 
 
 def _listen(path: str) -> socket.socket:

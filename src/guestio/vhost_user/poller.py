@@ -52,8 +52,9 @@ class Poller:
         self._timers.pop(key, None)
 
     def wake(self) -> None:
-        """Make a waiting :meth:`run_once` return."""
-        os.eventfd_write(self._wake, 1)
+        """Make a waiting :meth:`run_once` return; nothing once closed."""
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
 
     def run_once(self) -> None:
         """Wait until something is due and call back for all of it."""
@@ -87,6 +88,7 @@ class Poller:
 
     def close(self) -> None:
         """Close the poller's own descriptors. Calling it again does nothing."""
-        if not self._epoll.closed:
+        wake, self._wake = self._wake, -1
+        if wake >= 0:
             self._epoll.close()
-            os.close(self._wake)
+            os.close(wake)
