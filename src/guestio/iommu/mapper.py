@@ -74,6 +74,8 @@ class MappingInfo:
     def __post_init__(self) -> None:
         check_range(self.iova, self.size, name="iova", empty=False)
         check_range(self.gpa, self.size, name="gpa", empty=False)
+        if not 0 <= check_int(self.prot, "prot") <= Permissions.READ_WRITE:
+            raise ValueError(f"prot {self.prot} is not a combination of READ and WRITE")
         object.__setattr__(self, "prot", Permissions(self.prot))
 
 
