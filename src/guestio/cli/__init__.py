@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 import guestio
+from guestio.cli.bench import bench
 from guestio.errors import GuestioError
 from guestio.vhost_user import Backend
 from guestio.virtio.blk import BlockDevice
@@ -113,6 +114,9 @@ def demo(seconds: float) -> None:
 
     _log_to_stderr(logging.ERROR)
     sys.exit(run(seconds))
+
+
+cli.add_command(bench)
 
 
 def _fail(message: str) -> NoReturn:
