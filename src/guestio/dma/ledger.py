@@ -173,7 +173,7 @@ class Ledger:
             self._drop(request.start)
             self._count("map", failed=True)
             if request.kind is not MappingType.DEVICE:
-                raise _as_dma_error("map", request, error) from error
+                raise _as_dma_error("map", request, error) from _cause(error)
             self._note_failure(FailedMapping(request, _without_stack(error)), journal)
             return
         held.pending = False
@@ -283,7 +283,7 @@ class Ledger:
             view.release()
             self._count("replace", failed=True)
             if new.request.kind is not MappingType.DEVICE:
-                raise _as_dma_error("replace", new.request, error) from error
+                raise _as_dma_error("replace", new.request, error) from _cause(error)
             self.unmap(old, journal)
             self._note_failure(FailedMapping(new.request, _without_stack(error)), journal)
             return
@@ -333,11 +333,10 @@ class Ledger:
             with self._lock:
                 held.stuck, held.pending = True, False
             self._count("unmap", failed=True)
-            failure = _as_dma_error("unmap", request, error)
-            self._break(failure)
+            self._break(_as_dma_error("unmap", request, error))
             if not isinstance(error, Exception):
                 raise
-            raise failure from error
+            raise _as_dma_error("unmap", request, error) from _cause(error)
         self._count("unmap")
         self._drop(start)
 
@@ -381,10 +380,17 @@ def _as_dma_error(operation: str, request: DmaMapRequest, error: BaseException) 
     return DmaError(operation, request.start, request.size, reason, errno=number)
 
 
+def _cause(error: BaseException) -> BaseException | None:
+    """What to chain to a :class:`DmaError` made of ``error``; it may be that very error."""
+    return error.__cause__ if isinstance(error, DmaError) else error
+
+
 def _without_stack(error: Exception) -> Exception:
     """An error to be kept: without the tracebacks, which would keep the stack's objects alive."""
     link: BaseException | None = error
-    while link is not None:
+    seen = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
         link.__traceback__ = None
         link = link.__cause__ or link.__context__
     return error

@@ -691,10 +691,17 @@ def _check_fds(requests: Iterable[DmaMapRequest]) -> None:
             )
 
 
-def _raise_failures(failures: Sequence[DmaError]) -> None:
-    if failures:
-        first, *others = failures
-        first.add_note("the memory is kept, the target is broken until retry() succeeds")
-        for other in others:
-            first.add_note(f"also: {other}")
+def _raise_failures(failures: list[DmaError]) -> None:
+    if not failures:
+        return
+    failures[0].add_note("the memory is kept, the target is broken until retry() succeeds")
+    for other in failures[1:]:
+        failures[0].add_note(f"also: {other}")
+    first = failures[0]
+    # Callers keep the list while the error passes: together they would be a cycle, and whatever
+    # the error's traceback refers to would wait for the garbage collector.
+    failures.clear()
+    try:
         raise first
+    finally:
+        del first
