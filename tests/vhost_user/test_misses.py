@@ -1,0 +1,587 @@
+"""Questions about translations: what is asked, who waits, and what every kind of answer means."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from guestio._core.intervals import IntervalMap
+from guestio._core.iotlbwire import MAX_OUTSTANDING, PAGE, IotlbUpdater, MissTable, touched
+from guestio.addr import IovaRange, Permissions
+from guestio.iommu import Iotlb
+from guestio.vhost_user.messages import (
+    BackendRequest,
+    FrontendRequest,
+    Header,
+    IotlbMessage,
+    IotlbType,
+    decode_ack,
+    encode_ack,
+    encode_iotlb,
+    encode_message,
+)
+
+R, W, RW = 1, 2, 3
+TOP = 2**64
+HEADER, MESSAGE = 12, 44
+
+
+def need(base: int, length: int = 1, access: int = R) -> tuple[IovaRange, int]:
+    return IovaRange(base, length), access
+
+
+def pages(count: int, first: int = 0x100000, access: int = R) -> list[tuple[IovaRange, int]]:
+    return [need(first + i * PAGE, 1, access) for i in range(count)]
+
+
+def decode(data: bytes, *, need_reply: bool = True) -> list[tuple[int, int]]:
+    """The pages that messages ask for; each message is checked whole."""
+    found = []
+    for at in range(0, len(data), MESSAGE):
+        one = data[at : at + MESSAGE]
+        header = Header.decode(one[:HEADER])
+        assert header.need_reply == need_reply
+        message = IotlbMessage.decode(one[HEADER:])
+        expected = IotlbMessage.miss(message.iova, PAGE, message.perm)
+        assert one == encode_iotlb(BackendRequest.IOTLB_MSG, expected, need_reply=need_reply)
+        assert header.request == BackendRequest.IOTLB_MSG
+        found.append((message.iova, message.perm))
+    return found
+
+
+def acks(*values: int) -> bytes:
+    return b"".join(encode_ack(BackendRequest.IOTLB_MSG, value) for value in values)
+
+
+class Table:
+    """A table with a clock of its own, and short names."""
+
+    def __init__(self, time_limit: float = 5.0) -> None:
+        self.table = MissTable(time_limit)
+        self.now = 100.0
+
+    def ask(
+        self,
+        waiter: int,
+        *missing: tuple[IovaRange, int],
+        acknowledged: bool = True,
+        skip: tuple[tuple[int, int], ...] = (),
+    ) -> list[tuple[int, int]]:
+        data = self.table.ask(waiter, missing, self.now, acknowledged=acknowledged, skip=skip)
+        return decode(data, need_reply=acknowledged)
+
+    def answer(self, iova: int, size: int = PAGE, perm: int = RW) -> set[int]:
+        return set(self.table.answered(iova, size, perm))
+
+    def ack(self, *values: int) -> tuple[list[tuple[int, int, list[int]]], set[int]]:
+        """The questions refused, and who may go on."""
+        data = acks(*values)
+        taken, refused, ready = self.table.acknowledge(data)
+        assert taken == len(data)
+        return [(q.iova, q.access, sorted(q.waiting)) for q in refused], set(ready)
+
+    def expired(self) -> list[tuple[int, int]]:
+        return [(q.iova, q.access) for q in self.table.expired(self.now)]
+
+
+@pytest.fixture
+def table() -> Table:
+    return Table()
+
+
+class TestAsking:
+    def test_whole_pages(self, table: Table) -> None:
+        assert table.ask(0, need(0x1FFF, 2, W), need(0x5000, PAGE, RW)) == [
+            (0x1000, W),
+            (0x2000, W),
+            (0x5000, RW),
+        ]
+        assert len(table.table) == 3
+        assert table.table.asked == 3
+
+    def test_the_last_page_of_the_address_space(self, table: Table) -> None:
+        assert table.ask(0, need(TOP - 1), need(TOP - 2 * PAGE, 2 * PAGE, W)) == [
+            (TOP - PAGE, R),
+            (TOP - 2 * PAGE, W),
+            (TOP - PAGE, W),
+        ]
+        assert table.answer(TOP - PAGE) == set()
+        assert table.answer(TOP - 2 * PAGE) == {0}
+
+    def test_a_page_once_for_everybody(self, table: Table) -> None:
+        assert table.ask(0, need(0x1000), need(0x1800)) == [(0x1000, R)]
+        assert table.ask(0, need(0x1004)) == []
+        assert table.ask(7, need(0x1FFF)) == []
+        assert table.answer(0x1000) == {0, 7}
+        assert table.ask(0, need(0x1000)) == [(0x1000, R)], "what was answered may be asked again"
+
+    def test_each_access_for_itself(self, table: Table) -> None:
+        assert table.ask(0, need(0x1000, 1, R), need(0x1000, 1, W), need(0x1000, 1, RW)) == [
+            (0x1000, R),
+            (0x1000, W),
+            (0x1000, RW),
+        ]
+
+    def test_without_acknowledgements(self, table: Table) -> None:
+        assert table.ask(0, need(0x1000), acknowledged=False) == [(0x1000, R)]
+        assert table.ack(1) == ([], set()), "nobody asked for it"
+        assert table.answer(0x1000) == {0}
+
+    def test_not_what_was_refused(self, table: Table) -> None:
+        skip = ((0x1000, R), (0x3000, W))
+        assert table.ask(0, need(0x1000, 0x3000), skip=skip) == [(0x2000, R), (0x3000, R)]
+        assert table.table.awaited(0) == 2
+
+    def test_nothing(self, table: Table) -> None:
+        assert table.ask(0) == []
+        assert table.table.deadline() is None
+        assert table.expired() == []
+        assert table.answer(0, 2**64) == set()
+
+
+class TestAnswers:
+    def test_only_who_misses_nothing_any_more_goes_on(self, table: Table) -> None:
+        table.ask(0, *pages(3))
+        table.ask(1, *pages(1))
+        table.ask(2, *pages(2))
+        assert table.answer(0x100000) == {1}
+        assert table.answer(0x102000) == set()
+        assert table.answer(0x101000) == {0, 2}
+        assert len(table.table) == 0
+
+    def test_a_large_one_answers_all_in_it(self, table: Table) -> None:
+        table.ask(0, *pages(4))
+        table.ask(1, need(0x200000))
+        assert table.answer(0x100000, 4 * PAGE) == {0}
+        assert table.answer(0, 2**64) == {1}
+
+    def test_a_large_one_that_begins_and_ends_within_pages(self, table: Table) -> None:
+        table.ask(0, *pages(3))
+        assert table.answer(0x100800, 2 * PAGE) == {0}
+
+    def test_one_that_nobody_asked_for(self, table: Table) -> None:
+        table.ask(0, need(0x1000))
+        assert table.answer(0x2000) == set()
+        assert table.table.awaited(0) == 1
+
+    def test_one_that_allows_too_little_answers_nothing(self, table: Table) -> None:
+        table.ask(0, need(0x1000, 1, W), need(0x1000, 1, R))
+        assert table.answer(0x1000, PAGE, R) == set()
+        assert table.table.awaited(0) == 1
+        assert table.answer(0x1000, PAGE, W) == {0}
+
+    def test_the_same_for_a_large_one(self, table: Table) -> None:
+        table.ask(0, *pages(2, access=RW))
+        assert table.answer(0x100000, 16 * PAGE, W) == set()
+        assert table.answer(0x100000, 16 * PAGE, RW) == {0}
+
+
+class TestAcknowledgements:
+    def test_after_the_answer_they_say_nothing_new(self, table: Table) -> None:
+        table.ask(0, *pages(2))
+        table.answer(0x100000)
+        assert table.ack(0) == ([], set())
+        assert table.answer(0x101000) == {0}
+        assert table.ack(1) == ([], set()), "a refusal of what was answered"
+        assert table.table.refused == 0
+
+    def test_refusals_are_those_of_the_oldest_questions(self, table: Table) -> None:
+        table.ask(0, *pages(2))
+        table.ask(1, *pages(3))
+        assert table.ack(1) == ([(0x100000, R, [0, 1])], set())
+        assert table.answer(0x101000) == {0}
+        assert table.ack(0, 5) == ([(0x102000, R, [1])], {1})
+        assert table.table.refused == 2
+        assert len(table.table) == 0
+
+    def test_success_without_an_answer_is_waited_for(self, table: Table) -> None:
+        # The translation comes on another channel and may be overtaken.
+        table.ask(0, need(0x1000))
+        assert table.ack(0) == ([], set())
+        assert table.table.awaited(0) == 1
+        assert table.ask(0, need(0x1000)) == [], "it is not asked again, however often it is tried"
+        assert table.answer(0x1000) == {0}
+
+    def test_success_with_an_answer_that_allows_too_little_is_a_refusal(self, table: Table) -> None:
+        table.ask(3, need(0x1000, 1, W))
+        assert table.answer(0x1000, PAGE, R) == set()
+        assert table.ack(0) == ([(0x1000, W, [3])], {3})
+
+    def test_success_that_is_a_lie_is_found_out_by_time(self, table: Table) -> None:
+        table.ask(0, need(0x1000))
+        table.ack(0)
+        table.now += 5
+        assert table.expired() == [(0x1000, R)]
+
+    def test_they_belong_to_questions_even_if_those_were_forgotten(self, table: Table) -> None:
+        table.ask(0, need(0x1000))
+        table.ask(1, need(0x2000))
+        table.table.forget(0)
+        assert table.ack(1, 1) == ([(0x1000, R, []), (0x2000, R, [1])], {1})
+
+    def test_more_than_there_were_questions(self, table: Table) -> None:
+        assert table.ack(0, 1, 0) == ([], set())
+
+    @pytest.mark.parametrize("cut", [0, 1, 11, 12, 19])
+    def test_incomplete_ones_are_left(self, table: Table, cut: int) -> None:
+        table.ask(0, *pages(2))
+        taken, refused, ready = table.table.acknowledge(acks(1) + acks(1)[:cut])
+        assert (taken, len(refused), ready) == (20, 1, [])
+
+    @pytest.mark.parametrize(
+        "strange",
+        [
+            encode_ack(FrontendRequest.IOTLB_MSG, 0),
+            encode_message(BackendRequest.IOTLB_MSG, bytes(8)),
+            encode_message(BackendRequest.IOTLB_MSG, bytes(16), reply=True),
+            encode_message(BackendRequest.CONFIG_CHANGE_MSG, bytes(8), reply=True),
+            b"\1\0\0\0" + b"\6\0\0\0" + b"\x08\0\0\0" + bytes(8),
+            bytes(20),
+        ],
+    )
+    def test_what_is_none_is_left(self, table: Table, strange: bytes) -> None:
+        table.ask(0, *pages(2))
+        taken, refused, _ = table.table.acknowledge(acks(1) + strange + acks(1))
+        assert (taken, len(refused)) == (20, 1)
+
+
+class TestTime:
+    def test_questions_expire_in_their_order(self, table: Table) -> None:
+        table.ask(0, need(0x1000))
+        table.now += 2
+        table.ask(0, need(0x2000))
+        assert table.table.deadline() == 105.0
+        table.now = 104.9
+        assert table.expired() == []
+        table.now = 105.0
+        assert table.expired() == [(0x1000, R)]
+        assert table.table.deadline() == 107.0
+        assert table.table.awaited(0) == 1
+        table.now = 200.0
+        assert table.expired() == [(0x2000, R)]
+        assert (table.table.refused, table.table.timeouts) == (2, 2)
+        assert table.table.deadline() is None
+
+    def test_a_late_acknowledgement_is_for_the_question_that_expired(self, table: Table) -> None:
+        table.ask(0, need(0x1000))
+        table.now += 5
+        table.expired()
+        table.ask(0, need(0x2000))
+        assert table.ack(1) == ([], set())
+        assert table.ack(1) == ([(0x2000, R, [0])], {0})
+
+    def test_asking_again_after_it_expired(self, table: Table) -> None:
+        table.ask(0, need(0x1000))
+        table.now += 5
+        table.expired()
+        assert table.ask(0, need(0x1000)) == [(0x1000, R)]
+        assert table.table.deadline() == 110.0
+
+
+class TestRoom:
+    """More is needed than may be in flight at a time."""
+
+    def fill(self, table: Table, waiter: int = 0) -> list[tuple[int, int]]:
+        asked = table.ask(waiter, *pages(2 * MAX_OUTSTANDING))
+        assert len(asked) == MAX_OUTSTANDING
+        return asked
+
+    def serve_rest(self, table: Table, waiter: int) -> None:
+        """The waiter is woken until it has everything."""
+        for _ in range(10):
+            asked = table.ask(waiter, *pages(2 * MAX_OUTSTANDING)[-1:])
+            for iova, _ in asked:
+                table.answer(iova)
+            if asked:
+                table.ack(*[0] * len(asked))
+                return
+        raise AssertionError("it starves")
+
+    def test_answered_and_acknowledged_one_by_one(self, table: Table) -> None:
+        asked = self.fill(table)
+        woken = []
+        for i, (iova, _) in enumerate(asked):
+            ready = table.answer(iova)
+            ready |= table.ack(0)[1]
+            if ready:
+                woken.append(i)
+        assert woken == [MAX_OUTSTANDING // 2 - 1, MAX_OUTSTANDING - 1]
+
+    def test_all_answers_before_all_acknowledgements(self, table: Table) -> None:
+        asked = self.fill(table)
+        for iova, _ in asked[:-1]:
+            assert table.answer(iova) == set()
+        assert table.answer(asked[-1][0]) == {0}
+        # There is no room yet: acknowledgements are still to come.
+        assert table.ask(0, *pages(2 * MAX_OUTSTANDING)[-1:]) == []
+        assert table.table.deadline() == 105.0
+        assert table.ack(*[0] * (MAX_OUTSTANDING // 2 - 1))[1] == set()
+        assert table.ack(0)[1] == {0}, "who could not ask is told that there is room"
+        self.serve_rest(table, 0)
+
+    def test_answers_but_never_an_acknowledgement(self, table: Table) -> None:
+        for iova, _ in self.fill(table):
+            table.answer(iova)
+        assert table.ask(0, *pages(2 * MAX_OUTSTANDING)[-1:]) == []
+        assert table.table.deadline() == 105.0
+        table.now = 105.0
+        assert table.expired() == []
+        assert table.table.starved(table.now) == [0]
+        self.serve_rest(table, 0)
+
+    def test_no_answer_at_all(self, table: Table) -> None:
+        self.fill(table)
+        assert table.ask(1, need(0x5000)) == []
+        table.now = 105.0
+        assert len(table.expired()) == MAX_OUTSTANDING
+        assert sorted(table.table.starved(table.now)) == [0, 1]
+        assert table.ask(1, need(0x5000)) == [(0x5000, R)]
+
+    def test_again_and_again_without_any_answer(self, table: Table) -> None:
+        # Every round asks for other pages; expectations of acknowledgements must not pile up.
+        for round_ in range(20):
+            first = 0x10000000 * (round_ + 1)
+            asked = table.ask(0, *pages(MAX_OUTSTANDING, first))
+            assert len(asked) == MAX_OUTSTANDING, round_
+            table.now += 5
+            assert len(table.expired()) == MAX_OUTSTANDING
+
+    def test_who_waits_for_room_is_woken_once(self, table: Table) -> None:
+        asked = self.fill(table)
+        table.ask(1, need(0x5000))
+        ready: list[int] = []
+        for iova, _ in asked:
+            ready += table.table.answered(iova, PAGE, RW)
+            ready += table.table.acknowledge(acks(0))[2]
+        assert ready.count(1) == 1
+
+    def test_forgotten_ones_are_not_woken(self, table: Table) -> None:
+        asked = self.fill(table)
+        table.ask(1, need(0x5000))
+        table.table.forget(1)
+        for iova, _ in asked:
+            assert 1 not in table.answer(iova)
+            assert 1 not in table.ack(0)[1]
+
+    def test_a_huge_range_costs_what_may_be_in_flight(self, table: Table) -> None:
+        asked = table.ask(0, need(0, 2**63))
+        assert len(asked) == MAX_OUTSTANDING
+
+
+class TestForgetting:
+    def test_a_waiter(self, table: Table) -> None:
+        table.ask(0, *pages(2))
+        table.ask(1, *pages(2))
+        table.table.forget(0)
+        assert table.table.awaited(0) == 0
+        assert table.answer(0x100000, 2 * PAGE) == {1}
+
+    def test_a_waiter_that_comes_again(self, table: Table) -> None:
+        table.ask(0, *pages(2))
+        table.table.forget(0)
+        assert table.ask(0, *pages(1)) == []
+        assert table.table.awaited(0) == 1
+        assert table.answer(0x100000) == {0}
+        assert table.answer(0x101000) == set()
+
+    def test_everything(self, table: Table) -> None:
+        table.ask(0, *pages(2))
+        table.ask(1, *pages(2 * MAX_OUTSTANDING))
+        table.ask(2, need(0x1000))
+        table.ask(3, *pages(1))
+        table.answer(0x100000)
+        assert sorted(table.table.reset()) == [0, 1, 2]
+        assert len(table.table) == 0
+        assert table.table.deadline() is None
+        # A question of before is not taken for one of after.
+        assert table.ask(0, need(0x9000)) == [(0x9000, R)]
+        assert table.ack(1) == ([(0x9000, R, [0])], {0})
+
+
+def test_against_a_model() -> None:
+    """Random traffic against a few dictionaries: nobody is woken early, nobody is left waiting."""
+    for seed in range(30):
+        _run_against_model(random.Random(seed))
+
+
+def _run_against_model(rng: random.Random) -> None:
+    table = Table()
+    lacking: dict[int, set[tuple[int, int]]] = {waiter: set() for waiter in range(4)}
+    order: list[tuple[int, int]] = []
+    open_: dict[tuple[int, int], float] = {}
+    for _ in range(400):
+        table.now += rng.random() * 0.3
+        match rng.randrange(6):
+            case 0 | 1:
+                waiter = rng.randrange(4)
+                wanted = [
+                    need(
+                        0x1000 * rng.randrange(12) + rng.randrange(PAGE), 1, rng.choice((R, W, RW))
+                    )
+                    for _ in range(rng.randrange(5))
+                ]
+                keys = {(base - base % PAGE, access) for (base, _), access in wanted}
+                asked = table.ask(waiter, *wanted)
+                assert set(asked) == {key for key in keys if key not in open_}
+                for key in asked:
+                    open_[key] = table.now
+                    order.append(key)
+                lacking[waiter] |= keys
+            case 2 | 3:
+                iova, size = 0x1000 * rng.randrange(12), PAGE * rng.choice((1, 1, 1, 3))
+                perm = rng.choice((R, W, RW, RW))
+                ready = table.answer(iova, size, perm)
+                gone = {key for key in open_ if iova <= key[0] < iova + size and not key[1] & ~perm}
+                assert ready == _settle(lacking, gone)
+                for key in gone:
+                    del open_[key]
+                    order[order.index(key)] = (-1, 0)
+            case 4 if order:
+                key = order.pop(0)
+                refused, ready = table.ack(1)
+                if key in open_:
+                    del open_[key]
+                    assert [(iova, access) for iova, access, _ in refused] == [key]
+                    assert ready == _settle(lacking, {key})
+                else:
+                    assert (refused, ready) == ([], set())
+            case _:
+                late = {key for key, asked_at in open_.items() if table.now - asked_at >= 5}
+                assert set(table.expired()) == late
+                _settle(lacking, late)
+                for key in late:
+                    del open_[key]
+                    order[order.index(key)] = (-1, 0)
+        assert len(table.table) == len(open_)
+        for waiter, keys in lacking.items():
+            assert table.table.awaited(waiter) == len(keys)
+
+
+def _settle(lacking: dict[int, set[tuple[int, int]]], gone: set[tuple[int, int]]) -> set[int]:
+    ready = set()
+    for waiter, keys in lacking.items():
+        if keys & gone and not keys - gone:
+            ready.add(waiter)
+        keys -= gone
+    return ready
+
+
+class TestTouched:
+    def test_known_pages_in_ranges(self) -> None:
+        known = {(0x1000, R), (0x3000, R), (0x3000, W), (TOP - PAGE, R)}
+        assert touched([need(0x1FFF)], known) == {(0x1000, R)}
+        assert touched([need(0x0FFF, 1), need(0x2000, PAGE)], known) == set()
+        assert touched([need(0x0FFF, 0x3000)], known) == {(0x1000, R), (0x3000, R)}
+        assert touched([need(0x3800, 1, W), need(TOP - 1)], known) == {(0x3000, W), (TOP - PAGE, R)}
+
+    def test_nothing_known_costs_nothing(self) -> None:
+        assert touched([need(0, TOP - 1)], set()) == set()
+
+
+class TestUpdater:
+    """UPDATE and INVALIDATE as bytes; what is not plain is left for others."""
+
+    def make(self) -> tuple[Iotlb, MissTable, IotlbUpdater]:
+        iotlb, misses, users = Iotlb(), MissTable(5), IntervalMap()
+        users.add(0x7F0000000000, 0x10000, 0x1000, Permissions.READ_WRITE)
+        users.add(0x7F0000020000, 0x10000, 0x80000, Permissions.READ_WRITE)
+        users.add(TOP - 0x2000, 0x2000, 0x200000, Permissions.READ_WRITE)
+        return iotlb, misses, IotlbUpdater(iotlb, users, misses)
+
+    @staticmethod
+    def wire(*messages: IotlbMessage) -> bytes:
+        request = FrontendRequest.IOTLB_MSG
+        return b"".join(encode_iotlb(request, each, need_reply=True) for each in messages)
+
+    def test_a_run(self) -> None:
+        iotlb, misses, updater = self.make()
+        misses.ask(5, [need(0x10000), need(0x11000, 1, W)], 0.0, acknowledged=True)
+        data = self.wire(
+            IotlbMessage.update(0x10000, PAGE, 0x7F0000000000, R),
+            IotlbMessage.update(0x11000, PAGE, 0x7F0000021000, RW),
+            IotlbMessage.update(0x50000, 0x10000, 0x7F0000000000, W),
+            IotlbMessage.invalidate(0x52000, 0x1000),
+            IotlbMessage.update(TOP - PAGE, PAGE, TOP - PAGE, RW),
+        )
+        taken, replies, ready = updater.apply(data)
+        assert taken == len(data)
+        assert ready == [5]
+        assert (updater.updates, updater.invalidations) == (4, 1)
+        for at in range(0, len(replies), 20):
+            header = Header.decode(replies[at : at + HEADER])
+            assert decode_ack(header, replies[at + HEADER : at + 20], 22) == 0
+        assert len(replies) == 5 * 20
+        assert sorted(iotlb) == [
+            ((0x10000, PAGE), (0x1000, PAGE), R),
+            ((0x11000, PAGE), (0x81000, PAGE), RW),
+            ((0x50000, 0x2000), (0x1000, 0x2000), W),
+            ((0x53000, 0xD000), (0x4000, 0xD000), W),
+            ((TOP - PAGE, PAGE), (0x201000, PAGE), RW),
+        ]
+
+    @pytest.mark.parametrize(
+        "message",
+        [
+            IotlbMessage.update(0x1000, 0, 0x7F0000000000, RW),
+            IotlbMessage.update(TOP - PAGE, 2 * PAGE, 0x7F0000000000, RW),
+            IotlbMessage.update(0x1000, PAGE, 0x7F0000010000, RW),
+            IotlbMessage.update(0x1000, PAGE, 0x7F000000F001, RW),
+            IotlbMessage.update(0x1000, 2 * PAGE, TOP - PAGE, RW),
+            IotlbMessage.update(0x1000, PAGE, 0, RW),
+            IotlbMessage.update(0x1000, PAGE, 0x7EFFFFFFFFFF, RW),
+            IotlbMessage.update(0x1000, PAGE, 0x7F0000000000, 4),
+            IotlbMessage.invalidate(0, 0),
+            IotlbMessage.invalidate(TOP - 1, 2),
+            IotlbMessage(0x1000, PAGE, 0, 0, IotlbType.MISS),
+            IotlbMessage(0x1000, PAGE, 0, 0, IotlbType.ACCESS_FAIL),
+            IotlbMessage(0x1000, PAGE, 0, 0, 0),
+            IotlbMessage(0x1000, PAGE, 0, 0, 255),
+        ],
+    )
+    def test_what_is_not_plain_is_left_and_changes_nothing(self, message: IotlbMessage) -> None:
+        iotlb, _, updater = self.make()
+        good = IotlbMessage.update(0x10000, PAGE, 0x7F0000000000, R)
+        taken, replies, _ = updater.apply(self.wire(good, message, good))
+        assert (taken, len(replies)) == (MESSAGE, 20)
+        assert len(iotlb) == 1
+
+    def test_other_messages_are_left(self) -> None:
+        _, _, updater = self.make()
+        good = self.wire(IotlbMessage.invalidate(0, PAGE))
+        strange = (
+            encode_message(FrontendRequest.GET_FEATURES),
+            encode_message(FrontendRequest.IOTLB_MSG, bytes(33)),
+            encode_message(FrontendRequest.IOTLB_MSG, good[HEADER:], reply=True),
+            b"\x16\0\0\0\2\0\0\0" + good[8:],
+            encode_message(BackendRequest.IOTLB_MSG, good[HEADER:]),
+        )
+        for other in strange:
+            assert updater.apply(other + good)[0] == 0
+            assert updater.apply(good + other)[0] == MESSAGE
+
+    @pytest.mark.parametrize("cut", range(0, MESSAGE, 7))
+    def test_incomplete_messages_are_left(self, cut: int) -> None:
+        _, _, updater = self.make()
+        good = self.wire(IotlbMessage.invalidate(0, PAGE))
+        assert updater.apply(good[:cut])[0] == 0
+        assert updater.apply(good + good[:cut])[0] == MESSAGE
+
+    def test_a_translation_in_use_is_left(self) -> None:
+        iotlb, _, updater = self.make()
+        iotlb.set_mapping(0x10000, 0x1000, PAGE, Permissions.READ_WRITE)
+        update = IotlbMessage.update(0x10000, PAGE, 0x7F0000000000, R)
+        with iotlb.guard(0x10000, 8, Permissions.READ):
+            assert updater.apply(self.wire(IotlbMessage.invalidate(0, 2 * 0x10000)))[0] == 0
+            assert updater.apply(self.wire(update))[0] == 0
+            assert updater.apply(self.wire(IotlbMessage.invalidate(0x20000, PAGE)))[0] == MESSAGE
+        assert updater.apply(self.wire(IotlbMessage.invalidate(0, 2 * 0x10000)))[0] == MESSAGE
+
+    def test_arguments(self) -> None:
+        iotlb, misses, _ = self.make()
+        with pytest.raises(TypeError):
+            IotlbUpdater(None, IntervalMap(), misses)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            IotlbUpdater(iotlb, IntervalMap(), None)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            MissTable(5).acknowledge("text")  # type: ignore[arg-type]
