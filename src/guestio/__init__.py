@@ -7,6 +7,15 @@ Rooms, each importing only from those before it: ``errors``, ``addr``, ``_core``
 """
 
 from guestio.addr import IovaRange, MappedRange, Ordering, Permissions
+from guestio.dma import (
+    DmaError,
+    DmaMapRequest,
+    DmaTarget,
+    IommufdTarget,
+    MappingType,
+    RegionManager,
+    VfioType1Target,
+)
 from guestio.errors import (
     AccessError,
     BackingError,
@@ -45,13 +54,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccessError",
+    "AddMapResult",
     "AtomicBitmap",
     "Backing",
     "BackingError",
+    "BasicMemoryMapper",
     "BitmapSlice",
     "CannotResolveError",
     "DeviceError",
     "DirtyMode",
+    "DmaError",
+    "DmaMapRequest",
+    "DmaTarget",
+    "ExportError",
     "FileOffset",
     "GuestMemory",
     "GuestMemoryAtomic",
@@ -61,11 +76,16 @@ __all__ = [
     "IoVector",
     "Iommu",
     "IommuMemory",
+    "IommufdTarget",
     "Iotlb",
     "IotlbFails",
     "IotlbStats",
     "IovaRange",
     "MappedRange",
+    "MappingInfo",
+    "MappingType",
+    "MemRegion",
+    "MemoryMapper",
     "MemoryRegionOverlapError",
     "MemoryVanishedError",
     "MisalignedError",
@@ -78,7 +98,10 @@ __all__ = [
     "ProtocolError",
     "QueueError",
     "RegionError",
+    "RegionManager",
+    "RemoveMapResult",
     "SliceMemory",
     "UnsortedMemoryRegionsError",
+    "VfioType1Target",
     "VolatileSlice",
 ]
