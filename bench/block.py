@@ -1,84 +1,188 @@
 """Back ends for a vhost-user disk side by side: requests per second and CPU time per request.
 
-The same scripted guest drives `guestio blk` and `qemu-storage-daemon` in turn, on the same image,
-in the same run. The guest runs on one CPU and the back end on another. `qemu-storage-daemon` has
-no support for an IOMMU, so only guestio is measured behind one.
+`guestio bench` drives `guestio blk` and `qemu-storage-daemon` in turn, on the same image, in the
+same run: load on one CPU and back end on another, or both on one. Every measurement has a fresh
+back end. The back ends take turns within a round; what is shown are medians over the rounds, and
+medians of the ratios within each round. `qemu-storage-daemon` has no support for an IOMMU, so only
+guestio is measured behind one.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
-import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from guestio.guest import IommuMode, Request, ScriptedGuest
-
-BLOCK = 4096
-SECTOR = 512
 IMAGE_BYTES = 256 << 20
 START_LIMIT = 20.0
-CPU_GUEST, CPU_BACKEND = 0, 1
+POLL_US = 50
+LOAD_CPU, BACKEND_CPU = 0, 1
 
 Server = Literal["guestio", "qemu-storage-daemon"]
 
 
 @dataclass(frozen=True)
+class Case:
+    """A back end, and what is between it and memory.
+
+    Attributes:
+        server: Which program.
+        iommu: What the load does about an IOMMU.
+        poll_us: How long the back end polls before it sleeps; None for as it does by default.
+    """
+
+    server: Server
+    iommu: str = "off"
+    poll_us: int | None = None
+
+    def __str__(self) -> str:
+        polls = "" if self.poll_us is None else f" --poll-us {self.poll_us}"
+        return f"{self.server}{polls}"
+
+
+QEMU = Case("qemu-storage-daemon")
+OFF = Case("guestio")
+POLLING = Case("guestio", poll_us=POLL_US)
+STATIC = Case("guestio", "static")
+STRICT = Case("guestio", "strict")
+
+
+@dataclass(frozen=True)
 class Workload:
-    """What the guest does."""
+    """What the load is.
+
+    Attributes:
+        name: For the tables.
+        options: Options of `guestio bench`.
+        cases: Back ends to compare, the base of the ratios first.
+        one_cpu: Whether load and back end share a CPU.
+    """
 
     name: str
-    depth: int
-    size: int = BLOCK
-    write: bool = False
+    options: tuple[str, ...]
+    cases: tuple[Case, ...]
+    one_cpu: bool = False
+
+
+def _options(workload: str, size: str, depth: int, *more: str) -> tuple[str, ...]:
+    return ("--workload", workload, "--block-size", size, "--depth", str(depth), *more)
 
 
 WORKLOADS = (
-    Workload("4K randread depth 1", 1),
-    Workload("4K randread depth 32", 32),
-    Workload("4K randwrite depth 32", 32, write=True),
-    Workload("128K read depth 8", 8, size=128 << 10),
+    Workload("4K randread depth 32", _options("randread", "4k", 32), (QEMU, OFF, STATIC, STRICT)),
+    Workload("4K randwrite depth 32", _options("randwrite", "4k", 32), (QEMU, OFF, STATIC, STRICT)),
+    Workload(
+        "4K randread depth 1", _options("randread", "4k", 1), (QEMU, OFF, POLLING, STATIC, STRICT)
+    ),
+    Workload(
+        "4K randread depth 1, driver polls",
+        _options("randread", "4k", 1, "--polling"),
+        (QEMU, OFF, POLLING),
+    ),
+    Workload(
+        "4K randread depth 1, one CPU",
+        _options("randread", "4k", 1),
+        (QEMU, OFF, STATIC, STRICT),
+        one_cpu=True,
+    ),
+    Workload("128K read depth 8", _options("read", "128k", 8), (QEMU, OFF, STATIC, STRICT)),
 )
 
 
 @dataclass(frozen=True)
-class Result:
-    """One measurement."""
+class Goal:
+    """What shall be reached: a ratio of medians under one workload."""
 
-    server: Server
-    iommu: IommuMode
     workload: str
-    iops: float
-    cpu_us: float
+    case: Case
+    base: Case
+    figure: Literal["iops", "cpu_us"]
+    limit: float
+
+    @property
+    def at_least(self) -> bool:
+        """Whether more is better."""
+        return self.figure == "iops"
 
 
-def cpu_seconds(pid: int) -> float:
-    """CPU time of a process and its threads, to the nanosecond."""
-    total = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            total += int((task / "schedstat").read_text().split()[0])
-    return total / 1e9
+GOALS = (
+    Goal("4K randread depth 32", OFF, QEMU, "iops", 2.0),
+    Goal("4K randread depth 32", OFF, QEMU, "cpu_us", 0.5),
+    Goal("4K randwrite depth 32", OFF, QEMU, "iops", 2.0),
+    Goal("4K randwrite depth 32", OFF, QEMU, "cpu_us", 0.5),
+    Goal("4K randread depth 1", OFF, QEMU, "iops", 1.0),
+    Goal("4K randread depth 1", OFF, QEMU, "cpu_us", 0.8),
+    Goal("4K randread depth 1", POLLING, QEMU, "iops", 2.0),
+    Goal("4K randread depth 1, one CPU", OFF, QEMU, "iops", 1.8),
+    Goal("128K read depth 8", OFF, QEMU, "iops", 1.0),
+    Goal("128K read depth 8", OFF, QEMU, "cpu_us", 0.8),
+    Goal("4K randread depth 32", STATIC, OFF, "cpu_us", 1.15),
+    Goal("4K randread depth 32", STRICT, OFF, "cpu_us", 2.5),
+    Goal("4K randwrite depth 32", STATIC, OFF, "cpu_us", 1.15),
+    Goal("4K randwrite depth 32", STRICT, OFF, "cpu_us", 2.5),
+    Goal("128K read depth 8", STATIC, OFF, "cpu_us", 1.15),
+)
+
+
+@dataclass
+class Row:
+    """All measurements of one back end under one workload, one per round.
+
+    Attributes:
+        workload: Its name.
+        case: The back end.
+        measured: What `guestio bench --json` said.
+    """
+
+    workload: str
+    case: Case
+    measured: list[dict[str, Any]]
+
+    def figures(self, name: str) -> list[float]:
+        """One figure of every round: `iops`, `mb_per_s` or `cpu_us`."""
+        if name == "cpu_us":
+            return [one["cpu"]["us_per_request"] for one in self.measured]
+        return [one[name] for one in self.measured]
+
+    def median(self, name: str) -> float:
+        """The median of a figure."""
+        return statistics.median(self.figures(name))
+
+    def ratio(self, base: Row, name: str) -> float:
+        """The median of the ratios to another row's, round by round."""
+        pairs = zip(self.figures(name), base.figures(name), strict=True)
+        return statistics.median(a / b if b else float("nan") for a, b in pairs)
+
+
+@cache
+def polls() -> bool:
+    """Whether `guestio blk` can poll."""
+    command = [sys.executable, "-m", "guestio", "blk", "--help"]
+    return "--poll-us" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @contextlib.contextmanager
-def serving(server: Server, image: Path, socket: Path) -> Iterator[int]:
-    """Run a back end on its CPU; its process id."""
-    if server == "guestio":
+def serving(case: Case, image: Path, socket: Path, cpu: int) -> Iterator[int]:
+    """Run a back end on a CPU; its process id."""
+    if case.server == "guestio":
         command = [sys.executable, "-m", "guestio", "blk", str(image), "--socket", str(socket)]
+        if case.poll_us is not None:
+            command += ["--poll-us", str(case.poll_us)]
     else:
         program = shutil.which("qemu-storage-daemon")
         if program is None:
@@ -90,14 +194,12 @@ def serving(server: Server, image: Path, socket: Path) -> Iterator[int]:
             "--export",
             f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={socket},writable=on",
         ]
-    process = subprocess.Popen(
-        ["taskset", "-c", str(CPU_BACKEND), *command], stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(["taskset", "-c", str(cpu), *command], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_LIMIT
         while not socket.exists():
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{server} did not start")
+                raise SystemExit(f"{case} did not start")
             time.sleep(0.02)
         yield process.pid
     finally:
@@ -106,115 +208,120 @@ def serving(server: Server, image: Path, socket: Path) -> Iterator[int]:
         socket.unlink(missing_ok=True)
 
 
-def drive(guest: ScriptedGuest, work: Workload, seconds: float) -> int:
-    """Keep the queue at its depth for a while; the number of requests finished."""
-    rng = random.Random(7)
-    blocks = IMAGE_BYTES // work.size
-    data = rng.randbytes(work.size)
-
-    def begin() -> Request:
-        sector = rng.randrange(blocks) * work.size // SECTOR
-        if work.write:
-            return guest.submit_write(sector, data, publish=False)
-        return guest.submit_read(sector, work.size, keep=False, publish=False)
-
-    for _ in range(work.depth):
-        begin()
-    guest.publish()
-    done, end = 0, time.monotonic() + seconds
-    while time.monotonic() < end:
-        finished = guest.wait_some()
-        done += len(finished)
-        for request in finished:
-            request.check()
-            begin()
-        guest.publish()
-    guest.drain()
-    return done
-
-
-def measure(
-    server: Server, iommu: IommuMode, work: Workload, directory: Path, seconds: float
-) -> Result:
+def measure(case: Case, work: Workload, directory: Path, seconds: float) -> dict[str, Any]:
     """One back end, fresh, under one workload."""
     socket = directory / "bench.sock"
-    with (
-        serving(server, directory / "disk.img", socket) as pid,
-        ScriptedGuest(socket, iommu=iommu, memory_size=128 << 20, queue_size=128) as guest,
-    ):
-        drive(guest, work, seconds / 5)
-        cpu, started = cpu_seconds(pid), time.monotonic()
-        done = drive(guest, work, seconds)
-        elapsed = time.monotonic() - started
-        used = cpu_seconds(pid) - cpu
-    return Result(server, iommu, work.name, done / elapsed, used / done * 1e6)
+    cpu = LOAD_CPU if work.one_cpu else BACKEND_CPU
+    with serving(case, directory / "disk.img", socket, cpu) as pid:
+        done = subprocess.run(
+            [
+                *("taskset", "-c", str(LOAD_CPU), sys.executable, "-m", "guestio", "bench"),
+                *(str(socket), "--json", "--pid", str(pid), "--iommu", case.iommu),
+                *("--time", str(seconds), "--warm-up", str(seconds / 5), *work.options),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise SystemExit(f"{work.name}, {case}, IOMMU {case.iommu}: {done.stderr.strip()}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
-def run(rounds: int, seconds: float, console: Console) -> list[Result]:
-    """Measure everything, the back ends in turn; medians over the rounds."""
-    cases: list[tuple[Server, IommuMode]] = [
-        ("qemu-storage-daemon", "off"),
-        ("guestio", "off"),
-        ("guestio", "static"),
-        ("guestio", "strict"),
-    ]
-    os.sched_setaffinity(0, {CPU_GUEST})
-    found: list[Result] = []
+def run(
+    workloads: Sequence[Workload],
+    rounds: int,
+    seconds: float,
+    tell: Callable[[str], contextlib.AbstractContextManager[object]],
+) -> list[Row]:
+    """Measure everything, the back ends in turn."""
+    found: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="guestio-bench-") as name:
         directory = Path(name)
         with (directory / "disk.img").open("wb") as file:
             for _ in range(IMAGE_BYTES >> 20):
                 file.write(os.urandom(1 << 20))
-        for work in WORKLOADS:
-            rows: dict[tuple[Server, IommuMode], list[Result]] = {case: [] for case in cases}
-            for _ in range(rounds):
-                for case in cases:
-                    with console.status(f"{work.name}: {case[0]}, IOMMU {case[1]}"):
-                        rows[case].append(measure(*case, work, directory, seconds))
-            found += [_median(results) for results in rows.values()]
+        for work in workloads:
+            cases = [case for case in work.cases if case.poll_us is None or polls()]
+            rows = [Row(work.name, case, []) for case in cases]
+            for number in range(rounds):
+                for row in rows:
+                    case = row.case
+                    with tell(f"{work.name}, round {number + 1}: {case}, IOMMU {case.iommu}"):
+                        row.measured.append(measure(case, work, directory, seconds))
+            found += rows
     return found
 
 
-def _median(results: list[Result]) -> Result:
-    first = results[0]
-    return Result(
-        first.server,
-        first.iommu,
-        first.workload,
-        statistics.median(r.iops for r in results),
-        statistics.median(r.cpu_us for r in results),
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Print medians and ratios."""
+    table = Table(
+        "workload", "back end", "IOMMU", "IOPS", "x", "MB/s", "p50 us", "p99 us", "CPU us/req", "x"
     )
-
-
-def show(results: list[Result], console: Console) -> None:
-    """Print the results, with ratios to `qemu-storage-daemon` under the same workload."""
-    table = Table("workload", "back end", "IOMMU", "IOPS", "x", "CPU us/request", "x")
-    base: Result | None = None
-    for result in results:
-        if result.server == "qemu-storage-daemon":
-            base = result
-        assert base is not None
+    bases = {row.workload: row for row in reversed(rows)}
+    for row in rows:
+        base = bases[row.workload]
+        latencies = [one["latency_us"] for one in row.measured]
         table.add_row(
-            result.workload,
-            result.server,
-            result.iommu,
-            f"{result.iops:,.0f}",
-            f"{result.iops / base.iops:.2f}",
-            f"{result.cpu_us:.1f}",
-            f"{result.cpu_us / base.cpu_us:.2f}",
+            row.workload if row is base else "",
+            str(row.case),
+            row.case.iommu,
+            f"{row.median('iops'):,.0f}",
+            f"{row.ratio(base, 'iops'):.2f}",
+            f"{row.median('mb_per_s'):,.0f}",
+            f"{statistics.median(one['p50'] for one in latencies):,.0f}",
+            f"{statistics.median(one['p99'] for one in latencies):,.0f}",
+            f"{row.median('cpu_us'):.2f}",
+            f"{row.ratio(base, 'cpu_us'):.2f}",
+            end_section=row is [r for r in rows if r.workload == row.workload][-1],
+        )
+    console.print(table)
+    _show_goals(rows, console)
+
+
+def _show_goals(rows: Sequence[Row], console: Console) -> None:
+    known = {(row.workload, row.case): row for row in rows}
+    table = Table("goal", "against", "figure", "wanted", "measured", "")
+    for goal in GOALS:
+        row, base = known.get((goal.workload, goal.case)), known.get((goal.workload, goal.base))
+        if row is None or base is None:
+            continue
+        ratio = row.ratio(base, goal.figure)
+        reached = ratio >= goal.limit if goal.at_least else ratio <= goal.limit
+        table.add_row(
+            f"{goal.workload}: {goal.case}, IOMMU {goal.case.iommu}",
+            f"{goal.base}, IOMMU {goal.base.iommu}",
+            {"iops": "IOPS", "cpu_us": "CPU/request"}[goal.figure],
+            f"{'>=' if goal.at_least else '<='} {goal.limit:.2f}",
+            f"{ratio:.2f}",
+            "[green]reached[/]" if reached else "[bold red]not reached[/]",
         )
     console.print(table)
 
 
-def main(*, quick: bool, as_json: bool) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    console = Console(stderr=as_json)
-    results = run(1 if quick else 5, 1.0 if quick else 5.0, console)
-    if as_json:
-        print(json.dumps([asdict(result) for result in results], indent=1))
+    parser = argparse.ArgumentParser(prog="bench/block.py", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
+    parser.add_argument("--time", type=float, default=5.0, help="seconds per measurement (5)")
+    parser.add_argument("--quick", action="store_true", help="one round of one second each")
+    parser.add_argument("--only", default="", help="only workloads whose name has this in it")
+    parser.add_argument("--json", action="store_true", help="print every measurement as JSON")
+    given = parser.parse_args(arguments)
+    rounds, seconds = (1, 1.0) if given.quick else (given.rounds, given.time)
+    workloads = [work for work in WORKLOADS if given.only in work.name]
+    if not workloads or rounds < 1 or seconds <= 0:
+        parser.error("nothing to measure")
+    if os.sched_getaffinity(0) < {LOAD_CPU, BACKEND_CPU}:
+        parser.error(f"CPUs {LOAD_CPU} and {BACKEND_CPU} are needed")
+    console = Console(stderr=given.json)
+    rows = run(workloads, rounds, seconds, console.status)
+    if given.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
-        show(results, console)
+        show(rows, console)
 
 
 if __name__ == "__main__":
-    main(quick="--quick" in sys.argv, as_json="--json" in sys.argv)
+    main()
