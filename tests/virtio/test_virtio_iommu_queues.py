@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 
 from guestio import CannotResolveError, GuestRegionCollection, QueueError
-from guestio.virtio import SplitRing
 from guestio.virtio.driver import DriverQueue, RingLayout
 from guestio.virtio.iommu import FaultRecord, IommuQueues, Status, VirtioIommu
 from tests.virtio.iommu_driver import MSI, PAGE, attach, map_, probe, send_all, unmap
@@ -26,21 +25,13 @@ class Guest:
         settings = {"endpoints": [8, 9], "revoke_after": None, "reserved": [MSI], **settings}
         self.iommu = VirtioIommu(**settings)
         self.notified = []
-        self.driver, rings = [], []
-        for number in range(2):
-            layout = RingLayout.contiguous(RINGS + number * PAGE, SIZE)
-            self.driver.append(DriverQueue(self.physical, layout, event_idx=event_idx))
-            rings.append(
-                SplitRing(
-                    self.physical._space,
-                    SIZE,
-                    layout.desc,
-                    layout.avail,
-                    layout.used,
-                    event_idx=event_idx,
-                )
-            )
-        self.queues = IommuQueues(self.iommu, *rings, self.notified.append)
+        layouts = [RingLayout.contiguous(RINGS + number * PAGE, SIZE) for number in range(2)]
+        self.driver = [
+            DriverQueue(self.physical, layout, event_idx=event_idx) for layout in layouts
+        ]
+        self.queues = IommuQueues.in_memory(
+            self.iommu, self.physical, *layouts, self.notified.append, event_idx=event_idx
+        )
         self.next = BUFFERS
 
     def place(self, length):

@@ -1,10 +1,12 @@
 """The virtio-iommu device (virtio 1.3, section 5.13).
 
-``device`` is the device without queues, ``queues`` puts it on a pair of virtqueues. ``wire`` is
+``device`` is the device without queues, ``queues`` puts it on a pair of virtqueues, ``carrier``
+carries a queue of another device of this process that sits behind an endpoint. ``wire`` is
 the bytes, ``space`` what endpoints see, ``programs`` what DMA targets hold of it, ``requests`` the
 order of requests that wait, ``faults`` the records on their way to the guest.
 """
 
+from guestio.virtio.iommu.carrier import EndpointQueue
 from guestio.virtio.iommu.device import VirtioIommu
 from guestio.virtio.iommu.faults import FaultStats
 from guestio.virtio.iommu.programs import TargetStats
@@ -16,6 +18,7 @@ from guestio.virtio.iommu.wire import FaultReason, FaultRecord, Status
 __all__ = [
     "Endpoint",
     "EndpointMemory",
+    "EndpointQueue",
     "FaultReason",
     "FaultRecord",
     "FaultStats",

@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final, Self
 
 from guestio._core.ring import Chain, SplitRing
 from guestio.errors import AccessError
@@ -19,6 +19,10 @@ from guestio.iommu.events import Event
 from guestio.virtio.iommu.device import VirtioIommu
 from guestio.virtio.iommu.requests import Pending
 from guestio.virtio.iommu.wire import LONGEST_REQUEST, FaultRecord
+
+if TYPE_CHECKING:
+    from guestio.memory import GuestRegionCollection
+    from guestio.virtio.driver import RingLayout
 
 REQUEST_QUEUE: Final = 0
 EVENT_QUEUE: Final = 1
@@ -59,6 +63,43 @@ class IommuQueues:
         self.waiting = 0
         self.short_buffers = 0
         self._watch_faults()
+
+    @classmethod
+    def in_memory(
+        cls,
+        iommu: VirtioIommu,
+        memory: GuestRegionCollection,
+        requests: RingLayout,
+        events: RingLayout,
+        notify: Callable[[int], None],
+        *,
+        event_idx: bool = False,
+        indirect: bool = False,
+    ) -> Self:
+        """The queues whose rings are at these places of guest physical memory.
+
+        Args:
+            iommu: The device.
+            memory: Guest physical memory.
+            requests: Where the request queue is.
+            events: Where the event queue is.
+            notify: As in the constructor.
+            event_idx: VIRTIO_F_EVENT_IDX was negotiated.
+            indirect: VIRTIO_F_INDIRECT_DESC was negotiated.
+        """
+        rings = [
+            SplitRing(
+                memory._space,
+                place.size,
+                place.desc,
+                place.avail,
+                place.used,
+                event_idx=event_idx,
+                indirect=indirect,
+            )
+            for place in (requests, events)
+        ]
+        return cls(iommu, rings[0], rings[1], notify)
 
     def fileno(self) -> int:
         """A descriptor that is readable when :meth:`serve` has something to do."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions
 from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails
@@ -55,7 +55,12 @@ class Space:
 
 
 class EndpointMemory(IommuMemory):
-    """Guest memory as one endpoint sees it."""
+    """Guest memory as one endpoint sees it; made by :meth:`Endpoint.memory`."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Whose memory it is."""
+        return cast("Endpoint", self.iommu)
 
     def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:
         """As :meth:`IommuMemory.check_range`. A question is no access, so no fault is reported."""
@@ -148,7 +153,9 @@ class Endpoint(Iommu):
         access: Permissions,
     ) -> None:
         """Report an access that failed; see :meth:`Iommu.resolve`."""
-        self.report_fails(fails, access)
+        pieces = [p for where in fails.access_fails for p in self._mapped_pieces(where)]
+        for piece in sorted(fails.misses + pieces)[:RECORDS_PER_ACCESS]:
+            self._report(piece, access)
         first = min(fails.misses + fails.access_fails)
         if self.space.id is None:
             reason = f"endpoint {self.id} is not attached to a domain"
@@ -158,18 +165,22 @@ class Endpoint(Iommu):
             reason = f"its mapping in domain {self.space.id} does not allow the access"
         raise CannotResolveError(first, access, reason)
 
-    def report_fails(self, fails: IotlbFails, access: Permissions) -> None:
-        """Tell the guest what an access could not reach: a record for each mapping or hole.
+    def report_unreachable(self, where: IovaRange, access: Permissions) -> None:
+        """Tell the guest of a range that an access could not reach.
 
-        :meth:`resolve` does so; it is of use to those who look up in the IOTLB themselves.
+        Accesses through :meth:`memory` report that themselves; this is for those who look up in the
+        IOTLB, as a ring does. The range is unmapped throughout or forbidden throughout.
         """
-        pieces = list(fails.misses)
-        for base, length in fails.access_fails:
-            for start, size, _, _ in self.space.mapper.mappings(base, length):
-                first, end = max(start, base), min(start + size, base + length)
-                pieces.append(IovaRange(first, end - first))
-        for piece in sorted(pieces)[:RECORDS_PER_ACCESS]:
+        for piece in (self._mapped_pieces(where) or [where])[:RECORDS_PER_ACCESS]:
             self._report(piece, access)
+
+    def _mapped_pieces(self, where: IovaRange) -> list[IovaRange]:
+        """The parts of a range that are mappings of their own; the IOTLB may have joined them."""
+        base, end = where.base, where.base + where.length
+        return [
+            IovaRange(max(start, base), min(start + size, end) - max(start, base))
+            for start, size, _, _ in self.space.mapper.mappings(*where)
+        ]
 
     def _report(self, piece: IovaRange, access: Permissions) -> None:
         reason = FaultReason.DOMAIN if self.space.id is None else FaultReason.MAPPING

@@ -1,0 +1,161 @@
+"""A queue of a device behind an endpoint, with a real block device on it."""
+
+import struct
+
+import pytest
+
+from guestio import GuestRegionCollection, QueueError
+from guestio.virtio.blk import S_IOERR, S_OK, T_IN, T_OUT, BlockDevice
+from guestio.virtio.driver import DriverQueue, RingLayout
+from guestio.virtio.iommu import EndpointQueue, VirtioIommu
+from tests.virtio.iommu_driver import PAGE, R, W, attach, map_, send_all, unmap
+
+RING_IOVA, RING = 0x40000000, 0x8000
+DATA_IOVA, DATA = 0x70000000, 0x10000
+SIZE = 16
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(bytes(n // 512 % 256 for n in range(64 * 512)))
+    return path
+
+
+class Rig:
+    def __init__(self, image, *, event_idx=False, indirect=False):
+        self.physical = GuestRegionCollection.from_ranges([(0, 0x40000)])
+        self.iommu = VirtioIommu(endpoints=[8])
+        self.disk = BlockDevice(image)
+        self.interrupts = []
+        self.driver = DriverQueue(
+            self.physical,
+            RingLayout.contiguous(RING, SIZE),
+            event_idx=event_idx,
+            indirect=indirect,
+        )
+        self.queue = EndpointQueue(
+            self.disk,
+            0,
+            self.iommu.endpoint(8).memory(self.physical),
+            RingLayout.contiguous(RING_IOVA, SIZE),
+            lambda: self.interrupts.append(1),
+            event_idx=event_idx,
+            indirect=indirect,
+        )
+        send_all(self.iommu, attach(8, 1))
+
+    def map(self, flags=R | W, data=DATA_IOVA, pages=2):
+        send_all(
+            self.iommu,
+            map_(1, RING_IOVA, RING_IOVA + PAGE - 1, RING),
+            *(
+                map_(1, data + n * PAGE, data + (n + 1) * PAGE - 1, DATA + n * PAGE, flags)
+                for n in range(pages)
+            ),
+        )
+        return self
+
+    def add(self, kind, sector, at=0, data=DATA_IOVA, table=None):
+        """A request of one sector; header, data and status at 0, 512 and 1024 of a slot."""
+        self.physical.write(DATA + at, struct.pack("<IIQ", kind, 0, sector))
+        self.physical.write(DATA + at + 1024, b"\xff")
+        base = data + at
+        header, body, status = (base, 16), (base + 512, 512), (base + 1024, 1)
+        if kind == T_IN:
+            self.driver.add([header], [body, status], at, table=table)
+        else:
+            self.driver.add([header, body], [status], at, table=table)
+
+    def go(self):
+        self.driver.publish()
+        self.queue.serve()
+        return [
+            (self.physical.read(DATA + done.token + 1024, 1)[0], done.token)
+            for done in self.driver.collect()
+        ]
+
+    def faults(self):
+        return [(r.reason.name, r.flags & 3, r.address) for r in self.iommu.event_records()]
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_requests(image, event_idx):
+    rig = Rig(image, event_idx=event_idx).map()
+    for round_ in range(3 * SIZE):
+        rig.add(T_IN, round_)
+        rig.add(T_OUT, round_, 2048)
+        assert rig.go() == [(S_OK, 0), (S_OK, 2048)]
+        assert rig.physical.read(DATA + 512, 512) == bytes([round_]) * 512
+    assert rig.interrupts
+    assert rig.faults() == []
+
+
+def test_an_indirect_table_is_read_through_the_mappings(image):
+    table = 0x20000
+    rig = Rig(image, indirect=True).map()
+    rig.add(T_IN, 1, table=table)
+    rig.go()
+    assert rig.faults() == [("MAPPING", 1, table)]
+    send_all(rig.iommu, map_(1, table, table + PAGE - 1, table, R))
+    rig.add(T_IN, 1, table=table)
+    assert rig.go() == [(S_OK, 0)]
+
+
+def test_faults_of_one_request_leave_the_others_alone(image):
+    rig = Rig(image).map()
+    rig.add(T_IN, 1)
+    rig.add(T_IN, 2, 2048, data=0x66600000)
+    rig.add(T_IN, 3, PAGE)
+    # The status of the second cannot be reached either: it goes back untouched.
+    assert rig.go() == [(S_OK, 0), (0xFF, 2048), (S_OK, PAGE)]
+    assert rig.faults() == [
+        ("MAPPING", 1, 0x66600800),
+        ("MAPPING", 2, 0x66600A00),
+        ("MAPPING", 2, 0x66600C00),
+    ]
+
+
+def test_the_status_is_written_if_it_can_be_reached(image):
+    rig = Rig(image).map()
+    send_all(rig.iommu, unmap(1, DATA_IOVA, DATA_IOVA + PAGE - 1))
+    # Header and data in the page that is gone, the status in the other.
+    rig.physical.write(DATA + PAGE + 1024, b"\xff")
+    rig.driver.add([(DATA_IOVA, 16)], [(DATA_IOVA + 512, 512), (DATA_IOVA + PAGE + 1024, 1)], PAGE)
+    assert rig.go() == [(S_IOERR, PAGE)]
+    assert len(rig.faults()) == 2
+
+
+def test_permissions(image):
+    rig = Rig(image).map(flags=R)
+    rig.add(T_OUT, 1)
+    rig.go()
+    assert rig.faults() == [("MAPPING", 2, DATA_IOVA + 1024)]
+
+
+def test_an_unmapped_ring_waits_for_its_mapping(image):
+    rig = Rig(image)
+    rig.add(T_IN, 1)
+    assert rig.go() == []
+    assert {fault[0] for fault in rig.faults()} == {"MAPPING"}
+    rig.map()
+    assert rig.go() == [(S_OK, 0)]
+    send_all(rig.iommu, unmap(1, RING_IOVA, RING_IOVA + PAGE - 1))
+    rig.add(T_IN, 1)
+    assert rig.go() == []
+    assert rig.faults()
+
+
+def test_an_unattached_device_reports_the_domain(image):
+    rig = Rig(image)
+    rig.iommu.reset()
+    rig.add(T_IN, 1)
+    assert rig.go() == []
+    assert {fault[0] for fault in rig.faults()} == {"DOMAIN"}
+
+
+def test_a_broken_ring(image):
+    rig = Rig(image).map()
+    rig.physical.write(RING + 16 * SIZE + 2, b"\xff\x7f")
+    with pytest.raises(QueueError):
+        rig.queue.serve()
