@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from guestio import GuestRegionCollection, QueueError
+from guestio import GuestRegionCollection, Permissions, QueueError
 from guestio.virtio.blk import S_IOERR, S_OK, T_IN, T_OUT, BlockDevice
 from guestio.virtio.driver import DriverQueue, RingLayout
 from guestio.virtio.iommu import EndpointQueue, VirtioIommu
@@ -12,6 +12,7 @@ from tests.virtio.iommu_driver import PAGE, R, W, attach, map_, send_all, unmap
 
 RING_IOVA, RING = 0x40000000, 0x8000
 DATA_IOVA, DATA = 0x70000000, 0x10000
+TABLE_IOVA = 0x50000000
 SIZE = 16
 
 
@@ -92,14 +93,14 @@ def test_requests(image, event_idx):
 
 
 def test_an_indirect_table_is_read_through_the_mappings(image):
-    table = 0x20000
     rig = Rig(image, indirect=True).map()
-    rig.add(T_IN, 1, table=table)
-    rig.go()
-    assert rig.faults() == [("MAPPING", 1, table)]
-    send_all(rig.iommu, map_(1, table, table + PAGE - 1, table, R))
-    rig.add(T_IN, 1, table=table)
-    assert rig.go() == [(S_OK, 0)]
+    with rig.physical.gather(0x20000, 64, Permissions.READ_WRITE) as table:
+        rig.add(T_IN, 1, table=(TABLE_IOVA, table))
+        rig.go()
+        assert rig.faults() == [("MAPPING", 1, TABLE_IOVA)]
+        send_all(rig.iommu, map_(1, TABLE_IOVA, TABLE_IOVA + PAGE - 1, 0x20000, R))
+        rig.add(T_IN, 1, table=(TABLE_IOVA, table))
+        assert rig.go() == [(S_OK, 0)]
 
 
 def test_faults_of_one_request_leave_the_others_alone(image):
