@@ -3,7 +3,8 @@
 Rooms, each importing only from those before it: ``errors``, ``addr``, ``_core`` (compiled),
 ``memory`` (what memory the guest has), ``dma`` (who must be told when that changes), ``iommu``
 (which of it a device may touch), ``virtio`` (queues and devices), ``vhost_user`` (the wire),
-``guest`` (a guest without a VM), ``cli``. ``testing`` is a kit for users' own tests. This module only re-exports.
+``guest`` (a guest without a VM), ``cli``. ``testing`` is a kit for users' own tests. This module
+only re-exports.
 """
 
 from guestio.addr import IovaRange, MappedRange, Ordering, Permissions
@@ -35,7 +36,20 @@ from guestio.errors import (
     RegionError,
     UnsortedMemoryRegionsError,
 )
-from guestio.iommu import DirtyMode, Iommu, IommuMemory, Iotlb, IotlbStats
+from guestio.iommu import (
+    AddMapResult,
+    BasicMemoryMapper,
+    DirtyMode,
+    ExportError,
+    Iommu,
+    IommuMemory,
+    Iotlb,
+    IotlbStats,
+    MappingInfo,
+    MemoryMapper,
+    MemRegion,
+    RemoveMapResult,
+)
 from guestio.memory import (
     AtomicBitmap,
     Backing,
