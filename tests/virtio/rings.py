@@ -57,21 +57,19 @@ class View(Protocol):
     def write(self, addr: int, data: bytes) -> None: ...
 
 
-class Rig:
+class HandRing:
     """A ring whose driver is the test.
 
     Args:
-        space: What the device can reach.
-        view: The same memory as the driver reaches it.
+        view: Memory as the driver reaches it.
         size: Entries.
         desc, avail, used: Where the areas are.
         base: Index of the first entry.
-        features: `event_idx` and `indirect`.
+        event_idx: Whether VIRTIO_F_EVENT_IDX was negotiated.
     """
 
     def __init__(
         self,
-        space: AddressSpace,
         view: View,
         *,
         size: int = 8,
@@ -79,22 +77,13 @@ class Rig:
         avail: int = 0x2000,
         used: int = 0x3000,
         base: int = 0,
-        **features: bool,
+        event_idx: bool = False,
     ) -> None:
         self.view = view
         self.size = size
         self.desc, self.avail, self.used = desc, avail, used
-        self.event_idx = features.get("event_idx", False)
-        self._arguments: dict[str, Any] = dict(features)
-        self.space = space
+        self.event_idx = event_idx
         self.offered = base
-        self.ring = self.device(base)
-
-    def device(self, base: int) -> SplitRing:
-        """Another device's side of the same ring."""
-        return SplitRing(
-            self.space, self.size, self.desc, self.avail, self.used, base=base, **self._arguments
-        )
 
     def put(self, index: int, descriptor: Desc) -> None:
         """Write a descriptor into the ring's table."""
@@ -155,6 +144,38 @@ class Rig:
         data = self.view.read(self.used + 4 + 8 * (position % self.size), 8)
         head, written = _USED.unpack(data)
         return head, written
+
+
+class Rig(HandRing):
+    """A ring whose driver is the test, and its device's side.
+
+    Args:
+        space: What the device can reach.
+        view: The same memory as the driver reaches it.
+        indirect: Whether VIRTIO_F_INDIRECT_DESC was negotiated.
+        options: Those of :class:`HandRing`.
+    """
+
+    def __init__(
+        self, space: AddressSpace, view: View, *, indirect: bool = False, **options: Any
+    ) -> None:
+        super().__init__(view, **options)
+        self.space = space
+        self.indirect = indirect
+        self.ring = self.device(self.offered)
+
+    def device(self, base: int) -> SplitRing:
+        """Another device's side of the same ring."""
+        return SplitRing(
+            self.space,
+            self.size,
+            self.desc,
+            self.avail,
+            self.used,
+            base=base,
+            event_idx=self.event_idx,
+            indirect=self.indirect,
+        )
 
     def pop_one(self) -> Chain:
         """Take the only request that is available; nothing is missing."""

@@ -1,0 +1,376 @@
+"""A real back-end in a thread, front-ends by hand, and what they must not leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from guestio._core.ring import Chain
+from guestio.addr import Permissions
+from guestio.errors import DeviceError
+from guestio.memory import Backing, GuestRegionCollection, MmapRegion
+from guestio.vhost_user import Backend, Frontend
+from guestio.virtio.device import Device, DeviceId
+from guestio.virtio.driver import RingLayout
+from tests.virtio.rings import PAGE, WRITE, Desc, HandRing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import pytest
+
+    from guestio.vhost_user.frontend import FrontendQueue
+
+WAIT = 10.0
+VERSION_1, EVENT_IDX, INDIRECT, PLATFORM = 1 << 32, 1 << 29, 1 << 28, 1 << 33
+
+DESC, AVAIL, USED = 0x10000, 0x20000, 0x30000
+BUFFERS = 0x40000
+QUEUE_STEP = 0x1000
+IOVA = 0x7000_0000
+"""Where guest memory is in I/O virtual addresses, if a :class:`Driver` uses them."""
+
+OK, FAILED = 0x55, 0xEE
+
+
+def until(condition: Callable[[], Any], what: str = "") -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, what or "it did not come about"
+        time.sleep(0.002)
+
+
+def footprint() -> tuple[list[str], int, int]:
+    """Open fds, mapped files and threads of this process."""
+    fds = []
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            fds.append(f"{fd.name} {fd.readlink()}")
+    mapped = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if line.split()[4] != "0"
+    ]
+    return (
+        sorted(entry for entry in fds if "/proc/" not in entry),
+        len(mapped),
+        threading.active_count(),
+    )
+
+
+@contextlib.contextmanager
+def nothing_left() -> Iterator[None]:
+    """Check that no fd, mapping or thread is left, without help of the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = footprint()
+        yield
+        until(lambda: footprint() == before, f"left behind: {before} {footprint()}")
+    finally:
+        gc.enable()
+
+
+class Serving:
+    """A back-end in a thread.
+
+    Args:
+        device: What it serves.
+        path: Its socket.
+        options: More arguments for the back-end.
+    """
+
+    def __init__(self, device: Device, path: Path, **options: Any) -> None:
+        self.path = path
+        self.backend = Backend(device, path, **options)
+        self.stats = self.backend.statistics
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="serving")
+
+    def _run(self) -> None:
+        try:
+            self.backend.serve()
+        except BaseException as error:
+            self.error = error
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.backend.stop()
+        self._thread.join(WAIT)
+        assert not self._thread.is_alive(), "the back-end does not stop"
+        self.backend.close()
+        assert self.error is None, self.error
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still serves."""
+        return self._thread.is_alive()
+
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        made.connect(str(self.path))
+        made.settimeout(WAIT)
+        return made
+
+    def check_serves(self) -> None:
+        """Have one honest front-end served."""
+        with Driver(self.path) as driver:
+            assert driver.run(0, b"honest") == (OK, b"tsenoh")
+
+
+class Mirror(Device):
+    """Writes what it reads in reverse, and a status after it.
+
+    Requests that begin with a word in capitals do something else; see the methods.
+    """
+
+    device_id = DeviceId.ENTROPY
+
+    def __init__(self, queues: int = 2) -> None:
+        self.num_queues = queues
+        self.features = 0b101
+        self.seen: list[tuple[int, bytes]] = []
+        self.entered = threading.Event()
+        self.go_on = threading.Event()
+        self.space = bytes(range(64))
+        self.resets = 0
+        self.negotiated_features: list[int] = []
+        self.fail_error: Exception | None = None
+        self.error: Exception | None = None
+
+    def process(self, queue: int, chain: Chain) -> int:
+        source = chain.readable.read()
+        self.seen.append((queue, source))
+        if source.startswith(b"RAISE"):
+            assert self.error is not None
+            raise self.error
+        if source.startswith(b"RETURN"):
+            return eval(source[6:])
+        if source.startswith(b"WAIT"):
+            self.entered.set()
+            assert self.go_on.wait(WAIT)
+        chain.writable.write(source[::-1][: chain.writable.total - 1])
+        chain.writable.write(bytes([OK]), chain.writable.total - 1)
+        return chain.writable.total
+
+    def fail(self, queue: int, chain: Chain) -> int:
+        if self.fail_error is not None:
+            raise self.fail_error
+        if chain.tail is not None:
+            chain.tail.write(bytes([FAILED]))
+        return 0
+
+    def config(self) -> bytes:
+        return self.space
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        if offset + len(data) > len(self.space):
+            raise DeviceError("there is no such byte")
+        self.space = self.space[:offset] + data + self.space[offset + len(data) :]
+
+    def negotiated(self, features: int) -> None:
+        self.negotiated_features.append(features)
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+class Shifted:
+    """Memory at I/O virtual addresses that are the physical ones and a constant."""
+
+    def __init__(self, memory: GuestRegionCollection) -> None:
+        self.memory = memory
+
+    def read(self, addr: int, length: int) -> bytes:
+        return self.memory.read(addr - IOVA, length)
+
+    def write(self, addr: int, data: bytes) -> None:
+        self.memory.write(addr - IOVA, data)
+
+
+class Driver:
+    """A front-end and rings by hand, two descriptors of its own for every request in flight.
+
+    Args:
+        target: The back-end's socket.
+        queues: How many to start.
+        size: Entries of each.
+        iommu: Whether there is one; everything is mapped then, unless told otherwise.
+        map_all: False to have nothing mapped but the rings.
+        features: Virtio features beside VERSION_1.
+        queue_options: More arguments for starting queues.
+        frontend: More arguments for the front-end.
+    """
+
+    SIZE = 0x200000
+
+    def __init__(
+        self,
+        target: Path | socket.socket,
+        *,
+        queues: int = 1,
+        size: int = 64,
+        iommu: bool = False,
+        map_all: bool = True,
+        features: int = 0,
+        queue_options: dict[str, Any] | None = None,
+        **frontend: Any,
+    ) -> None:
+        frontend.setdefault("timeout", WAIT)
+        self.frontend = Frontend(target, **frontend)
+        self.iommu = iommu
+        self.size = size
+        self.handles: dict[int, FrontendQueue] = {}
+        self.rings: dict[int, HandRing] = {}
+        self._options = queue_options or {}
+        try:
+            self.backing = Backing.memfd(self.SIZE)
+            self.memory = GuestRegionCollection.from_regions([MmapRegion(0, self.backing)])
+            self.frontend.negotiate(VERSION_1 | features | (PLATFORM if iommu else 0))
+            self.features = self.frontend.features
+            self.frontend.set_memory(self.memory)
+            if iommu and map_all:
+                self.frontend.iotlb.map(IOVA, 0, self.SIZE, Permissions.READ_WRITE)
+            for index in range(queues):
+                self.add_queue(index)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.frontend.close()
+        self.handles.clear()
+        self.rings.clear()
+        self.frontend.iotlb.memory = None
+        self.__dict__.pop("memory", None)
+        backing = self.__dict__.pop("backing", None)
+        if backing is not None:
+            backing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def at(self, gpa: int) -> int:
+        """The address of guest memory for the device."""
+        return gpa + IOVA if self.iommu else gpa
+
+    def layout(self, index: int) -> RingLayout:
+        """Where a queue's ring is, for the device."""
+        step = QUEUE_STEP * index
+        return RingLayout(
+            self.size, self.at(DESC + step), self.at(AVAIL + step), self.at(USED + step)
+        )
+
+    def add_queue(self, index: int) -> None:
+        """Make an empty ring and start it."""
+        layout = self.layout(index)
+        for at, length in ((DESC, 16), (AVAIL, 2), (USED, 8)):
+            self.memory.write(at + QUEUE_STEP * index, bytes(length * self.size + 6))
+        if self.iommu:
+            for at in (layout.desc, layout.avail, layout.used):
+                self.frontend.iotlb.map(at, at - IOVA, PAGE, Permissions.READ_WRITE)
+        self.rings[index] = HandRing(
+            Shifted(self.memory) if self.iommu else self.memory,
+            size=self.size,
+            desc=layout.desc,
+            avail=layout.avail,
+            used=layout.used,
+            event_idx=bool(self.features & EVENT_IDX),
+        )
+        self.start(index)
+
+    def start(self, index: int, base: int = 0, **options: Any) -> None:
+        """Start a ring where it stopped."""
+        self.handles[index] = self.frontend.start_queue(
+            index, self.layout(index), base=base, **(self._options | options)
+        )
+
+    def stop(self, index: int) -> int:
+        """Stop a ring; where it stopped."""
+        self.handles.pop(index)
+        return self.frontend.stop_queue(index)
+
+    def buffer(self, index: int, number: int) -> int:
+        """Two pages for a request: the first is read, the second is written."""
+        return BUFFERS + (index * 64 + number % 32) * 2 * PAGE
+
+    def prepare(self, index: int, source: bytes, reply: int | None = None) -> int:
+        """Put a request into the ring without announcing it; its number."""
+        ring = self.rings[index]
+        number = ring.offered
+        place = self.buffer(index, number)
+        room = (len(source) if reply is None else reply) + 1
+        self.memory.write(place, source)
+        self.memory.write(place + PAGE, bytes(room))
+        ring.offer(
+            ring.put_chain(
+                2 * number % self.size,
+                Desc(self.at(place), len(source)),
+                Desc(self.at(place + PAGE), room, WRITE),
+            )
+        )
+        return number
+
+    def submit(self, index: int, source: bytes, reply: int | None = None) -> int:
+        """Begin a request; its number."""
+        number = self.prepare(index, source, reply)
+        self.handles[index].kick()
+        return number
+
+    def done(self, index: int, number: int) -> bool:
+        """Whether so many requests are finished."""
+        return (self.rings[index].used_idx - number - 1) & 0xFFFF < 0x8000
+
+    def wait(self, index: int, number: int) -> None:
+        """Wait until a request and those before it are finished."""
+        until(lambda: self.done(index, number), f"request {number} of queue {index} hangs")
+
+    def result(self, index: int, number: int, length: int) -> tuple[int, bytes]:
+        """Status and answer of a finished request."""
+        place = self.buffer(index, number) + PAGE
+        return self.memory.read(place + length, 1)[0], self.memory.read(place, length)
+
+    def run(self, index: int, source: bytes) -> tuple[int, bytes]:
+        """Run one request; its status and answer."""
+        number = self.submit(index, source)
+        self.wait(index, number)
+        return self.result(index, number, len(source))
+
+    def run_raw(self, index: int, *descriptors: Desc) -> tuple[int, int]:
+        """Run a request of any descriptors; its used entry."""
+        ring = self.rings[index]
+        number = ring.offered
+        ring.offer(ring.put_chain(0, *descriptors))
+        self.handles[index].kick()
+        self.wait(index, number)
+        return ring.used_entry(number)
+
+
+def errors_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged as an error."""
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged as a warning."""
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+def memfd(size: int) -> int:
+    """A file to share, with some bytes in it."""
+    fd = os.memfd_create("hostile")
+    os.ftruncate(fd, size)
+    return fd
