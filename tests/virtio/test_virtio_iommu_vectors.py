@@ -3,6 +3,9 @@
 import struct
 
 import pytest
+
+from guestio import CannotResolveError, GuestRegionCollection, Permissions
+from guestio.virtio.iommu import VirtioIommu, wire
 from tests.virtio.iommu_driver import (
     INVAL,
     MMIO,
@@ -26,9 +29,6 @@ from tests.virtio.iommu_driver import (
     status,
     unmap,
 )
-
-from guestio import CannotResolveError, GuestRegionCollection, Permissions
-from guestio.virtio.iommu import VirtioIommu, wire
 
 MAX = 2**64 - 1
 
