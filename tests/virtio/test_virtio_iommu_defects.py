@@ -54,6 +54,7 @@ class TestA7:
             (map_(1, MAX - 0xFFF, MAX, MAX - 0xFFF), {OK}),
             (map_(1, 0x8000, 0xFFFF, MAX - 0xFFF), {OK}),
         ],
+        ids=lambda value: None if isinstance(value, set) else str(wire.parse(value)),
     )
     def test_a7(self, granule, request_, expected):
         iommu = VirtioIommu(endpoints=[8], page_size_mask=MAX & -granule)

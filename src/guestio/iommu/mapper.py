@@ -500,10 +500,6 @@ class BasicMemoryMapper(MemoryMapper):
         after = self._map.neighbours(first)[1]
         return not self._map.overlapping(first, 1) and (after is None or after[0] >= first + length)
 
-    def neighbours(self, iova: int) -> tuple[MapEntry | None, MapEntry | None]:
-        """The mapping before an address and the one after it."""
-        return self._map.neighbours(iova)
-
     def open_session(self, *, time_limit: float | None = None) -> ExportSession:
         """Begin to export to a client, beside those that there are.
 

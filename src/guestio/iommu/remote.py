@@ -148,6 +148,8 @@ class _Link:
             what is sent to it.
     """
 
+    _wake = -1
+
     def __init__(
         self, sock: socket.socket, limit: int, deliver: Callable[[int, int, int, int, bytes], None]
     ) -> None:
@@ -217,7 +219,8 @@ class _Link:
             del self._out[:sent]
 
     def __del__(self) -> None:
-        os.close(self._wake)
+        if self._wake >= 0:
+            os.close(self._wake)
 
 
 class ExportServer:

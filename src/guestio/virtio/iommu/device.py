@@ -340,9 +340,7 @@ class VirtioIommu:
         Raises:
             DeviceError: Requests wait for memory to be released; wait for their answers first.
         """
-        if len(self._requests):
-            raise DeviceError(f"{len(self._requests)} requests are being answered; wait for them")
-        return snapshot.take(self._state, self._faults)
+        return self._requests.alone(lambda: snapshot.take(self._state, self._faults))
 
     @classmethod
     def restore(cls, data: Mapping[str, Any], **options: Any) -> Self:
@@ -375,7 +373,8 @@ def _checked(value: int, name: str, first: int, last: int) -> int:
 
 def _inclusive(pair: Sequence[int], name: str, limit: int) -> tuple[int, int]:
     first, last = pair
-    return _checked(first, name, 0, limit), _checked(last, name, first, limit)
+    _checked(last, name, _checked(first, name, 0, limit), limit)
+    return first, last
 
 
 def _flag(value: bool | int) -> bool:

@@ -67,12 +67,13 @@ class FaultLog:
 
     def add(self, record: FaultRecord) -> bool:
         """Have a fault reported, if there is room; whether it will be."""
+        now = self._clock()
         with self._lock:
-            now = self._clock()
             account = self._accounts.setdefault(record.endpoint, _Account(self._burst, now))
             account.stats.total += 1
-            gained = (now - account.at) * self._rate
-            account.credit, account.at = min(account.credit + gained, self._burst), now
+            gained = max(now - account.at, 0.0) * self._rate
+            account.credit = min(account.credit + gained, self._burst)
+            account.at = max(account.at, now)
             if account.credit < 1:
                 account.stats.limited += 1
                 return False
@@ -127,8 +128,9 @@ class FaultLog:
 
     def restore(self, records: list[FaultRecord], stats: dict[int, FaultStats]) -> None:
         """Take over records and counts of another log."""
+        now = self._clock()
         with self._lock:
             self._waiting = deque(records)
             for endpoint, known in stats.items():
-                account = self._accounts.setdefault(endpoint, _Account(self._burst, self._clock()))
-                account.stats = known
+                self._accounts[endpoint] = _Account(self._burst, now)
+                self._accounts[endpoint].stats = known

@@ -46,6 +46,8 @@ class IommuQueues:
         short_buffers: Event buffers that were too small for a record; they went back empty.
     """
 
+    _wake = -1
+
     def __init__(
         self,
         iommu: VirtioIommu,
@@ -53,12 +55,12 @@ class IommuQueues:
         events: SplitRing,
         notify: Callable[[int], None],
     ) -> None:
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._iommu = iommu
         self._rings = requests, events
         self._notify = notify
         self._answers: deque[tuple[Chain, Pending]] = deque()
         self._open = True
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._watched: Event | None = None
         self.waiting = 0
         self.short_buffers = 0
@@ -201,4 +203,5 @@ class IommuQueues:
         os.eventfd_write(self._wake, 1)
 
     def __del__(self) -> None:
-        os.close(self._wake)
+        if self._wake >= 0:
+            os.close(self._wake)

@@ -11,13 +11,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Generator, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
+from guestio.errors import DeviceError
 from guestio.iommu.events import Event, all_of
 from guestio.virtio.iommu.wire import Status, tail
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Steps = Generator[list[Event], None, bytes]
 Keys = Callable[[], "set[Hashable] | None"]
 """What a request touches, as it is now; None for everything."""
@@ -78,15 +80,17 @@ class _Job:
         self.pending = Pending()
 
 
+def _nothing() -> Steps:
+    yield []
+    return b""
+
+
 class RequestQueue:
     """Runs requests, each as soon as nothing before it is in its way."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._jobs: list[_Job] = []
-
-    def __len__(self) -> int:
-        return len(self._jobs)
 
     def submit(self, keys: Keys, steps: Steps, *, raises: bool = False) -> Pending:
         """Run a request, or have it run later.
@@ -105,6 +109,25 @@ class RequestQueue:
             self._jobs.append(job)
         self._run_ready()
         return job.pending
+
+    def alone(self, work: Callable[[], T]) -> T:
+        """Do something while no request runs or waits; those that come meanwhile wait for it.
+
+        Raises:
+            DeviceError: There are requests.
+        """
+        marker = _Job(lambda: None, _nothing(), raises=True)
+        marker.started, marker.claimed = True, None
+        with self._lock:
+            if self._jobs:
+                raise DeviceError(f"{len(self._jobs)} requests are being answered; wait for them")
+            self._jobs.append(marker)
+        try:
+            return work()
+        finally:
+            with self._lock:
+                self._jobs.remove(marker)
+            self._run_ready()
 
     def cancel(self) -> None:
         """Forget the requests that have not begun."""

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions
 from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails
-from guestio.iommu import Iommu, IommuMemory, Iotlb
+from guestio.iommu import DirtyMode, Iommu, IommuMemory, Iotlb
 from guestio.iommu.mapper import BasicMemoryMapper, ExportError, ExportSession, MemRegion
-from guestio.memory import GuestRegionCollection
+from guestio.memory import AtomicBitmap, GuestRegionCollection
 from guestio.virtio.iommu.faults import FaultStats
 from guestio.virtio.iommu.wire import (
     FAULT_F_ADDRESS,
@@ -137,13 +137,21 @@ class Endpoint(Iommu):
         """What became of its faults."""
         return self._owner.fault_stats(self.id)
 
-    def memory(self, physical: GuestRegionCollection) -> EndpointMemory:
+    def memory(
+        self,
+        physical: GuestRegionCollection,
+        *,
+        bitmap: AtomicBitmap | None = None,
+        dirty: DirtyMode = DirtyMode.IOVA,
+    ) -> EndpointMemory:
         """Guest memory as this endpoint sees it, for any device of ours.
 
         Args:
             physical: Guest physical memory.
+            bitmap: Where writes are marked by I/O virtual address.
+            dirty: Which bitmaps writes are marked in, as in :class:`~guestio.IommuMemory`.
         """
-        return EndpointMemory(physical, self)
+        return EndpointMemory(physical, self, True, bitmap, dirty=dirty)
 
     def resolve(
         self,
