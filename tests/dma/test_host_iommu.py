@@ -228,7 +228,8 @@ def test_without_a_limit_it_is_the_host_that_is_out_of_memory(interface, memory,
 def test_other_apertures_and_pages(interface, memory):
     host = SimulatedHostIommu(interface, page_size=2 * PAGE, ranges=[IovaRange(0x100000, 0x10000)])
     assert host.info().page_size == 2 * PAGE
-    host.map_dma(request_for(memory, 0x10E000, 2 * PAGE))
+    aligned = {"host_address": (memory.host_address + PAGE) & -2 * PAGE}
+    host.map_dma(request_for(memory, 0x10E000, 2 * PAGE, **aligned))
     for start, size in (
         (0x10D000, 2 * PAGE),
         (0x100000, PAGE),
@@ -236,7 +237,7 @@ def test_other_apertures_and_pages(interface, memory):
         (0, 2 * PAGE),
     ):
         with pytest.raises(DmaError, match="EINVAL"):
-            host.map_dma(request_for(memory, start, size * PAGE))
+            host.map_dma(request_for(memory, start, size * PAGE, **aligned))
 
 
 @BOTH
