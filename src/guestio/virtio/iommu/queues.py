@@ -169,15 +169,33 @@ class IommuQueues:
         ring.complete(chain, len(answer))
 
     def _serve_events(self) -> None:
+        starved = False
+        while not starved:
+            starved = self._fill_buffers()
+            if self._watch_faults():
+                break
+        self._publish(EVENT_QUEUE)
+
+    def _fill_buffers(self) -> bool:
+        """Report faults; whether that ended for want of buffers."""
         ring = self._rings[EVENT_QUEUE]
         while self._iommu.event_arrival.is_set:
             chains, _ = ring.pop(1)
             if chains:
                 self._fill_buffer(ring, chains[0])
             elif not ring.enable_kicks():
-                break
-        self._publish(EVENT_QUEUE)
-        self._watch_faults()
+                return True
+        return False
+
+    def _watch_faults(self) -> bool:
+        """Have the next fault wake us; False if there is one already."""
+        arrival = self._iommu.event_arrival
+        if arrival.is_set:
+            return False
+        if arrival is not self._watched:
+            self._watched = arrival
+            arrival.add_callback(self._rouse)
+        return True
 
     def _fill_buffer(self, ring: SplitRing, chain: Chain) -> None:
         if chain.fault is not None or len(chain.writable) < FaultRecord.SIZE:
@@ -191,13 +209,6 @@ class IommuQueues:
     def _publish(self, queue: int) -> None:
         if self._rings[queue].publish():
             self._notify(queue)
-
-    def _watch_faults(self) -> None:
-        """Be woken by the next fault; those that wait now wait for buffers."""
-        arrival = self._iommu.event_arrival
-        if arrival is not self._watched and not arrival.is_set:
-            self._watched = arrival
-            arrival.add_callback(self._rouse)
 
     def _rouse(self) -> None:
         os.eventfd_write(self._wake, 1)
