@@ -160,3 +160,19 @@ def test_a_broken_ring(image):
     rig.physical.write(RING + 16 * SIZE + 2, b"\xff\x7f")
     with pytest.raises(QueueError):
         rig.queue.serve()
+
+
+def test_a_busy_driver_does_not_keep_the_loop(image):
+    rig = Rig(image).map()
+
+    def again():
+        rig.driver.collect()
+        rig.add(T_IN, 1)
+        rig.driver.publish()
+
+    rig.queue._notify = again
+    rig.add(T_IN, 1)
+    rig.driver.publish()
+    assert rig.queue.serve() is True
+    rig.queue._notify = rig.interrupts.clear
+    assert rig.queue.serve() is False

@@ -208,3 +208,14 @@ def test_status_of_a_request_that_waits_is_written_where_it_belongs():
     session.close()
     guest.queues.serve()
     assert [answer[0] for answer, _ in guest.answers()] == [Status.OK, Status.OK, Status.RANGE]
+
+
+def test_a_busy_driver_does_not_keep_the_loop(monkeypatch):
+    monkeypatch.setattr("guestio.virtio.iommu.queues.TURN", 4)
+    guest = Guest()
+    for _ in range(6):
+        guest.send(attach(8, 1))
+    monkeypatch.setattr(guest.queues, "_notify", lambda queue: guest.send(attach(8, 1)))
+    guest.queues.serve()
+    assert len(guest.answers()) < 20
+    assert guest.wakes()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from guestio._core.ring import Chain, SplitRing
 from guestio.addr import IovaRange, Permissions
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from guestio.virtio.device import Device
     from guestio.virtio.driver import RingLayout
     from guestio.virtio.iommu.space import EndpointMemory
+
+TURN: Final = 64
+"""Looks at the ring before somebody else of the loop has a turn."""
 
 
 class EndpointQueue:
@@ -57,15 +60,18 @@ class EndpointQueue:
             indirect=indirect,
         )
 
-    def serve(self) -> None:
+    def serve(self) -> bool:
         """Serve what the driver has made available; call it when the driver announces something.
+
+        Returns:
+            Whether to call it again, after somebody else had a turn: the driver is very busy.
 
         Raises:
             QueueError: The driver broke a rule of its queue; the device needs a reset.
         """
         ring = self._ring
         reported: set[tuple[IovaRange, int]] = set()
-        while True:
+        for _ in range(TURN):
             chains, misses = ring.pop()
             for chain in chains:
                 ring.complete(chain, self._process(chain))
@@ -76,11 +82,12 @@ class EndpointQueue:
             if misses and not chains:
                 faulty = ring.pop_faulty()
                 if faulty is None:
-                    return
+                    return False
                 ring.complete(faulty, self._process(faulty))
             self._publish(reported)
             if not chains and not misses and not ring.enable_kicks():
-                return
+                return False
+        return True
 
     def _process(self, chain: Chain) -> int:
         if chain.fault is None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 REQUEST_QUEUE: Final = 0
 EVENT_QUEUE: Final = 1
 
+TURN: Final = 256
+"""Requests served before somebody else of the loop has a turn."""
+
 
 class IommuQueues:
     """Carries requests and fault records between the rings and the device.
@@ -125,6 +128,7 @@ class IommuQueues:
 
     def _serve_requests(self) -> None:
         ring = self._rings[REQUEST_QUEUE]
+        served = 0
         while True:
             while self._answers:
                 chain, pending = self._answers.popleft()
@@ -138,6 +142,10 @@ class IommuQueues:
             for chain in chains:
                 self._serve_request(ring, chain)
             self._publish(REQUEST_QUEUE)
+            served += len(chains)
+            if served >= TURN:
+                self._rouse()
+                return
             if not chains and not self._answers and not ring.enable_kicks():
                 return
 
