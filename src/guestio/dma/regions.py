@@ -321,10 +321,10 @@ class Region:
 
     def _contained(self, first: int, end: int) -> list[SubMapping]:
         found = []
-        for offset in self._offsets[max(bisect_right(self._offsets, first) - 1, 0) :]:
+        at = max(bisect_right(self._offsets, first) - 1, 0)
+        for index in range(at, bisect_left(self._offsets, end)):
+            offset = self._offsets[index]
             mapping, _view = self._by_offset[offset]
-            if offset >= end:
-                break
             if offset + mapping.size <= first:
                 continue
             if offset < first or offset + mapping.size > end:
