@@ -273,9 +273,14 @@ class TestTimeLimit:
         mapper = mapper_of((0, 0x1000, 0, RW))
         session = mapper.open_session()
         session.export(0, 1)
+        pending = []
+        session.revoked.add_callback(lambda: pending.extend(mapper.pending_faults()))
         session.revoke()
         assert session.fault.is_set
         assert session.revoked.is_set
+        # Who unmaps while the client is being cut off has something to wait for.
+        assert [event.is_set for event in pending] == [True]
+        assert mapper.pending_faults() == []
         assert mapper.remove_map(0, 0x1000).fault is None
 
 

@@ -275,13 +275,15 @@ class ExportSession:
         with self._lock:
             if self._closed:
                 return
-            self._broken = True
+            # Until the client is cut off its memory counts as held.
+            self._break()
             had = bool(self._exports)
-            self._exports.clear()
-            settled = self._take_settled()
         self.fault.set()
         if had:
             self.revoked.set()
+        with self._lock:
+            self._exports.clear()
+            settled = self._take_settled()
         _settle(settled)
 
     def restore(self, exports: Iterable[tuple[int, int]], broken: bool) -> None:
@@ -299,6 +301,8 @@ class ExportSession:
             self._exports.update(held)
             self._broken = broken
             self._resolved = Event() if broken and held else None
+        if broken:
+            self.fault.set()
 
     def close(self) -> None:
         """Release everything and leave the mapper. Calling it again does nothing."""

@@ -53,7 +53,7 @@ class Pending(Event):
             TimeoutError: It is not there within ``timeout`` seconds.
         """
         if not self.wait(timeout):
-            raise TimeoutError(f"no answer within {timeout} s: exported memory is not released")
+            raise TimeoutError(f"no answer within {timeout} s: what it waits for is still in use")
         if self._error is not None:
             raise self._error
         return self._answer
