@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import threading
@@ -42,6 +43,7 @@ def open_fds() -> list[str]:
 @contextlib.contextmanager
 def nothing_left() -> Iterator[None]:
     """Check that neither fds nor threads are left behind, not by a back-end in a thread either."""
+    gc.collect()  # what others left in cycles may go at any moment
     before = open_fds(), threading.active_count()
     yield
     deadline = time.monotonic() + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import gc
 import os
 import socket
 import struct
@@ -44,6 +45,7 @@ def open_fds() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def no_fd_leak() -> Iterator[None]:
+    gc.collect()  # what others left in cycles may go at any moment
     before = open_fds()
     yield
     assert open_fds() == before
