@@ -12,6 +12,7 @@ cdef class AddressSpace:
     cdef readonly AtomicBitmap bitmap
     cdef readonly bint mark_regions
 
+    cdef IoVector open(self, object addr, object length, int access)
     cdef int translate(
         self, IoVector out, u64 addr, u64 length, int access, list misses, list refused
     ) except -1

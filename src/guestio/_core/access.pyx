@@ -6,9 +6,14 @@ Looking a translation up and taking the lease on it is one step: the GIL is held
 object is made in between.
 """
 
+from cpython.buffer cimport (
+    PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pyport cimport PY_SSIZE_T_MAX
 
-from guestio._core.border cimport as_access, as_address, as_span
+from guestio._core.border cimport as_access, as_address, as_span, u8
+from guestio._core.raw cimport READ, WRITE
 from guestio._core.tree cimport Cursor, Entry, floor_of, step
 
 from guestio._core import vector as _vector
@@ -110,6 +115,70 @@ cdef class AddressSpace:
         if not self.translate(out, span.first, span.last - span.first + 1, out.access, misses, refused):
             raise IotlbFails(misses, refused)
         return out
+
+    cdef IoVector open(self, object addr, object length, int access):
+        """A whole range, or None if any of it is not there, not translated or not allowed."""
+        cdef Span span
+        cdef IoVector out = IoVector()
+        as_span(addr, length, &span, True)
+        out.access, out.start = access, span.first
+        if span.empty:
+            return out
+        if span.last - span.first >= <u64>PY_SSIZE_T_MAX:
+            return None
+        if self.iotlb is None:
+            self.append_physical(out, span.first, span.first, span.last - span.first + 1, access)
+        else:
+            out.push_lease(self.iotlb.leases, span.first, span.last)
+            if not self.walk(out, span, access):
+                return None
+            self.iotlb.hits += not out.stop
+        return None if out.stop else out
+
+    def read(self, addr, length):
+        """A copy of a whole range, or None if any of it cannot be read as things are.
+
+        The way for accesses that just work; :meth:`gather` finds out about the others.
+
+        Raises:
+            MemoryVanishedError: The file behind the memory is gone.
+            TypeError, ValueError: Bad numbers.
+        """
+        cdef IoVector found = self.open(addr, length, READ)
+        cdef bytes data
+        if found is None:
+            return None
+        data = PyBytes_FromStringAndSize(NULL, found.total)
+        found.copy_out(<u8 *>PyBytes_AS_STRING(data), 0, found.total)
+        return data
+
+    def readinto(self, addr, buffer):
+        """Fill a buffer; False if nothing was done, otherwise as :meth:`read`."""
+        cdef IoVector found
+        cdef Py_buffer view
+        PyObject_GetBuffer(buffer, &view, PyBUF_CONTIG)
+        try:
+            found = self.open(addr, view.len, READ)
+            if found is None:
+                return False
+            found.copy_out(<u8 *>view.buf, 0, found.total)
+            return True
+        finally:
+            PyBuffer_Release(&view)
+
+    def write(self, addr, data):
+        """Write all of ``data``; False if nothing was done, otherwise as :meth:`read`."""
+        cdef IoVector found
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        try:
+            found = self.open(addr, view.len, WRITE)
+            if found is None:
+                return False
+            found.copy_in(<u8 *>view.buf, 0, found.total)
+            return True
+        finally:
+            PyBuffer_Release(&view)
 
     def gather_ranges(self, addr, length, list ranges, access):
         """As :meth:`gather`, for targets that were translated elsewhere.

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cpython.exc cimport PyErr_NoMemory
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 from guestio._core.border cimport Span, as_address, as_span, u64
@@ -13,12 +13,6 @@ from guestio.errors import InvalidAddressError
 cdef extern from * nogil:
     """
     #include <string.h>
-
-    #if defined(__x86_64__) && defined(__gnu_linux__)
-    #define COUNTING __attribute__((target_clones("popcnt", "default")))
-    #else
-    #define COUNTING
-    #endif
 
     /* Most writes hit pages that are dirty already, so a set bit is only looked at. The barrier
        keeps that look after the write: else a harvest in between could take the bit and still
@@ -46,9 +40,8 @@ cdef extern from * nogil:
     }
 
     /* Take whole words; a clean cache line costs one look. */
-    COUNTING static uint64_t take_words(uint64_t *word, uint64_t *taken, size_t n)
+    static void take_words(uint64_t *word, uint64_t *taken, size_t n)
     {
-        uint64_t found = 0;
         size_t i = 0;
         for (; i + 8 <= n; i += 8) {
             uint64_t any = 0;
@@ -58,35 +51,34 @@ cdef extern from * nogil:
                 memset(&taken[i], 0, 64);
                 continue;
             }
-            for (int k = 0; k < 8; k++) {
+            for (int k = 0; k < 8; k++)
                 taken[i + k] = take_bits(&word[i + k], ~(uint64_t)0);
-                found += __builtin_popcountll(taken[i + k]);
-            }
         }
-        for (; i < n; i++) {
+        for (; i < n; i++)
             taken[i] = take_bits(&word[i], ~(uint64_t)0);
-            found += __builtin_popcountll(taken[i]);
-        }
-        return found;
     }
 
-    COUNTING static uint64_t peek_words(const uint64_t *word, uint64_t *seen, size_t n)
+    static void peek_words(const uint64_t *word, uint64_t *seen, size_t n)
     {
-        uint64_t found = 0;
-        for (size_t i = 0; i < n; i++) {
+        for (size_t i = 0; i < n; i++)
             seen[i] = __atomic_load_n(&word[i], __ATOMIC_RELAXED);
-            found += __builtin_popcountll(seen[i]);
-        }
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
-        return found;
     }
 
-    static void list_pages(const uint64_t *seen, size_t n, uint64_t first, uint64_t *page)
+    static uint64_t list_pages(const uint64_t *seen, size_t n, uint64_t first, uint64_t *page)
     {
+        uint64_t *at = page;
         for (size_t i = 0; i < n; i++) {
+            /* Most of memory is clean: pass over eight words at a time while it is. */
+            while (i + 8 <= n && !(seen[i] | seen[i + 1] | seen[i + 2] | seen[i + 3] | seen[i + 4]
+                                   | seen[i + 5] | seen[i + 6] | seen[i + 7]))
+                i += 8;
+            if (i == n)
+                break;
             for (uint64_t bits = seen[i]; bits; bits &= bits - 1)
-                *page++ = first + 64 * i + (uint64_t)__builtin_ctzll(bits);
+                *at++ = first + 64 * i + (uint64_t)__builtin_ctzll(bits);
         }
+        return (uint64_t)(at - page);
     }
     #define count_bits(bits) __builtin_popcountll(bits)
     """
@@ -95,10 +87,13 @@ cdef extern from * nogil:
     u64 peek_word(const u64 *word)
     u64 take_bits(u64 *word, u64 bits)
     void write_before_look()
-    u64 take_words(u64 *word, u64 *taken, size_t n)
-    u64 peek_words(const u64 *word, u64 *seen, size_t n)
-    void list_pages(const u64 *seen, size_t n, u64 first, u64 *page)
+    void take_words(u64 *word, u64 *taken, size_t n)
+    void peek_words(const u64 *word, u64 *seen, size_t n)
+    u64 list_pages(const u64 *seen, size_t n, u64 first, u64 *page)
     int count_bits(u64 bits)
+
+cdef enum:
+    CHUNK_WORDS = 1024  # words that are harvested at a time, through the cache
 
 
 cdef inline u64 word_mask(u64 index, u64 first, u64 last) noexcept nogil:
@@ -310,38 +305,60 @@ cdef class AtomicBitmap:
 
     cdef object pages_in(self, u64 first, u64 last, bint clear):
         """The dirty ones of the pages ``first`` to ``last``, inclusive."""
-        cdef size_t words = (last >> 6) - (first >> 6) + 1
-        cdef u64 *word
-        cdef u64 total, head_mask, tail_mask
-        taken = np.empty(words, np.uint64)
-        cdef u64[::1] seen = taken
-        cdef u64[::1] page
-        with nogil:
-            pthread_rwlock_rdlock(&self.lock)
-            word = &self.word[first >> 6]
-            head_mask = word_mask(first >> 6, first, last)
-            tail_mask = word_mask(last >> 6, first, last)
-            if not clear:
-                total = peek_words(word, &seen[0], words)
-                total -= count_bits(seen[0] & ~head_mask)
-                seen[0] &= head_mask
-                total -= count_bits(seen[words - 1] & ~tail_mask)
-                seen[words - 1] &= tail_mask
-            else:
-                seen[0] = take_bits(word, head_mask)
-                total = count_bits(seen[0])
-                if words > 1:
-                    seen[words - 1] = take_bits(&word[words - 1], tail_mask)
-                    total += count_bits(seen[words - 1])
-                if words > 2:
-                    total += take_words(&word[1], &seen[1], words - 2)
-            pthread_rwlock_unlock(&self.lock)
-        found = np.empty(total, np.uint64)
-        if total:
-            page = found
+        cdef u64 taken[CHUNK_WORDS]
+        cdef u64 at = first >> 6, end = (last >> 6) + 1, total = 0
+        cdef size_t words, room = 0
+        cdef u64 *page = NULL
+        cdef u64 *grown = NULL
+        cdef u64[::1] view
+        try:
             with nogil:
-                list_pages(&seen[0], words, first >> 6 << 6, &page[0])
-        return found
+                pthread_rwlock_rdlock(&self.lock)
+                while at < end:
+                    words = min(end - at, <u64>CHUNK_WORDS)
+                    if total + 64 * words > room:
+                        room = 2 * (total + 64 * words)
+                        grown = <u64 *>realloc(page, room * sizeof(u64))
+                        if grown is NULL:
+                            break
+                        page = grown
+                    total += self.take_chunk(at, words, first, last, clear, taken, page + total)
+                    at += words
+                pthread_rwlock_unlock(&self.lock)
+            if grown is NULL:
+                PyErr_NoMemory()
+            result = np.empty(total, np.uint64)
+            if total:
+                view = result
+                memcpy(&view[0], page, total * sizeof(u64))
+            return result
+        except BaseException:
+            # Nothing that was taken may be lost.
+            for at in range(total if clear else 0):
+                set_bits(&self.word[page[at] >> 6], <u64>1 << (page[at] & 63))
+            raise
+        finally:
+            free(page)
+
+    cdef u64 take_chunk(
+        self, u64 at, size_t words, u64 first, u64 last, bint clear, u64 *taken, u64 *page
+    ) noexcept nogil:
+        """List the dirty pages of some words, if they are asked for; how many they are."""
+        cdef size_t head = 0, tail = words
+        cdef u64 total
+        if not clear:
+            peek_words(&self.word[at], taken, words)
+            taken[0] &= word_mask(at, first, last)
+            taken[words - 1] &= word_mask(at + words - 1, first, last)
+        else:
+            if at == first >> 6 or words == 1:
+                taken[0] = take_bits(&self.word[at], word_mask(at, first, last))
+                head = 1
+            if head < tail and at + words - 1 == last >> 6:
+                tail -= 1
+                taken[tail] = take_bits(&self.word[at + tail], word_mask(at + tail, first, last))
+            take_words(&self.word[at + head], taken + head, tail - head)
+        return list_pages(taken, words, at << 6, page)
 
     def count(self):
         """How many pages are dirty."""

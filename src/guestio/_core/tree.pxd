@@ -2,7 +2,7 @@
 
 It knows entries and nothing of policies. Leaves hold ``[first, last]`` (inclusive, so the last
 byte of the space can be mapped), the difference between target and source, and permissions. Nodes
-are a few cache lines wide; a search compares half a node at once.
+are many cache lines wide, but a search reads two of them.
 
 Nothing here is safe against concurrent use; :class:`~guestio._core.intervals.IntervalMap` sees to
 that.
@@ -17,12 +17,14 @@ cdef extern from * nogil:
     #include <stdint.h>
     #include <stdlib.h>
 
-    enum { NODE_CAPACITY = 32, MAX_HEIGHT = 16 };
+    enum { LINE = 8, LINES = 8, NODE_CAPACITY = LINE * LINES, MAX_HEIGHT = 12, GROUP = 16 };
 
     /* The head that leaves and inner nodes share, so that one search serves both. Unused keys are
        UINT64_MAX. In a leaf a key is an entry's first address; in an inner node key[i] bounds
-       child[i] from below and child[i - 1] from above. */
+       child[i] from below and child[i - 1] from above. The guide holds the last key of each cache
+       line of keys, so that a search reads two lines of a node. */
     typedef struct Node {
+        uint64_t guide[LINES];
         uint64_t key[NODE_CAPACITY];
         uint32_t count;
         uint32_t is_leaf;
@@ -50,8 +52,6 @@ cdef extern from * nogil:
         Node *child[NODE_CAPACITY];
     } Inner;
 
-    enum { GROUP = 16, HALF = NODE_CAPACITY / 2 };
-
     #if defined(__x86_64__) && defined(__gnu_linux__)
     #define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
     #else
@@ -59,27 +59,41 @@ cdef extern from * nogil:
     #endif
     #define INLINE static inline __attribute__((always_inline))
 
-    /* How many keys are <= x: one comparison picks a half, the half is compared at once. Unused
-       keys count only if x is UINT64_MAX, hence the cap. */
-    INLINE unsigned rank_in(const Node *node, uint64_t x)
+    /* How many keys of a cache line are <= x. Left as a loop, it is vectorised for each target. */
+    INLINE unsigned rank_in_line(const uint64_t *line, uint64_t x)
     {
-        unsigned skip = node->key[HALF - 1] <= x ? HALF : 0;
-        const uint64_t *key = node->key + skip;
-        uint64_t n = 0;
-        for (unsigned i = 0; i < HALF; i++)
-            n += key[i] <= x;
-        n += skip;
-        if (__builtin_expect(n == NODE_CAPACITY, 0))
-            n = node->count;
-        return (unsigned)n;
+        uint64_t above = 0;
+    #pragma GCC unroll 1
+        for (int i = 0; i < LINE; i++)
+            above += line[i] > x;
+        return LINE - (unsigned)above;
     }
 
-    INLINE void prefetch_keys(const Node *node)
+    INLINE unsigned line_of(const Node *node, uint64_t x)
     {
-        __builtin_prefetch(&node->key[0]);
-        __builtin_prefetch(&node->key[8]);
-        __builtin_prefetch(&node->key[16]);
-        __builtin_prefetch(&node->key[24]);
+        unsigned line = rank_in_line(node->guide, x);
+        return line < LINES ? line : LINES - 1;
+    }
+
+    /* How many keys are <= x, if line_of() told the line. Unused keys count only if x is
+       UINT64_MAX, hence the cap. */
+    INLINE unsigned rank_from(const Node *node, unsigned line, uint64_t x)
+    {
+        unsigned n = line * LINE + rank_in_line(&node->key[line * LINE], x);
+        if (__builtin_expect(n == NODE_CAPACITY, 0))
+            n = node->count;
+        return n;
+    }
+
+    INLINE unsigned rank_in(const Node *node, uint64_t x)
+    {
+        return rank_from(node, line_of(node, x), x);
+    }
+
+    static void refresh_guide(Node *node)
+    {
+        for (int i = 0; i < LINES; i++)
+            node->guide[i] = node->key[i * LINE + LINE - 1];
     }
 
     INLINE void stamp_entry(Entry *entry, uint64_t stamp)
@@ -143,6 +157,7 @@ cdef extern from * nogil:
     {
         Node *at[GROUP];
         uint64_t x[GROUP];
+        unsigned line[GROUP];
         int rank[GROUP];
         size_t plain = 0;
         for (size_t base = 0; base < n; base += GROUP) {
@@ -153,14 +168,20 @@ cdef extern from * nogil:
             }
             for (int level = 0; level < height; level++) {
                 for (int i = 0; i < group; i++) {
-                    const Inner *inner = (const Inner *)at[i];
-                    Node *child = inner->child[rank_in(&inner->head, x[i]) - 1];
-                    prefetch_keys(child);
-                    at[i] = child;
+                    line[i] = line_of(at[i], x[i]);
+                    __builtin_prefetch(&at[i]->key[line[i] * LINE]);
+                }
+                for (int i = 0; i < group; i++) {
+                    at[i] = ((const Inner *)at[i])->child[rank_from(at[i], line[i], x[i]) - 1];
+                    __builtin_prefetch(at[i]->guide);
                 }
             }
             for (int i = 0; i < group; i++) {
-                rank[i] = (int)rank_in(at[i], x[i]) - 1;
+                line[i] = line_of(at[i], x[i]);
+                __builtin_prefetch(&at[i]->key[line[i] * LINE]);
+            }
+            for (int i = 0; i < group; i++) {
+                rank[i] = (int)rank_from(at[i], line[i], x[i]) - 1;
                 __builtin_prefetch(&((Leaf *)at[i])->entry[rank[i] & (NODE_CAPACITY - 1)]);
             }
             for (int i = 0; i < group; i++) {
@@ -218,6 +239,7 @@ cdef extern from * nogil:
         if (node) {
             for (int i = 0; i < NODE_CAPACITY; i++)
                 node->key[i] = UINT64_MAX;
+            refresh_guide(node);
             node->count = 0;
             node->is_leaf = is_leaf;
         }
@@ -227,8 +249,11 @@ cdef extern from * nogil:
     """
     enum:
         NODE_CAPACITY
+        LINE
+        LINES
 
     ctypedef struct Node:
+        u64 *guide
         u64 *key
         u32 count
         u32 is_leaf
@@ -262,6 +287,7 @@ cdef extern from * nogil:
     unsigned rank_of(const Node *node, u64 x)
     Leaf *trace(Node *node, int height, u64 x, Path *path)
     Node *new_node(int is_leaf)
+    void refresh_guide(Node *node)
 
 
 cdef struct Tree:

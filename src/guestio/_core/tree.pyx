@@ -12,8 +12,8 @@ from libc.string cimport memcpy, memmove
 from guestio._core.border cimport u32, u64
 
 cdef enum:
-    MERGE_BELOW = 8    # a node with fewer entries looks for a neighbour to join
-    MERGE_UP_TO = 24   # ... and joins it if both fit in this many
+    MERGE_BELOW = 16   # a node with fewer entries looks for a neighbour to join
+    MERGE_UP_TO = 48   # ... and joins it if both fit in this many
     SPARES_KEPT = 64   # emptied nodes of each kind that are kept for the next insertions
 
 
@@ -75,6 +75,7 @@ cdef void recycle(Tree *tree, Node *node) noexcept nogil:
     for i in range(NODE_CAPACITY):
         node.key[i] = UINT64_MAX
     node.count = 0
+    refresh_guide(node)
     keep_spare(tree, node)
 
 
@@ -174,6 +175,7 @@ cdef void drop_child(Tree *tree, Path *path, int level, int at) noexcept nogil:
     cut_keys(&inner.head, at)
     memmove(&inner.child[at], &inner.child[at + 1], (inner.head.count - at) * sizeof(Node *))
     if inner.head.count:
+        # The first key of a line is in no guide.
         inner.head.key[0] = bound
     recycle(tree, gone)
     if level == 0:
@@ -212,12 +214,14 @@ cdef void put_key(Node *node, int at, u64 key) noexcept nogil:
     memmove(&node.key[at + 1], &node.key[at], (node.count - at) * sizeof(u64))
     node.key[at] = key
     node.count += 1
+    refresh_guide(node)
 
 
 cdef void cut_keys(Node *node, int at) noexcept nogil:
     node.count -= 1
     memmove(&node.key[at], &node.key[at + 1], (node.count - at) * sizeof(u64))
     node.key[node.count] = UINT64_MAX
+    refresh_guide(node)
 
 
 cdef void put_entry(Leaf *leaf, int at, u64 first, Entry entry) noexcept nogil:
@@ -239,6 +243,8 @@ cdef void move_keys(Node *left, int start, Node *right) noexcept nogil:
     left.count = start
     for i in range(start, NODE_CAPACITY):
         left.key[i] = UINT64_MAX
+    refresh_guide(left)
+    refresh_guide(right)
 
 
 cdef void split_leaf(Leaf *leaf, Leaf *right) noexcept nogil:
@@ -320,4 +326,6 @@ cdef int check_node(Node *node, int height, u64 low, u64 high) except -1:
             )
     for i in range(node.count, <u32>NODE_CAPACITY):
         assert node.key[i] == UINT64_MAX
+    for i in range(<u32>LINES):
+        assert node.guide[i] == node.key[i * LINE + LINE - 1], "a guide that was not kept"
     return 0

@@ -91,6 +91,7 @@ cdef class IoVector:
     cdef object region_of(self, int i)
     cdef int check_writable(self) except -1
     cdef int copy_out(self, u8 *buffer, u64 at, u64 length) except -1
+    cdef int copy_in(self, const u8 *buffer, u64 at, u64 length) except -1
     cdef int finish_write(self, u64 at, u64 length) except -1
     cdef void set_bytes(self, int byte, u64 start, u64 count) noexcept nogil
     cdef void *atomic_at(self, int width) except NULL

@@ -464,14 +464,17 @@ cdef class IoVector:
         try:
             self.check_writable()
             self.check_window(start, view.len, &at, &length)
-            if length > HOLD_GIL_UP_TO:
-                with nogil:
-                    self.transfer(<u8 *>view.buf, at, length, True)
-            else:
-                self.transfer(<u8 *>view.buf, at, length, True)
+            self.copy_in(<u8 *>view.buf, at, length)
         finally:
             PyBuffer_Release(&view)
-        self.finish_write(at, length)
+
+    cdef int copy_in(self, const u8 *buffer, u64 at, u64 length) except -1:
+        if length > HOLD_GIL_UP_TO:
+            with nogil:
+                self.transfer(<u8 *>buffer, at, length, True)
+        else:
+            self.transfer(<u8 *>buffer, at, length, True)
+        return self.finish_write(at, length)
 
     cdef int finish_write(self, u64 at, u64 length) except -1:
         self.mark(at, length)

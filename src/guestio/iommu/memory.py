@@ -102,9 +102,6 @@ class IommuMemory(GuestMemory):
         dirty: Which bitmaps writes are marked in while enabled. While disabled it is always the
             regions' own.
 
-    Attributes:
-        enabled: May be switched at any time; it holds from the next access on.
-
     Translation is all or nothing: if any byte of a range is unmapped or forbidden the access fails
     before anything moves. If a mapping leads to where there is no memory, the bytes before that
     move. Errors name the I/O virtual address and carry the address behind it in ``target``.
@@ -121,7 +118,6 @@ class IommuMemory(GuestMemory):
     ) -> None:
         self.backend: Final = backend
         self.iommu: Final = iommu
-        self.enabled = enabled
         self.bitmap: Final = bitmap
         self.dirty: Final = dirty
         self._space = AddressSpace(
@@ -130,6 +126,17 @@ class IommuMemory(GuestMemory):
             bitmap if dirty is not DirtyMode.PHYSICAL else None,
             mark_regions=dirty is not DirtyMode.IOVA,
         )
+        self.enabled = enabled
+
+    @property
+    def enabled(self) -> bool:
+        """Whether addresses are translated; a change holds from the next access on."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = bool(value)
+        self._direct = self._space if self._enabled else self.backend._space
 
     def with_replaced_backend(self, new: GuestRegionCollection) -> Self:
         """The same view of other physical memory: IOMMU and bitmap are shared, flags copied."""
@@ -162,7 +169,7 @@ class IommuMemory(GuestMemory):
     def _gather(
         self, addr: int, length: int, access: Permissions
     ) -> tuple[IoVector, AccessError | None]:
-        if not self.enabled:
+        if not self._enabled:
             return self.backend._gather(addr, length, access)
         try:
             vector = self._space.gather(addr, length, access)

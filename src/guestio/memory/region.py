@@ -207,7 +207,7 @@ class GuestRegionCollection(GuestMemory):
             )
             for region in regions
         ]
-        self._space = AddressSpace(RegionTable(table))
+        self._space = self._direct = AddressSpace(RegionTable(table))
 
     @classmethod
     def from_regions(cls, regions: Iterable[MmapRegion]) -> Self:

@@ -1,0 +1,512 @@
+"""The interval core, guest memory and dirty bitmaps against what a Python user would take instead.
+
+Every contestant does the same work on the same data, checks its answers once, and takes its turn in
+every round; what is shown is the median of the rounds, and ratios of medians of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from importlib import import_module
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from guestio import (
+    AtomicBitmap,
+    GuestRegionCollection,
+    Iommu,
+    IommuMemory,
+    Iotlb,
+    Permissions,
+)
+
+R, RW = Permissions.READ, Permissions.READ_WRITE
+PAGE = 4096
+STRIDE = 2 * PAGE
+LENGTH = 64
+OURS = "guestio"
+U64 = npt.NDArray[np.uint64]
+
+
+class Row(NamedTuple):
+    """One line of a table: nanoseconds (or another unit) for each contestant."""
+
+    label: str
+    figures: dict[str, float | None]
+
+
+class Report(NamedTuple):
+    """One table."""
+
+    title: str
+    unit: str
+    note: str
+    rows: list[Row]
+    better: str = "lower"
+
+
+class Workload(NamedTuple):
+    """``size`` mappings of a page each, and addresses to look up, all of them hits."""
+
+    starts: U64
+    targets: U64
+    queries: U64
+
+    @classmethod
+    def make(cls, size: int, queries: int, order: str) -> Workload:
+        rng = np.random.default_rng(size)
+        starts = np.arange(size, dtype=np.uint64) * np.uint64(STRIDE)
+        targets = rng.permutation(size).astype(np.uint64) * np.uint64(PAGE)
+        chosen = rng.integers(0, size, queries)
+        if order == "sequential":
+            chosen = np.arange(queries) % size
+        inside = rng.integers(0, PAGE - LENGTH, queries).astype(np.uint64)
+        return cls(starts, targets, starts[chosen] + inside)
+
+
+class OurMap:
+    """The IOTLB."""
+
+    def __init__(self, load: Workload) -> None:
+        self.iotlb = Iotlb()
+        for start, target in zip(load.starts.tolist(), load.targets.tolist(), strict=True):
+            self.iotlb.set_mapping(start, target, PAGE, RW)
+
+    def one(self, addresses: list[int]) -> int:
+        lookup = self.iotlb.lookup
+        last = 0
+        for address in addresses:
+            last = lookup(address, LENGTH, R)[0].base
+        return last
+
+    def many(self, addresses: U64) -> U64:
+        targets, status = self.iotlb.lookup_many(addresses, LENGTH, R)
+        assert not status.any()
+        return targets
+
+    def insert(self, starts: list[int]) -> None:
+        set_mapping = self.iotlb.set_mapping
+        for start in starts:
+            set_mapping(start, start, 16, RW)
+
+    def remove(self, starts: list[int]) -> None:
+        invalidate = self.iotlb.invalidate_mapping
+        for start in starts:
+            invalidate(start, 16)
+
+
+class BisectMap:
+    """Sorted lists and ``bisect``: quick to write, and every change moves half of them."""
+
+    def __init__(self, load: Workload) -> None:
+        self.starts = load.starts.tolist()
+        self.rest = [
+            (s + PAGE, t - s, 3) for s, t in zip(self.starts, load.targets.tolist(), strict=True)
+        ]
+
+    def one(self, addresses: list[int]) -> int:
+        starts, rest = self.starts, self.rest
+        last = 0
+        for address in addresses:
+            end, delta, perm = rest[bisect_right(starts, address) - 1]
+            if address + LENGTH > end or perm & 1 != 1:
+                raise KeyError(address)
+            last = address + delta
+        return last
+
+    def insert(self, starts: list[int]) -> None:
+        for start in starts:
+            at = bisect_right(self.starts, start)
+            self.starts.insert(at, start)
+            self.rest.insert(at, (start + 16, 0, 3))
+
+    def remove(self, starts: list[int]) -> None:
+        for start in starts:
+            at = bisect_right(self.starts, start) - 1
+            del self.starts[at], self.rest[at]
+
+
+class NumpyMap:
+    """Sorted arrays and ``searchsorted``."""
+
+    def __init__(self, load: Workload) -> None:
+        self.starts = load.starts
+        self.ends = load.starts + np.uint64(PAGE)
+        self.deltas = load.targets - load.starts
+        self.perms = np.full(len(load.starts), 3, np.uint8)
+
+    def one(self, addresses: list[int]) -> int:
+        last = 0
+        for address in addresses:
+            at = int(self.starts.searchsorted(np.uint64(address), "right")) - 1
+            if address + LENGTH > int(self.ends[at]) or self.perms[at] & 1 != 1:
+                raise KeyError(address)
+            last = (address + int(self.deltas[at])) % 2**64
+        return last
+
+    def many(self, addresses: U64) -> U64:
+        at = self.starts.searchsorted(addresses, "right") - 1
+        allowed = (addresses + np.uint64(LENGTH) <= self.ends[at]) & (self.perms[at] & 1 == 1)
+        assert allowed.all()
+        return addresses + self.deltas[at]
+
+
+class SortedDictMap:
+    """A sorted dictionary of the ``sortedcontainers`` package."""
+
+    def __init__(self, load: Workload) -> None:
+        self.map = import_module("sortedcontainers").SortedDict(
+            (s, (s + PAGE, t - s, 3))
+            for s, t in zip(load.starts.tolist(), load.targets.tolist(), strict=True)
+        )
+
+    def one(self, addresses: list[int]) -> int:
+        entries, keys = self.map, self.map.keys()
+        last = 0
+        for address in addresses:
+            end, delta, perm = entries[keys[entries.bisect_right(address) - 1]]
+            if address + LENGTH > end or perm & 1 != 1:
+                raise KeyError(address)
+            last = address + delta
+        return last
+
+    def insert(self, starts: list[int]) -> None:
+        for start in starts:
+            self.map[start] = (start + 16, 0, 3)
+
+    def remove(self, starts: list[int]) -> None:
+        for start in starts:
+            del self.map[start]
+
+
+class IntervalTreeMap:
+    """The ``intervaltree`` package."""
+
+    def __init__(self, load: Workload) -> None:
+        package = import_module("intervaltree")
+        self.map = package.IntervalTree(
+            package.Interval(s, s + PAGE, (t - s, 3))
+            for s, t in zip(load.starts.tolist(), load.targets.tolist(), strict=True)
+        )
+
+    def one(self, addresses: list[int]) -> int:
+        last = 0
+        for address in addresses:
+            (found,) = self.map.at(address)
+            delta, perm = found.data
+            if address + LENGTH > found.end or perm & 1 != 1:
+                raise KeyError(address)
+            last = address + delta
+        return last
+
+    def insert(self, starts: list[int]) -> None:
+        for start in starts:
+            self.map.addi(start, start + 16, (0, 3))
+
+    def remove(self, starts: list[int]) -> None:
+        for start in starts:
+            self.map.removei(start, start + 16, (0, 3))
+
+
+CONTESTANTS: dict[str, type[Any]] = {
+    OURS: OurMap,
+    "bisect": BisectMap,
+    "numpy": NumpyMap,
+    "sortedcontainers": SortedDictMap,
+    "intervaltree": IntervalTreeMap,
+}
+SLOW_TO_BUILD = {"intervaltree": 100_000}
+
+
+def repeated(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+def rounds_of(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call; every one takes its turn in every round."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, call in calls.items():
+                begun = time.perf_counter()
+                call()
+                taken[name].append(time.perf_counter() - begun)
+    finally:
+        gc.enable()
+    return {name: median(times) for name, times in taken.items()}
+
+
+def built(load: Workload, wanted: Callable[[type[Any]], bool]) -> dict[str, Any]:
+    """The contestants that can do this, are installed, and are built in a bearable time."""
+    made = {}
+    for name, kind in CONTESTANTS.items():
+        if len(load.starts) > SLOW_TO_BUILD.get(name, 1 << 62) or not wanted(kind):
+            continue
+        try:
+            made[name] = kind(load)
+        except ImportError:
+            continue
+    return made
+
+
+def per_item(seconds: dict[str, float], items: int) -> dict[str, float | None]:
+    shown = {name: value / items * 1e9 for name, value in seconds.items()}
+    return {name: shown.get(name) for name in CONTESTANTS}
+
+
+def single_lookups(sizes: list[int], rounds: int) -> Report:
+    rows = []
+    for size in sizes:
+        for order in ("random", "sequential"):
+            load = Workload.make(size, 5000, order)
+            addresses = load.queries.tolist()
+            maps = built(load, lambda kind: hasattr(kind, "one"))
+            assert len({contestant.one(addresses) for contestant in maps.values()}) == 1
+            taken = rounds_of({n: partial(m.one, addresses) for n, m in maps.items()}, rounds)
+            rows.append(Row(f"{size:,} {order}", per_item(taken, len(addresses))))
+    return Report("Lookup, one at a time", "ns", "hits with a permission check", rows)
+
+
+def batch_lookups(sizes: list[int], rounds: int) -> Report:
+    rows = []
+    for size in sizes:
+        for order in ("random", "sequential"):
+            load = Workload.make(size, 200_000, order)
+            maps = built(load, lambda kind: hasattr(kind, "many"))
+            expected = maps[OURS].many(load.queries)
+            assert all(np.array_equal(expected, m.many(load.queries)) for m in maps.values())
+            taken = rounds_of({n: partial(m.many, load.queries) for n, m in maps.items()}, rounds)
+            rows.append(Row(f"{size:,} {order}", per_item(taken, len(load.queries))))
+    note = "lookup_many against searchsorted, gather and check"
+    return Report("Lookup in batches of 200,000", "ns a lookup", note, rows)
+
+
+def changes(sizes: list[int], rounds: int) -> list[Report]:
+    inserts: list[Row] = []
+    removes: list[Row] = []
+    for size in sizes:
+        load = Workload.make(size, 10, "random")
+        maps = built(load, lambda kind: hasattr(kind, "insert"))
+        rng = np.random.default_rng(size)
+        gaps = rng.choice(size, min(size, 1000), replace=False) * STRIDE + PAGE + 64
+        starts = gaps.tolist()
+        taken: dict[str, list[list[float]]] = {name: [[], []] for name in maps}
+        for _ in range(rounds):
+            for name, contestant in maps.items():
+                for way, call in enumerate((contestant.insert, contestant.remove)):
+                    taken[name][way].append(rounds_of({name: partial(call, starts)}, 1)[name])
+        for way, rows in enumerate((inserts, removes)):
+            medians = {name: median(times[way]) for name, times in taken.items()}
+            rows.append(Row(f"{size:,} random", per_item(medians, len(starts))))
+    return [
+        Report("Insert into n mappings", "ns", "each between two others", inserts),
+        Report("Remove from n mappings", "ns", "the same again", removes),
+    ]
+
+
+MEMORY_PROBE = """
+import gc, sys
+import bench.tables as tables
+def resident():
+    gc.collect()
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+load = tables.Workload.make(int(sys.argv[2]), 10, "random")
+kind = tables.CONTESTANTS[sys.argv[1]]
+kind(tables.Workload.make(1000, 10, "random"))
+before = resident()
+made = kind(load)
+print((resident() - before) / len(load.starts))
+"""
+
+
+def memory_per_entry(sizes: list[int]) -> Report:
+    """Resident memory of a process of its own for each."""
+    rows = []
+    for size in sizes:
+        figures: dict[str, float | None] = {}
+        for name in CONTESTANTS:
+            figures[name] = None
+            if size <= SLOW_TO_BUILD.get(name, 1 << 62):
+                done = subprocess.run(
+                    [sys.executable, "-c", MEMORY_PROBE, name, str(size)],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                if done.returncode == 0:
+                    figures[name] = float(done.stdout)
+        rows.append(Row(f"{size:,}", figures))
+    return Report("Memory", "bytes an entry", "resident memory after building in order", rows)
+
+
+class Tables(Iommu):
+    """An IOMMU whose IOTLB holds everything."""
+
+    def __init__(self) -> None:
+        self._iotlb = Iotlb()
+
+    @property
+    def iotlb(self) -> Iotlb:
+        return self._iotlb
+
+
+def scattered_memory(size: int) -> IommuMemory:
+    """Memory behind an IOMMU in which no two neighbouring pages are neighbours."""
+    pages = 2 * size // PAGE
+    backend = GuestRegionCollection.from_ranges([(0, pages * PAGE)])
+    iommu = Tables()
+    for page, target in enumerate(np.random.default_rng(1).permutation(pages).tolist()):
+        iommu.iotlb.set_mapping(page * PAGE, target * PAGE, PAGE, RW)
+    backend.fill(0, pages * PAGE, 7)
+    return IommuMemory(backend, iommu)
+
+
+def copies(rounds: int) -> Report:
+    """Bytes a second, the same buffers in every round; a copy of numpy is a memcpy."""
+    limit = 1 << 20
+    plain = GuestRegionCollection.from_ranges([(0, 2 * limit)])
+    plain.fill(0, 2 * limit, 7)
+    scattered = scattered_memory(limit)
+    source, buffer = np.full(limit, 7, np.uint8), np.zeros(limit, np.uint8)
+    rows = []
+    for size in (64, 1024, PAGE, 16 << 10, 64 << 10, 256 << 10, limit):
+        view, origin = buffer[:size], source[:size]
+        calls: dict[str, Callable[[], object]] = {
+            "numpy copy": partial(np.copyto, view, origin),
+            "read": partial(plain.readinto, 0, view.data),
+            "write": partial(plain.write, 0, view.data),
+            "read, scattered pages": partial(scattered.readinto, 0, view.data),
+            "write, scattered pages": partial(scattered.write, 0, view.data),
+        }
+        repeat = max(1, (4 << 20) // (size + 2048))
+        for call in calls.values():
+            call()
+        taken = rounds_of({n: partial(repeated, c, repeat) for n, c in calls.items()}, rounds)
+        shown = f"{size} B" if size < 1024 else f"{size >> 10} KiB"
+        rows.append(Row(shown, {n: size * repeat / t / 1e9 for n, t in taken.items()}))
+    note = "scattered: behind an IOMMU, every page elsewhere"
+    return Report("Copies of guest memory", "GB/s", note, rows, better="higher")
+
+
+def harvests(rounds: int) -> Report:
+    """A bitmap of a guest of 1 TiB in pages of 4 KiB: 32 MiB of bits."""
+    bitmap = AtomicBitmap(1 << 40)
+    rng = np.random.default_rng(1)
+    bits = np.ones(4 << 20, np.uint64)
+    other = np.zeros_like(bits)
+    rows = []
+    for label, chosen in (
+        ("nothing dirty", np.zeros(0, np.int64)),
+        ("20,000 pages", np.unique(rng.integers(0, 1 << 28, 20_000))),
+        ("2,000,000 pages", np.unique(rng.integers(0, 1 << 28, 2_000_000))),
+    ):
+        taken: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            for page in chosen.tolist():
+                bitmap.set_bit(page)
+            calls: dict[str, Callable[[], object]] = {
+                "copy of 32 MiB": partial(np.copyto, other, bits),
+                "peek at pages": bitmap.dirty_pages,
+                "take words": bitmap.get_and_reset,
+                "take pages": partial(bitmap.dirty_pages, clear=True),
+            }
+            for name, call in calls.items():
+                if name == "take pages":
+                    for page in chosen.tolist():
+                        bitmap.set_bit(page)
+                taken.setdefault(name, []).append(rounds_of({name: call}, 1)[name])
+        rows.append(Row(label, {name: median(times) * 1e3 for name, times in taken.items()}))
+    return Report("Harvest of the dirty bitmap of 1 TiB", "ms", "pages of 4 KiB", rows)
+
+
+def all_reports(quick: bool) -> Iterator[Report]:
+    sizes = [1000, 100_000] if quick else [1000, 10_000, 100_000, 1_000_000]
+    rounds = 5 if quick else 11
+    yield single_lookups(sizes, rounds)
+    yield batch_lookups(sizes, rounds)
+    yield from changes(sizes, rounds)
+    yield memory_per_entry([100_000] if quick else [10_000, 100_000, 1_000_000])
+    yield copies(3 * rounds)
+    yield harvests(3 if quick else rounds)
+
+
+def show(report: Report) -> Table:
+    """A table with a ratio to the first column that is not ours beside each figure."""
+    columns = list(report.rows[0].figures)
+    base = columns[0]
+    table = Table(
+        title=f"{report.title} ({report.unit})", caption=report.note, title_justify="left"
+    )
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in report.rows:
+        reference = row.figures[base]
+        cells = []
+        for name in columns:
+            figure = row.figures[name]
+            if figure is None:
+                cells.append("-")
+            elif name == base or not reference:
+                cells.append(f"{figure:,.1f}")
+            else:
+                cells.append(f"{figure:,.1f} [dim]({figure / reference:.2f}x)[/dim]")
+        table.add_row(row.label, *cells)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, and print tables or JSON."""
+    parser = argparse.ArgumentParser(prog="bench tables", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=options.json)
+    reports = []
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("measuring", total=None)
+        for report in all_reports(options.quick):
+            reports.append(report)
+            progress.update(task, description=f"done: {report.title}")
+            if not options.json:
+                progress.console.print(show(report))
+    if options.json:
+        json.dump(
+            [
+                report._asdict() | {"rows": [row._asdict() for row in report.rows]}
+                for report in reports
+            ],
+            sys.stdout,
+            indent=1,
+        )
+        sys.stdout.write("\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
