@@ -184,9 +184,10 @@ class Translations:
         if channel is None:
             return
         try:
-            taken = self._settle(channel.peek())
+            data = channel.peek()
+            taken = self._settle(data)
             channel.skip(taken)
-            if not taken:
+            if taken < len(data) or not data:
                 # Incomplete, the end of the stream, or what no front-end may send.
                 self._receive_one_by_one(channel)
         except GuestioError as error:
