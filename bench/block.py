@@ -313,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workloads = [work for work in WORKLOADS if given.only in work.name]
     if not workloads or rounds < 1 or seconds <= 0:
         parser.error("nothing to measure")
-    if os.sched_getaffinity(0) < {LOAD_CPU, BACKEND_CPU}:
+    if not {LOAD_CPU, BACKEND_CPU} <= os.sched_getaffinity(0):
         parser.error(f"CPUs {LOAD_CPU} and {BACKEND_CPU} are needed")
     console = Console(stderr=given.json)
     rows = run(workloads, rounds, seconds, console.status)

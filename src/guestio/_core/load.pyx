@@ -139,6 +139,8 @@ cdef class LoadDriver:
     cdef bint polling
     cdef bint reuse_first
     cdef u64 timeout
+    cdef u64 progress          # when something was finished or begun last
+    cdef u64 left              # when the loop was
     cdef int epoll
     cdef Queue *queues
     cdef u32 queue_count
@@ -179,6 +181,7 @@ cdef class LoadDriver:
         # to the memory of a request that is over must not find the next one there.
         self.polling, self.reuse_first = polling, verify
         self.timeout = as_address(timeout, "timeout")
+        self.progress = self.left = clock_ns()
         self.buckets = <u64 *>calloc(BUCKETS, sizeof(u64))
         self.queues = <Queue *>calloc(MOST_QUEUES, sizeof(Queue))
         if self.buckets == NULL or self.queues == NULL:
@@ -332,12 +335,17 @@ cdef class LoadDriver:
 
         Returns:
             0 when the time is over, 1 when all of the limit is done and nothing is in flight, 2
-            when a signal came, 3 when something is wrong: see :attr:`trouble`.
+            when a signal ended a wait, 3 when something is wrong: see :attr:`trouble`.
         """
         cdef u64 length = as_address(nanoseconds, "nanoseconds")
         cdef Outcome outcome
+        cdef u64 now
         with nogil:
-            outcome = self.loop(clock_ns() + length)
+            now = clock_ns()
+            # While nobody answered it, the device could not go on.
+            self.progress += now - self.left
+            outcome = self.loop(now + length)
+            self.left = clock_ns()
         return <int>outcome
 
     @property
@@ -406,7 +414,7 @@ cdef class LoadDriver:
     cdef Outcome loop(self, u64 deadline) noexcept nogil:
         cdef u32 spins = 0, turns = 0
         cdef bint moved = False
-        cdef u64 now, progress = clock_ns()
+        cdef u64 now
         while True:
             if self.turn():
                 moved = True
@@ -434,11 +442,11 @@ cdef class LoadDriver:
                 return SIGNAL
             now = clock_ns()
             if moved:
-                moved, progress = False, now
-            if now >= deadline:
+                moved, self.progress = False, now
+            if now - self.progress > self.timeout:
+                fail(self.trouble_found, STALLED, self.in_use, now - self.progress)
+            elif now >= deadline:
                 return TIME_OVER
-            if now - progress > self.timeout:
-                fail(self.trouble_found, STALLED, self.in_use, now - progress)
 
     cdef bint turn(self) noexcept nogil:
         """Take what is finished and begin anew; whether there was anything to do."""

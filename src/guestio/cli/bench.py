@@ -403,4 +403,6 @@ def bench(
         status = run(Job(socket, LoadPlan(**plan), seconds, warm_up, pid, as_json))
     except (GuestioError, ValueError) as error:
         raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     sys.exit(status)

@@ -148,7 +148,7 @@ class LoadPlan:
         return (pages_for(self.block_size) if scattered else 1) + 2
 
     def _needed_entries(self) -> int:
-        return self.pieces * (1 if self.indirect else self.depth)
+        return max(self.pieces, self.depth) if self.indirect else self.pieces * self.depth
 
 
 class LoadMemory:
