@@ -21,8 +21,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from guestio import Backing, MemoryRegionOverlapError, RegionError
+from guestio import Backing, IovaRange, MemoryRegionOverlapError, MmapRegion, RegionError
 from guestio.dma import DmaError, DmaMapRequest, MappingType, Region, RegionManager, TargetHandle
+from guestio.testing.host_iommu import DmaFaultError, SimulatedHostIommu
 from guestio.testing.targets import RecordingTarget, ReplacingTarget
 
 PAGES = 16
@@ -97,7 +98,13 @@ class RegionsMachine(RuleBasedStateMachine):
         self.backing = Backing.memfd(4 * PAGES * PAGE)
         self.manager = RegionManager()
         self.model: dict[Region, ModelRegion] = {}
+        pages = MmapRegion(0, self.backing).slice()
+        for page in range(4 * PAGES):
+            pages.write(page * PAGE, b"page %03d" % page)
+        del pages
         self.steady = RecordingTarget()
+        self.host = SimulatedHostIommu("type1", ranges=[IovaRange(0, TOP)])
+        self.host_handle = self.manager.add_target(self.host)
         self.steady_handle = self.manager.add_target(self.steady)
 
     # The model.
@@ -372,7 +379,7 @@ class RegionsMachine(RuleBasedStateMachine):
         assert set(self.manager.mappings()) == truth
         assert set(self.steady.held.values()) == truth
         for handle in self.manager.targets:
-            if handle is self.steady_handle:
+            if handle in {self.steady_handle, self.host_handle}:
                 continue
             held = set(handle.target.inner.held.values())
             diff, stats = handle.diff(), handle.stats()
@@ -385,6 +392,31 @@ class RegionsMachine(RuleBasedStateMachine):
                 assert truth - held == {f.request for f in stats.failed}
                 assert set(diff.missing) == truth - held
                 assert not diff.stale
+
+    @precondition(lambda self: hasattr(self, "model"))
+    @invariant()
+    def devices_reach_what_the_model_says(self):
+        reachable = {}
+        for request in self.truth().values():
+            skip = (request.host_address - self.backing.host_address) // PAGE
+            first = (request.start - BASE) // PAGE
+            for page in range(request.size // PAGE):
+                reachable[first + page] = (skip + page, request.writable)
+        for page in range(PAGES):
+            try:
+                seen = self.host.read(BASE + page * PAGE, 8)
+            except DmaFaultError:
+                assert page not in reachable
+            else:
+                assert seen == b"page %03d" % reachable[page][0]
+        # One write, which must not change anything, tells about permissions.
+        for page, (skip, writable) in list(reachable.items())[:2]:
+            try:
+                self.host.write(BASE + page * PAGE, b"page %03d" % skip)
+            except DmaFaultError:
+                assert not writable
+            else:
+                assert writable
 
     @precondition(lambda self: hasattr(self, "model"))
     @invariant()
@@ -403,7 +435,7 @@ class RegionsMachine(RuleBasedStateMachine):
         if not hasattr(self, "model"):
             return
         for handle in self.manager.targets:
-            if handle is not self.steady_handle:
+            if isinstance(handle.target, Flaky):
                 handle.target.fuse.clear()
         for handle in self.manager.targets:
             handle.retry()
