@@ -159,6 +159,8 @@ class Mirror(Device):
         if source.startswith(b"WAIT"):
             self.entered.set()
             assert self.go_on.wait(WAIT)
+        if not chain.writable.total:
+            return 0
         chain.writable.write(source[::-1][: chain.writable.total - 1])
         chain.writable.write(bytes([OK]), chain.writable.total - 1)
         return chain.writable.total

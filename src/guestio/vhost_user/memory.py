@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from guestio._core.access import RegionTable
 from guestio._core.intervals import IntervalMap
 from guestio.addr import Permissions
-from guestio.errors import InvalidAddressError
+from guestio.errors import BackingError, InvalidAddressError
 from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user.messages import MemoryRegion
+
+MAX_FILE = 1 << 62
+"""Bytes that a shared file may have; more than any process can map."""
 
 
 class SharedMemory:
@@ -81,6 +84,11 @@ class SharedMemory:
         return SharedMemory(regions, track_dirty=self._track_dirty)
 
     def _map(self, description: MemoryRegion, fd: int) -> MmapRegion:
+        if description.size + description.mmap_offset > MAX_FILE:
+            raise BackingError(
+                f"{description.size:#x} bytes at offset {description.mmap_offset:#x} are beyond "
+                "the end of any file"
+            )
         backing = Backing.from_fd(fd, description.size, description.mmap_offset)
         bitmap = AtomicBitmap(description.size) if self._track_dirty else None
         return MmapRegion(description.guest_addr, backing, bitmap=bitmap)

@@ -491,14 +491,18 @@ class Service:
         except GuestioError as error:
             self._bursts.report("queue %d: request failed: %s", queue.index, str(error))
         except Exception:
-            log.exception("queue %d: the device failed; its request is refused", queue.index)
+            self._bursts.report(
+                "queue %d: the device failed; its request is refused", queue.index, trace=True
+            )
         self._stats.failed_requests += 1
         try:
             return _plausible(self._device.fail(queue.index, chain), chain)
         except GuestioError:
             return 0
         except Exception:
-            log.exception("queue %d: the device failed to fail a request", queue.index)
+            self._bursts.report(
+                "queue %d: the device failed to fail a request", queue.index, trace=True
+            )
             return 0
 
     def _publish(self, queue: _Queue, ring: SplitRing) -> bool:
@@ -573,13 +577,13 @@ class _Bursts:
         self._until = 0.0
         self._hidden = 0
 
-    def report(self, message: str, *args: object) -> None:
+    def report(self, message: str, *args: object, trace: bool = False) -> None:
         now = time.monotonic()
         if now < self._until:
             self._hidden += 1
             return
         self.flush()
-        log.warning(message, *args)
+        log.warning(message, *args, exc_info=trace)
         self._until = now + 1.0
 
     def flush(self) -> None:
