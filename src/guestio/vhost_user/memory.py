@@ -13,7 +13,7 @@ from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapReg
 from guestio.vhost_user.messages import MemoryRegion
 
 MAX_FILE = 1 << 62
-"""Bytes that a shared file may have; more than any process can map."""
+"""More bytes than a shared file may have; no process can map as many."""
 
 
 class SharedMemory:
@@ -84,7 +84,7 @@ class SharedMemory:
         return SharedMemory(regions, track_dirty=self._track_dirty)
 
     def _map(self, description: MemoryRegion, fd: int) -> MmapRegion:
-        if description.size + description.mmap_offset > MAX_FILE:
+        if description.size + description.mmap_offset >= MAX_FILE:
             raise BackingError(
                 f"{description.size:#x} bytes at offset {description.mmap_offset:#x} are beyond "
                 "the end of any file"
