@@ -31,6 +31,7 @@ from rich.table import Table
 IMAGE_BYTES = 256 << 20
 START_LIMIT = 20.0
 POLL_US = 50
+BUSY_LOAD = 0.5
 LOAD_CPU, BACKEND_CPU = 0, 1
 
 Server = Literal["guestio", "qemu-storage-daemon"]
@@ -154,9 +155,11 @@ class Row:
     measured: list[dict[str, Any]]
 
     def figures(self, name: str) -> list[float]:
-        """One figure of every round: `iops`, `mb_per_s` or `cpu_us`."""
+        """One figure of every round: `iops`, `mb_per_s`, `cpu_us`, or `p50`, `p99` latency."""
         if name == "cpu_us":
             return [one["cpu"]["us_per_request"] for one in self.measured]
+        if name in {"p50", "p99"}:
+            return [one["latency_us"][name] for one in self.measured]
         return [one[name] for one in self.measured]
 
     def median(self, name: str) -> float:
@@ -257,12 +260,12 @@ def run(
 def show(rows: Sequence[Row], console: Console) -> None:
     """Print medians and ratios."""
     table = Table(
-        "workload", "back end", "IOMMU", "IOPS", "x", "MB/s", "p50 us", "p99 us", "CPU us/req", "x"
+        *("workload", "back end", "IOMMU", "IOPS", "x", "MB/s", "p50 us", "x", "p99 us"),
+        *("CPU us/req", "x"),
     )
     bases = {row.workload: row for row in reversed(rows)}
     for row in rows:
         base = bases[row.workload]
-        latencies = [one["latency_us"] for one in row.measured]
         table.add_row(
             row.workload if row is base else "",
             str(row.case),
@@ -270,8 +273,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
             f"{row.median('iops'):,.0f}",
             f"{row.ratio(base, 'iops'):.2f}",
             f"{row.median('mb_per_s'):,.0f}",
-            f"{statistics.median(one['p50'] for one in latencies):,.0f}",
-            f"{statistics.median(one['p99'] for one in latencies):,.0f}",
+            f"{row.median('p50'):,.0f}",
+            f"{row.ratio(base, 'p50'):.2f}",
+            f"{row.median('p99'):,.0f}",
             f"{row.median('cpu_us'):.2f}",
             f"{row.ratio(base, 'cpu_us'):.2f}",
             end_section=row is [r for r in rows if r.workload == row.workload][-1],
@@ -316,6 +320,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not {LOAD_CPU, BACKEND_CPU} <= os.sched_getaffinity(0):
         parser.error(f"CPUs {LOAD_CPU} and {BACKEND_CPU} are needed")
     console = Console(stderr=given.json)
+    if (load := os.getloadavg()[0]) > BUSY_LOAD:
+        console.print(
+            f"[bold]The machine is busy (load average {load:.1f}):[/] IOPS and p99 are those of "
+            "the machine; CPU time per request and p50 are the ones to look at."
+        )
     rows = run(workloads, rounds, seconds, console.status)
     if given.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))

@@ -280,3 +280,28 @@ def test_wrong_contents_are_a_failure(tmp_path: Path, serve: Callable[..., Any])
     assert process.returncode == 1
     assert out == ""
     assert "holds something else" in err
+
+
+def test_the_side_by_side_benchmark_runs() -> None:
+    command = [sys.executable, "-m", "bench", "block", "--rounds", "1", "--time", "0.2", "--json"]
+    done = subprocess.run(
+        [*command, "--only", "128K"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [(row["case"]["server"], row["case"]["iommu"]) for row in rows] == [
+        ("qemu-storage-daemon", "off"),
+        ("guestio", "off"),
+        ("guestio", "static"),
+        ("guestio", "strict"),
+    ]
+    for row in rows:
+        (said,) = row["measured"]
+        assert said["block_size"] == 128 << 10
+        assert said["requests"] > 0
+        assert said["cpu"]["us_per_request"] > 0
