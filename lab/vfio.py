@@ -194,26 +194,37 @@ def _quirks(qemu: str) -> str:
     return "clearcpuid=cx16" if version is not None and int(version.group(1)) < 8 else ""
 
 
-def _follow(running: RunningGuest, log: Path) -> None:
-    """Copy what the job prints to standard output until QEMU ends."""
+def _follow(running: RunningGuest, log: Path, seconds: float) -> None:
+    """Copy what the job prints to standard output, until QEMU ends or the time is over."""
+    end = time.monotonic() + seconds
+    rest, empty = b"", 0
     with log.open("rb") as report:
-        rest = b""
-        ended = False
-        while not ended:
-            ended = not Path(f"/proc/{running.pid}/fd").exists() or _is_over(running)
+        over = False
+        while not over:
+            # Looked at before reading, so that the last lines are not lost.
+            over = _is_over(running) or time.monotonic() > end
             rest += report.read()
             *lines, rest = rest.split(b"\n")
             for line in lines:
-                if not line.startswith(b"GUEST-RESULT "):
-                    sys.stdout.buffer.write(line + b"\n")
+                if not line:
+                    empty += 1
+                    continue
+                # The guest puts an empty line before its result.
+                result = line.startswith(b"GUEST-RESULT ")
+                sys.stdout.buffer.write(b"\n" * (empty - result))
+                sys.stdout.buffer.write(b"" if result else line + b"\n")
+                empty = 0
             sys.stdout.buffer.flush()
-            if not ended:
+            if not over:
                 time.sleep(0.05)
 
 
 def _is_over(running: RunningGuest) -> bool:
-    state = Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return state == "Z"
+    try:
+        stat = Path(f"/proc/{running.pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
+    return stat.rpartition(")")[2].split()[0] == "Z"
 
 
 def main() -> int:
@@ -242,7 +253,7 @@ def main() -> int:
             tempfile.TemporaryDirectory(prefix="guestio-vfio-") as directory,
             guest.boot(Path(directory)) as running,
         ):
-            _follow(running, Path(directory) / "report.log")
+            _follow(running, Path(directory) / "report.log", arguments.timeout)
             result = running.wait()
     except (PartsError, GuestError) as error:
         tell(f"error: {error}")

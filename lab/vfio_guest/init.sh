@@ -14,7 +14,8 @@ REPORT=/dev/ttyS1
 stty -F "$REPORT" raw -echo
 
 finish() {
-    echo "GUEST-RESULT rc=$1" >"$REPORT"
+    # Whatever was printed last may lack the end of its line.
+    printf '\nGUEST-RESULT rc=%s\n' "$1" >"$REPORT"
     sync
     poweroff -f
 }

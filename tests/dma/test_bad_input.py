@@ -5,8 +5,8 @@ import os
 import pytest
 
 from guestio import Backing, BackingError, GuestioError, MemoryRegionOverlapError, RegionError
-from guestio.dma import DmaMapRequest, MappingType, RegionManager
-from guestio.testing.targets import RecordingTarget
+from guestio.dma import DmaError, DmaMapRequest, MappingType, RegionManager
+from guestio.testing.targets import FailAfter, RecordingTarget
 from tests.dma.common import PAGE
 
 
@@ -263,3 +263,13 @@ def test_a_request_is_plain_data():
     assert request.end == 2**64
     assert request == DmaMapRequest(2**64 - PAGE, PAGE, kind=MappingType.DEVICE)
     assert len({request, request}) == 1
+
+
+def test_a_failed_mapping_does_not_keep_the_memory_while_the_error_is_looked_at(manager, ram):
+    manager.add_target(FailAfter(1))
+    memory = Backing.memfd(PAGE)
+    try:
+        ram.add_mapping(0, PAGE, memory)
+    except DmaError:
+        memory.close()
+    assert memory.closed

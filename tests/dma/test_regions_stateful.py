@@ -56,6 +56,7 @@ class Flaky:
     def __init__(self, replacing: bool) -> None:
         self.inner = ReplacingTarget() if replacing else RecordingTarget()
         self.fuse: dict[str, int] = {}
+        self.failures = 0
         self.after_the_deed = False
         if replacing:
             self.replace_dma = self._replace
@@ -67,6 +68,7 @@ class Flaky:
         if self.fuse[call] >= 0:
             return False
         del self.fuse[call]
+        self.failures += 1
         return True
 
     def map_dma(self, request: DmaMapRequest) -> None:
@@ -148,9 +150,11 @@ class RegionsMachine(RuleBasedStateMachine):
     def attempt(self, operation, model_change) -> None:
         """Run an operation; the model follows it unless it was refused."""
         broken_before = {h for h in self.manager.targets if h.broken}
+        failures = self.failures()
         try:
             operation()
         except DmaError:
+            assert self.failures() > failures, "nobody had failed"
             newly = {h for h in self.manager.targets if h.broken} - broken_before
             took_effect = self.looks_like(model_change)
             # Only a failed unmapping, at a target broken by it or before, lets a call that raises
@@ -160,6 +164,9 @@ class RegionsMachine(RuleBasedStateMachine):
                 model_change()
         else:
             model_change()
+
+    def failures(self) -> int:
+        return sum(h.target.failures for h in self.manager.targets if isinstance(h.target, Flaky))
 
     def looks_like(self, model_change) -> bool:
         saved = {r: (m.start, m.mapped, m.writable, dict(m.maps)) for r, m in self.model.items()}

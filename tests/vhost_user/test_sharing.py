@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -102,6 +103,25 @@ def test_the_table_follows(peer: Peer, manager: RegionManager, memory: Backing) 
         assert peer.memory == [(0x408000, 2 * PAGE, 6 * PAGE)]
         assert [r.start for r in peer.target.shared] == [0x408000]
     assert peer.memory == []
+
+
+def test_a_back_end_that_takes_its_time_is_waited_for(
+    peer: Peer, manager: RegionManager, memory: Backing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing is acknowledged: memory is let go of only when the back-end has."""
+    handler = peer.session.handler
+    record = handler._record
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.1)
+        record(*arguments)
+
+    monkeypatch.setattr(handler, "_record", slowly)
+    ram = new_ram(manager, memory)
+    with manager.add_target(peer.target):
+        assert len(peer.memory) == 1
+        ram.unmap()
+        assert peer.memory == []
 
 
 def test_two_back_ends(peer: Peer, manager: RegionManager, memory: Backing) -> None:
