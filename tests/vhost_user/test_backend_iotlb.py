@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -513,6 +514,22 @@ class TestUpdates:
             hand.serve_until_done()
             assert hand.status() == OK
 
+    def test_a_refusal_keeps_no_memory_mapped(self, serving: Serving) -> None:
+        with Driver(serving.path, iommu=True) as driver, Backing.memfd(PAGE, "extra") as extra:
+            more = driver.memory.insert_region(MmapRegion(0x10000000, extra))
+            driver.frontend.set_memory(more)
+            assert _mapped("extra") == 2, "here and in the back-end"
+            gc.disable()
+            try:
+                update = IotlbMessage.update(0x5000, PAGE, 0x1000, 3).encode()
+                reply = driver.frontend.request(F.IOTLB_MSG, update, has_reply=True)
+                assert reply != bytes(8)
+                driver.frontend.set_memory(driver.memory)
+                assert _mapped("extra") == 1
+            finally:
+                gc.enable()
+            del more
+
     def test_what_was_not_asked_for(self, serving: Serving) -> None:
         with Hand(serving.path) as hand:
             assert hand.update(IOVA, Driver.SIZE, hand.user(0), RW) == 0
@@ -699,6 +716,10 @@ def test_nothing_is_left_of_questions(device: Mirror, tmp_path: Path) -> None:
                 until(lambda: serving.stats.iotlb_misses >= 3)
                 driver.close()
         serving.check_serves()
+
+
+def _mapped(name: str) -> int:
+    return Path("/proc/self/maps").read_text().count(f"memfd:{name}")
 
 
 def _only(iova: int, action: MissAction, delay: float = 0.0) -> MissHook:
