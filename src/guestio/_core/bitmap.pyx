@@ -373,7 +373,7 @@ cdef class AtomicBitmap:
     def copy(self):
         """A snapshot that lives on its own."""
         cdef AtomicBitmap twin = AtomicBitmap(self.byte_size, self.page_size)
-        peek_words(self.word, twin.word, (self.pages + 63) >> 6)
+        peek_words(self.word, twin.word, (twin.pages + 63) >> 6)
         return twin
 
     def __len__(self):

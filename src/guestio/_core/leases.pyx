@@ -8,6 +8,7 @@ not for a revocation.
 
 import time
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals, PyErr_NoMemory
 from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport UINT64_MAX
@@ -171,6 +172,8 @@ cdef class Leases:
         return self.held
 
 
+# A lease is given back to its table, so the table must still be there when the guard goes.
+@cython.no_gc_clear
 cdef class Guard:
     """A translation in use; leaving it (or dropping the object) ends the use."""
 

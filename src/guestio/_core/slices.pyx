@@ -9,7 +9,7 @@ from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stdint cimport uintptr_t
 from libc.string cimport memmove, memset
 
-from guestio._core.border cimport Span, as_address, as_span, u8, u64
+from guestio._core.border cimport Span, as_span, u8, u64
 from guestio._core.raw cimport (
     HOLD_GIL_UP_TO, READ, WRITE, copy_from_guest, copy_to_guest, exchange_atomic, load_atomic,
     store_atomic,
@@ -202,9 +202,15 @@ cdef class VolatileSlice:
         return self.part(0, middle), self.part(middle, self.size - <size_t>middle)
 
     def with_bitmap(self, AtomicBitmap bitmap, offset=0):
-        """The same memory, marked in another bitmap, the slice's first byte being ``offset``."""
+        """The same memory, marked in another bitmap, the slice's first byte being ``offset``.
+
+        Raises:
+            InvalidAddressError: ``offset`` and the slice's length sum to more than ``2**64``.
+        """
         cdef VolatileSlice made = self.part(0, self.size)
-        made.bitmap, made.bitmap_at = bitmap, as_address(offset, "offset")
+        cdef Span span
+        as_span(offset, self.size, &span, True)
+        made.bitmap, made.bitmap_at = bitmap, span.first
         made.second = None
         return made
 

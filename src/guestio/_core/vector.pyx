@@ -7,6 +7,7 @@ is closed, and does all copying, atomic access, file I/O and dirty marking on th
 A page that its owner took away is an error for the access that met it.
 """
 
+cimport cython
 from cpython.buffer cimport (
     PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer,
 )
@@ -38,6 +39,9 @@ from guestio.errors import (
     PermissionDeniedError,
 )
 
+cdef extern from "Python.h":
+    void PyObject_GC_UnTrack(object)
+
 cdef extern from "<sys/uio.h>" nogil:
     Py_ssize_t preadv(int, iovec *, int, long)
     Py_ssize_t pwritev(int, iovec *, int, long)
@@ -48,6 +52,8 @@ cdef enum:
     IOV_BATCH = 1024       # IOV_MAX of Linux
 
 
+# What is given back when these go, mappings and leases, must still be there then.
+@cython.no_gc_clear
 cdef class RegionTable:
     """Where guest physical addresses are in this process; never changes once made.
 
@@ -62,6 +68,8 @@ cdef class RegionTable:
         cdef int i
         cdef size_t n = max(len(regions), 1)
         self.mappings, self.bitmaps, self.owners = [], [], []
+        # A collector that breaks a cycle through here must not empty what __dealloc__ gives back.
+        PyObject_GC_UnTrack(self.mappings)
         self.first = <u64 *>realloc(NULL, n * sizeof(u64))
         self.last = <u64 *>realloc(NULL, n * sizeof(u64))
         self.host = <u8 **>realloc(NULL, n * sizeof(u8 *))
@@ -109,6 +117,7 @@ cdef class RegionTable:
         return low - 1 if low and addr <= self.last[low - 1] else -1
 
 
+@cython.no_gc_clear
 cdef class IoVector:
     """The host memory behind a range of addresses, ready to be read, written or handed to a file.
 
@@ -131,15 +140,21 @@ cdef class IoVector:
         self.lease, self.capacity, self.lease_capacity = self.lease_inside, INSIDE, INSIDE
 
     @staticmethod
-    def of_slices(list slices, int access):
+    def of_slices(slices, access):
         """A vector over slices, in their order. Fragments are addressed by their position."""
         cdef IoVector made = IoVector()
         cdef VolatileSlice piece
         cdef Origin origin
-        made.access, made.slices_held = access, slices
-        for piece in slices:
-            piece.check_open(0, piece.size, access)
-            piece.check_there(0, piece.size, access)
+        # A list of its own: what the caller does to theirs must not free the memory. One entry
+        # to a fragment, so none for an empty slice.
+        made.access, made.slices_held = as_access(access), []
+        for piece in list(slices):
+            if piece is None:
+                raise TypeError("None is not a slice")
+            piece.check_open(0, piece.size, made.access)
+            piece.check_there(0, piece.size, made.access)
+            if piece.size:
+                made.slices_held.append(piece)
             origin.spot, origin.writable, origin.region = piece.spot, piece.writable, -1
             origin.bitmap = <void *>piece.bitmap if piece.bitmap is not None else NULL
             origin.second = <void *>piece.second if piece.second is not None else NULL
