@@ -272,8 +272,14 @@ cdef class IoVector:
         self.close()
 
     def hold(self, guard):
-        """Leave this context manager when the vector is closed or goes away."""
+        """Leave this context manager when the vector is closed or goes away.
+
+        Raises:
+            TypeError: It is none.
+        """
         cdef Held held = Held()
+        if not hasattr(type(guard), "__exit__"):
+            raise TypeError(f"guard must be a context manager, not {type(guard).__name__}")
         held.guard = guard
         self.guard = held
 
