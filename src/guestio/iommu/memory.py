@@ -116,6 +116,14 @@ class IommuMemory(GuestMemory):
         *,
         dirty: DirtyMode = DirtyMode.IOVA,
     ) -> None:
+        if not isinstance(backend, GuestRegionCollection):
+            raise TypeError(
+                f"backend must be a GuestRegionCollection, not {type(backend).__name__}"
+            )
+        if not isinstance(iommu, Iommu):
+            raise TypeError(f"iommu must be an Iommu, not {type(iommu).__name__}")
+        if not isinstance(dirty, DirtyMode):
+            raise TypeError(f"dirty must be a DirtyMode, not {type(dirty).__name__}")
         self.backend: Final = backend
         self.iommu: Final = iommu
         self.bitmap: Final = bitmap

@@ -347,6 +347,8 @@ class SliceMemory(GuestMemory):
     """
 
     def __init__(self, memory: VolatileSlice) -> None:
+        if not isinstance(memory, VolatileSlice):
+            raise TypeError(f"memory must be a VolatileSlice, not {type(memory).__name__}")
         self._memory = memory
 
     def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 from guestio.memory.access import GuestMemory
 
@@ -20,7 +20,7 @@ class GuestMemoryAtomic(Generic[M]):
     """
 
     def __init__(self, memory: M) -> None:
-        self._memory = memory
+        self._memory = _check_memory(memory)
         self._lock = threading.Lock()
 
     def memory(self) -> M:
@@ -40,6 +40,11 @@ class GuestMemoryAtomic(Generic[M]):
             finally:
                 update._done = True
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "share the GuestMemoryAtomic itself: a copy or pickle would miss later swaps"
+        )
+
 
 class MapUpdate(Generic[M]):
     """The right to replace the map, while its lock is held."""
@@ -58,7 +63,14 @@ class MapUpdate(Generic[M]):
 
         Raises:
             RuntimeError: The lock has been left.
+            TypeError: ``new`` is no memory.
         """
         if self._done:
             raise RuntimeError("the lock has been left; take it again to replace the map")
-        self._slot._memory = new
+        self._slot._memory = _check_memory(new)
+
+
+def _check_memory(memory: M) -> M:
+    if not isinstance(memory, GuestMemory):
+        raise TypeError(f"memory must be a GuestMemory, not {type(memory).__name__}")
+    return memory

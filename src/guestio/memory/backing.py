@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 from guestio._core.mapping import HostMapping
 from guestio.addr import check_int
@@ -206,6 +206,8 @@ class Backing:
 
         Files are compared by what they are, not by descriptor. Anonymous memory overlaps nothing.
         """
+        if not isinstance(other, Backing):
+            raise TypeError(f"other must be a Backing, not {type(other).__name__}")
         if self.fd is None or other.fd is None:
             return False
         if self.file_offset is None or other.file_offset is None:
@@ -291,6 +293,13 @@ class Backing:
     def __del__(self) -> None:
         if getattr(self, "fd", None) is not None:
             self._close_fd()
+
+    def __reduce__(self) -> NoReturn:
+        # A copy would close the same descriptor a second time.
+        raise TypeError(
+            "a Backing cannot be copied or pickled: it owns its file; place it in another "
+            "MmapRegion, or make another with from_fd()"
+        )
 
     def __repr__(self) -> str:
         kind = "no file" if self.fd is None else f"fd {self.fd} at {self.file_offset:#x}"

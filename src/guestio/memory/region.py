@@ -55,6 +55,10 @@ class MmapRegion:
         writable: bool = True,
         name: str = "",
     ) -> None:
+        if not isinstance(backing, Backing):
+            raise TypeError(f"backing must be a Backing, not {type(backing).__name__}")
+        if not isinstance(bitmap, AtomicBitmap | None):
+            raise TypeError(f"bitmap must be an AtomicBitmap, not {type(bitmap).__name__}")
         first, size = check_range(start, backing.size, name="start", empty=False)
         if bitmap is not None and bitmap.byte_size < size:
             raise ValueError(
@@ -117,6 +121,8 @@ class MmapRegion:
 
     def fds_overlap(self, other: MmapRegion) -> bool:
         """Whether both show the same bytes of one file; see :meth:`Backing.overlaps`."""
+        if not isinstance(other, MmapRegion):
+            raise TypeError(f"other must be an MmapRegion, not {type(other).__name__}")
         return self.backing.overlaps(other.backing)
 
     def describe(self) -> dict[str, object]:
@@ -221,6 +227,8 @@ class GuestRegionCollection(GuestMemory):
         chosen = list(regions)
         if not chosen:
             raise NoMemoryRegionError("a collection needs at least one region")
+        for region in chosen:
+            _check_region(region)
         for before, after in pairwise(chosen):
             if before.start > after.start:
                 raise UnsortedMemoryRegionsError(f"{after} comes after {before}; sort by start")
@@ -241,6 +249,7 @@ class GuestRegionCollection(GuestMemory):
         Raises:
             MemoryRegionOverlapError: It overlaps one that is there.
         """
+        _check_region(region)
         return self.from_regions(sorted((*self._regions, region), key=lambda r: r.start))
 
     def remove_region(self, start: int, size: int) -> tuple[Self, MmapRegion]:
@@ -346,3 +355,8 @@ class GuestRegionCollection(GuestMemory):
     ) -> tuple[IoVector, AccessError | None]:
         vector = self._space.gather(addr, length, access)
         return vector, stop_error(vector, addr, length) if vector.stop else None
+
+
+def _check_region(region: MmapRegion) -> None:
+    if not isinstance(region, MmapRegion):
+        raise TypeError(f"a region must be an MmapRegion, not {type(region).__name__}")
