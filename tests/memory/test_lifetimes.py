@@ -1,0 +1,353 @@
+"""What ends, is copied or is collected while somebody else still uses it.
+
+Where the danger is that the process dies, the test runs in one of its own.
+"""
+
+import copy
+import gc
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import weakref
+
+import pytest
+
+from guestio import (
+    AtomicBitmap,
+    Backing,
+    GuestMemoryAtomic,
+    GuestRegionCollection,
+    InvalidAddressError,
+    Iommu,
+    IommuMemory,
+    Iotlb,
+    IoVector,
+    MmapRegion,
+    Permissions,
+    SliceMemory,
+    VolatileSlice,
+)
+
+R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
+
+
+class Tables(Iommu):
+    """An IOMMU whose IOTLB always holds everything."""
+
+    def __init__(self):
+        self._iotlb = Iotlb()
+        self._iotlb.set_mapping(0, 0, 0x1000, RW)
+
+    @property
+    def iotlb(self):
+        return self._iotlb
+
+
+def everything():
+    """One object of every kind, over one region."""
+    bitmap = AtomicBitmap(0x1000)
+    region = MmapRegion(0, Backing.memfd(0x1000), bitmap=bitmap)
+    memory = GuestRegionCollection.from_regions([region])
+    iommu = Tables()
+    return {
+        "backing": region.backing,
+        "region": region,
+        "collection": memory,
+        "slice": region.slice(),
+        "slice memory": SliceMemory(region.slice()),
+        "vector": memory.gather(0, 8, R),
+        "bitmap": bitmap,
+        "part of a bitmap": bitmap.slice_at(0),
+        "atomic": GuestMemoryAtomic(memory),
+        "iotlb": iommu.iotlb,
+        "guard": iommu.translate(0, 8, R),
+        "leases": iommu.iotlb.leases,
+        "behind an IOMMU": IommuMemory(memory, iommu),
+    }
+
+
+@pytest.mark.parametrize("kind", everything())
+@pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps])
+def test_memory_is_not_copied_by_accident(kind, how):
+    with pytest.raises(TypeError):
+        how(everything()[kind])
+
+
+SHARED = ("region", "collection", "slice memory", "part of a bitmap", "behind an IOMMU")
+
+
+@pytest.mark.parametrize("kind", everything())
+def test_a_shallow_copy_shares_or_is_refused(kind):
+    """What owns a descriptor, a lease or a lock exists once; views of them may be doubled."""
+    world = everything()
+    if kind not in SHARED:
+        with pytest.raises(TypeError):
+            copy.copy(world[kind])
+        return
+    twin = copy.copy(world[kind])
+    if kind == "region":
+        assert twin.backing is world["backing"]
+    elif kind == "part of a bitmap":
+        twin.set_range(0, 1)
+        assert world["bitmap"].count() == 1
+    else:
+        twin.write(0, b"seen")
+        assert world["region"].slice().read(0, 4) == b"seen"
+
+
+def test_a_backing_closes_its_own_descriptor_only():
+    """A copy of one would close the number again, whoever has it by then."""
+    backing = Backing.memfd(0x1000)
+    fd = backing.fd
+    with pytest.raises(TypeError, match="from_fd"):
+        copy.copy(backing)
+    del backing
+    gc.collect()
+    other = os.open("/dev/null", os.O_RDONLY)
+    try:
+        assert other <= fd
+        gc.collect()
+        os.fstat(other)
+    finally:
+        os.close(other)
+
+
+def test_a_vector_keeps_the_slices_it_was_made_of():
+    """Also if the caller's list changes afterwards."""
+    mine = [MmapRegion.anonymous(0, 0x1000).slice()]
+    mine[0].write(0, b"kept")
+    vector = IoVector.of_slices(mine, R)
+    mine.clear()
+    gc.collect()
+    assert vector.read(0, 4) == b"kept"
+
+
+def test_empty_slices_in_a_vector_take_no_place():
+    whole = VolatileSlice.over(bytearray(b"12345678"))
+    vector = IoVector.of_slices([whole.offset(8), whole.subslice(0, 4), whole.offset(4)], R)
+    assert (vector.count, vector.total) == (2, 8)
+    assert [part.read() for part in vector.slices()] == [b"1234", b"5678"]
+
+
+def test_a_slice_with_another_bitmap_stays_in_the_space():
+    """Its marks do not wrap to the first page."""
+    whole, marked = VolatileSlice.over(bytearray(16)), AtomicBitmap(0x1000)
+    with pytest.raises(InvalidAddressError):
+        whole.with_bitmap(marked, 2**64 - 15)
+    part = whole.with_bitmap(marked, 2**64 - 16)
+    part.offset(8).write(0, b"x")
+    assert marked.count() == 0
+    whole.with_bitmap(marked, 0xFFF).write(0, b"x")
+    assert marked.count() == 1
+
+
+def test_a_closed_vector_is_empty():
+    memory = GuestRegionCollection.from_ranges([(0, 0x1000)])
+    vector = memory.gather(0, 8, RW)
+    vector.close()
+    vector.close()
+    assert (len(vector), vector.read(), vector.slices(), vector.fragments()) == (0, b"", [], [])
+    for refused in (lambda: vector.write(b"x"), lambda: vector.read(0, 1)):
+        with pytest.raises(InvalidAddressError):
+            refused()
+    fd = os.open("/dev/zero", os.O_RDWR)
+    try:
+        assert vector.from_file(fd) == vector.to_file(fd) == 0
+    finally:
+        os.close(fd)
+
+
+def test_objects_in_a_cycle_are_collected():
+    """Whoever refers to the memory that it belongs to is still let go of."""
+    backing = Backing.anonymous(0x1000)
+    region = MmapRegion(0, backing)
+    region.memory = GuestRegionCollection.from_regions([region])
+    region.part = region.memory.whole_slice(0, 8, R)
+    gone = weakref.ref(region)
+    del region
+    gc.collect()
+    assert gone() is None
+    backing.close()
+
+
+def run(code, timeout=60):
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "survived\n"), done.stderr[-3000:]
+
+
+CYCLES = {
+    "guard": """
+        guard = tables.iotlb.guard(0, 8, R)
+        guard.__enter__().append(guard)
+        del guard
+    """,
+    "vector": """
+        class Holder:
+            def __enter__(self): pass
+            def __exit__(self, *exc): pass
+        vector, holder = memory.gather(0, 8, R), Holder()
+        holder.itself, holder.vector = holder, vector
+        vector.hold(holder)
+        del vector, holder
+    """,
+    "iterator": """
+        pieces = memory.slices(0, 8, R)
+        box = [pieces, next(pieces)]
+        box.append(box)
+        del pieces, box
+    """,
+}
+
+
+@pytest.mark.parametrize("kind", CYCLES)
+def test_the_collector_gives_leases_back(kind):
+    """It takes what a guard refers to away before the guard itself goes."""
+    run(
+        """
+import gc
+from guestio import *
+R, RW = Permissions.READ, Permissions.READ_WRITE
+class Tables(Iommu):
+    iotlb = Iotlb()
+tables = Tables()
+tables.iotlb.set_mapping(0, 0, 4096, RW)
+memory = IommuMemory(GuestRegionCollection.from_ranges([(0, 4096)]), tables)
+gc.disable()
+"""
+        + textwrap.dedent(CYCLES[kind])
+        + """
+assert len(tables.iotlb.leases) == 1
+gc.collect()
+assert len(tables.iotlb.leases) == 0
+tables.iotlb.invalidate_all()
+print("survived")
+"""
+    )
+
+
+RACES = """
+import faulthandler, gc, os, random, sys, threading, time
+import numpy as np
+from guestio import *
+
+R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
+SIZE = 1 << 18
+faulthandler.dump_traceback_later(50, exit=True)
+sys.setswitchinterval(1e-5)
+
+class Lazy(Iommu):
+    def __init__(self):
+        self._iotlb = Iotlb(8)
+
+    @property
+    def iotlb(self):
+        return self._iotlb
+
+    def resolve(self, fails, iova, length, access):
+        for base, size in (*fails.misses, *fails.access_fails):
+            self._iotlb.set_mapping(base & ~0xFFF, base & ~0xFFF, (size + 0x1FFF) & ~0xFFF, RW)
+
+class World:
+    def __init__(self):
+        self.marked, self.bitmap = AtomicBitmap(SIZE), AtomicBitmap(SIZE)
+        self.backing = Backing.memfd(SIZE)
+        region = MmapRegion(0, self.backing, bitmap=self.bitmap)
+        self.memory = GuestRegionCollection.from_regions([region])
+        self.iommu = Lazy()
+        self.iotlb = self.iommu.iotlb
+        self.behind = IommuMemory(self.memory, self.iommu, bitmap=self.marked,
+                                  dirty=DirtyMode.BOTH)
+        self.vectors = [self.behind.gather(0, 0x20000, RW), self.memory.gather(0, SIZE, RW)]
+        self.slices = [self.memory.whole_slice(0, SIZE, RW)]
+        self.iterators = [self.behind.slices(0, 0x10000, RW)]
+        self.guards = [self.iommu.translate(0, 8, R)]
+
+    def swap(self, kept, new):
+        kept[random.randrange(len(kept))] = new
+
+world = World()
+zero = os.open("/dev/zero", os.O_RDWR)
+NOTHING = np.arange(0, SIZE, 64, dtype=np.uint64)
+CALLS = [
+    lambda w, v, s, a, n: v.read(),
+    lambda w, v, s, a, n: v.write(bytes(min(n, len(v)))),
+    lambda w, v, s, a, n: v.close(),
+    lambda w, v, s, a, n: v.from_file(zero, 0),
+    lambda w, v, s, a, n: v.to_file(zero, 0),
+    lambda w, v, s, a, n: v.fill(3),
+    lambda w, v, s, a, n: w.swap(w.vectors, w.behind.gather(a, n, RW)),
+    lambda w, v, s, a, n: w.swap(w.slices, v.slices()[0]),
+    lambda w, v, s, a, n: s.read(),
+    lambda w, v, s, a, n: s.write_some(0, bytes(n)),
+    lambda w, v, s, a, n: s.copy_to(random.choice(w.slices)),
+    lambda w, v, s, a, n: np.frombuffer(s, np.uint8).sum(),
+    lambda w, v, s, a, n: s.compare_exchange(0, s.load(0, 8), 2, 8),
+    lambda w, v, s, a, n: w.iotlb.set_mapping(a & ~0xFFF, a & ~0xFFF, 0x2000, RW),
+    lambda w, v, s, a, n: w.iotlb.cut(a & ~0xFFF, 0x3000),
+    lambda w, v, s, a, n: w.iotlb.clear(),
+    lambda w, v, s, a, n: w.iotlb.drain(a, n, 0.001),
+    lambda w, v, s, a, n: w.iotlb.lookup_many(NOTHING, 4, R),
+    lambda w, v, s, a, n: (list(w.iotlb), w.iotlb.explain(a, n, RW), w.iotlb.stats()),
+    lambda w, v, s, a, n: (w.iotlb.pin(a, n), w.iotlb.unpin(a, n)),
+    lambda w, v, s, a, n: w.swap(w.guards, w.iommu.translate(a, 8, R)),
+    lambda w, v, s, a, n: random.choice(w.guards).close(),
+    lambda w, v, s, a, n: (w.bitmap.set_range(a, n), w.bitmap.dirty_pages(clear=True)),
+    lambda w, v, s, a, n: w.marked.byte_size < 1 << 24 and w.marked.enlarge(4096),
+    lambda w, v, s, a, n: (w.marked.get_and_reset(), w.marked.copy(), w.marked.count()),
+    lambda w, v, s, a, n: w.backing.close(),
+    lambda w, v, s, a, n: w.behind.write(a, bytes(n)),
+    lambda w, v, s, a, n: w.behind.read(a, n),
+    lambda w, v, s, a, n: setattr(w.behind, "enabled", a & 8),
+    lambda w, v, s, a, n: next(random.choice(w.iterators)),
+    lambda w, v, s, a, n: w.swap(w.iterators, w.behind.slices(a, n, R)),
+    lambda w, v, s, a, n: random.choice(w.iterators).close(),
+    lambda w, v, s, a, n: w.swap(w.slices, MmapRegion(0, Backing.memfd(0x4000)).slice()),
+]
+EXPECTED = (GuestioError, BufferError, IndexError, OSError, RuntimeError, StopIteration, ValueError)
+end, done, wrong = time.monotonic() + 4, [], []
+
+def work():
+    global world
+    count = 0
+    while time.monotonic() < end and not wrong:
+        w, n = world, random.choice((1, 8, 64, 4096, 0x8000, 0x20000))
+        a = random.randrange(0, SIZE - n) & ~7
+        try:
+            random.choice(CALLS)(w, random.choice(w.vectors), random.choice(w.slices), a, n)
+        except EXPECTED:
+            pass
+        except BaseException as error:
+            wrong.append(error)
+        count += 1
+        if count % 200 == 0:
+            world = World()
+        if count % 500 == 0:
+            os.ftruncate(w.backing.fd, SIZE // 2)
+    done.append(count)
+
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not wrong, wrong
+assert min(done) > 20, done
+world.iotlb.check()
+world = None
+gc.collect()
+print("survived")
+"""
+
+
+@pytest.mark.slow
+def test_whatever_closes_while_others_use_it_is_safe():
+    """Every call on shared objects, in any order, from eight threads."""
+    run(RACES)
