@@ -22,6 +22,8 @@ EXTENSIONS = [
         "leases",
         "load",
         "mapping",
+        "misses",
+        "questions",
         "requests",
         "ring",
         "slices",

@@ -139,7 +139,7 @@ class Disk:
             assert served + len(chains) == 1
         else:
             chains, misses = ring.pop()
-        assert misses == []
+        assert not misses
         for chain in chains:
             assert chain.fault is None
             ring.complete(chain, self.device.process(0, chain))

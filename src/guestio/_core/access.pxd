@@ -3,6 +3,7 @@
 from guestio._core.bitmap cimport AtomicBitmap
 from guestio._core.border cimport Span, u64
 from guestio._core.intervals cimport IntervalMap
+from guestio._core.misses cimport Misses
 from guestio._core.vector cimport IoVector, RegionTable
 
 
@@ -14,7 +15,7 @@ cdef class AddressSpace:
 
     cdef IoVector open(self, object addr, object length, int access)
     cdef int translate(
-        self, IoVector out, u64 addr, u64 length, int access, list misses, list refused
+        self, IoVector out, u64 addr, u64 length, int access, Misses failed
     ) except -1
     cdef bint walk(self, IoVector out, Span span, u64 wanted) except -1
     cdef u64 append_physical(

@@ -19,7 +19,7 @@ from guestio._core.tree cimport Cursor, Entry, floor_of, step
 from guestio._core import vector as _vector
 from guestio._core.slices import VolatileSlice
 from guestio.addr import Permissions
-from guestio.errors import InvalidAddressError, IotlbFails
+from guestio.errors import InvalidAddressError
 
 # A name that was cimported is no name for Python; these belong to this module's face.
 globals().update(IoVector=_vector.IoVector, RegionTable=_vector.RegionTable)
@@ -43,12 +43,12 @@ cdef class AddressSpace:
         self.bitmap, self.mark_regions = bitmap, mark_regions
 
     cdef int translate(
-        self, IoVector out, u64 addr, u64 length, int access, list misses, list refused
+        self, IoVector out, u64 addr, u64 length, int access, Misses failed
     ) except -1:
         """Append the memory behind a range to ``out``, with a lease on its translation.
 
         Returns False if it could not be translated: what is missing or forbidden was then added
-        to the lists and ``out`` is as it was. The range is not empty and stays below 2**64.
+        to ``failed`` and ``out`` is as it was. The range is not empty and stays below 2**64.
         """
         cdef Span span = Span(addr, addr + (length - 1), False)
         cdef int count = out.count, leases = out.lease_count
@@ -61,7 +61,7 @@ cdef class AddressSpace:
             self.iotlb.hits += 1
             return True
         out.rewind(count, total, leases)
-        self.iotlb.fails_of(span, access, misses, refused)
+        self.iotlb.fails_of(span, access, failed)
         return False
 
     cdef bint walk(self, IoVector out, Span span, u64 wanted) except -1:
@@ -111,9 +111,9 @@ cdef class AddressSpace:
             raise InvalidAddressError(
                 span.first, length, Permissions(out.access), "more than a process can address"
             )
-        misses, refused = [], []
-        if not self.translate(out, span.first, span.last - span.first + 1, out.access, misses, refused):
-            raise IotlbFails(misses, refused)
+        failed = Misses()
+        if not self.translate(out, span.first, span.last - span.first + 1, out.access, failed):
+            raise failed.error()
         return out
 
     cdef IoVector open(self, object addr, object length, int access):

@@ -3,6 +3,7 @@
 from guestio._core.border cimport Span, u8, u32, u64
 from guestio._core.eviction cimport Queue
 from guestio._core.leases cimport Leases
+from guestio._core.misses cimport Misses
 from guestio._core.tree cimport Entry, Tree
 
 cdef extern from "<pthread.h>" nogil:
@@ -80,4 +81,4 @@ cdef class IntervalMap:
     ) except -1
     cdef void count_outcome(self, Outcome outcome) noexcept
     cdef list lookup_span(self, Span span, u64 wanted)
-    cdef int fails_of(self, Span span, u64 wanted, list misses, list refused) except -1
+    cdef int fails_of(self, Span span, u64 wanted, Misses failed) except -1

@@ -29,6 +29,7 @@ from guestio._core.eviction cimport (
     Pin, add_pin, check_queue, close_queue, drop_pin, enqueue, evict, make_room,
 )
 from guestio._core.leases cimport Guard
+from guestio._core.misses cimport Misses
 from guestio._core.tree cimport (
     Cursor, Entry, Leaf, Node, ceiling_of, check_tree, close_tree, erase_entry, floor_of,
     free_nodes, insert_entry, lookup_batch, new_node, open_tree, replace_root, reserve,
@@ -186,10 +187,9 @@ cdef class IntervalMap:
                 at.leaf.entry[at.index].last = span.first - 1
             else:
                 erase_entry(&self.tree, start)
-            if entry.last > span.last:
-                self.put(span.last + 1, entry)
-                break
-            if entry.last == UINT64_MAX:
+            if entry.last >= span.last:
+                if entry.last > span.last:
+                    self.put(span.last + 1, entry)
                 break
             at = ceiling_of(&self.tree, entry.last + 1)
         if met:
@@ -210,12 +210,13 @@ cdef class IntervalMap:
     cdef void overwrite_span(self, Span span, u64 target, u64 perm) noexcept:
         """Map a span, whatever was there before. Needs two reserved insertions."""
         cdef Entry entry
-        cdef Cursor at = floor_of(&self.tree, span.first)
+        cdef Cursor at
         self.tick += 1
         entry.last, entry.delta, entry.perm = span.last, target - span.first, perm
         entry.stamp = self.tick
-        if at.leaf is not NULL and self.merging:
-            if at.leaf.entry[at.index].last >= span.last and joins(
+        if self.merging:
+            at = floor_of(&self.tree, span.first)
+            if at.leaf is not NULL and at.leaf.entry[at.index].last >= span.last and joins(
                 &at.leaf.entry[at.index], &entry
             ):
                 at.leaf.entry[at.index].stamp = self.tick
@@ -485,9 +486,20 @@ cdef class IntervalMap:
             raise IotlbFails(misses, refused)
         return found
 
-    cdef int fails_of(self, Span span, u64 wanted, list misses, list refused) except -1:
-        """Add what keeps a span from resolving to the lists; counts as a lookup."""
-        self.resolve_to(span, wanted, None, misses, refused)
+    cdef int fails_of(self, Span span, u64 wanted, Misses failed) except -1:
+        """Add what keeps a span from resolving; counts as a lookup."""
+        cdef Pieces pieces
+        cdef Piece *piece
+        cdef size_t i
+        open_pieces(&pieces)
+        try:
+            self.count_outcome(self.resolve(span, wanted, &pieces))
+            for i in range(pieces.count):
+                piece = &pieces.item[i]
+                if piece.outcome != OK:
+                    failed.add(piece.first, piece.last, <int>wanted, piece.outcome != MISS)
+        finally:
+            close_pieces(&pieces)
         return 0
 
     cdef Outcome resolve_to(
@@ -508,7 +520,7 @@ cdef class IntervalMap:
                     (misses if piece.outcome == MISS else refused).append(
                         make_range(IovaRange, piece.first, piece.first, piece.last)
                     )
-                elif found is not None:
+                else:
                     found.append(make_range(MappedRange, piece.target, piece.first, piece.last))
         finally:
             close_pieces(&pieces)

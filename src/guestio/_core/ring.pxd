@@ -2,6 +2,7 @@
 
 from guestio._core.access cimport AddressSpace, IoVector
 from guestio._core.border cimport u8, u32, u64
+from guestio._core.misses cimport Misses
 
 from libc.stdint cimport int64_t, uint16_t
 
@@ -63,8 +64,7 @@ cdef class SplitRing:
     cdef IoVector avail
     cdef IoVector used
     cdef IoVector table
-    cdef list missed
-    cdef list refused
+    cdef Misses ignored
     cdef bint resolved
     cdef bint notify_due
     cdef Chain spare
@@ -78,29 +78,30 @@ cdef class SplitRing:
     cdef bint vanished(self) noexcept
     cdef bint current(self) noexcept
     cdef int waiting(self) except -1
-    cdef bint areas_ready(self, list misses) except -1
-    cdef bint area(self, IoVector found, u64 addr, u64 size, int access, list misses) except -1
-    cdef int take(self, int limit, Server server, list chains, list misses) except -1
+    cdef bint reachable(self) except -1
+    cdef bint areas_ready(self, Misses misses) except -1
+    cdef bint area(self, IoVector found, u64 addr, u64 size, int access, Misses misses) except -1
+    cdef int take(self, int limit, Server server, list chains, Misses misses) except -1
     cdef Chain chain_at(self, u16 position)
     cdef Chain hand_out(self)
     cdef void keep_nothing(self) noexcept
     cdef bint served(self, Server server, Chain chain) except -1
-    cdef int note_missing(self, Chain chain, list misses, int access) except -1
+    cdef void note_refused(self, Chain chain, Misses misses, size_t since)
     cdef void finish(self, int head, u64 written) noexcept
     cdef int show_pending(self) except -1
     cdef int check_areas(self) except -1
     cdef u16 load16(self, IoVector area, u64 offset) except? 65535
     cdef int store16(self, IoVector area, u64 offset, u16 value) except -1
-    cdef int walk(self, Chain chain, list misses, bint lenient) except -1
+    cdef int walk(self, Chain chain, Misses misses, bint lenient) except -1
     cdef int walk_table(
         self, IoVector table, u64 entries, u16 index, bint nested, Chain chain, u64 *sizes,
-        list misses, bint lenient,
+        Misses misses, bint lenient,
     ) except -1
     cdef int add_buffer(
-        self, const Desc *desc, Chain chain, u64 *sizes, list misses, bint lenient
+        self, const Desc *desc, Chain chain, u64 *sizes, Misses misses, bint lenient
     ) except -1
     cdef int walk_indirect(
-        self, const Desc *desc, bint nested, Chain chain, u64 *sizes, list misses, bint lenient
+        self, const Desc *desc, bint nested, Chain chain, u64 *sizes, Misses misses, bint lenient
     ) except -1
     cdef IoVector last_byte(self, u64 addr)
     cdef bint wants_notification(self, u16 before) except -1

@@ -15,6 +15,7 @@ from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, realloc
 
 from guestio._core.border cimport as_address
+from guestio._core.misses cimport Misses
 
 from guestio.errors import InvalidAddressError, MemoryVanishedError, QueueError
 
@@ -146,7 +147,7 @@ cdef class SplitRing:
         if self.pending is NULL:
             PyErr_NoMemory()
         self.desc, self.avail, self.used = IoVector(), IoVector(), IoVector()
-        self.table, self.missed, self.refused = IoVector(), [], []
+        self.table, self.ignored = IoVector(), Misses()
 
     def __dealloc__(self):
         free(self.pending)
@@ -168,16 +169,14 @@ cdef class SplitRing:
         """Whether no translation was taken away since the areas were looked up."""
         return self.space.iotlb is None or self.space.iotlb.generation == self.generation
 
-    cdef bint area(self, IoVector found, u64 addr, u64 size, int access, list misses) except -1:
+    cdef bint area(self, IoVector found, u64 addr, u64 size, int access, Misses misses) except -1:
         """Look one of the ring's areas up; False, and what is missing, without a translation."""
-        cdef list failed = []
         cdef bint stopped
         found.rewind(0, 0, 0)
         found.access, found.start = access, addr
         if size - 1 > <u64>-1 - addr:
             raise self.wrong(f"the ring area {addr:#x}+{size:#x} passes 2**64")
-        if not self.space.translate(found, addr, size, access, failed, failed):
-            misses.extend([(item, access) for item in failed])
+        if not self.space.translate(found, addr, size, access, misses):
             return False
         # The areas are looked up again whenever a translation changes; a lease would only make
         # the revocation wait for ever.
@@ -187,7 +186,7 @@ cdef class SplitRing:
             raise self.wrong(f"no usable memory behind the ring at {found.stop_addr:#x}")
         return True
 
-    cdef bint areas_ready(self, list misses) except -1:
+    cdef bint areas_ready(self, Misses misses) except -1:
         """Make sure that the three areas are translated; adds what is missing."""
         cdef u64 tail = 2 if self.event_idx else 0
         cdef bint found
@@ -210,6 +209,11 @@ cdef class SplitRing:
             self.next_used = self.load16(self.used, 2)
             self.used_known = True
         return True
+
+    cdef bint reachable(self) except -1:
+        """As :meth:`areas_ready`, for those who do not want to know what is missing."""
+        self.ignored.count = 0
+        return self.areas_ready(self.ignored)
 
     cdef int check_areas(self) except -1:
         if self.vanished():
@@ -237,9 +241,9 @@ cdef class SplitRing:
 
     def missing(self):
         """What of the ring's own areas has no translation now, as in :meth:`pop`."""
-        cdef list misses = []
+        cdef Misses misses = Misses()
         self.areas_ready(misses)
-        return misses
+        return list(misses)
 
     def pop(self, int limit=LOOK_AHEAD):
         """Take the available requests, as far as they can be translated.
@@ -260,12 +264,13 @@ cdef class SplitRing:
 
         Cost: O(descriptors) plus a lookup for each.
         """
-        cdef list chains = [], misses = []
+        cdef list chains = []
+        cdef Misses misses = Misses()
         try:
             self.take(limit, None, chains, misses)
         finally:
             self.keep_nothing()
-        return chains, misses
+        return chains, list(misses)
 
     def serve(self, Server server not None, int limit=LOOK_AHEAD):
         """Take the available requests as :meth:`pop` does, and have served what can be at once.
@@ -278,12 +283,14 @@ cdef class SplitRing:
             limit: As for :meth:`pop`.
 
         Returns:
-            ``(chains, misses, served)``: as from :meth:`pop`, and how many were served.
+            ``(chains, misses, served)``: as from :meth:`pop`, but the misses as
+            :class:`~guestio._core.misses.Misses`, and how many were served.
 
         Raises:
             QueueError: As :meth:`pop`.
         """
-        cdef list chains = [], misses = []
+        cdef list chains = []
+        cdef Misses misses = Misses()
         cdef int served
         try:
             served = self.take(limit, server, chains, misses)
@@ -291,7 +298,7 @@ cdef class SplitRing:
             self.keep_nothing()
         return chains, misses, served
 
-    cdef int take(self, int limit, Server server, list chains, list misses) except -1:
+    cdef int take(self, int limit, Server server, list chains, Misses misses) except -1:
         """Take requests into the lists; the number of those that were served instead."""
         cdef u16 at
         cdef int left, served = 0
@@ -310,7 +317,7 @@ cdef class SplitRing:
                 # translation away; what it held must not be looked at any more.
                 break
             at += 1
-            if misses:
+            if misses.count:
                 continue
             self.next_avail = at
             self.outstanding += 1
@@ -376,10 +383,10 @@ cdef class SplitRing:
         Raises:
             QueueError: The driver broke a rule.
         """
-        if not self.areas_ready([]) or not self.waiting():
+        if not self.reachable() or not self.waiting():
             return None
         try:
-            self.walk(self.chain_at(self.next_avail), [], True)
+            self.walk(self.chain_at(self.next_avail), Misses(), True)
             self.check_areas()
             if not self.current():
                 return None
@@ -389,7 +396,7 @@ cdef class SplitRing:
         finally:
             self.keep_nothing()
 
-    cdef int walk(self, Chain chain, list misses, bint lenient) except -1:
+    cdef int walk(self, Chain chain, Misses misses, bint lenient) except -1:
         """Fill a chain. What is missing is added to the list, or made its fault if lenient."""
         cdef u64 sizes[2]
         if chain.head >= <int>self.size:
@@ -401,7 +408,7 @@ cdef class SplitRing:
 
     cdef int walk_table(
         self, IoVector table, u64 entries, u16 index, bint nested, Chain chain, u64 *sizes,
-        list misses, bint lenient,
+        Misses misses, bint lenient,
     ) except -1:
         """Follow a chain through a descriptor table, in the ring or indirect."""
         cdef Desc desc
@@ -427,10 +434,11 @@ cdef class SplitRing:
             index = desc.next
 
     cdef int walk_indirect(
-        self, const Desc *desc, bint nested, Chain chain, u64 *sizes, list misses, bint lenient
+        self, const Desc *desc, bint nested, Chain chain, u64 *sizes, Misses misses, bint lenient
     ) except -1:
         cdef IoVector table = self.table
         cdef u64 entries = desc.size // 16
+        cdef size_t known = misses.count
         if not self.indirect:
             raise self.wrong("an indirect descriptor, but the feature was not negotiated")
         if nested:
@@ -443,9 +451,9 @@ cdef class SplitRing:
             raise self.wrong(f"an indirect table at {desc.addr:#x} passes 2**64")
         table.release()
         table.access, table.start = READ, desc.addr
-        if not self.space.translate(table, desc.addr, desc.size, READ, self.missed, self.refused):
-            self.note_missing(chain, misses, READ)
+        if not self.space.translate(table, desc.addr, desc.size, READ, misses):
             if lenient:
+                self.note_refused(chain, misses, known)
                 chain.fault = f"no translation of the indirect table at {desc.addr:#x}"
             return 0
         if table.stop:
@@ -458,12 +466,13 @@ cdef class SplitRing:
             table.release()
 
     cdef int add_buffer(
-        self, const Desc *desc, Chain chain, u64 *sizes, list misses, bint lenient
+        self, const Desc *desc, Chain chain, u64 *sizes, Misses misses, bint lenient
     ) except -1:
         cdef bint writes = (desc.flags & DESC_WRITE) != 0
         cdef IoVector out = chain.writable if writes else chain.readable
         cdef int access = WRITE if writes else READ
         cdef int before = out.count
+        cdef size_t known = misses.count
         if not desc.size:
             raise self.wrong(f"a descriptor of 0 bytes in the chain from {chain.head}")
         if desc.addr > <u64>-1 - (desc.size - 1):
@@ -473,11 +482,9 @@ cdef class SplitRing:
         sizes[writes] += desc.size
         if sizes[0] + sizes[1] > CHAIN_BYTES:
             raise self.wrong(f"the chain from descriptor {chain.head} is longer than 2**32 bytes")
-        if not self.space.translate(
-            out, desc.addr, desc.size, access, self.missed, self.refused
-        ):
-            self.note_missing(chain, misses, access)
+        if not self.space.translate(out, desc.addr, desc.size, access, misses):
             if lenient:
+                self.note_refused(chain, misses, known)
                 chain.fault = f"no translation of the buffer at {desc.addr:#x}+{desc.size:#x}"
         elif out.stop:
             chain.fault = f"no usable memory behind the buffer at {out.stop_addr:#x}"
@@ -489,21 +496,17 @@ cdef class SplitRing:
             chain.tail = self.last_byte(desc.addr + (desc.size - 1))
         return 0
 
-    cdef int note_missing(self, Chain chain, list misses, int access) except -1:
-        """Take over what the last failed translation found missing or forbidden."""
-        cdef list missed = self.missed, refused = self.refused
-        self.missed, self.refused = [], []
-        for item in missed:
-            misses.append((item, access))
-        for item in refused:
-            misses.append((item, access))
-            chain.access_fails.append((item, access))
-        return 0
+    cdef void note_refused(self, Chain chain, Misses misses, size_t since):
+        """Remember what the last failed translation found forbidden."""
+        cdef size_t i
+        for i in range(since, misses.count):
+            if misses.item[i].refused:
+                chain.access_fails.append(misses[i])
 
     cdef IoVector last_byte(self, u64 addr):
         cdef IoVector tail = IoVector()
         tail.access, tail.start = WRITE, addr
-        if self.space.translate(tail, addr, 1, WRITE, [], []) and not tail.stop:
+        if self.space.translate(tail, addr, 1, WRITE, Misses()) and not tail.stop:
             return tail
         return None
 
@@ -557,7 +560,7 @@ cdef class SplitRing:
             QueueError: The ring is broken.
         """
         cdef bint notify
-        if self.pending_count and not self.areas_ready([]):
+        if self.pending_count and not self.reachable():
             return None
         if self.pending_count:
             self.show_pending()
@@ -594,7 +597,7 @@ cdef class SplitRing:
 
     def disable_kicks(self):
         """Tell the driver that it need not announce new requests. Only a hint."""
-        if not self.event_idx and self.areas_ready([]):
+        if not self.event_idx and self.reachable():
             self.store16(self.used, 0, USED_NO_NOTIFY)
 
     def spin(self, u64 microseconds):
@@ -604,7 +607,7 @@ cdef class SplitRing:
             Whether there are any; None if the ring lacks a translation.
         """
         cdef u64 until = now_ns() + 1000 * microseconds
-        if not self.areas_ready([]):
+        if not self.reachable():
             return None
         while self.load16(self.avail, 2) == self.next_avail:
             if now_ns() >= until:
@@ -619,7 +622,7 @@ cdef class SplitRing:
             Whether requests are available already, so that no announcement may come; None if the
             ring lacks a translation.
         """
-        if not self.areas_ready([]):
+        if not self.reachable():
             return None
         if self.event_idx:
             self.store16(self.used, 4 + 8 * <u64>self.size, self.next_avail)

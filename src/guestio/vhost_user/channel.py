@@ -36,7 +36,6 @@ _FD_SIZE: Final = array.array("i").itemsize
 _FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * _FD_SIZE)
 # Non-blocking per call: the peer may share the file description and could clear O_NONBLOCK.
 _RECV_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
-_PEEK_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_PEEK)
 _SEND_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _SCM_PIDFD: Final = 4  # linux/socket.h; a socket option of the peer's can make the kernel add one
 _GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
@@ -194,31 +193,15 @@ class Channel:
                     return None
         return message
 
-    def peek(self) -> bytes:
-        """Return what has arrived of messages that :meth:`recv` has not begun, without taking it.
-
-        Nothing if there is nothing, and nothing if the channel is of no more use: `recv` tells.
-        """
-        if self._failure is not None or self._header is not None or self._fds:
-            return b""
-        try:
-            if not self._with_fds:
-                if self._start == len(self._buffer):
-                    self._fill()
-                return self._buffer[self._start :]
-            if self._start != len(self._buffer):
-                return b""
-            # Without room for them, fds of a message that is only looked at stay with it.
-            return self._socket.recv(_READ_AHEAD, _PEEK_FLAGS)
-        except (OSError, GuestioError):
-            return b""
-
-    def skip(self, size: int) -> None:
-        """Take bytes that :meth:`peek` returned: whole messages without fds."""
-        if self._with_fds:
-            self._socket.recv(size, _RECV_FLAGS)
-        else:
-            self._start += size
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing of a message was taken from the socket that :meth:`recv` still has."""
+        return (
+            self._start == len(self._buffer)
+            and self._header is None
+            and not self._fds
+            and self._failure is None
+        )
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send a whole message, its fds with the first byte.
@@ -237,19 +220,29 @@ class Channel:
         if len(fds) > MAX_FDS:
             raise ValueError(f"{len(fds)} fds in one message, at most {MAX_FDS}")
         self._check_open()
+        sent = self._send_some(data, fds)
+        if sent < len(data):
+            self._send_rest(memoryview(data)[sent:], () if sent else fds)
+
+    def _send_some(self, data: bytes | memoryview, fds: Sequence[int]) -> int:
+        """Send what there is room for; the bytes sent."""
+        try:
+            if not fds:
+                return self._socket.send(data, _SEND_FLAGS)
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+            return self._socket.sendmsg((data,), [rights], _SEND_FLAGS)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._raise_gone(error)
+
+    def _send_rest(self, rest: memoryview, fds: Sequence[int]) -> None:
         deadline = time.monotonic() + self._send_timeout
-        rest = memoryview(data)
-        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         while rest:
-            try:
-                sent = self._socket.sendmsg((rest,), control, _SEND_FLAGS)
-            except BlockingIOError:
-                if not self._wait(select.POLLOUT, deadline):
-                    self._fail(f"peer did not read a message for {self._send_timeout} s")
-            except OSError as error:
-                self._raise_gone(error)
-            else:
-                rest, control = rest[sent:], []
+            if not self._wait(select.POLLOUT, deadline):
+                self._fail(f"peer did not read a message for {self._send_timeout} s")
+            if sent := self._send_some(rest, fds):
+                rest, fds = rest[sent:], ()
 
     def close(self) -> None:
         """Close the socket and the fds of an unfinished message. May be called again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import time
@@ -21,6 +22,7 @@ class Poller:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
         self._timers: dict[Hashable, tuple[float, Callback]] = {}
+        self._due = math.inf
         self._soon: deque[Callback] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.add(self._wake, self._woken)
@@ -46,6 +48,7 @@ class Poller:
     def set_timer(self, key: Hashable, when: float, callback: Callback) -> None:
         """Call back once at ``when`` (``time.monotonic``); replaces a timer of the same key."""
         self._timers[key] = (when, callback)
+        self._due = min(self._due, when)
 
     def clear_timer(self, key: Hashable) -> None:
         """Forget a timer, if there is one."""
@@ -58,23 +61,19 @@ class Poller:
 
     def run_once(self) -> None:
         """Wait until something is due and call back for all of it."""
-        for fd, _ in self._epoll.poll(self._patience()):
+        soon, callbacks = self._soon, self._callbacks
+        for fd, _ in self._epoll.poll(0 if soon else self._patience()):
             # A callback before this one may have removed it.
-            callback = self._callbacks.get(fd)
+            callback = callbacks.get(fd)
             if callback is not None:
                 callback()
-        for _ in range(len(self._soon)):
-            self._soon.popleft()()
-        if self._timers:
+        for _ in range(len(soon)):
+            soon.popleft()()
+        if self._due != math.inf and time.monotonic() >= self._due:
             self._run_timers()
 
     def _patience(self) -> float:
-        if self._soon:
-            return 0
-        if not self._timers:
-            return -1
-        first = min(when for when, _ in self._timers.values())
-        return max(first - time.monotonic(), 0)
+        return -1 if self._due == math.inf else max(self._due - time.monotonic(), 0)
 
     def _run_timers(self) -> None:
         now = time.monotonic()
@@ -82,6 +81,8 @@ class Poller:
             if when <= now and key in self._timers:
                 del self._timers[key]
                 callback()
+        # A cleared timer's time passes without consequence, and is forgotten here.
+        self._due = min((when for when, _ in self._timers.values()), default=math.inf)
 
     def _woken(self) -> None:
         os.eventfd_read(self._wake)

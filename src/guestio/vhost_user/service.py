@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from guestio._core.access import AddressSpace
-from guestio._core.iotlbwire import touched
+from guestio._core.misses import Misses
+from guestio._core.questions import touched
 from guestio._core.ring import Chain, SplitRing
 from guestio.addr import IovaRange, check_int
 from guestio.errors import DeviceError, GuestioError, ProtocolError
@@ -66,7 +67,7 @@ MAX_REFUSED = 4096
 """Refused pages that are remembered for a queue."""
 _ONE = struct.pack("=Q", 1)
 
-Missing: TypeAlias = list[tuple[IovaRange, int]]
+Missing: TypeAlias = Misses | list[tuple[IovaRange, int]]
 """Ranges that lack a translation, and the access that each is needed for."""
 
 
@@ -446,9 +447,10 @@ class Service:
         if not self._publish(queue, ring):
             return
         ring.disable_kicks()
+        missing: Missing
+        served = 0
         if self._device.server is None:
             chains, missing = ring.pop(TURN)
-            served = 0
         else:
             chains, missing, served = ring.serve(self._device.server, TURN)
             self._stats.requests += served
@@ -605,8 +607,10 @@ def _plausible(written: int, chain: Chain) -> int:
 def _signal(fd: int | None) -> None:
     """Add one to an eventfd; if that would wait, its owner has enough to do anyway."""
     if fd is not None:
-        with contextlib.suppress(OSError):
+        try:  # noqa: SIM105 - suppress() costs as much as the system call
             os.write(fd, _ONE)
+        except OSError:
+            pass
 
 
 def _drain(fd: int) -> None:

@@ -12,7 +12,8 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from guestio._core.iotlbwire import IotlbUpdater, MissTable, Question
+from guestio._core.iotlbwire import IotlbUpdater
+from guestio._core.questions import MissTable, Question
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import GuestioError
 from guestio.iommu import Iotlb
@@ -74,6 +75,7 @@ class Translations:
         self._updater = IotlbUpdater(self.iotlb, self._shared.users(), self._misses)
         self._refused: dict[int, set[Page]] = {}
         self._channel: Channel | None = None
+        self._armed = False
 
     def change_memory(self, shared: SharedMemory) -> None:
         """Follow the memory table; what was known is asked for again."""
@@ -83,16 +85,19 @@ class Translations:
 
     def receive(self, channel: Channel) -> bool:
         """Apply a run of plain messages from the main channel; False if none has arrived."""
-        before = self._updater.updates, self._updater.invalidations
-        taken, replies, ready = self._updater.apply(channel.peek())
+        if not channel.at_rest:
+            return False
+        updater, stats = self._updater, self._stats
+        updates, invalidations = updater.updates, updater.invalidations
+        taken, unsent, ready = updater.receive(channel.fileno())
         if not taken:
             return False
-        self._stats.iotlb_updates += self._updater.updates - before[0]
-        self._stats.iotlb_invalidations += self._updater.invalidations - before[1]
-        channel.skip(taken)
-        # A driver waits for these before it uses its memory for something else.
-        channel.send(replies)
-        self._wake(ready)
+        stats.iotlb_updates += updater.updates - updates
+        stats.iotlb_invalidations += updater.invalidations - invalidations
+        if unsent:
+            channel.send(unsent)
+        if ready:
+            self._wake(ready)
         return True
 
     def apply(self, message: IotlbMessage) -> None:
@@ -115,21 +120,27 @@ class Translations:
 
     def ask(self, waiter: int, missing: Iterable[tuple[IovaRange, int]]) -> None:
         """Ask for ranges, except for pages that this waiter was refused."""
-        before = self._misses.asked
-        questions = self._misses.ask(
+        misses = self._misses
+        before = misses.asked
+        questions = misses.ask(
             waiter,
             missing,
             time.monotonic(),
             acknowledged=self.acknowledged,
             skip=self.refused(waiter),
         )
-        self._stats.iotlb_misses += self._misses.asked - before
-        self._send(questions)
-        self._arm()
+        self._stats.iotlb_misses += misses.asked - before
+        if questions:
+            self._send(questions)
+        if not self._armed:
+            self._arm()
 
     def refused(self, waiter: int) -> set[Page]:
         """The pages that a waiter asked for in vain; remove those that were dealt with."""
-        return self._refused.setdefault(waiter, set())
+        refused = self._refused.get(waiter)
+        if refused is None:
+            refused = self._refused[waiter] = set()
+        return refused
 
     def awaited(self, waiter: int) -> int:
         """How many questions of a waiter are still open."""
@@ -184,15 +195,11 @@ class Translations:
         if channel is None:
             return
         try:
-            data = channel.peek()
-            taken = self._settle(data)
-            channel.skip(taken)
-            if taken < len(data) or not data:
+            if not channel.at_rest or not self._settle(*self._misses.receive(channel.fileno())):
                 # Incomplete, the end of the stream, or what no front-end may send.
                 self._receive_one_by_one(channel)
         except GuestioError as error:
             self._lose_channel(error)
-        self._arm()
 
     def _receive_one_by_one(self, channel: Channel) -> None:
         for _ in range(TURN):
@@ -200,16 +207,16 @@ class Translations:
             if message is None:
                 return
             with message:
-                decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
-                self._settle(message.header.encode() + message.payload)
+                value = decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
+            self._settle(True, *self._misses.acknowledge(value))
         self._poller.again(self._receive_replies)
 
-    def _settle(self, acknowledgements: bytes) -> int:
-        taken, refused, ready = self._misses.acknowledge(acknowledgements)
+    def _settle(self, done: bool, refused: list[Question], ready: list[int]) -> bool:
         for question in refused:
             self._refuse(question)
-        self._wake(ready)
-        return taken
+        if ready:
+            self._wake(ready)
+        return done
 
     def _refuse(self, question: Question) -> None:
         self._stats.iotlb_refused += 1
@@ -233,10 +240,10 @@ class Translations:
         self._close_channel()
 
     def _arm(self) -> None:
+        """Have the time watched; an early look is cheaper than moving the alarm for each miss."""
         deadline = self._misses.deadline()
-        if deadline is None:
-            self._poller.clear_timer(self)
-        else:
+        self._armed = deadline is not None
+        if deadline is not None:
             self._poller.set_timer(self, deadline, self._expire)
 
     def _expire(self) -> None:

@@ -1,0 +1,66 @@
+"""C view of the questions in flight, for those who bring their answers."""
+
+from libc.stdint cimport int16_t, uint16_t
+
+from guestio._core.border cimport u8, u64
+from guestio._core.wire cimport READ_AHEAD
+
+cdef enum:
+    PAGE_BYTES = 4096
+    SLOTS = 1024             # twice the limit: questions still open, and those only unacknowledged
+    WAITERS = 256            # as many as a front-end can name queues
+    WAITER_WORDS = 4
+
+
+cdef struct Slot:
+    u64 iova
+    u64 waiting[WAITER_WORDS]
+    double asked
+    int16_t next             # of the same hash, or free
+    u8 access
+    bint fresh               # not sent yet
+    bint open                # neither answered nor refused
+    bint expected            # its acknowledgement is still to come
+    bint forbidden           # a translation came that does not allow the access
+
+
+cdef class MissTable:
+    cdef double time_limit
+    cdef Slot slots[SLOTS]
+    cdef int16_t heads[SLOTS]
+    cdef int16_t free_slot
+    cdef int16_t order[SLOTS]     # a circle of the questions whose acknowledgement is to come
+    cdef uint16_t order_first
+    cdef int order_count
+    cdef int open_count
+    cdef int lacking[WAITERS]
+    cdef set starved_waiters
+    cdef u8 buffer[READ_AHEAD]
+    cdef readonly u64 asked
+    cdef readonly u64 refused
+    cdef readonly u64 timeouts
+
+    cdef int clear(self) except -1
+    cdef int16_t find(self, u64 iova, int access) noexcept
+    cdef int16_t find_wider(self, u64 iova, int access) noexcept
+    cdef int16_t open_slot(self, u64 iova, int access, double now, bint acknowledged) noexcept
+    cdef void enter(self, int16_t slot) noexcept
+    cdef void unlink(self, int16_t slot) noexcept
+    cdef void release(self, int16_t slot) noexcept
+    cdef bint has_room(self, double now) noexcept
+    cdef void drop_stale(self, double now) noexcept
+    cdef int ask_range(
+        self, int waiter, u64 first, u64 last, int access, double now, bint acknowledged, skip,
+        int16_t *fresh, int *count,
+    ) except -1
+    cdef int ask_page(
+        self, int waiter, u64 iova, int access, double now, bint acknowledged, skip,
+        int16_t *fresh, int *count,
+    ) except -1
+    cdef int relieve(self, list ready) except -1
+    cdef int answer(self, u64 first, u64 span, int perm, list ready) except -1
+    cdef int answer_one(self, int16_t slot, int perm, list ready) except -1
+    cdef int settle(self, int16_t slot, list ready) except -1
+    cdef int acknowledge_one(self, bint refuse, list refused, list ready) except -1
+    cdef object question(self, int16_t slot)
+    cdef bytes messages(self, const int16_t *fresh, int count, bint acknowledged)
