@@ -27,6 +27,7 @@ import pytest
 from guestio.cli import cli
 from lab import parts
 from lab.guest import Guest, Script, VhostUserDisk, Viommu, _tcg_arguments
+from tests.docs.names import resolves
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -142,22 +143,6 @@ def test_files_and_names_in_running_text_exist(page: Path) -> None:
             assert (ROOT / code).exists(), f"{page.name} names {code}, which is not there"
         elif re.fullmatch(r"guestio(\.\w+)+", code):
             assert resolves(code), f"{page.name} names {code}, which does not exist"
-
-
-def resolves(dotted: str) -> bool:
-    """Whether a dotted name is a module, or something in one."""
-    names = dotted.split(".")
-    for count in range(len(names), 0, -1):
-        try:
-            found: object = importlib.import_module(".".join(names[:count]))
-        except ImportError:
-            continue
-        for name in names[count:]:
-            if not hasattr(found, name):
-                return name in getattr(found, "__annotations__", {})
-            found = getattr(found, name)
-        return True
-    return False
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
