@@ -1,5 +1,7 @@
 """Memory behind an IOMMU: vectors 8."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -113,6 +115,7 @@ def test_8_live_resolving_while_in_use(memory, iommu):
 
 def test_8_replace(iommu):
     a = IommuMemory(physical((0x4000, 128)), iommu)
+    clone = copy.copy(a)
     iommu.iotlb.set_mapping(0x2A000, 0x4000, 128, R)
     b = IommuMemory(physical((0x4000, 128), (0x8000, 128), first=42), OneShotIommu())
     assert a.read(0x2A000, 128) == counted(128)
@@ -124,14 +127,16 @@ def test_8_replace(iommu):
     iommu.armed = 0x8000
     assert a2.read(0x2A000, 256) == counted(256, 42)
     assert iommu.recorded == (0x2A080, 128, True)
-    assert a.read(0x2A000, 128) == counted(128)
-    assert a.iommu is a2.iommu
-    assert a.iommu.iotlb.lookup(0x2A000, 256, R) == [
+    for view in (a, clone):
+        assert view.read(0x2A000, 128) == counted(128)
+    assert a.iommu is a2.iommu is clone.iommu
+    assert clone.iommu.iotlb.lookup(0x2A000, 256, R) == [
         MappedRange(0x4000, 128),
         MappedRange(0x8000, 128),
     ]
-    a2.enabled = False
+    a2.enabled = clone.enabled = False
     assert a.enabled
+    assert clone.read(0x4000, 128) == counted(128)
 
 
 def test_8_dirty(iommu):

@@ -1,8 +1,7 @@
 """Slices, byte access and streams: vectors 3.
 
 An object or a partial transfer on a slice goes through :class:`~guestio.SliceMemory`, which has
-the whole access interface. Row 3.2-34, the alignment of a pointer, is a private helper upstream;
-what it is for, the tearing rule, is tested instead.
+the whole access interface.
 """
 
 import contextlib
@@ -173,6 +172,10 @@ def test_3_2_10_to_12_tails_and_pieces():
 
 def test_3_2_15_to_17_references_stay_inside():
     assert slice_of(100).read(99, 1) == b"\0"
+    with pytest.raises(InvalidAddressError):
+        slice_of(1).subslice(MAX, 1)
+    with pytest.raises(InvalidAddressError):
+        slice_of(1).load(MAX, 1)
     with pytest.raises(InvalidAddressError):
         slice_of(100).subslice(99, 2)
     with pytest.raises(InvalidAddressError):
