@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 from pathlib import Path
 
@@ -249,7 +248,7 @@ def huge_pages():
         yield 0
         return
     # The pool is the host's: tests in other processes wait.
-    with (Path(tempfile.gettempdir()) / "guestio-huge-pages.lock").open("w") as lock:
+    with reserved.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = int(reserved.read_text())
         missing = max(4 - int(free.read_text()), 0)
