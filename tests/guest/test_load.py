@@ -128,7 +128,7 @@ class TestMeasured:
                     load.run(0.1)
                     result = load.run(0.3)
                     assert result.invalidations / result.requests == pytest.approx(mappings, 0.2)
-                    assert result.misses / result.requests >= 0.9 * mappings
+                    assert result.misses / result.requests == pytest.approx(mappings, 0.2)
                     assert result.updates == pytest.approx(result.misses, abs=64)
 
     def test_what_stays_mapped_is_asked_for_once(self, tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ class TestWrong:
             ({"span": SIZE + 1}, "of a disk of"),
             ({"span": 2048}, "in blocks of 4096"),
             ({"verify": True, "depth": 256, "span": SPAN}, "at least 1024 blocks, not 256"),
-            ({"block_size": 2 << 20, "depth": 1}, "512 segments, the device takes 254"),
+            ({"block_size": 2 << 20, "depth": 1}, "512 segments, the device takes 126"),
         ],
     )
     def test_what_the_device_cannot_do(
@@ -361,7 +361,7 @@ class TestPlan:
             ({}, 256),
             ({"depth": 1024}, 1024),
             ({"depth": 128, "indirect": False}, 512),
-            ({"block_size": 1 << 20}, 512),
+            ({"block_size": 1 << 20}, 1024),
             ({"block_size": 1 << 20, "contiguous": True}, 256),
             ({"block_size": 1 << 20, "iommu": "strict"}, 256),
             ({"queue_size": 64}, 64),

@@ -75,11 +75,11 @@ def storage_daemon(directory: Path, *, queues: int = 1) -> Iterator[Disk]:
 def own_disk(
     directory: Path, *, queues: int = 1, read_only: bool = False, **options: Any
 ) -> Iterator[Disk]:
-    """A disk served by our own back-end, in a thread."""
+    """A disk served by our own back-end, in a thread; it offers indirect tables."""
     disk = _image(directory)
     device = BlockDevice(disk.image, num_queues=queues, read_only=read_only, serial="own disk")
     try:
-        with Backend(device, disk.socket, **options) as backend:
+        with Backend(device, disk.socket, **{"indirect": "on", **options}) as backend:
             disk.statistics = backend.statistics
             thread = threading.Thread(target=backend.serve, name="back-end")
             thread.start()

@@ -83,12 +83,13 @@ class Serving:
     Args:
         device: What it serves.
         path: Its socket.
-        options: More arguments for the back-end.
+        options: More arguments for the back-end. Unless they say otherwise, indirect tables are
+            offered even behind an IOMMU.
     """
 
     def __init__(self, device: Device, path: Path, **options: Any) -> None:
         self.path = path
-        self.backend = Backend(device, path, **options)
+        self.backend = Backend(device, path, **{"indirect": "on", **options})
         self.stats = self.backend.statistics
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="serving")

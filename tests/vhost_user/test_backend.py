@@ -213,13 +213,32 @@ class TestServing:
             time.sleep(0.01)
             assert driver.run(0, b"slept") == (OK, b"tpels")
 
-    @pytest.mark.parametrize("iommu", ["auto", "off"])
-    def test_whether_an_iommu_is_offered(self, device: Mirror, path: Path, iommu: str) -> None:
-        with Serving(device, path, iommu=iommu), Frontend(path) as frontend:
+    @pytest.mark.parametrize(
+        ("options", "platform", "indirect"),
+        [
+            ({}, True, False),
+            ({"iommu": "auto", "indirect": "on"}, True, True),
+            ({"iommu": "auto", "indirect": "off"}, True, False),
+            ({"iommu": "off"}, False, True),
+            ({"iommu": "off", "indirect": "on"}, False, True),
+            ({"iommu": "off", "indirect": "off"}, False, False),
+        ],
+    )
+    def test_what_is_offered(
+        self,
+        device: Mirror,
+        path: Path,
+        options: dict[str, str],
+        platform: bool,
+        indirect: bool,
+    ) -> None:
+        options = {"indirect": "auto", **options}
+        with Serving(device, path, **options), Frontend(path) as frontend:
             frontend.negotiate(0)
-            assert bool(frontend.offered >> 33 & 1) == (iommu == "auto")
+            assert bool(frontend.offered >> 33 & 1) == platform
+            assert bool(frontend.offered >> 28 & 1) == indirect
             assert frontend.offered & 0b111 == 0b101
-            for bit in (28, 29, 32):
+            for bit in (29, 32):
                 assert frontend.offered >> bit & 1
 
 
@@ -328,6 +347,7 @@ class TestSocket:
         "options",
         [
             {"iommu": "on"},
+            {"indirect": "yes"},
             {"miss_timeout": 0},
             {"miss_timeout": -1},
             {"miss_timeout": float("nan")},

@@ -512,7 +512,7 @@ class TestConfiguration:
         assert device.config() == bytes.fromhex(
             "0008000000000000"  # capacity: 2048 sectors
             "00000000"  # size_max
-            "fe000000"  # seg_max: 254
+            "7e000000"  # seg_max: 126
             "0000"
             "00"
             "00"  # geometry

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 from contextlib import ExitStack
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import click
 
@@ -65,6 +65,14 @@ def cli() -> None:
     help="Whether the device may sit behind an IOMMU.",
 )
 @click.option(
+    "--indirect",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Whether to offer indirect descriptors; auto: unless there may be an IOMMU, where each "
+    "request's table costs a translation. Without them the queue needs 128 entries.",
+)
+@click.option(
     "--poll-us",
     type=click.IntRange(0, 1_000_000),
     default=0,
@@ -78,7 +86,8 @@ def blk(
     path: str,
     read_only: bool,
     num_queues: int,
-    iommu: str,
+    iommu: Literal["auto", "off"],
+    indirect: Literal["auto", "on", "off"],
     poll_us: int,
     serial: str | None,
 ) -> None:
@@ -89,7 +98,7 @@ def blk(
             device = BlockDevice(image, read_only=read_only, num_queues=num_queues, serial=serial)
             stack.callback(device.close)
             backend = stack.enter_context(
-                Backend(device, path, iommu="off" if iommu == "off" else "auto", poll_us=poll_us)
+                Backend(device, path, iommu=iommu, indirect=indirect, poll_us=poll_us)
             )
             _run_until_signalled(backend)
     except (GuestioError, ValueError) as error:

@@ -126,7 +126,9 @@ class LoadPlan:
         """Entries of each queue."""
         if self.queue_size is not None:
             return self.queue_size
-        return max(_USUAL_ENTRIES, 1 << (self._needed_entries() - 1).bit_length())
+        # Room for all requests even if the device turns out to know no indirect tables.
+        wanted = max(self._needed_entries(), min(self.pieces * self.depth, MOST_ENTRIES))
+        return max(_USUAL_ENTRIES, 1 << (wanted - 1).bit_length())
 
     @property
     def writes(self) -> bool:

@@ -18,7 +18,13 @@ from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.poller import Poller
 from guestio.vhost_user.service import Service
 from guestio.vhost_user.statistics import Statistics
-from guestio.virtio.device import Device
+from guestio.virtio.device import (
+    VIRTIO_F_ACCESS_PLATFORM,
+    VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_VERSION_1,
+    Device,
+)
 
 log = logging.getLogger("guestio.vhost_user")
 
@@ -40,6 +46,10 @@ class Backend:
         path: Where to listen. A socket that nobody listens on is replaced.
         iommu: ``"auto"`` lets the front-end decide whether there is an IOMMU; ``"off"`` does not
             offer it.
+        indirect: Whether to offer VIRTIO_F_INDIRECT_DESC. ``"auto"`` does so without an IOMMU:
+            behind one, each request's table is another page to ask for and to be forgotten, and
+            what is in it can only be asked for afterwards. Without tables a request takes as many
+            entries of its ring as it has pieces.
         miss_timeout: Seconds a front-end may take to answer an IOTLB miss; then the request fails.
         track_dirty: Whether to mark and count the pages of guest memory that the device writes.
         poll_us: Microseconds to look out for the next request before sleeping: faster at low
@@ -61,12 +71,15 @@ class Backend:
         path: str | os.PathLike[str],
         *,
         iommu: Literal["auto", "off"] = "auto",
+        indirect: Literal["auto", "on", "off"] = "auto",
         miss_timeout: float = 5.0,
         track_dirty: bool = False,
         poll_us: int = 0,
     ) -> None:
         if iommu not in ("auto", "off"):
             raise ValueError(f"iommu {iommu!r} is neither 'auto' nor 'off'")
+        if indirect not in ("auto", "on", "off"):
+            raise ValueError(f"indirect {indirect!r} is neither 'auto' nor 'on' nor 'off'")
         if not miss_timeout > 0:
             raise ValueError(f"miss_timeout {miss_timeout} must be greater than 0")
         if check_int(poll_us, "poll_us") < 0:
@@ -74,7 +87,11 @@ class Backend:
         self.device = device
         self.path = os.fspath(path)
         self.statistics = Statistics()
-        self._iommu = iommu
+        self._offered = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_EVENT_IDX
+        if iommu == "auto":
+            self._offered |= 1 << VIRTIO_F_ACCESS_PLATFORM
+        if indirect == "on" or (indirect == "auto" and iommu == "off"):
+            self._offered |= 1 << VIRTIO_F_INDIRECT_DESC
         self._miss_timeout = miss_timeout
         self._track_dirty = track_dirty
         self._poll_us = poll_us
@@ -146,7 +163,7 @@ class Backend:
                 self.device,
                 self._poller,
                 self.statistics,
-                offer_iommu=self._iommu == "auto",
+                offered=self._offered,
                 miss_timeout=self._miss_timeout,
                 track_dirty=self._track_dirty,
                 poll_us=self._poll_us,

@@ -40,7 +40,6 @@ from guestio.virtio.device import (
     VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_INDIRECT_DESC,
-    VIRTIO_F_VERSION_1,
     Device,
     Status,
 )
@@ -99,7 +98,7 @@ class Service:
         device: What it is connected to.
         poller: Calls back when there is something to do.
         statistics: Where to count.
-        offer_iommu: Whether the device may sit behind an IOMMU.
+        offered: Features of the transport to offer beside the device's own.
         miss_timeout: Seconds a front-end may take to answer an IOTLB miss.
         track_dirty: Whether to mark the pages that the device writes.
         poll_us: Microseconds to look out for a request before sleeping.
@@ -115,7 +114,7 @@ class Service:
         poller: Poller,
         statistics: Statistics,
         *,
-        offer_iommu: bool,
+        offered: int,
         miss_timeout: float,
         track_dirty: bool,
         poll_us: int,
@@ -135,13 +134,7 @@ class Service:
         self._status = 0
         self._negotiated = 0
         self._bursts = _Bursts()
-        self.features = (
-            device.features
-            | 1 << VIRTIO_F_VERSION_1
-            | 1 << VIRTIO_F_INDIRECT_DESC
-            | 1 << VIRTIO_F_EVENT_IDX
-            | (1 << VIRTIO_F_ACCESS_PLATFORM if offer_iommu else 0)
-        )
+        self.features = device.features | offered
         self.protocol_features = int(SUPPORTED_PROTOCOL_FEATURES)
         self.num_queues = device.num_queues
         self.max_mem_slots = MAX_MEM_SLOTS

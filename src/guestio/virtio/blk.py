@@ -40,7 +40,7 @@ S_IOERR: Final = 1
 S_UNSUPP: Final = 2
 
 ID_BYTES: Final = 20
-SEG_MAX: Final = 254
+SEG_MAX: Final = 126
 MAX_TRIM_SECTORS: Final = 1 << 22
 MAX_TRIM_SEGMENTS: Final = 32
 
