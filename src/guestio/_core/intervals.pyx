@@ -739,6 +739,8 @@ cdef inline bint joins(const Entry *a, const Entry *b) noexcept nogil:
 
 cdef object as_u64_array(object values, str name):
     if isinstance(values, np.ndarray):
+        if values.ndim > 1:
+            raise ValueError(f"{name} must have one dimension, not {values.ndim}")
         if values.dtype.kind not in "ui":
             raise TypeError(f"{name} must be integers that fit in 64 bits, not {values.dtype}")
         if values.dtype.kind == "i" and values.size and values.min() < 0:

@@ -192,7 +192,7 @@ cdef class HostMapping:
         cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS if fd < 0 else MAP_SHARED
         cdef size_t page = page_size_of(fd)
         cdef size_t margin = page if guard else 0
-        cdef size_t whole
+        cdef size_t inner, whole
         cdef void *at
         if not length:
             raise ValueError("size must be greater than 0")
@@ -205,14 +205,16 @@ cdef class HostMapping:
             flags |= MAP_NORESERVE
         if install_handler():
             raise failure("cannot install a handler for SIGBUS")
-        whole = (length + page - 1) // page * page + 2 * margin
+        inner = (length + page - 1) // page * page
+        # Room to begin at a multiple of the page size, which the kernel grants small pages only.
+        whole = inner + (3 if page > page_size_of(-1) else 2) * margin
         at = mmap(NULL, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) \
             if guard else NULL
         if guard and at == MAP_FAILED:
             raise failure(f"cannot reserve {whole:#x} bytes")
         self.reserved, self.reserved_size = <u8 *>at, whole
         at = mmap(
-            self.reserved + margin if guard else NULL, length, prot,
+            <void *>((<size_t>at + 2 * margin - 1) // page * page) if guard else NULL, length, prot,
             flags | (MAP_FIXED if guard else 0), fd, start,
         )
         if at == MAP_FAILED:
@@ -225,7 +227,7 @@ cdef class HostMapping:
             self.reserved = <u8 *>at
         self.ptr = <u8 *>at
         self.size, self.writable, self.page_size = length, writable, page
-        self.spot = take_spot(<size_t>at, whole - 2 * margin, page, prot)
+        self.spot = take_spot(<size_t>at, inner, page, prot)
         if self.spot is NULL:
             munmap(self.reserved, whole)
             self.reserved = self.ptr = NULL
