@@ -1,8 +1,10 @@
 """Where writes through an IOMMU are marked, and how marks are harvested."""
 
 import ctypes
+import itertools
 import os
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -156,3 +158,40 @@ def test_a_tebibyte_is_harvested_at_memory_speed():
     words = bitmap.get_and_reset()
     assert words.nbytes == 32 << 20
     assert not words.any()
+
+
+def test_a_tebibyte_is_harvested_in_parts_and_pages_of_any_size():
+    """Each byte range gives and takes what is its own, in whatever pages it is counted."""
+    guest, huge = 1 << 40, 2 << 20
+    bitmap = AtomicBitmap(guest)
+    rng = np.random.default_rng(2)
+    chosen = np.unique(rng.integers(0, guest // PAGE, 5000)).astype(np.uint64)
+    for page in chosen.tolist():
+        bitmap.set_range(page * PAGE + 17, 1)
+    as_huge = np.unique(chosen // np.uint64(huge // PAGE))
+    assert np.array_equal(bitmap.dirty_pages(page_size=huge), as_huge)
+    assert bitmap.dirty_pages(page_size=1 << 39).tolist() == [0, 1]
+    found = []
+    cuts = [0, 1, PAGE, 12345 * PAGE + 1, 1 << 33, (1 << 39) + 5, guest - PAGE - 1, guest]
+    for start, end in itertools.pairwise(cuts):
+        expected = chosen[(chosen >= start // PAGE) & (chosen <= (end - 1) // PAGE)]
+        assert set(bitmap.dirty_pages(start, end - start).tolist()) <= set(expected.tolist())
+        found.append(bitmap.dirty_pages(start, end - start, clear=True))
+        assert bitmap.dirty_pages(start, end - start).size == 0
+    assert np.array_equal(np.concatenate(found), chosen)
+    assert bitmap.count() == 0
+
+
+def test_a_sparse_harvest_allocates_for_what_is_dirty_only():
+    bitmap = AtomicBitmap(1 << 40)
+    for page in range(0, 1 << 28, 1 << 20):
+        bitmap.set_bit(page)
+    bitmap.dirty_pages(0, 1)
+    tracemalloc.start()
+    try:
+        found = bitmap.dirty_pages(clear=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.tolist() == list(range(0, 1 << 28, 1 << 20))
+    assert peak < 1 << 16

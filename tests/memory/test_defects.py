@@ -17,10 +17,12 @@ from guestio import (
     Iommu,
     IommuMemory,
     Iotlb,
+    IotlbFails,
     MmapRegion,
     PartialAccessError,
     PermissionDeniedError,
     Permissions,
+    VolatileSlice,
 )
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
@@ -193,6 +195,48 @@ def behind():
     return IommuMemory(backend, tables, bitmap=AtomicBitmap(0x10000)), read_only
 
 
+def test_a2_every_range_of_the_space_can_be_mapped():
+    """The original panics at a length of 0 and at an end of 2**64."""
+    top, iotlb = 2**64, Iotlb()
+    for start, length in ((top - 1, 1), (top - 0x1000, 0x1000), (0, top)):
+        iotlb.set_mapping(start, 0x5000, length, RW)
+        assert iotlb.lookup(top - 1, 1, RW) == [((0x5000 + top - 1 - start) % top, 1)]
+        iotlb.invalidate_mapping(top - 1, 1)
+        with pytest.raises(IotlbFails) as caught:
+            iotlb.lookup(top - 1, 1, R)
+        assert caught.value.misses == [(top - 1, 1)]
+        iotlb.invalidate_all()
+    iotlb.set_mapping(0x1000, 0, 0x1000, RW)
+    before = list(iotlb)
+    for refused in (
+        lambda: iotlb.set_mapping(0x1000, 0, 0, RW),
+        lambda: iotlb.set_mapping(top - 1, 0, 2, RW),
+        lambda: iotlb.invalidate_mapping(0x1000, 0),
+        lambda: iotlb.invalidate_mapping(top - 1, 2),
+        lambda: iotlb.lookup(top - 1, 2, R),
+    ):
+        with pytest.raises(ValueError, match=r"greater than 0|passes 2\*\*64"):
+            refused()
+    assert list(iotlb) == before
+
+
+@pytest.mark.parametrize("iova", [0x5000, 0x5001, 0x5800, 0x5FFF, 0x6000, 0x9999999, 2**64 - 1])
+def test_a3_an_access_of_nothing_succeeds_everywhere(behind, iova):
+    """At the start of an entry that forbids it, inside, at its end, in a hole."""
+    memory, _ = behind
+    memory.write(iova, b"")
+    memory.fill(iova, 0)
+    assert memory.write_some(iova, b"") == 0
+    assert memory.read_from(iova, io.BytesIO(b"x"), 0) == 0
+    assert memory.check_range(iova, 0, RW)
+    assert list(memory.slices(iova, 0, RW)) == []
+    with memory.gather(iova, 0, RW) as vector, memory.iommu.translate(iova, 0, RW) as ranges:
+        assert (len(vector), ranges) == (0, [])
+    assert memory.iommu.iotlb.lookup(iova, 0, W) == []
+    assert memory.bitmap.count() == 0
+    assert len(memory.iommu.iotlb.leases) == 0
+
+
 def test_a4_translation_fails_as_a_whole(behind):
     memory, _ = behind
     for call in (
@@ -250,6 +294,21 @@ def test_a5_errors_name_the_region(behind):
         memory.write(0x5000, b"x")
     assert "does not allow" in str(refused.value)
     assert refused.value.access == W
+
+
+def test_a19_no_mark_wraps_to_an_unrelated_page():
+    """The original adds the offset of a slice modulo 2**64 and marks page 0 here."""
+    top, bitmap = 2**64, AtomicBitmap(0x3000)
+    part = bitmap.slice_at(0x1000)
+    for refused in (
+        lambda: part.set_range(top - 0x1000, 1),
+        lambda: part.is_set(top - 0x1000),
+        lambda: part.slice_at(top - 0x800).set_range(0, 1),
+        lambda: VolatileSlice.over(bytearray(0x2000)).with_bitmap(bitmap, top - 0x1000),
+    ):
+        with pytest.raises(InvalidAddressError):
+            refused()
+    assert bitmap.count() == 0
 
 
 def test_a20_the_end_point_says_nothing_of_what_lies_between():

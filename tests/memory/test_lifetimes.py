@@ -3,8 +3,10 @@
 Where the danger is that the process dies, the test runs in one of its own.
 """
 
+import contextlib
 import copy
 import gc
+import io
 import os
 import pickle
 import subprocess
@@ -12,11 +14,14 @@ import sys
 import textwrap
 import weakref
 
+import numpy as np
 import pytest
 
 from guestio import (
     AtomicBitmap,
     Backing,
+    GuestioError,
+    GuestMemory,
     GuestMemoryAtomic,
     GuestRegionCollection,
     InvalidAddressError,
@@ -170,6 +175,86 @@ def test_objects_in_a_cycle_are_collected():
     gc.collect()
     assert gone() is None
     backing.close()
+
+
+class Broken(io.RawIOBase):
+    """A stream that fails."""
+
+    def read(self, size=-1):
+        raise ConnectionResetError("gone")
+
+    def write(self, data):
+        raise ConnectionResetError("gone")
+
+
+class Foreign(GuestMemory):
+    """Memory of somebody else."""
+
+    def __init__(self, backend):
+        self.backend = backend
+
+    def check_range(self, addr, length, access=Permissions.NONE):
+        return self.backend.check_range(addr, length, access)
+
+    def slices(self, addr, length, access=R):
+        yield from self.backend.slices(addr, length, access)
+
+
+REFUSED = {
+    "read": lambda m: m.read(0x1000, 4),
+    "read of a part": lambda m: m.read(0xFF0, 0x20),
+    "readinto": lambda m: m.readinto(0xFF0, bytearray(0x20)),
+    "read_some": lambda m: m.read_some(0x1000, bytearray(4)),
+    "write": lambda m: m.write(0x1000, bytes(4)),
+    "write of a part": lambda m: m.write(0xFF0, bytes(0x20)),
+    "write_some": lambda m: m.write_some(0x1000, b"1"),
+    "fill": lambda m: m.fill(0xFF0, 0x20, 1),
+    "fill with nonsense": lambda m: m.fill(0, 4, 256),
+    "load": lambda m: m.load(0x1000, 4),
+    "misaligned load": lambda m: m.load(1, 4),
+    "store": lambda m: m.store(0x1000, 1, 4),
+    "compare_exchange": lambda m: m.compare_exchange(0x1000, 1, 1, 4),
+    "slices": lambda m: list(m.slices(0xFF0, 0x20)),
+    "gather": lambda m: m.gather(0xFF0, 0x20, R),
+    "read_obj": lambda m: m.read_obj(0xFFC, "u8"),
+    "write_obj": lambda m: m.write_obj(0xFFC, np.uint64(1)),
+    "read_from": lambda m: m.read_from(0x1000, io.BytesIO(b"1"), 1),
+    "read_from a broken stream": lambda m: m.read_from(0, Broken(), 1),
+    "read_exact_from": lambda m: m.read_exact_from(0xFF0, io.BytesIO(bytes(64)), 64),
+    "read_exact_from a short stream": lambda m: m.read_exact_from(0, io.BytesIO(bytes(4)), 64),
+    "read_exact_from a broken stream": lambda m: m.read_exact_from(0, Broken(), 64),
+    "write_to": lambda m: m.write_to(0x1000, io.BytesIO(), 1),
+    "write_to a broken stream": lambda m: m.write_to(0, Broken(), 8),
+    "write_all_to": lambda m: m.write_all_to(0xFF0, io.BytesIO(), 64),
+    "where nothing is mapped": lambda m: m.read(0x9000, 4),
+}
+
+
+@pytest.mark.parametrize("kind", ["collection", "slice", "behind an IOMMU", "somebody else's"])
+@pytest.mark.parametrize("call", REFUSED)
+def test_a_refused_access_lets_go_of_the_memory(kind, call):
+    """At once: its error does not keep memory in use until the collector comes by."""
+    backing = Backing.anonymous(0x1000)
+    memory = GuestRegionCollection.from_regions([MmapRegion(0, backing)])
+    if kind == "slice":
+        memory = SliceMemory(memory.whole_slice(0, 0x1000, RW))
+    elif kind == "behind an IOMMU":
+        iommu = Tables()
+        iommu.iotlb.set_mapping(0x1000, 0x1000, 0x1000, RW)
+        memory = IommuMemory(memory, iommu)
+    elif kind == "somebody else's":
+        memory = Foreign(memory)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(GuestioError, ValueError, OSError):
+            pytest.fail(f"answered {REFUSED[call](memory)}")
+        if kind == "behind an IOMMU":
+            assert len(iommu.iotlb.leases) == 0
+        del memory
+        backing.close()
+    finally:
+        gc.enable()
 
 
 def run(code, timeout=60):

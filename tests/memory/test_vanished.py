@@ -211,6 +211,73 @@ SCENARIOS = {
         queue.complete(chains[0], 0)
         assert queue.publish() is not None and memory.load(low + 0x902, 2) == 1
     """,
+    "a used ring between taking and giving back": """
+        from guestio._core.ring import SplitRing
+        low = 0x100000
+        memory, region = fresh(keep=SIZE)
+        memory.fill(low, SIZE)
+        memory.write(low, (low + 0x1000).to_bytes(8, "little") + (8).to_bytes(4, "little"))
+        memory.store(low + 0x802, 1, 2)
+        queue = SplitRing(memory._space, 8, low, low + 0x800, GONE)
+        (chain,), misses = queue.pop()
+        os.ftruncate(region.backing.fd, 2 * PAGE)
+        try:
+            queue.complete(chain, 0)
+            queue.publish()
+        except QueueError as error:
+            assert "truncated" in str(error), error
+        else:
+            raise AssertionError("nothing was noticed")
+        assert queue.broken
+        assert memory.read(low, 8) == (low + 0x1000).to_bytes(8, "little")
+    """,
+    "chains that a file is read into": """
+        from guestio._core.ring import SplitRing
+        low, fd = 0x100000, os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+        os.write(fd, bytes(4096))
+        os.lseek(fd, 0, os.SEEK_SET)
+        memory, region = fresh()
+        memory.fill(low, 2 * PAGE)
+        for at, flags in ((0, 1), (16, 2)):
+            memory.write(low + at, (GONE + 256 * at).to_bytes(8, "little")
+                         + (512).to_bytes(4, "little") + bytes((flags, 0, at // 16 + 1, 0)))
+        memory.store(low + 0x802, 1, 2)
+        queue = SplitRing(memory._space, 8, low, low + 0x800, low + 0x900)
+        (chain,), misses = queue.pop()
+        vanishes(lambda: chain.readable.to_file(fd), GONE)
+        vanishes(lambda: chain.writable.from_file(fd), GONE + 4096)
+        queue.complete(chain, 0)
+        assert queue.publish() is not None and not queue.broken
+    """,
+    "regular files": """
+        for writable in (True, False):
+            path = sys.argv[1] + str(writable)
+            with open(path, "wb") as file:
+                file.write(bytes([7]) * SIZE)
+            backing = Backing.from_file(path, offset=100, writable=writable)
+            assert backing.shrinkable and backing.seals == frozenset()
+            memory = GuestRegionCollection.from_regions([MmapRegion(0, backing)])
+            assert memory.read(SIZE - 200, 100) == bytes([7]) * 100
+            os.truncate(path, 2 * PAGE)
+            vanishes(lambda: memory.load(2 * PAGE - 100 + 8, 8), 2 * PAGE - 92)
+            vanishes(lambda: memory.read(0, SIZE - 100), 2 * PAGE - 100)
+            assert memory.read(0, 2 * PAGE - 100) == bytes([7]) * (2 * PAGE - 100)
+            assert backing.vanished == 2 * PAGE - 100
+    """,
+    "all of it": """
+        memory, region = fresh(keep=0)
+        for call in (
+            lambda: memory.read(0x100000, 1),
+            lambda: memory.compare_exchange(0x100000, 0, 1, 8),
+            lambda: memory.whole_slice(0x100000, SIZE, RW).copy_to(bytearray(SIZE)),
+            lambda: memory.read_exact_from(0x100000, io.BytesIO(bytes(8)), 8),
+        ):
+            vanishes(call)
+        assert region.backing.vanished == 0 and not region.backing.closed
+        assert memory.check_range(0x100000, SIZE, RW)
+        del memory
+        region.backing.close()
+    """,
     "while it is copied": """
         memory, region = fresh(keep=SIZE)
         done = threading.Event()
@@ -230,7 +297,6 @@ SCENARIOS = {
     """,
     "two mappings": """
         memory, region = fresh()
-        other = MmapRegion.from_fd(0, Backing.memfd(SIZE).fd, SIZE) if False else None
         twin = Backing.memfd(SIZE)
         beside = GuestRegionCollection.from_regions([MmapRegion(0, twin)])
         vanishes(lambda: memory.read(GONE, 1), GONE)

@@ -11,10 +11,10 @@ from typing import Final, Self
 from guestio._core.access import AddressSpace, IoVector, VolatileSlice
 from guestio._core.bitmap import AtomicBitmap
 from guestio.addr import IovaRange, MappedRange, Permissions
-from guestio.errors import AccessError, CannotResolveError, InvalidAddressError, IotlbFails
+from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails
 from guestio.iommu.iotlb import Iotlb
 from guestio.memory import GuestMemory, GuestRegionCollection
-from guestio.memory.access import held_slices, stop_error
+from guestio.memory.access import Stop, held_slices, stop_of
 
 
 class Iommu(ABC):
@@ -70,7 +70,8 @@ class Iommu(ABC):
                 return self.iotlb.guard(iova, length, access)
             except IotlbFails as missing:
                 self.resolve(missing, iova, length, access)
-                fails = missing
+                # Without its frames, of which this one refers to it.
+                fails = missing.with_traceback(None)
         raise CannotResolveError(
             IovaRange(iova, length), access, f"its translation does not stay: {fails}"
         )
@@ -158,11 +159,11 @@ class IommuMemory(GuestMemory):
     def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:
         """Whether a range translates for ``access`` and memory is behind all of it."""
         try:
-            vector, error = self._gather(addr, length, access)
+            vector, stop = self._gather(addr, length, access)
         except (CannotResolveError, InvalidAddressError):
             return False
         vector.close()
-        return error is None
+        return stop is None
 
     def slices(
         self, addr: int, length: int, access: Permissions = Permissions.READ
@@ -174,16 +175,14 @@ class IommuMemory(GuestMemory):
         """
         return held_slices(*self._gather(addr, length, access))
 
-    def _gather(
-        self, addr: int, length: int, access: Permissions
-    ) -> tuple[IoVector, AccessError | None]:
+    def _gather(self, addr: int, length: int, access: Permissions) -> tuple[IoVector, Stop | None]:
         if not self._enabled:
             return self.backend._gather(addr, length, access)
         try:
             vector = self._space.gather(addr, length, access)
         except IotlbFails:
             vector = self._gather_resolved(addr, length, access)
-        return vector, stop_error(vector, addr, length) if vector.stop else None
+        return vector, stop_of(vector, addr, length)
 
     def _gather_resolved(self, addr: int, length: int, access: Permissions) -> IoVector:
         with ExitStack() as held:

@@ -86,19 +86,17 @@ class GuestMemory(ABC):
         Raises:
             AccessError: Some of it is not there or not allowed.
         """
-        vector, error = self._gather(addr, length, access)
-        if error is not None:
+        vector, stop = self._gather(addr, length, access)
+        if stop is not None:
             vector.close()
-            raise error
+            raise stop.take()
         return vector
 
-    def _gather(
-        self, addr: int, length: int, access: Permissions
-    ) -> tuple[IoVector, AccessError | None]:
+    def _gather(self, addr: int, length: int, access: Permissions) -> tuple[IoVector, Stop | None]:
         """As much of a range as there is, and why it is not all."""
         found: list[VolatileSlice] = []
         got = 0
-        error: AccessError | None = None
+        stop: Stop | None = None
         source = self.slices(addr, length, access)
         try:
             # The iterator is not exhausted, because that would give the translation back.
@@ -106,16 +104,16 @@ class GuestMemory(ABC):
                 found.append(next(source))
                 got += len(found[-1])
         except StopIteration:
-            error = InvalidAddressError(addr + got, length - got, access, "memory ends there")
+            stop = Stop(InvalidAddressError(addr + got, length - got, access, "memory ends there"))
         except AccessError as stopped:
-            error = stopped
+            stop = Stop(stopped.with_traceback(None))
         vector = IoVector.of_slices(found, access)
         close = getattr(source, "close", None)
         if close is not None:
             held = ExitStack()
             held.callback(close)
             vector.hold(held)
-        return vector, error
+        return vector, stop
 
     def read(self, addr: int, length: int) -> bytes:
         """A copy of exactly ``length`` bytes.
@@ -128,10 +126,10 @@ class GuestMemory(ABC):
             data = self._direct.read(addr, length)
             if data is not None:
                 return data
-        vector, error = self._gather(addr, length, Permissions.READ)
+        vector, stop = self._gather(addr, length, Permissions.READ)
         with vector:
-            if error is not None:
-                raise _shortfall(error, addr, length, Permissions.READ, vector.total)
+            if stop is not None:
+                raise _shortfall(stop, addr, length, Permissions.READ, vector.total)
             return vector.read()
 
     def readinto(self, addr: int, buffer: Buffer) -> None:
@@ -139,9 +137,9 @@ class GuestMemory(ABC):
         if self._direct is not None and self._direct.readinto(addr, buffer):
             return
         view = memoryview(buffer).cast("B")
-        done, error = self._copy_out(addr, view)
-        if error is not None:
-            raise _shortfall(error, addr, len(view), Permissions.READ, done)
+        done, stop = self._copy_out(addr, view)
+        if stop is not None:
+            raise _shortfall(stop, addr, len(view), Permissions.READ, done)
 
     def read_some(self, addr: int, buffer: Buffer) -> int:
         """Fill a buffer as far as memory goes; the number of bytes, at least 1 unless it is empty.
@@ -149,16 +147,16 @@ class GuestMemory(ABC):
         Raises:
             AccessError: The first byte is not there or may not be read.
         """
-        done, error = self._copy_out(addr, memoryview(buffer).cast("B"))
-        if error is not None and not done:
-            raise error
+        done, stop = self._copy_out(addr, memoryview(buffer).cast("B"))
+        if stop is not None and not done:
+            raise stop.take()
         return done
 
-    def _copy_out(self, addr: int, view: memoryview) -> tuple[int, AccessError | None]:
-        vector, error = self._gather(addr, len(view), Permissions.READ)
+    def _copy_out(self, addr: int, view: memoryview) -> tuple[int, Stop | None]:
+        vector, stop = self._gather(addr, len(view), Permissions.READ)
         with vector:
             vector.readinto(view[: vector.total])
-            return vector.total, error
+            return vector.total, stop
 
     def write(self, addr: int, data: Buffer) -> None:
         """Copy all of ``data`` to ``addr``.
@@ -170,9 +168,9 @@ class GuestMemory(ABC):
         if self._direct is not None and self._direct.write(addr, data):
             return
         view = memoryview(data).cast("B")
-        done, error = self._copy_in(addr, view)
-        if error is not None:
-            raise _shortfall(error, addr, len(view), Permissions.WRITE, done)
+        done, stop = self._copy_in(addr, view)
+        if stop is not None:
+            raise _shortfall(stop, addr, len(view), Permissions.WRITE, done)
 
     def write_some(self, addr: int, data: Buffer) -> int:
         """Copy as much of ``data`` as memory goes; the number of bytes.
@@ -180,24 +178,24 @@ class GuestMemory(ABC):
         Raises:
             AccessError: The first byte is not there or may not be written.
         """
-        done, error = self._copy_in(addr, memoryview(data).cast("B"))
-        if error is not None and not done:
-            raise error
+        done, stop = self._copy_in(addr, memoryview(data).cast("B"))
+        if stop is not None and not done:
+            raise stop.take()
         return done
 
-    def _copy_in(self, addr: int, view: memoryview) -> tuple[int, AccessError | None]:
-        vector, error = self._gather(addr, len(view), Permissions.WRITE)
+    def _copy_in(self, addr: int, view: memoryview) -> tuple[int, Stop | None]:
+        vector, stop = self._gather(addr, len(view), Permissions.WRITE)
         with vector:
             vector.write(view[: vector.total])
-            return vector.total, error
+            return vector.total, stop
 
     def fill(self, addr: int, length: int, value: int = 0) -> None:
         """Set ``length`` bytes to ``value``, 0 to 255; raises as :meth:`write`."""
-        vector, error = self._gather(addr, length, Permissions.WRITE)
+        vector, stop = self._gather(addr, length, Permissions.WRITE)
         with vector:
             vector.fill(value)
-            if error is not None:
-                raise _shortfall(error, addr, length, Permissions.WRITE, vector.total)
+            if stop is not None:
+                raise _shortfall(stop, addr, length, Permissions.WRITE, vector.total)
 
     def read_obj(self, addr: int, kind: type[T] | np.dtype[Any]) -> T:
         """One object: of a ctypes type (a structure, ``c_uint32``, ...) or of a numpy dtype.
@@ -262,10 +260,10 @@ class GuestMemory(ABC):
             AccessError: The first byte is not there or may not be written.
             OSError: The stream failed; BlockingIOError if it has nothing now.
         """
-        vector, error = self._gather(addr, check_int(count, "count"), Permissions.WRITE)
+        vector, stop = self._gather(addr, check_int(count, "count"), Permissions.WRITE)
         with vector:
-            if error is not None and not vector.total:
-                raise error
+            if stop is not None and not vector.total:
+                raise stop.take()
             return pull(vector, source, 0, vector.total)
 
     def read_exact_from(self, addr: int, source: Source, count: int) -> None:
@@ -276,21 +274,25 @@ class GuestMemory(ABC):
                 its cause says which.
             OSError: The stream failed before any byte moved.
         """
-        vector, error = self._gather(addr, check_int(count, "count"), Permissions.WRITE)
+        vector, stop = self._gather(addr, check_int(count, "count"), Permissions.WRITE)
         with vector:
             done = 0
             while done < vector.total:
                 try:
                     moved = pull(vector, source, done, vector.total - done)
                 except OSError as failed:
-                    raise _stream_error(failed, addr, count, Permissions.WRITE, done) from failed
+                    if not done or isinstance(failed, AccessError):
+                        raise
+                    raise PartialAccessError(
+                        addr, count, Permissions.WRITE, done, f"the stream failed: {failed}"
+                    ) from failed
                 if not moved:
                     raise PartialAccessError(
                         addr, count, Permissions.WRITE, done, "the stream ended"
                     ) from EOFError("the stream ended")
                 done += moved
-        if error is not None:
-            raise _shortfall(error, addr, count, Permissions.WRITE, done)
+        if stop is not None:
+            raise _shortfall(stop, addr, count, Permissions.WRITE, done)
 
     def write_to(self, addr: int, sink: Sink, count: int) -> int:
         """Write up to ``count`` bytes of memory to a stream.
@@ -306,9 +308,9 @@ class GuestMemory(ABC):
             AccessError: The first byte is not there or may not be read.
             OSError: The stream failed before any byte moved.
         """
-        done, error = self._push(addr, sink, count)
-        if error is not None and not done:
-            raise error
+        done, stop = self._push(addr, sink, count)
+        if stop is not None and not done:
+            raise stop.take()
         return done
 
     def write_all_to(self, addr: int, sink: Sink, count: int) -> None:
@@ -318,25 +320,29 @@ class GuestMemory(ABC):
             PartialAccessError: Memory ended, or the sink takes no more.
             OSError: The stream failed before any byte moved.
         """
-        done, error = self._push(addr, sink, count)
-        if error is not None:
-            raise _shortfall(error, addr, count, Permissions.READ, done)
+        done, stop = self._push(addr, sink, count)
+        if stop is not None:
+            raise _shortfall(stop, addr, count, Permissions.READ, done)
 
-    def _push(self, addr: int, sink: Sink, count: int) -> tuple[int, AccessError | None]:
-        vector, error = self._gather(addr, check_int(count, "count"), Permissions.READ)
+    def _push(self, addr: int, sink: Sink, count: int) -> tuple[int, Stop | None]:
+        vector, stop = self._gather(addr, check_int(count, "count"), Permissions.READ)
         with vector:
             done = 0
             while done < vector.total:
                 try:
                     moved = push(vector, sink, done, vector.total - done)
                 except OSError as failed:
-                    raise _stream_error(failed, addr, count, Permissions.READ, done) from failed
+                    if not done or isinstance(failed, AccessError):
+                        raise
+                    raise PartialAccessError(
+                        addr, count, Permissions.READ, done, f"the stream failed: {failed}"
+                    ) from failed
                 if not moved:
                     raise PartialAccessError(
                         addr, count, Permissions.READ, done, "the stream takes no more"
                     )
                 done += moved
-            return done, error
+            return done, stop
 
 
 class SliceMemory(GuestMemory):
@@ -365,28 +371,45 @@ class SliceMemory(GuestMemory):
         self, addr: int, length: int, access: Permissions = Permissions.READ
     ) -> Iterator[VolatileSlice]:
         """The part of the slice; see :meth:`GuestMemory.slices`."""
-        vector, error = self._gather(addr, length, access)
-        return held_slices(vector, error)
+        return held_slices(*self._gather(addr, length, access))
 
-    def _gather(
-        self, addr: int, length: int, access: Permissions
-    ) -> tuple[IoVector, AccessError | None]:
+    def _gather(self, addr: int, length: int, access: Permissions) -> tuple[IoVector, Stop | None]:
         start, size = check_range(addr, length)
         wanted, there = check_access(access), len(self._memory)
         if size > sys.maxsize:
             raise InvalidAddressError(start, size, wanted, "more than a process can address")
         have = min(size, max(there - start, 0))
-        error: AccessError | None = None
+        stop: Stop | None = None
         if have < size:
-            error = InvalidAddressError(
-                start + have, size - have, wanted, f"the slice is {there:#x} bytes long"
-            )
+            reason = f"the slice is {there:#x} bytes long"
+            stop = Stop(InvalidAddressError(start + have, size - have, wanted, reason))
         part = [self._memory.subslice(start, have)] if have else []
-        return IoVector.of_slices(part, wanted), error
+        return IoVector.of_slices(part, wanted), stop
 
 
-def stop_error(vector: IoVector, addr: int, length: int) -> AccessError:
-    """Why a vector holds less than was asked for."""
+class Stop:
+    """Why a range ends early: an error, to be raised once or not at all.
+
+    An error refers to the frames that it passed. If one of them referred to the error as well,
+    the memory would stay in use until the garbage collector comes by; so frames hold this.
+    """
+
+    __slots__ = ("_error",)
+
+    def __init__(self, error: AccessError) -> None:
+        self._error = [error]
+
+    def take(self) -> AccessError:
+        """The error, which is forgotten here."""
+        return self._error.pop()
+
+
+def stop_of(vector: IoVector, addr: int, length: int) -> Stop | None:
+    """Why a vector holds less than was asked for, if it does."""
+    return Stop(_stop_error(vector, addr, length)) if vector.stop else None
+
+
+def _stop_error(vector: IoVector, addr: int, length: int) -> AccessError:
     at, target = vector.stop_addr, vector.stop_target
     behind = None if at == target else target
     rest = addr + length - at
@@ -398,18 +421,17 @@ def stop_error(vector: IoVector, addr: int, length: int) -> AccessError:
     return InvalidAddressError(at, rest, access, "no memory region is there", target=behind)
 
 
-def held_slices(vector: IoVector, error: AccessError | None) -> Iterator[VolatileSlice]:
-    """The slices of a vector, which is held while they are iterated; then ``error``, if any."""
+def held_slices(vector: IoVector, stop: Stop | None) -> Iterator[VolatileSlice]:
+    """The slices of a vector, which is held while they are iterated; then the error, if any."""
     with vector:
         yield from vector.slices()
-    if error is not None:
-        raise error
+    if stop is not None:
+        raise stop.take()
 
 
-def _shortfall(
-    error: AccessError, addr: int, length: int, access: Permissions, done: int
-) -> AccessError:
-    """The error of an exact transfer that moved ``done`` bytes and then met ``error``."""
+def _shortfall(stop: Stop, addr: int, length: int, access: Permissions, done: int) -> AccessError:
+    """The error of an exact transfer that moved ``done`` bytes and then stopped."""
+    error = stop.take()
     if not done:
         return error
     partial = PartialAccessError(
@@ -417,12 +439,3 @@ def _shortfall(
     )
     partial.__cause__ = error
     return partial
-
-
-def _stream_error(
-    error: OSError, addr: int, count: int, access: Permissions, done: int
-) -> Exception:
-    """The error of an exact transfer whose stream, or whose memory, failed."""
-    if not done or isinstance(error, AccessError):
-        return error
-    return PartialAccessError(addr, count, access, done, f"the stream failed: {error}")

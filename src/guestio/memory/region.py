@@ -13,13 +13,12 @@ from guestio._core.bitmap import AtomicBitmap
 from guestio._core.mapping import HostMapping
 from guestio.addr import Permissions, check_address, check_int, check_range, checked_add
 from guestio.errors import (
-    AccessError,
     InvalidAddressError,
     MemoryRegionOverlapError,
     NoMemoryRegionError,
     UnsortedMemoryRegionsError,
 )
-from guestio.memory.access import GuestMemory, held_slices, stop_error
+from guestio.memory.access import GuestMemory, Stop, held_slices, stop_of
 from guestio.memory.backing import Backing
 
 
@@ -350,11 +349,9 @@ class GuestRegionCollection(GuestMemory):
         """The memory of a range, region by region; see :meth:`GuestMemory.slices`."""
         return held_slices(*self._gather(addr, length, access))
 
-    def _gather(
-        self, addr: int, length: int, access: Permissions
-    ) -> tuple[IoVector, AccessError | None]:
+    def _gather(self, addr: int, length: int, access: Permissions) -> tuple[IoVector, Stop | None]:
         vector = self._space.gather(addr, length, access)
-        return vector, stop_error(vector, addr, length) if vector.stop else None
+        return vector, stop_of(vector, addr, length)
 
 
 def _check_region(region: MmapRegion) -> None:
