@@ -489,6 +489,15 @@ def test_rings_are_enabled_at_once_without_protocol_features() -> None:
     assert peer.calls[3:] == [("set_features", DEVICE_FEATURES)]
 
 
+def test_features_of_the_rings_are_understood_without_being_offered() -> None:
+    peer = Peer(negotiated=False)
+    indirect, event_idx = 1 << 28, 1 << 29
+    assert not DEVICE_FEATURES & (indirect | event_idx)
+    peer.send(F.SET_FEATURES, U64(ALL_FEATURES | indirect | event_idx))
+    assert peer.calls == [("set_features", DEVICE_FEATURES | indirect | event_idx)]
+    assert peer.session.features == DEVICE_FEATURES | indirect | event_idx
+
+
 def test_rings_may_be_enabled_before_features_as_qemu_does_for_network_devices() -> None:
     peer = Peer(negotiated=False)
     with pytest.raises(ProtocolError):

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 F = FrontendRequest
 TOP = 2**64
+# Understood without being offered, as QEMU wants it.
+RING_FEATURES = 0b11 << 28
 QUEUES = 3
 SLOTS = 4
 EDGES = (0, 1, 2, 8, 255, 256, 4095, 4096, 65535, 65536, 2**31, 2**32 - 1, 2**63, TOP - 1)
@@ -89,7 +91,7 @@ class CheckingHandler:
 
     def set_features(self, features: int) -> None:
         self._may_refuse()
-        assert features & ~DEVICE_FEATURES == 0
+        assert features & ~(DEVICE_FEATURES | RING_FEATURES) == 0
         assert features == self.acked or not any(self._started(index) for index in range(QUEUES))
         self.acked = features
 

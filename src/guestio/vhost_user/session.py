@@ -62,6 +62,7 @@ from guestio.vhost_user.messages import (
     encode_message,
     request_name,
 )
+from guestio.virtio.device import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -87,6 +88,9 @@ MAX_QUEUE_SIZE: Final = 32768
 
 _PROTOCOL_FEATURES_BIT: Final = 1 << VHOST_USER_F_PROTOCOL_FEATURES
 _ACCESS_PLATFORM_BIT: Final = 1 << VIRTIO_F_ACCESS_PLATFORM
+# QEMU's simple devices settle the rings' features with the driver whatever the back-end offers
+# (hw/virtio/vhost-user-rng.c, `vu_rng_get_features`), so these are understood in any case.
+_GRANTED_BITS: Final = 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX
 _REPLY_ACK: Final = int(ProtocolFeature.REPLY_ACK)
 _REFUSED: Final = 1
 
@@ -135,6 +139,8 @@ class SessionHandler(Protocol):
 
     def set_features(self, features: int) -> None:
         """Take over the negotiated virtio features, a subset of `features`.
+
+        Indirect tables and event indices may be among them without having been offered.
 
         Called again with others after a reset. No ring is started at that time unless the features
         are the same as before.
@@ -374,7 +380,7 @@ class Session:
 
     def _set_features(self, payload: U64, _: Message) -> None:
         offered = self._handler.features | _PROTOCOL_FEATURES_BIT
-        if extra := payload.value & ~offered:
+        if extra := payload.value & ~(offered | _GRANTED_BITS):
             raise ProtocolError(f"features {extra:#x} were never offered")
         features = payload.value & ~_PROTOCOL_FEATURES_BIT
         if features != self.features and any(ring.started for ring in self.vrings):
