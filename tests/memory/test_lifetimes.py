@@ -436,3 +436,35 @@ print("survived")
 def test_whatever_closes_while_others_use_it_is_safe():
     """Every call on shared objects, in any order, from eight threads."""
     run(RACES)
+
+
+def test_objects_that_were_never_set_up_do_no_harm():
+    """A subclass may forget to call its base, and a pickle may make an object by itself."""
+    run("""
+import contextlib, importlib, itertools
+from guestio import *
+
+VALUES = (0, 8, Permissions.READ, bytearray(8), [], None, "x")
+calls = 0
+for name in ("access", "bitmap", "intervals", "leases", "mapping", "slices", "vector"):
+    module = importlib.import_module(f"guestio._core.{name}")
+    for kind in vars(module).values():
+        if not isinstance(kind, type) or kind.__module__ != module.__name__:
+            continue
+        with contextlib.suppress(TypeError, ValueError):
+            made = kind.__new__(kind)
+            for attribute in dir(kind):
+                if attribute.startswith("__") and attribute not in ("__len__", "__iter__"):
+                    continue
+                with contextlib.suppress(Exception):
+                    method = getattr(made, attribute)
+                    for count in range(5):
+                        for arguments in itertools.islice(
+                            itertools.product(VALUES, repeat=count), 60
+                        ):
+                            calls += 1
+                            with contextlib.suppress(Exception):
+                                method(*arguments)
+assert calls > 1000, calls
+print("survived")
+""")

@@ -1,3 +1,5 @@
+from typing import Self
+
 from typing_extensions import Buffer, disjoint_base
 
 from guestio._core.bitmap import AtomicBitmap
@@ -9,14 +11,14 @@ from guestio.addr import MappedRange, Permissions
 
 @disjoint_base
 class AddressSpace:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         regions: RegionTable,
         iotlb: IntervalMap | None = None,
         bitmap: AtomicBitmap | None = None,
         *,
         mark_regions: bool = True,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def regions(self) -> RegionTable: ...
     @property

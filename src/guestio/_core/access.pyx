@@ -35,7 +35,7 @@ cdef class AddressSpace:
         mark_regions: Whether writes are marked in the regions' own bitmaps.
     """
 
-    def __init__(
+    def __cinit__(
         self, RegionTable regions not None, IntervalMap iotlb=None, AtomicBitmap bitmap=None,
         *, bint mark_regions=True,
     ):
