@@ -11,7 +11,7 @@ from itertools import permutations
 import pytest
 
 from guestio._core.intervals import IntervalMap
-from guestio._core.iotlbwire import IotlbUpdater
+from guestio._core.iotlbwire import IotlbUpdater, Traffic
 from guestio._core.questions import MAX_OUTSTANDING, PAGE, MissTable, Question, touched
 from guestio.addr import IovaRange, Permissions
 from guestio.iommu import Iotlb
@@ -571,11 +571,12 @@ class TestUpdater:
     """UPDATE and INVALIDATE as bytes; what is not plain is left for others."""
 
     def make(self) -> tuple[Iotlb, MissTable, IotlbUpdater]:
+        self.traffic = Traffic()
         iotlb, misses, users = Iotlb(), MissTable(5), IntervalMap()
         users.add(0x7F0000000000, 0x10000, 0x1000, Permissions.READ_WRITE)
         users.add(0x7F0000020000, 0x10000, 0x80000, Permissions.READ_WRITE)
         users.add(TOP - 0x2000, 0x2000, 0x200000, Permissions.READ_WRITE)
-        return iotlb, misses, IotlbUpdater(iotlb, users, misses)
+        return iotlb, misses, IotlbUpdater(iotlb, users, misses, self.traffic)
 
     @staticmethod
     def wire(*messages: IotlbMessage) -> bytes:
@@ -595,7 +596,7 @@ class TestUpdater:
         taken, replies, ready = take_updates(updater, data)
         assert taken == len(data)
         assert ready == [5]
-        assert (updater.updates, updater.invalidations) == (4, 1)
+        assert (self.traffic.updates, self.traffic.invalidations) == (4, 1)
         for at in range(0, len(replies), 20):
             header = Header.decode(replies[at : at + HEADER])
             assert decode_ack(header, replies[at + HEADER : at + 20], 22) == 0
@@ -673,8 +674,8 @@ class TestUpdater:
     def test_arguments(self) -> None:
         iotlb, misses, _ = self.make()
         with pytest.raises(TypeError):
-            IotlbUpdater(None, IntervalMap(), misses)  # type: ignore[arg-type]
+            IotlbUpdater(None, IntervalMap(), misses, Traffic())  # type: ignore[arg-type]
         with pytest.raises(TypeError):
-            IotlbUpdater(iotlb, IntervalMap(), None)  # type: ignore[arg-type]
+            IotlbUpdater(iotlb, IntervalMap(), None, Traffic())  # type: ignore[arg-type]
         with pytest.raises(TypeError):
             MissTable(5).receive("text")  # type: ignore[arg-type]

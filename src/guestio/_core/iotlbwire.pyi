@@ -1,14 +1,29 @@
+from typing import Any
+
 from typing_extensions import disjoint_base
 
 from guestio._core.intervals import IntervalMap
-from guestio._core.questions import MissTable
+from guestio._core.questions import MissTable, Question
+
+@disjoint_base
+class Traffic:
+    updates: int
+    invalidations: int
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
 @disjoint_base
 class IotlbUpdater:
     users: IntervalMap
-    def __init__(self, iotlb: IntervalMap, users: IntervalMap, misses: MissTable) -> None: ...
-    @property
-    def updates(self) -> int: ...
-    @property
-    def invalidations(self) -> int: ...
+    def __init__(
+        self, iotlb: IntervalMap, users: IntervalMap, misses: MissTable, traffic: Traffic
+    ) -> None: ...
     def receive(self, fd: int) -> tuple[int, bytes, list[int]]: ...
+
+@disjoint_base
+class Intake:
+    main: int
+    back: int
+    def __init__(self, updater: IotlbUpdater, misses: MissTable) -> None: ...
+    def wait(
+        self, epfd: int, seconds: float
+    ) -> tuple[list[int], list[int], bytes, tuple[bool, list[Question], list[int]] | None]: ...

@@ -5,6 +5,8 @@ most frequent ones. What is not plain stays in the socket, for the session, whic
 rules.
 """
 
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EINTR, errno
 from libc.string cimport memcpy, memset
 
 from guestio._core.border cimport Span, u8, u64
@@ -16,6 +18,42 @@ from guestio._core.wire cimport (
     READ_AHEAD, REPLY, UPDATE, VERSION, VERSION_MASK, Header, Message, c_send, look, take,
 )
 
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        int fd
+    struct epoll_event:
+        unsigned int events
+        epoll_data_t data
+    int epoll_wait(int epfd, epoll_event *events, int most, int timeout)
+
+cdef extern from * nogil:
+    """
+    #include <time.h>
+    static long long now_ms(void)
+    {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (long long)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+    }
+    """
+    long long now_ms()
+
+cdef enum:
+    EVENTS = 32
+    TURN = 64    # times that sockets are served before somebody else has a turn
+
+
+cdef class Traffic:
+    """What IOTLBs were told.
+
+    Attributes:
+        updates: UPDATE messages applied.
+        invalidations: INVALIDATE messages applied.
+    """
+
+    cdef public u64 updates
+    cdef public u64 invalidations
+
 
 cdef class IotlbUpdater:
     """Applies UPDATE and INVALIDATE messages to an IOTLB.
@@ -24,22 +62,22 @@ cdef class IotlbUpdater:
         iotlb: What is changed.
         users: Where the front-end's own addresses are in guest memory.
         misses: The questions that updates answer.
-
-    Attributes:
-        updates: UPDATE messages applied.
-        invalidations: INVALIDATE messages applied.
+        traffic: Where to count.
     """
 
     cdef IntervalMap iotlb
     cdef public IntervalMap users
     cdef MissTable misses
-    cdef readonly u64 updates
-    cdef readonly u64 invalidations
+    cdef Traffic traffic
+    cdef bytes unsent
     cdef u8 buffer[READ_AHEAD]
 
-    def __init__(self, IntervalMap iotlb not None, IntervalMap users not None,
-                 MissTable misses not None):
-        self.iotlb, self.users, self.misses = iotlb, users, misses
+    def __init__(
+        self, IntervalMap iotlb not None, IntervalMap users not None, MissTable misses not None,
+        Traffic traffic not None,
+    ):
+        self.iotlb, self.users, self.misses, self.traffic = iotlb, users, misses, traffic
+        self.unsent = b""
 
     def receive(self, int fd):
         """Apply the messages at the start of what has arrived at a socket, as long as they are plain.
@@ -56,17 +94,29 @@ cdef class IotlbUpdater:
 
         Cost: O(log n) a message, and three system calls.
         """
-        cdef size_t size, at = 0
         cdef list ready = []
+        cdef size_t taken = self.receive_plain(fd, ready)
+        return taken, self.take_unsent(), ready
+
+    cdef bytes take_unsent(self):
+        cdef bytes unsent = self.unsent
+        self.unsent = b""
+        return unsent
+
+    cdef size_t receive_plain(self, int fd, list ready) except? 0:
+        """As :meth:`receive`; appends to ``ready``."""
+        cdef size_t size, at = 0
         with nogil:
             size = look(fd, self.buffer)
         while size - at >= MESSAGE_BYTES and self.apply_one(self.buffer + at, ready):
             at += MESSAGE_BYTES
         if not at:
-            return 0, b"", ready
+            return 0
+        self.unsent += self.acknowledge(fd, at // MESSAGE_BYTES)
+        # Only now: to take them wakes the peer's thread if it sleeps on its socket, for nothing.
         with nogil:
             take(fd, self.buffer, at)
-        return at // MESSAGE_BYTES, self.acknowledge(fd, at // MESSAGE_BYTES), ready
+        return at // MESSAGE_BYTES
 
     cdef bytes acknowledge(self, int fd, size_t count):
         """Send so many acknowledgements; what could not be sent."""
@@ -109,7 +159,7 @@ cdef class IotlbUpdater:
             self.iotlb.cut_span(span)
             self.iotlb.invalidations += 1
             self.iotlb.end_change()
-            self.invalidations += 1
+            self.traffic.invalidations += 1
             return True
         if message.kind != UPDATE or message.perm > 3 or rest > <u64>-1 - message.uaddr:
             return False
@@ -123,6 +173,89 @@ cdef class IotlbUpdater:
         self.iotlb.begin_change(3)
         self.iotlb.overwrite_span(span, message.uaddr + entry.delta, message.perm)
         self.iotlb.end_change()
-        self.updates += 1
+        self.traffic.updates += 1
         self.misses.answer(span.first, rest, message.perm, ready)
         return True
+
+
+cdef class Intake:
+    """Waits for a back-end's descriptors, and deals with plain IOTLB traffic on the way.
+
+    Most of what arrives behind an IOMMU is plain and wakes nobody, so the thread need not leave the
+    core for it.
+
+    Args:
+        updater: Serves the main channel.
+        misses: Serves the back-end channel.
+
+    Attributes:
+        main: The main channel's socket, or -1 while that is not to be served here.
+        back: The back-end channel's.
+    """
+
+    cdef IotlbUpdater updater
+    cdef MissTable misses
+    cdef public int main
+    cdef public int back
+
+    def __init__(self, IotlbUpdater updater not None, MissTable misses not None):
+        self.updater, self.misses = updater, misses
+        self.main = self.back = -1
+
+    def wait(self, int epfd, double seconds):
+        """Wait until something is to be done that is not done here.
+
+        Args:
+            epfd: Waits for both sockets, as long as they are readable, and for all else.
+            seconds: How long to wait at most; negative for any time.
+
+        Returns:
+            ``(fds, ready, unsent, settled)``: descriptors with something else to do, the waiters
+            that miss nothing any more, acknowledgements for the main channel that could not be
+            sent without waiting, and what :meth:`MissTable.receive` said if there is more to do
+            about it, or None.
+
+        Raises:
+            OSError: ``epfd`` cannot be waited for.
+        """
+        cdef epoll_event events[EVENTS]
+        cdef int i, count, rounds, timeout = -1
+        cdef long long until = 0
+        cdef list fds = [], ready = []
+        cdef object settled = None
+        if seconds >= 0:
+            timeout = <int>min(seconds * 1000 + 0.999, 1e9)
+            until = now_ms() + timeout
+        for rounds in range(TURN):
+            with nogil:
+                count = epoll_wait(epfd, events, EVENTS, timeout)
+            if count < 0:
+                if errno != EINTR:
+                    raise OSError(errno, "waiting for descriptors failed")
+                PyErr_CheckSignals()
+                break
+            # Answers before their acknowledgements, which say that there is none.
+            for i in range(count):
+                if events[i].data.fd == self.main and not self.updater.receive_plain(
+                    self.main, ready
+                ):
+                    fds.append(self.main)
+            for i in range(count):
+                if events[i].data.fd == self.back:
+                    settled = self.settle(ready)
+                elif events[i].data.fd != self.main:
+                    fds.append(events[i].data.fd)
+            if fds or ready or self.updater.unsent or settled is not None or not count:
+                break
+            if timeout > 0:
+                timeout = <int>max(until - now_ms(), 0)
+        return fds, ready, self.updater.take_unsent(), settled
+
+    cdef object settle(self, list ready):
+        """Take acknowledgements; what is left to do about them, or None."""
+        cdef tuple settled = self.misses.receive(self.back)
+        whole, refused, waiters = settled
+        if not whole or refused:
+            return settled
+        ready.extend(waiters)
+        return None

@@ -16,9 +16,16 @@ class Poller:
     """Calls back when a descriptor is readable, a time has come, or there is more to do.
 
     Only :meth:`wake` may be called from another thread or a signal handler.
+
+    Attributes:
+        waiter: Called with the epoll fd and the seconds to wait at most (negative for any time),
+            in the place of a plain wait; returns the readable descriptors that are left to do.
     """
 
+    waiter: Callable[[int, float], list[int]] | None
+
     def __init__(self) -> None:
+        self.waiter = None
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
         self._timers: dict[Hashable, tuple[float, Callback]] = {}
@@ -62,7 +69,12 @@ class Poller:
     def run_once(self) -> None:
         """Wait until something is due and call back for all of it."""
         soon, callbacks = self._soon, self._callbacks
-        for fd, _ in self._epoll.poll(0 if soon else self._patience()):
+        seconds = 0 if soon else self._patience()
+        if self.waiter is None:
+            fds = [fd for fd, _ in self._epoll.poll(seconds)]
+        else:
+            fds = self.waiter(self._epoll.fileno(), seconds)
+        for fd in fds:
             # A callback before this one may have removed it.
             callback = callbacks.get(fd)
             if callback is not None:

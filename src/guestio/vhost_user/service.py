@@ -223,6 +223,7 @@ class Service:
             return
         self._device.negotiated(features)
         self._negotiated = features
+        self._translations.serve(self._channel if self.translating else None)
         self._change_memory(self._shared)
 
     def set_memory_table(self, regions: Sequence[tuple[MemoryRegion, int]]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from guestio._core.iotlbwire import Traffic
 
 
 @dataclass
@@ -18,11 +20,10 @@ class Statistics:
         dirty_pages: Pages of guest memory written; counted when a front-end goes, if tracked.
         iotlb_hits: Ranges translated without asking; counted when a front-end goes.
         iotlb_misses: Translations asked for.
-        iotlb_updates: Translations told.
-        iotlb_invalidations: Translations revoked.
         iotlb_refused: Translations asked for in vain.
         iotlb_timeouts: Those of them that the front-end did not answer in time.
         access_fails: Accesses that their translation forbade.
+        traffic: Where the core counts what IOTLBs were told.
     """
 
     connections: int = 0
@@ -33,8 +34,17 @@ class Statistics:
     dirty_pages: int = 0
     iotlb_hits: int = 0
     iotlb_misses: int = 0
-    iotlb_updates: int = 0
-    iotlb_invalidations: int = 0
     iotlb_refused: int = 0
     iotlb_timeouts: int = 0
     access_fails: int = 0
+    traffic: Traffic = field(default_factory=Traffic, repr=False)
+
+    @property
+    def iotlb_updates(self) -> int:
+        """Translations told."""
+        return self.traffic.updates
+
+    @property
+    def iotlb_invalidations(self) -> int:
+        """Translations revoked."""
+        return self.traffic.invalidations

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from guestio._core.iotlbwire import IotlbUpdater
+from guestio._core.iotlbwire import Intake, IotlbUpdater
 from guestio._core.questions import MissTable, Question
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import GuestioError
@@ -72,8 +72,13 @@ class Translations:
         self._wake = wake
         self._shared = SharedMemory()
         self._misses = MissTable(time_limit)
-        self._updater = IotlbUpdater(self.iotlb, self._shared.users(), self._misses)
+        self._updater = IotlbUpdater(
+            self.iotlb, self._shared.users(), self._misses, statistics.traffic
+        )
+        self._intake = Intake(self._updater, self._misses)
         self._refused: dict[int, set[Page]] = {}
+        self._main: Channel | None = None
+        self._unsent = b""
         self._channel: Channel | None = None
         self._armed = False
 
@@ -83,17 +88,37 @@ class Translations:
         self._updater.users = shared.users()
         self.iotlb.invalidate_all()
 
+    def serve(self, channel: Channel | None) -> None:
+        """Have the poller deal with plain messages of the main channel; None ends that."""
+        self._main = channel
+        self._poller.waiter = None if channel is None else self._wait_and_take
+
+    def _wait_and_take(self, epoll: int, seconds: float) -> list[int]:
+        """Wait for descriptors; what arrives on the two channels is dealt with if it is plain."""
+        intake, main, back = self._intake, self._main, self._channel
+        assert main is not None
+        intake.main = main.fileno() if main.at_rest else -1
+        intake.back = back.fileno() if back is not None and back.at_rest else -1
+        fds, ready, unsent, settled = intake.wait(epoll, seconds)
+        if ready:
+            self._wake(ready)
+        if unsent:
+            self._unsent += unsent
+            fds.append(main.fileno())
+        if settled is not None and not self._settle(*settled):
+            fds.append(intake.back)
+        return fds
+
     def receive(self, channel: Channel) -> bool:
         """Apply a run of plain messages from the main channel; False if none has arrived."""
+        if self._unsent:
+            unsent, self._unsent = self._unsent, b""
+            channel.send(unsent)
         if not channel.at_rest:
             return False
-        updater, stats = self._updater, self._stats
-        updates, invalidations = updater.updates, updater.invalidations
-        taken, unsent, ready = updater.receive(channel.fileno())
+        taken, unsent, ready = self._updater.receive(channel.fileno())
         if not taken:
             return False
-        stats.iotlb_updates += updater.updates - updates
-        stats.iotlb_invalidations += updater.invalidations - invalidations
         if unsent:
             channel.send(unsent)
         if ready:
@@ -108,10 +133,10 @@ class Translations:
         """
         iova, size, uaddr, perm, kind = message
         if kind == IotlbType.INVALIDATE:
-            self._stats.iotlb_invalidations += 1
+            self._stats.traffic.invalidations += 1
             self.iotlb.invalidate_mapping(iova, size)
             return
-        self._stats.iotlb_updates += 1
+        self._stats.traffic.updates += 1
         at = iova
         for guest_addr, length in self._shared.guest_ranges(uaddr, size):
             self.iotlb.set_mapping(at, guest_addr, length, Permissions(perm))
@@ -180,6 +205,7 @@ class Translations:
 
     def close(self) -> None:
         """Stop asking and release everything. Calling it again does nothing."""
+        self.serve(None)
         self._close_channel()
         self._poller.clear_timer(self)
         self._shared = SharedMemory()
