@@ -5,10 +5,14 @@ Rules: virtio 1.3 sections 2.7.7 (driver's wish), 2.7.10 (device's wish), 2.7.13
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
+import select
+import socket
 import struct
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -230,3 +234,33 @@ def _fork(work: Callable[[], int]) -> int:
         finally:
             os._exit(99)
     return child
+
+
+class TestSpinning:
+    def test_until_there_is_a_request(self) -> None:
+        rig = ready()
+        with contextlib.closing(select.epoll()) as nothing:
+            assert not rig.ring.spin(0.001, nothing.fileno())
+            driver = threading.Timer(0.02, rig.offer, [0])
+            driver.start()
+            deadline = time.monotonic() + 5
+            # The driver of this test needs the GIL, which is kept while the ring is looked at.
+            while not rig.ring.spin(0.0001, nothing.fileno()):
+                assert time.monotonic() < deadline
+            driver.join()
+        assert len(rig.ring.pop()[0]) == 1
+
+    def test_not_while_something_else_is_due(self) -> None:
+        rig = ready()
+        here, there = socket.socketpair()
+        with here, there, contextlib.closing(select.epoll()) as epoll:
+            epoll.register(here, select.EPOLLIN | select.EPOLLET)
+            there.send(b"x")
+            started = time.monotonic()
+            assert not rig.ring.spin(30, epoll.fileno())
+            assert time.monotonic() - started < 10
+            assert epoll.poll(0) == [(here.fileno(), select.EPOLLIN)], "its edge is still there"
+
+    def test_not_without_a_translation(self) -> None:
+        rig = Tables().rig()
+        assert rig.ring.spin(30, 0) is False

@@ -57,5 +57,10 @@ cdef class Misses:
             (refused if self.item[i].refused else misses).append(self.range_at(i))
         return IotlbFails(misses, refused)
 
+    def __iter__(self):
+        cdef size_t at
+        for at in range(self.count):
+            yield self.range_at(at), self.item[at].access
+
     def __repr__(self):
         return f"<Misses {list(self)}>"

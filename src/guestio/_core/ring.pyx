@@ -30,6 +30,13 @@ cdef extern from * nogil:
     #else
     #define relax() ((void)0)
     #endif
+    #include <poll.h>
+    static int readable(int fd)
+    {
+        /* An epoll descriptor keeps what is only looked at, edges included. */
+        struct pollfd one = {.fd = fd, .events = POLLIN};
+        return poll(&one, 1, 0) != 0;
+    }
     static uint64_t now_ns(void)
     {
         struct timespec t;
@@ -39,6 +46,7 @@ cdef extern from * nogil:
     """
     void relax()
     u64 now_ns()
+    bint readable(int fd)
     u16 load_acquire16(void *p)
     void store_release16(void *p, u16 v)
     void full_barrier()
@@ -58,6 +66,7 @@ cdef enum:
     LOOK_AHEAD = 64       # chains that are looked at while an earlier one waits for a translation
     LOOK_AHEAD_WORK = 1 << 16   # descriptors and pieces of memory after which that ends as well
     CHAIN_PIECES = 1 << 21      # more than 4 GiB in pages have
+    LOOKS = 64                  # looks at a ring between two looks elsewhere
     PUBLISH_EACH = 8            # requests served in the core that the driver is shown at a time
 
 cdef u64 CHAIN_BYTES = <u64>1 << 32
@@ -600,17 +609,23 @@ cdef class SplitRing:
         if not self.event_idx and self.reachable():
             self.store16(self.used, 0, USED_NO_NOTIFY)
 
-    def spin(self, u64 microseconds):
-        """Look for new requests for a while without pause.
+    def spin(self, double seconds, int other):
+        """Look for new requests for a while without sleeping.
+
+        Args:
+            seconds: For how long.
+            other: A descriptor; once it is readable, something else is to be done.
 
         Returns:
-            Whether there are any; None if the ring lacks a translation.
+            Whether there are any. False also if the ring lacks a translation.
         """
-        cdef u64 until = now_ns() + 1000 * microseconds
+        cdef u64 until = now_ns() + <u64>(1e9 * seconds)
+        cdef u32 looks = 0
         if not self.reachable():
-            return None
+            return False
         while self.load16(self.avail, 2) == self.next_avail:
-            if now_ns() >= until:
+            looks += 1
+            if looks % LOOKS == 0 and (now_ns() >= until or readable(other)):
                 return False
             relax()
         return True

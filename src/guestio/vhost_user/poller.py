@@ -61,6 +61,10 @@ class Poller:
         """Forget a timer, if there is one."""
         self._timers.pop(key, None)
 
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while one of those added is."""
+        return self._epoll.fileno()
+
     def wake(self) -> None:
         """Make a waiting :meth:`run_once` return; nothing once closed."""
         if self._wake >= 0:

@@ -55,8 +55,8 @@ TURN = 64
 POLL_INTERVAL = 0.001
 """Seconds between looks at a ring whose front-end gave no kick fd."""
 
-SPIN_US = 20
-"""Microseconds that a queue is watched before everybody else has a turn."""
+SPIN = 50e-6
+"""Seconds that a queue is watched before everybody else has a turn."""
 
 PATIENCE = 4
 """Times the limit for one answer that a request may wait for translations in all: a front-end that
@@ -438,8 +438,25 @@ class Service:
         _signal(queue.err)
 
     def _serve(self, queue: _Queue, ring: SplitRing) -> None:
+        """Serve a queue until there is nothing to do, or until others have a turn."""
+        for _ in range(TURN):
+            served = self._serve_once(queue, ring)
+            if served is None:
+                return
+            if served == TURN:
+                break
+            if not self._watching(queue, served):
+                self._rest(queue, ring)
+                return
+            # Those who watch other queues have their turn too.
+            if self._ready or not ring.spin(SPIN, self._poller.fileno()):
+                break
+        self._wake(queue)
+
+    def _serve_once(self, queue: _Queue, ring: SplitRing) -> int | None:
+        """Serve what is available; how many requests, or None if the queue is parked."""
         if not self._publish(queue, ring):
-            return
+            return None
         ring.disable_kicks()
         missing: Missing
         served = 0
@@ -454,29 +471,30 @@ class Service:
         if served:
             queue.parked_at = None
             if not self._publish(queue, ring):
-                return
+                return None
         if missing:
             self._park(queue, ring, missing)
-            return
+            return None
         queue.parked_at = None
         self._translations.refused(queue.index).clear()
-        if served == TURN or self._watches(queue, ring, served) or ring.enable_kicks() is not False:
-            self._wake(queue)
-        elif queue.polled:
-            due = time.monotonic() + POLL_INTERVAL
-            self._poller.set_timer(queue, due, lambda: self._run(queue))
+        return served
 
-    def _watches(self, queue: _Queue, ring: SplitRing, served: int) -> bool:
-        """Look out for the next request for a while before asking to be woken for it."""
+    def _watching(self, queue: _Queue, served: int) -> bool:
+        """Whether to look out for the next request before asking to be woken for it."""
         if not self._poll_seconds:
             return False
         now = time.monotonic()
         if served:
             queue.watch_until = now + self._poll_seconds
-        if now >= queue.watch_until:
-            return False
-        ring.spin(SPIN_US)
-        return True
+        return now < queue.watch_until
+
+    def _rest(self, queue: _Queue, ring: SplitRing) -> None:
+        """Have the queue woken by its driver."""
+        if ring.enable_kicks() is not False:
+            self._wake(queue)
+        elif queue.polled:
+            due = time.monotonic() + POLL_INTERVAL
+            self._poller.set_timer(queue, due, lambda: self._run(queue))
 
     def _process(self, queue: _Queue, chain: Chain) -> int:
         self._stats.requests += 1
