@@ -1,5 +1,3 @@
-from typing import Any
-
 from typing_extensions import disjoint_base
 
 from guestio._core.intervals import IntervalMap
@@ -9,7 +7,7 @@ from guestio._core.questions import MissTable, Question
 class Traffic:
     updates: int
     invalidations: int
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self) -> None: ...
 
 @disjoint_base
 class IotlbUpdater:
