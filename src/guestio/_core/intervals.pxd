@@ -4,6 +4,7 @@ from guestio._core.border cimport Span, u8, u32, u64
 from guestio._core.eviction cimport Queue
 from guestio._core.leases cimport Leases
 from guestio._core.misses cimport Misses
+from guestio._core.pieces cimport Outcome, Pieces
 from guestio._core.tree cimport Entry, Tree
 
 cdef extern from "<pthread.h>" nogil:
@@ -20,36 +21,6 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_rwlock_trywrlock(pthread_rwlock_t *)
     int pthread_rwlock_wrlock(pthread_rwlock_t *)
     int pthread_rwlock_unlock(pthread_rwlock_t *)
-
-
-ctypedef int Outcome
-
-cdef enum:
-    OK = 0
-    MISS = 1
-    ACCESS_FAIL = 2
-    FRAGMENTED = 3
-
-
-cdef enum:
-    PIECES_INSIDE = 8
-
-
-cdef struct Piece:
-    # A part of a range that was looked up, inclusive, and what was found there.
-    u64 first
-    u64 last
-    u64 target
-    u64 perm
-    Outcome outcome
-
-
-cdef struct Pieces:
-    # A list of them that needs no memory of its own while it is short.
-    Piece *item
-    size_t count
-    size_t room
-    Piece inside[PIECES_INSIDE]
 
 
 cdef class IntervalMap:

@@ -14,13 +14,9 @@ anybody's code.
 
 import numpy as np
 
-from cpython.exc cimport PyErr_NoMemory
 from cpython.list cimport PyList_New, PyList_SET_ITEM
-from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport UINT64_MAX
-from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy
 
 from guestio._core.border cimport (
     Span, as_access, as_address, as_size, as_span, span_length, u8, u32, u64,
@@ -30,67 +26,19 @@ from guestio._core.eviction cimport (
 )
 from guestio._core.leases cimport Guard
 from guestio._core.misses cimport Misses
+from guestio._core.pieces cimport (
+    ACCESS_FAIL, FRAGMENTED, MISS, OK, Outcome, Piece, Pieces, add_piece, close_pieces, make_range,
+    open_pieces,
+)
 from guestio._core.tree cimport (
-    Cursor, Entry, Leaf, Node, ceiling_of, check_tree, close_tree, erase_entry, floor_of,
-    free_nodes, insert_entry, lookup_batch, new_node, open_tree, replace_root, reserve,
-    stamp_entry, step, step_back,
+    Cursor, Entry, Leaf, Tree, ceiling_of, check_tree, close_tree, erase_entry, floor_of,
+    insert_entry, lookup_batch, open_tree, reserve, stamp_entry, step, step_back,
 )
 
 from guestio.addr import IovaRange, MappedRange, Permissions
 from guestio.errors import IotlbFails
 
-cdef extern from "Python.h":
-    ctypedef struct PyTypeObject:
-        PyObject *(*tp_alloc)(PyTypeObject *, Py_ssize_t) except NULL
-    void PyTuple_SET_ITEM(PyObject *, Py_ssize_t, PyObject *)
-
 cdef tuple PERMISSIONS = tuple(Permissions(n) for n in range(4))
-
-
-cdef object make_range(object cls, u64 base, u64 first, u64 last):
-    """``cls(base, length of [first, last])`` of a NamedTuple, past its slow constructor."""
-    cdef object number = base
-    cdef object length = span_length(first, last)
-    cdef PyObject *pair = (<PyTypeObject *>cls).tp_alloc(<PyTypeObject *>cls, 2)
-    Py_INCREF(number)
-    PyTuple_SET_ITEM(pair, 0, <PyObject *>number)
-    Py_INCREF(length)
-    PyTuple_SET_ITEM(pair, 1, <PyObject *>length)
-    result = <object>pair
-    # tp_alloc returned a reference of its own, `result` took another.
-    drop_reference(pair)
-    return result
-
-cdef extern from *:
-    void drop_reference "Py_DECREF"(PyObject *)
-
-
-cdef inline void open_pieces(Pieces *pieces) noexcept:
-    pieces.item, pieces.count, pieces.room = pieces.inside, 0, PIECES_INSIDE
-
-
-cdef int add_piece(
-    Pieces *pieces, u64 first, u64 last, u64 target, u64 perm, Outcome outcome
-) except -1:
-    cdef Piece *grown
-    if pieces.count == pieces.room:
-        grown = <Piece *>realloc(
-            NULL if pieces.item is pieces.inside else pieces.item,
-            2 * pieces.room * sizeof(Piece),
-        )
-        if grown is NULL:
-            PyErr_NoMemory()
-        if pieces.item is pieces.inside:
-            memcpy(grown, pieces.inside, sizeof(pieces.inside))
-        pieces.item, pieces.room = grown, 2 * pieces.room
-    pieces.item[pieces.count] = Piece(first, last, target, perm, outcome)
-    pieces.count += 1
-    return 0
-
-
-cdef inline void close_pieces(Pieces *pieces) noexcept:
-    if pieces.item is not pieces.inside:
-        free(pieces.item)
 
 
 cdef tuple mapping_tuple(const Piece *piece):
@@ -115,7 +63,7 @@ cdef class IntervalMap:
         evictions: Entries dropped to keep within the capacity.
         invalidations: Calls of :meth:`cut` and :meth:`clear`.
 
-    Memory: 48 to 96 bytes an entry.
+    Memory: about 50 bytes an entry if they come in order, 65 in random order.
     """
 
     def __cinit__(self, *, bint merge=True, capacity=None):
@@ -210,28 +158,30 @@ cdef class IntervalMap:
     cdef void overwrite_span(self, Span span, u64 target, u64 perm) noexcept:
         """Map a span, whatever was there before. Needs two reserved insertions."""
         cdef Entry entry
-        cdef Cursor at
+        cdef Cursor at = ceiling_of(&self.tree, span.first)
         self.tick += 1
         entry.last, entry.delta, entry.perm = span.last, target - span.first, perm
         entry.stamp = self.tick
-        if self.merging:
-            at = floor_of(&self.tree, span.first)
-            if at.leaf is not NULL and at.leaf.entry[at.index].last >= span.last and joins(
-                &at.leaf.entry[at.index], &entry
-            ):
+        if at.leaf is not NULL and at.leaf.head.key[at.index] <= span.last:
+            if self.merging and at.leaf.head.key[at.index] <= span.first and (
+                at.leaf.entry[at.index].last >= span.last
+            ) and joins(&at.leaf.entry[at.index], &entry):
                 at.leaf.entry[at.index].stamp = self.tick
                 return
-        self.cut_span(span)
-        if self.merging and span.last != UINT64_MAX:
-            at = floor_of(&self.tree, span.last + 1)
-            if at.leaf is not NULL and at.leaf.head.key[at.index] == span.last + 1 and joins(
+            self.cut_span(span)
+            at = ceiling_of(&self.tree, span.first)
+        if self.merging:
+            if at.leaf is not NULL and at.leaf.head.key[at.index] - 1 == span.last and joins(
                 &at.leaf.entry[at.index], &entry
             ):
                 entry.last = at.leaf.entry[at.index].last
                 erase_entry(&self.tree, span.last + 1)
-        if self.merging and span.first:
-            at = floor_of(&self.tree, span.first - 1)
-            if at.leaf is not NULL and at.leaf.entry[at.index].last == span.first - 1 and joins(
+                at = ceiling_of(&self.tree, span.first)
+            if at.leaf is NULL:
+                at = floor_of(&self.tree, span.first)
+            else:
+                step_back(&at)
+            if at.leaf is not NULL and at.leaf.entry[at.index].last + 1 == span.first and joins(
                 &at.leaf.entry[at.index], &entry
             ):
                 at.leaf.entry[at.index].last = entry.last
@@ -365,22 +315,19 @@ cdef class IntervalMap:
         return met
 
     def clear(self, *, bint drain=False):
-        """Unmap everything; ``drain`` as for :meth:`cut`. Cost: O(n)."""
+        """Unmap everything; ``drain`` as for :meth:`cut`. Cost: O(n), if little."""
         cdef Span span = Span(0, UINT64_MAX, False)
-        cdef Node *old
-        cdef Node *fresh
+        cdef Tree old, fresh
         if drain:
             self.leases.check_self(span)
-        fresh = new_node(True)
-        if fresh is NULL:
-            PyErr_NoMemory()
+        open_tree(&fresh)
         self.begin_change(0)
-        old = replace_root(&self.tree, fresh)
+        old, self.tree = self.tree, fresh
         self.queue.count = 0
         self.generation += 1
         self.invalidations += 1
         self.end_change()
-        free_nodes(old)
+        close_tree(&old)
         if drain:
             self.leases.wait(span, None)
 

@@ -8,27 +8,33 @@ Nothing here is safe against concurrent use; :class:`~guestio._core.intervals.In
 that.
 """
 
+from libc.stdint cimport uint16_t
+
 from guestio._core.border cimport u8, u32, u64
+from guestio._core.slabs cimport Slabs
 
 cdef extern from * nogil:
     """
     #ifndef GUESTIO_TREE
     #define GUESTIO_TREE
+    #include <stddef.h>
     #include <stdint.h>
-    #include <stdlib.h>
 
     enum { LINE = 8, LINES = 8, NODE_CAPACITY = LINE * LINES, MAX_HEIGHT = 12, GROUP = 16 };
 
     /* The head that leaves and inner nodes share, so that one search serves both. Unused keys are
        UINT64_MAX. In a leaf a key is an entry's first address; in an inner node key[i] bounds
        child[i] from below and child[i - 1] from above. The guide holds the last key of each cache
-       line of keys, so that a search reads two lines of a node. */
+       line of keys but the last, and shares its own line with the count, so that a search reads
+       two lines of a node. */
     typedef struct Node {
-        uint64_t guide[LINES];
-        uint64_t key[NODE_CAPACITY];
+        uint64_t guide[LINES - 1];
         uint32_t count;
-        uint32_t is_leaf;
+        uint16_t is_leaf;
+        uint16_t slot;
+        uint64_t key[NODE_CAPACITY];
     } Node;
+    _Static_assert(offsetof(Node, key) == LINE * sizeof(uint64_t), "a guide shares its line");
 
     /* Half a cache line: a hit costs one line beyond the keys. Ends are inclusive. The delta, not
        the target, is stored, so that two entries are one exactly if their deltas are equal. */
@@ -41,10 +47,10 @@ cdef extern from * nogil:
 
     typedef struct Leaf {
         Node head;
+        Entry entry[NODE_CAPACITY];
         struct Leaf *prev;
         struct Leaf *next;
-        uint64_t padding[5];
-        Entry entry[NODE_CAPACITY];
+        uint64_t padding[6];
     } Leaf;
 
     typedef struct Inner {
@@ -71,8 +77,9 @@ cdef extern from * nogil:
 
     INLINE unsigned line_of(const Node *node, uint64_t x)
     {
-        unsigned line = rank_in_line(node->guide, x);
-        return line < LINES ? line : LINES - 1;
+        /* A whole line is compared, as vectors are, and what follows the guide taken off again. */
+        const uint64_t *head = (const uint64_t *)node;
+        return rank_in_line(head, x) - (head[LINE - 1] <= x);
     }
 
     /* How many keys are <= x, if line_of() told the line. Unused keys count only if x is
@@ -92,7 +99,7 @@ cdef extern from * nogil:
 
     static void refresh_guide(Node *node)
     {
-        for (int i = 0; i < LINES; i++)
+        for (int i = 0; i < LINES - 1; i++)
             node->guide[i] = node->key[i * LINE + LINE - 1];
     }
 
@@ -207,12 +214,25 @@ cdef extern from * nogil:
         counts[0] += plain;
     }
 
+    /* Down one level. The child is in one line, known as soon as the line of its key is. */
+    INLINE unsigned child_of(const Node *node, uint64_t x)
+    {
+        unsigned line = line_of(node, x);
+        __builtin_prefetch(&((const Inner *)node)->child[line * LINE]);
+        return rank_from(node, line, x) - 1;
+    }
+
     WIDE static Leaf *find_leaf(Node *node, int height, uint64_t x, int *rank)
     {
         while (height--)
-            node = ((Inner *)node)->child[rank_in(node, x) - 1];
-        *rank = (int)rank_in(node, x) - 1;
-        return (Leaf *)node;
+            node = ((Inner *)node)->child[child_of(node, x)];
+        Leaf *leaf = (Leaf *)node;
+        unsigned line = line_of(node, x);
+        __builtin_prefetch(&node->key[line * LINE]);
+        for (int i = 0; i < LINE; i += 2)
+            __builtin_prefetch(&leaf->entry[line * LINE + i]);
+        *rank = (int)rank_from(node, line, x) - 1;
+        return leaf;
     }
 
     static unsigned rank_of(const Node *node, uint64_t x) { return rank_in(node, x); }
@@ -223,27 +243,31 @@ cdef extern from * nogil:
         int index[MAX_HEIGHT];
     } Path;
 
+    /* Also fetches what a change there moves, all lines at once. */
     WIDE static Leaf *trace(Node *node, int height, uint64_t x, Path *path)
     {
         for (int level = 0; level < height; level++) {
             path->node[level] = (Inner *)node;
-            path->index[level] = (int)rank_in(node, x) - 1;
+            path->index[level] = (int)child_of(node, x);
             node = path->node[level]->child[path->index[level]];
         }
-        return (Leaf *)node;
+        Leaf *leaf = (Leaf *)node;
+        unsigned i = line_of(node, x) * LINE;
+        for (unsigned k = i; k < node->count; k += LINE)
+            __builtin_prefetch(&node->key[k], 1);
+        for (; i < node->count; i += 2)
+            __builtin_prefetch(&leaf->entry[i], 1);
+        return leaf;
     }
 
-    static Node *new_node(int is_leaf)
+    static void open_node(Node *node, int is_leaf)
     {
-        Node *node = aligned_alloc(64, is_leaf ? sizeof(Leaf) : (sizeof(Inner) + 63) / 64 * 64);
-        if (node) {
-            for (int i = 0; i < NODE_CAPACITY; i++)
-                node->key[i] = UINT64_MAX;
-            refresh_guide(node);
-            node->count = 0;
-            node->is_leaf = is_leaf;
-        }
-        return node;
+        for (int i = 0; i < NODE_CAPACITY; i++)
+            node->key[i] = UINT64_MAX;
+        for (int i = 0; i < LINES - 1; i++)
+            node->guide[i] = UINT64_MAX;
+        node->count = 0;
+        node->is_leaf = is_leaf;
     }
     #endif
     """
@@ -256,7 +280,8 @@ cdef extern from * nogil:
         u64 *guide
         u64 *key
         u32 count
-        u32 is_leaf
+        uint16_t is_leaf
+        uint16_t slot
 
     ctypedef struct Entry:
         u64 last
@@ -286,7 +311,7 @@ cdef extern from * nogil:
     Leaf *find_leaf(Node *node, int height, u64 x, int *rank)
     unsigned rank_of(const Node *node, u64 x)
     Leaf *trace(Node *node, int height, u64 x, Path *path)
-    Node *new_node(int is_leaf)
+    void open_node(Node *node, int is_leaf)
     void refresh_guide(Node *node)
 
 
@@ -295,11 +320,7 @@ cdef struct Tree:
     int height
     Leaf *first_leaf
     size_t entries
-    # Nodes kept for the next insertions, linked.
-    Node *spare_leaves
-    Node *spare_inners
-    int spare_leaf_count
-    int spare_inner_count
+    Slabs nodes
 
 
 cdef struct Cursor:
@@ -312,8 +333,6 @@ cdef void close_tree(Tree *tree) noexcept nogil
 cdef int reserve(Tree *tree, int inserts) except -1
 cdef void insert_entry(Tree *tree, u64 first, Entry entry) noexcept nogil
 cdef void erase_entry(Tree *tree, u64 first) noexcept nogil
-cdef Node *replace_root(Tree *tree, Node *fresh) noexcept nogil
-cdef void free_nodes(Node *node) noexcept nogil
 cdef int check_tree(const Tree *tree) except -1
 
 

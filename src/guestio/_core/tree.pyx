@@ -1,95 +1,58 @@
 """The B+tree under the interval map; see the declarations for what it is.
 
-Insertions and removals allocate nothing: nodes are set aside before a change begins, so that none
-fails half-way.
+Insertions and removals allocate nothing: room for nodes is made before a change begins, so that
+none fails half-way.
 """
 
 from cpython.exc cimport PyErr_NoMemory
-from libc.stdint cimport UINT64_MAX
-from libc.stdlib cimport free
-from libc.string cimport memcpy, memmove
+from libc.stdint cimport UINT64_MAX, uint16_t
+from libc.string cimport memcpy, memmove, memset
 
 from guestio._core.border cimport u32, u64
+from guestio._core.slabs cimport Slab, add_slab, drop_slabs, return_slot, take_slot
 
 cdef enum:
     MERGE_BELOW = 16   # a node with fewer entries looks for a neighbour to join
     MERGE_UP_TO = 48   # ... and joins it if both fit in this many
-    SPARES_KEPT = 64   # emptied nodes of each kind that are kept for the next insertions
+    APPEND_UP_TO = 56  # entries that come in order leave some room for others between them
+    SPARES_KEPT = 64   # free slots that stay when emptied memory is given back
 
 
 cdef int open_tree(Tree *tree) except -1:
-    """Make an empty tree of zeroed memory."""
-    tree.root = new_node(True)
-    if tree.root is NULL:
-        PyErr_NoMemory()
-    replace_root(tree, tree.root)
+    """Make an empty tree, whatever the memory holds."""
+    memset(tree, 0, sizeof(Tree))
+    reserve(tree, 1)
+    tree.root = take_node(tree, True)
+    tree.first_leaf = <Leaf *>tree.root
+    tree.first_leaf.prev = tree.first_leaf.next = NULL
     return 0
 
 
 cdef void close_tree(Tree *tree) noexcept nogil:
-    if tree.root is not NULL:
-        free_nodes(tree.root)
-    free_list(tree.spare_leaves)
-    free_list(tree.spare_inners)
-
-
-cdef Node *replace_root(Tree *tree, Node *fresh) noexcept nogil:
-    """Start over with an empty leaf; returns the old root, for :func:`free_nodes`."""
-    cdef Node *old = tree.root
-    tree.root, tree.height, tree.entries = fresh, 0, 0
-    tree.first_leaf = <Leaf *>fresh
-    tree.first_leaf.prev = tree.first_leaf.next = NULL
-    return old
+    """Free all memory of a tree that was opened or is zeroed."""
+    drop_slabs(&tree.nodes)
 
 
 cdef int reserve(Tree *tree, int inserts) except -1:
     """Allocate ahead what ``inserts`` insertions can need, so that none fails half-way."""
-    cdef Node *node
-    while tree.spare_leaf_count < inserts:
-        node = new_node(True)
-        if node is NULL:
+    # Each may split a leaf and every node above it, and grow a root.
+    while tree.nodes.room < <size_t>inserts * (tree.height + 3):
+        if add_slab(&tree.nodes, sizeof(Leaf)):
             PyErr_NoMemory()
-        keep_spare(tree, node)
-    while tree.spare_inner_count < inserts * (tree.height + 2):
-        node = new_node(False)
-        if node is NULL:
-            PyErr_NoMemory()
-        keep_spare(tree, node)
     return 0
 
 
-cdef void keep_spare(Tree *tree, Node *node) noexcept nogil:
-    if node.is_leaf:
-        next_spare(node)[0], tree.spare_leaves = tree.spare_leaves, node
-        tree.spare_leaf_count += 1
-    else:
-        next_spare(node)[0], tree.spare_inners = tree.spare_inners, node
-        tree.spare_inner_count += 1
-
-
-cdef void recycle(Tree *tree, Node *node) noexcept nogil:
-    cdef int i
-    if (tree.spare_leaf_count if node.is_leaf else tree.spare_inner_count) >= SPARES_KEPT:
-        free(node)
-        return
-    for i in range(NODE_CAPACITY):
-        node.key[i] = UINT64_MAX
-    node.count = 0
-    refresh_guide(node)
-    keep_spare(tree, node)
-
-
-cdef Node *take_spare(Tree *tree, bint is_leaf) noexcept nogil:
-    cdef Node *node
-    if is_leaf:
-        node = tree.spare_leaves
-        tree.spare_leaves = next_spare(node)[0]
-        tree.spare_leaf_count -= 1
-    else:
-        node = tree.spare_inners
-        tree.spare_inners = next_spare(node)[0]
-        tree.spare_inner_count -= 1
+cdef Node *take_node(Tree *tree, bint is_leaf) noexcept nogil:
+    # Inner nodes are few; one size of slots does for both.
+    cdef unsigned slot
+    cdef Node *node = <Node *>take_slot(&tree.nodes, sizeof(Leaf), &slot)
+    open_node(node, is_leaf)
+    node.slot = <uint16_t>slot
     return node
+
+
+cdef inline void recycle(Tree *tree, Node *node) noexcept nogil:
+    return_slot(&tree.nodes, sizeof(Leaf), node, node.slot, SPARES_KEPT)
 
 
 cdef void insert_entry(Tree *tree, u64 first, Entry entry) noexcept nogil:
@@ -99,15 +62,17 @@ cdef void insert_entry(Tree *tree, u64 first, Entry entry) noexcept nogil:
     cdef Leaf *right
     cdef int at = <int>rank_of(&leaf.head, first)
     tree.entries += 1
-    if leaf.head.count < NODE_CAPACITY:
+    if leaf.head.count < (
+        APPEND_UP_TO if leaf.next is NULL and at == <int>leaf.head.count else NODE_CAPACITY
+    ):
         put_entry(leaf, at, first, entry)
         return
-    right = <Leaf *>take_spare(tree, True)
+    right = <Leaf *>take_node(tree, True)
     right.prev, right.next = leaf, leaf.next
     if leaf.next is not NULL:
         leaf.next.prev = right
         split_leaf(leaf, right)
-    elif at < NODE_CAPACITY:
+    elif at < <int>leaf.head.count:
         split_leaf(leaf, right)
     leaf.next = right
     if at > <int>leaf.head.count or (at == <int>leaf.head.count and not right.head.count):
@@ -127,7 +92,7 @@ cdef void insert_child(Tree *tree, Path *path, u64 key, Node *child) noexcept no
         if inner.head.count < NODE_CAPACITY:
             put_child(inner, at, key, child)
             return
-        right = <Inner *>take_spare(tree, False)
+        right = <Inner *>take_node(tree, False)
         split_inner(inner, right)
         if at > <int>inner.head.count:
             put_child(right, at - <int>inner.head.count, key, child)
@@ -135,7 +100,7 @@ cdef void insert_child(Tree *tree, Path *path, u64 key, Node *child) noexcept no
             put_child(inner, at, key, child)
         key, child = right.head.key[0], &right.head
         level -= 1
-    inner = <Inner *>take_spare(tree, False)
+    inner = <Inner *>take_node(tree, False)
     put_child(inner, 0, 0, tree.root)
     put_child(inner, 1, key, child)
     tree.root = &inner.head
@@ -203,11 +168,6 @@ cdef void unlink(Tree *tree, Leaf *leaf) noexcept nogil:
         tree.first_leaf = leaf.next
     if leaf.next is not NULL:
         leaf.next.prev = leaf.prev
-
-
-cdef inline Node **next_spare(Node *node) noexcept nogil:
-    # A spare node's first key is free to hold the link.
-    return <Node **>&(<Inner *>node).child[0] if not node.is_leaf else <Node **>&(<Leaf *>node).next
 
 
 cdef void put_key(Node *node, int at, u64 key) noexcept nogil:
@@ -282,28 +242,13 @@ cdef void join_inners(Inner *parent, int at) noexcept nogil:
     move_keys(&right.head, 0, &left.head)
 
 
-cdef void free_nodes(Node *node) noexcept nogil:
-    cdef u32 i
-    if not node.is_leaf:
-        for i in range(node.count):
-            free_nodes((<Inner *>node).child[i])
-    free(node)
-
-
-cdef void free_list(Node *node) noexcept nogil:
-    cdef Node *following
-    while node is not NULL:
-        following = next_spare(node)[0]
-        free(node)
-        node = following
-
-
 cdef int check_tree(const Tree *tree) except -1:
     """Walk every invariant of the structure; for tests."""
     cdef Leaf *leaf = tree.first_leaf
-    cdef size_t total = 0
+    cdef size_t total = 0, nodes = 0
     assert leaf.prev is NULL
-    check_node(tree.root, tree.height, 0, UINT64_MAX)
+    check_node(tree.root, tree.height, 0, UINT64_MAX, &nodes)
+    check_slabs(tree, nodes)
     while leaf is not NULL:
         assert leaf.next is NULL or leaf.next.prev is leaf
         total += leaf.head.count
@@ -312,8 +257,23 @@ cdef int check_tree(const Tree *tree) except -1:
     return 0
 
 
-cdef int check_node(Node *node, int height, u64 low, u64 high) except -1:
+cdef int check_slabs(const Tree *tree, size_t nodes) except -1:
+    cdef Slab *slab = tree.nodes.roomy
+    cdef size_t used = 0, room = 0
+    while slab is not NULL:
+        assert slab.used < slab.slots
+        used, room, slab = used + slab.used, room + slab.slots - slab.used, slab.next
+    slab = tree.nodes.full
+    while slab is not NULL:
+        assert slab.used == slab.slots
+        used, slab = used + slab.used, slab.next
+    assert (used, room) == (nodes, tree.nodes.room), "slots were lost"
+    return 0
+
+
+cdef int check_node(Node *node, int height, u64 low, u64 high, size_t *nodes) except -1:
     cdef u32 i
+    nodes[0] += 1
     assert bool(node.is_leaf) == (height == 0)
     assert height == 0 or node.count > 0
     for i in range(node.count):
@@ -322,10 +282,10 @@ cdef int check_node(Node *node, int height, u64 low, u64 high) except -1:
         if height:
             check_node(
                 (<Inner *>node).child[i], height - 1, node.key[i],
-                node.key[i + 1] - 1 if i + 1 < node.count else high,
+                node.key[i + 1] - 1 if i + 1 < node.count else high, nodes,
             )
     for i in range(node.count, <u32>NODE_CAPACITY):
         assert node.key[i] == UINT64_MAX
-    for i in range(<u32>LINES):
+    for i in range(<u32>LINES - 1):
         assert node.guide[i] == node.key[i * LINE + LINE - 1], "a guide that was not kept"
     return 0
