@@ -314,6 +314,36 @@ class TestRefusals:
             driver.run_raw(0, Desc(driver.at(BUFFERS), 4), Desc(driver.at(BUFFERS + 8), 1, WRITE))
             until(lambda: iotlb.counts.access_fails >= 1)
 
+    def test_one_in_the_middle_of_a_batch_costs_one_more_question(self, serving: Serving) -> None:
+        with Driver(serving.path, iommu=True, answer="caller") as driver:
+            service = driver.frontend.iotlb
+            number = driver.submit(0, b"first")
+            until(lambda: service.service() or driver.done(0, number))
+            until(lambda: driver.done(0, number) or service.service())
+            before = service.counts.misses
+            ring, statuses = driver.rings[0], []
+            for i in range(1, 6):
+                source, answer = BUFFERS + 0x40000 + i * PAGE, BUFFERS + 0x60000 + i * PAGE
+                driver.memory.write(source, b"no %d" % i)
+                driver.memory.write(answer, bytes(8))
+                statuses.append(answer)
+                rows = [Desc(driver.at(source), 4)]
+                if i == 3:
+                    rows.append(Desc(0x5000, 4))
+                ring.offer(ring.put_chain(4 * i, *rows, Desc(driver.at(answer), 5, WRITE)))
+            driver.handles[0].kick()
+            until(lambda: driver.done(0, number + 5) or (service.service() and False))
+            results = [driver.memory.read(status, 5) for status in statuses]
+            assert results[2][4:] == bytes([FAILED])
+            assert [results[i] for i in (0, 1, 3, 4)] == [
+                b"%d on" % i + bytes([OK]) for i in (1, 2, 4, 5)
+            ]
+            assert service.counts.misses - before == 5 * 2 + 1 + 1
+            assert service.counts.refused == 2
+            assert serving.stats.iotlb_misses == service.counts.misses
+            assert (serving.stats.iotlb_refused, serving.stats.iotlb_timeouts) == (1, 0)
+            assert serving.stats.failed_requests == 1
+
     def test_very_many_forbidden_accesses_are_reported_in_part(self, serving: Serving) -> None:
         with Driver(
             serving.path, iommu=True, map_all=False, size=1024, features=INDIRECT
@@ -859,7 +889,8 @@ class Hand:
             size = self.sizes.get(iotlb.iova, PAGE)
             user = self.user(iotlb.iova - IOVA)
             assert self.update(iotlb.iova, size, user, perm) == 0
-            self.back.send(encode_ack(1, 0))
+            if message.header.need_reply:
+                self.back.send(encode_ack(1, 0))
 
     def run_known(self) -> bool:
         """Run a request whose translations the back-end has."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 
 import pytest
@@ -30,6 +31,7 @@ from guestio.vhost_user.messages import (
 R, W, RW = 1, 2, 3
 TOP = 2**64
 HEADER, MESSAGE = 12, 44
+BATCH = MAX_OUTSTANDING // 2
 
 
 def need(base: int, length: int = 1, access: int = R) -> tuple[IovaRange, int]:
@@ -40,19 +42,24 @@ def pages(count: int, first: int = 0x100000, access: int = R) -> list[tuple[Iova
     return [need(first + i * PAGE, 1, access) for i in range(count)]
 
 
-def decode(data: bytes, *, need_reply: bool = True) -> list[tuple[int, int]]:
-    """The pages that messages ask for; each message is checked whole."""
+def decode(data: bytes) -> list[tuple[int, int, bool]]:
+    """The pages that messages ask for and who is to be acknowledged; each is checked whole."""
     found = []
     for at in range(0, len(data), MESSAGE):
         one = data[at : at + MESSAGE]
         header = Header.decode(one[:HEADER])
-        assert header.need_reply == need_reply
         message = IotlbMessage.decode(one[HEADER:])
         expected = IotlbMessage.miss(message.iova, PAGE, message.perm)
+        need_reply = header.need_reply
         assert one == encode_iotlb(BackendRequest.IOTLB_MSG, expected, need_reply=need_reply)
         assert header.request == BackendRequest.IOTLB_MSG
-        found.append((message.iova, message.perm))
+        found.append((message.iova, message.perm, need_reply))
     return found
+
+
+def is_last(i: int, count: int) -> bool:
+    """Whether a question is the last of its batch."""
+    return i == count - 1 or i % BATCH == BATCH - 1
 
 
 def acks(*values: int) -> bytes:
@@ -78,11 +85,11 @@ def left(sock: socket.socket) -> int:
         return 0
 
 
-def take_acks(table: MissTable, data: bytes) -> tuple[int, bool, list[Question], list[int]]:
+def take_acks(table: MissTable, data: bytes) -> tuple[int, bool, list[Question], list[int], bytes]:
     """What becomes of acknowledgements that arrive; first how many bytes were taken."""
     with arrived(data) as (here, _):
-        whole, refused, ready = table.receive(here.fileno())
-        return len(data) - left(here), whole, refused, ready
+        whole, refused, ready, again = table.receive(here.fileno())
+        return len(data) - left(here), whole, refused, ready, again
 
 
 def take_updates(updater: IotlbUpdater, data: bytes) -> tuple[int, bytes, list[int]]:
@@ -113,17 +120,24 @@ class Table:
         skip: tuple[tuple[int, int], ...] = (),
     ) -> list[tuple[int, int]]:
         data = self.table.ask(waiter, missing, self.now, acknowledged=acknowledged, skip=skip)
-        return decode(data, need_reply=acknowledged)
+        asked = decode(data)
+        assert [marked for *_, marked in asked] == [
+            acknowledged and is_last(i, len(asked)) for i in range(len(asked))
+        ]
+        return [(iova, access) for iova, access, _ in asked]
 
     def answer(self, iova: int, size: int = PAGE, perm: int = RW) -> set[int]:
         return set(self.table.answered(iova, size, perm))
 
-    def ack(self, *values: int) -> tuple[list[tuple[int, int, list[int]]], set[int]]:
-        """The questions refused, and who may go on."""
+    def ack(
+        self, *values: int, again: Sequence[tuple[int, int]] = ()
+    ) -> tuple[list[tuple[int, int, list[int]]], set[int]]:
+        """The questions refused, and who may go on; ``again`` is what has to be asked again."""
         data = acks(*values)
-        taken, whole, refused, ready = take_acks(self.table, data)
+        taken, whole, refused, ready, messages = take_acks(self.table, data)
         assert taken == len(data)
         assert whole
+        assert sorted(decode(messages)) == sorted((*page, True) for page in again)
         return [(q.iova, q.access, sorted(q.waiting)) for q in refused], set(ready)
 
     def expired(self) -> list[tuple[int, int]]:
@@ -247,14 +261,15 @@ class TestAnswers:
 
 class TestAcknowledgements:
     def test_after_the_answer_they_say_nothing_new(self, table: Table) -> None:
-        table.ask(0, *pages(2))
-        table.answer(0x100000)
-        assert table.ack(0) == ([], set())
-        assert table.answer(0x101000) == {0}
-        assert table.ack(1) == ([], set()), "a refusal of what was answered"
+        for value in (0, 1):
+            table.ask(0, *pages(2))
+            table.answer(0x100000)
+            assert table.answer(0x101000) == {0}
+            assert table.ack(value) == ([], set())
         assert table.table.refused == 0
 
     def test_refusals_are_those_of_the_oldest_questions(self, table: Table) -> None:
+        table.ask(0, *pages(1))
         table.ask(0, *pages(2))
         table.ask(1, *pages(3))
         assert table.ack(1) == ([(0x100000, R, [0, 1])], set())
@@ -294,9 +309,10 @@ class TestAcknowledgements:
     @pytest.mark.parametrize("cut", [0, 1, 11, 12, 19])
     def test_incomplete_ones_are_left(self, table: Table, cut: int) -> None:
         table.ask(0, *pages(2))
-        taken, whole, refused, ready = take_acks(table.table, acks(1) + acks(1)[:cut])
+        taken, whole, refused, ready, again = take_acks(table.table, acks(1) + acks(1)[:cut])
         assert whole == (cut == 0)
         assert (taken, len(refused), ready) == (20, 1, [])
+        assert decode(again) == [(0x100000, R, True)]
 
     @pytest.mark.parametrize(
         "strange",
@@ -311,9 +327,137 @@ class TestAcknowledgements:
     )
     def test_what_is_none_is_left(self, table: Table, strange: bytes) -> None:
         table.ask(0, *pages(2))
-        taken, whole, refused, _ = take_acks(table.table, acks(1) + strange + acks(1))
+        taken, whole, refused, *_ = take_acks(table.table, acks(1) + strange + acks(1))
         assert not whole
         assert (taken, len(refused)) == (20, 1)
+
+
+class TestBatches:
+    """One acknowledgement for all that was asked at a time."""
+
+    def test_the_last_is_marked(self, table: Table) -> None:
+        for count in (1, 2, 100):
+            data = table.table.ask(0, pages(count, count << 24), table.now, acknowledged=True)
+            assert [marked for *_, marked in decode(data)] == [False] * (count - 1) + [True]
+
+    def test_what_makes_the_last_one_wider_is_part_of_it(self, table: Table) -> None:
+        assert table.ask(0, need(0x1000), need(0x2000), need(0x1000, 1, W)) == [
+            (0x1000, RW),
+            (0x2000, R),
+        ]
+        assert table.ack(0, again=[(0x1000, RW)])[0] == []
+
+    def test_nothing_is_asked_again_if_all_is_answered(self, table: Table) -> None:
+        table.ask(0, *pages(10))
+        assert table.answer(0x100000, 10 * PAGE) == {0}
+        assert table.ack(0) == ([], set())
+        assert table.table.asked == 10
+
+    def test_a_refusal_in_the_middle_costs_one_more_question(self, table: Table) -> None:
+        for waiter in range(5):
+            table.ask(9, need(0x200000))
+            table.ask(waiter, *pages(3))
+        table.ask(7, need(0x101000), need(0x101000, 1, W), need(0x300000))
+        for iova in (0x100000, 0x102000):
+            table.answer(iova)
+        # The batches of waiters 9, 0, and 7.
+        assert table.ack(0) == ([], set())
+        assert table.ack(0, again=[(0x101000, R)]) == ([], set())
+        assert table.answer(0x300000) == set()
+        assert table.ack(0, again=[(0x101000, W)]) == ([], set())
+        assert table.ack(1) == ([(0x101000, R, [0, 1, 2, 3, 4, 7])], {0, 1, 2, 3, 4})
+        assert table.ack(1) == ([(0x101000, W, [7])], {7})
+        assert table.table.refused == 2
+        assert table.answer(0x200000) == {9}
+        assert len(table.table) == 0
+
+    def test_a_refusal_of_the_last_says_nothing_of_the_others(self, table: Table) -> None:
+        table.ask(0, *pages(3))
+        table.answer(0x100000)
+        assert table.ack(1, again=[(0x101000, R)]) == ([(0x102000, R, [0])], set())
+        assert table.answer(0x101000) == {0}
+        assert table.ack(0) == ([], set())
+
+    def test_all_are_refused(self, table: Table) -> None:
+        asked = table.ask(0, *pages(50))
+        assert table.ack(1, again=asked[:-1]) == ([(*asked[-1], [0])], set())
+        refused, ready = table.ack(*[1] * 49)
+        assert {page[:2] for page in refused} == set(asked[:-1])
+        assert ready == {0}
+        assert table.table.asked == 99
+
+    def test_a_late_answer_after_it_is_asked_again(self, table: Table) -> None:
+        table.ask(0, *pages(3))
+        table.answer(0x102000)
+        table.ack(0, again=[(0x100000, R), (0x101000, R)])
+        assert table.ask(1, *pages(2)) == [], "it is under way"
+        assert table.answer(0x100000) == set()
+        assert table.answer(0x101000) == {0, 1}
+        assert table.ack(0, 1) == ([], set()), "of what was answered meanwhile"
+        assert table.table.refused == 0
+
+    def test_it_is_asked_again_only_once(self, table: Table) -> None:
+        table.ask(0, *pages(2))
+        assert table.ack(0, again=[(0x100000, R)]) == ([], set())
+        assert table.ack(0) == ([], set())
+        assert table.ack(0) == ([], set()), "not even by what nobody asked for"
+        assert table.answer(0x100000, 2 * PAGE) == {0}
+        assert table.table.asked == 3
+
+    def test_a_translation_that_allows_too_little_in_the_middle(self, table: Table) -> None:
+        table.ask(3, *pages(4, access=W))
+        table.answer(0x101000, PAGE, R)
+        table.answer(0x102000, PAGE, W)
+        assert table.ack(0, again=[(0x100000, W)]) == ([(0x101000, W, [3])], set())
+        table.answer(0x100000, PAGE, R)
+        assert table.ack(0) == ([(0x100000, W, [3])], set())
+        assert table.answer(0x103000) == {3}
+
+    def test_expiry_counts_from_the_first_question(self, table: Table) -> None:
+        table.ask(0, *pages(3))
+        table.answer(0x102000)
+        table.now += 4
+        table.ack(0, again=[(0x100000, R), (0x101000, R)])
+        assert table.table.deadline() == 105.0
+        table.now += 1
+        assert sorted(table.expired()) == [(0x100000, R), (0x101000, R)]
+        # Late acknowledgements still belong to them.
+        table.ask(0, need(0x5000))
+        assert table.ack(1, 1) == ([], set())
+        assert table.ack(1) == ([(0x5000, R, [0])], {0})
+
+    def test_an_acknowledgement_after_all_of_its_batch_expired(self, table: Table) -> None:
+        table.ask(0, *pages(10))
+        table.now += 5
+        assert len(table.expired()) == 10
+        assert table.ask(0, *pages(10)) != []
+        assert table.ack(1) == ([], set()), "it was for the first ones"
+        assert table.answer(0x100000, 9 * PAGE) == set()
+        assert table.ack(1) == ([(0x109000, R, [0])], {0})
+
+    def test_what_nobody_needs_any_more_is_not_asked_again(self, table: Table) -> None:
+        table.ask(0, *pages(3))
+        table.ask(1, *pages(1))
+        table.table.forget(0)
+        assert table.ack(0, again=[(0x100000, R)]) == ([], set())
+        assert table.ask(2, *pages(2)) == [(0x101000, R)]
+
+    def test_none_of_before_a_reset(self, table: Table) -> None:
+        table.ask(0, *pages(10))
+        table.table.reset()
+        table.ask(1, need(0x1000), need(0x2000))
+        assert table.ack(0, again=[(0x1000, R)]) == ([], set())
+        assert len(table.table) == 2
+
+    def test_acknowledgements_that_come_too_early(self, table: Table) -> None:
+        """From a front-end that makes them up; what is asked and expected stays in step."""
+        table.ask(0, *pages(3))
+        _, _, refused, _, again = take_acks(table.table, acks(0, 1))
+        assert [q.iova for q in refused] == [0x100000]
+        # Its acknowledgement was taken already, so none is asked for.
+        assert decode(again) == [(0x100000, R, False), (0x101000, R, True)]
+        assert table.ack(1) == ([(0x101000, R, [0])], set())
+        assert table.answer(0x102000) == {0}
 
 
 class TestTime:
@@ -364,7 +508,7 @@ class TestRoom:
             for iova, _ in asked:
                 table.answer(iova)
             if asked:
-                table.ack(*[0] * len(asked))
+                table.ack(0)
                 return
         raise AssertionError("it starves")
 
@@ -373,7 +517,8 @@ class TestRoom:
         woken = []
         for i, (iova, _) in enumerate(asked):
             ready = table.answer(iova)
-            ready |= table.ack(0)[1]
+            if is_last(i, len(asked)):
+                ready |= table.ack(0)[1]
             if ready:
                 woken.append(i)
         assert woken == [MAX_OUTSTANDING // 2 - 1, MAX_OUTSTANDING - 1]
@@ -386,7 +531,6 @@ class TestRoom:
         # There is no room yet: acknowledgements are still to come.
         assert table.ask(0, *pages(2 * MAX_OUTSTANDING)[-1:]) == []
         assert table.table.deadline() == 105.0
-        assert table.ack(*[0] * (MAX_OUTSTANDING // 2 - 1))[1] == set()
         assert table.ack(0)[1] == {0}, "who could not ask is told that there is room"
         self.serve_rest(table, 0)
 
@@ -421,18 +565,48 @@ class TestRoom:
         asked = self.fill(table)
         table.ask(1, need(0x5000))
         ready: list[int] = []
-        for iova, _ in asked:
+        for i, (iova, _) in enumerate(asked):
             ready += table.table.answered(iova, PAGE, RW)
-            ready += table.table.acknowledge(0)[1]
+            if is_last(i, len(asked)):
+                ready += table.table.acknowledge(0)[1]
         assert ready.count(1) == 1
 
     def test_forgotten_ones_are_not_woken(self, table: Table) -> None:
         asked = self.fill(table)
         table.ask(1, need(0x5000))
         table.table.forget(1)
-        for iova, _ in asked:
+        for i, (iova, _) in enumerate(asked):
             assert 1 not in table.answer(iova)
-            assert 1 not in table.ack(0)[1]
+            if is_last(i, len(asked)):
+                assert 1 not in table.ack(0)[1]
+
+    def test_a_front_end_that_reads_nothing_is_not_asked_without_end(self, table: Table) -> None:
+        """What it told unasked settles questions that are still in the socket."""
+        asked = 0
+        for i in range(100):
+            asked += len(table.ask(0, *pages(20, (i + 1) << 24)))
+            table.answer(0, 2**64)
+        assert asked == MAX_OUTSTANDING
+
+    def test_all_of_a_full_table_is_asked_again(self, table: Table) -> None:
+        asked = self.fill(table)
+        again = [page for i, page in enumerate(asked) if not is_last(i, len(asked))]
+        assert table.ack(0, 0, again=again) == ([], set())
+        assert table.ask(1, need(0x5000)) == []
+        assert len(table.ack(*[1] * len(again))[0]) == len(again)
+        assert table.ask(1, need(0x5000)) == [(0x5000, R)]
+        assert table.answer(asked[BATCH - 1][0]) | table.answer(asked[-1][0]) == {0}
+
+    def test_an_open_question_keeps_what_it_refers_to(self, table: Table) -> None:
+        """Time is over, but nobody looked: no slot may be used again that is referred to."""
+        table.ask(0, *pages(MAX_OUTSTANDING))
+        for i in (BATCH - 1, MAX_OUTSTANDING - 1):
+            table.answer(0x100000 + i * PAGE)
+        table.now += 10
+        assert table.ask(1, need(0x5000)) == []
+        assert len(table.expired()) == MAX_OUTSTANDING - 2
+        assert table.ask(1, need(0x5000)) == [(0x5000, R)]
+        assert table.answer(0x5000) == {1}
 
     def test_a_huge_range_costs_what_may_be_in_flight(self, table: Table) -> None:
         asked = table.ask(0, need(0, 2**63))
@@ -469,20 +643,36 @@ class TestForgetting:
         assert table.ack(1) == ([(0x9000, R, [0])], {0})
 
 
+@dataclass(eq=False)
+class Asked:
+    """A question, for the model."""
+
+    key: tuple[int, int]
+    at: float
+    forbidden: bool = False
+    settled: bool = False
+
+
 def test_against_a_model() -> None:
     """Random traffic against a few dictionaries: nobody is woken early, nobody is left waiting."""
-    for seed in range(30):
+    for seed in range(60):
         _run_against_model(random.Random(seed))
 
 
 def _run_against_model(rng: random.Random) -> None:
     table = Table()
     lacking: dict[int, set[tuple[int, int]]] = {waiter: set() for waiter in range(4)}
-    order: list[tuple[int, int]] = []
-    open_: dict[tuple[int, int], float] = {}
+    batches: list[list[Asked]] = []
+    open_: dict[tuple[int, int], Asked] = {}
+
+    def settle(gone: set[tuple[int, int]]) -> set[int]:
+        for key in gone:
+            open_.pop(key).settled = True
+        return _settle(lacking, gone)
+
     for _ in range(400):
         table.now += rng.random() * 0.3
-        match rng.randrange(6):
+        match rng.randrange(7):
             case 0 | 1:
                 waiter = rng.randrange(4)
                 wanted = [
@@ -494,38 +684,147 @@ def _run_against_model(rng: random.Random) -> None:
                 keys, fresh = _expected(wanted, set(open_))
                 asked = table.ask(waiter, *wanted)
                 assert set(asked) == fresh
-                for key in asked:
-                    open_[key] = table.now
-                    order.append(key)
+                batch = [Asked(key, table.now) for key in asked]
+                open_.update((each.key, each) for each in batch)
+                if batch:
+                    batches.append(batch)
                 lacking[waiter] |= keys
             case 2 | 3:
                 iova, size = 0x1000 * rng.randrange(12), PAGE * rng.choice((1, 1, 1, 3))
                 perm = rng.choice((R, W, RW, RW))
                 ready = table.answer(iova, size, perm)
-                gone = {key for key in open_ if iova <= key[0] < iova + size and not key[1] & ~perm}
-                assert ready == _settle(lacking, gone)
-                for key in gone:
-                    del open_[key]
-                    order[order.index(key)] = (-1, 0)
-            case 4 if order:
-                key = order.pop(0)
-                refused, ready = table.ack(1)
-                if key in open_:
-                    del open_[key]
-                    assert [(iova, access) for iova, access, _ in refused] == [key]
-                    assert ready == _settle(lacking, {key})
-                else:
-                    assert (refused, ready) == ([], set())
+                hit = {key for key in open_ if iova <= key[0] < iova + size}
+                gone = {key for key in hit if not key[1] & ~perm}
+                for key in hit - gone:
+                    open_[key].forbidden = True
+                assert ready == settle(gone)
+            case 4 | 5 if batches:
+                *others, last = batches.pop(0)
+                value = rng.randrange(2)
+                unsettled = [each for each in others if not each.settled]
+                needed = set().union(*lacking.values())
+                refused = {each.key for each in unsettled if each.forbidden}
+                dropped = {each.key for each in unsettled} - refused - needed
+                again = [each for each in unsettled if each.key not in refused | dropped]
+                if not last.settled and (value or last.forbidden):
+                    refused.add(last.key)
+                # They are acknowledged in the order in which they are asked.
+                found, ready_, messages = table.table.acknowledge(value)
+                assert sorted(decode(messages)) == sorted((*each.key, True) for each in again)
+                batches += [[open_[iova, access]] for iova, access, _ in decode(messages)]
+                assert sorted((q.iova, q.access) for q in found) == sorted(refused)
+                assert set(ready_) == settle(refused | dropped)
+            case 6 if rng.random() < 0.2:
+                waiter = rng.randrange(4)
+                table.table.forget(waiter)
+                lacking[waiter] = set()
+            case 6 if rng.random() < 0.1:
+                waiting = {waiter for waiter, keys in lacking.items() if keys}
+                assert set(table.table.reset()) == waiting
+                lacking = {waiter: set() for waiter in lacking}
+                batches, open_ = [], {}
             case _:
-                late = {key for key, asked_at in open_.items() if table.now - asked_at >= 5}
+                late = {key for key, each in open_.items() if table.now - each.at >= 5}
                 assert set(table.expired()) == late
-                _settle(lacking, late)
-                for key in late:
-                    del open_[key]
-                    order[order.index(key)] = (-1, 0)
+                settle(late)
         assert len(table.table) == len(open_)
         for waiter, keys in lacking.items():
             assert table.table.awaited(waiter) == len(keys)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_heavy_traffic_with_a_front_end(seed: int) -> None:
+    """All slots are used again and again; each waiter learns what is true of each of its pages."""
+    front_end = _FrontEnd(random.Random(seed))
+    for _ in range(3000):
+        front_end.step()
+    front_end.finish()
+
+
+class _FrontEnd:
+    """Answers in order, on two channels of which either may be read late; and those who ask."""
+
+    PAGES, WAITERS = 4000, 8
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.table = MissTable(1e9)
+        self.perms = [rng.choice((0, R, RW, RW, RW, RW)) for _ in range(self.PAGES)]
+        self.questions: list[tuple[int, int, bool]] = []
+        self.updates: list[int] = []
+        self.acks: list[int] = []
+        self.wanted: list[set[tuple[int, int]]] = [set() for _ in range(self.WAITERS)]
+        self.answered: list[set[tuple[int, int]]] = [set() for _ in range(self.WAITERS)]
+        self.asked = 0
+
+    def step(self, most: int = 60) -> None:
+        rng = self.rng
+        match rng.randrange(4):
+            case 0:
+                self.ask(rng.randrange(self.WAITERS), rng.randrange(2 * most))
+            case 1:
+                self.handle(rng.randrange(most))
+            case 2:
+                self.take_updates(rng.randrange(most))
+            case _:
+                self.take_acks(rng.randrange(most))
+
+    def ask(self, waiter: int, count: int) -> None:
+        wanted = self.wanted[waiter]
+        if self.table.awaited(waiter):
+            return
+        if not wanted:
+            for _ in range(count):
+                wanted.add((self.rng.randrange(self.PAGES) * PAGE, self.rng.choice((R, W))))
+        missing = [need(iova, PAGE, access) for iova, access in sorted(wanted)]
+        self.send(self.table.ask(waiter, missing, 0.0, acknowledged=True))
+
+    def send(self, data: bytes) -> None:
+        self.questions += decode(data)
+        self.asked += len(data) // MESSAGE
+
+    def handle(self, count: int) -> None:
+        for iova, access, need_reply in self.questions[:count]:
+            perm = self.perms[iova // PAGE]
+            # Also one that allows too little.
+            if perm:
+                self.updates.append(iova)
+            if need_reply:
+                self.acks.append(access & ~perm)
+        del self.questions[:count]
+
+    def take_updates(self, count: int) -> None:
+        for iova in self.updates[:count]:
+            perm = self.perms[iova // PAGE]
+            self.table.answered(iova, PAGE, perm)
+            for wanted in self.wanted:
+                wanted -= {(iova, access) for access in range(1, 4) if not access & ~perm}
+        del self.updates[:count]
+
+    def take_acks(self, count: int) -> None:
+        for value in self.acks[:count]:
+            refused, _, again = self.table.acknowledge(value)
+            self.send(again)
+            for question in refused:
+                assert question.access & ~self.perms[question.iova // PAGE], "it is allowed"
+                for waiter in question.waiting:
+                    wanted = self.wanted[waiter]
+                    wanted -= {(question.iova, question.access & bit) for bit in (R, W)}
+        del self.acks[:count]
+
+    def finish(self) -> None:
+        """Everything is answered sooner or later, without any time limit."""
+        for _ in range(200):
+            self.handle(1 << 20)
+            self.take_updates(1 << 20)
+            self.take_acks(1 << 20)
+            for waiter, wanted in enumerate(self.wanted):
+                if wanted:
+                    self.ask(waiter, 0)
+        assert not any(self.wanted)
+        assert len(self.table) == 0
+        assert self.table.asked == self.asked
+        assert self.asked > 20 * MAX_OUTSTANDING
 
 
 def _expected(

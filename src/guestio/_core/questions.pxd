@@ -17,6 +17,9 @@ cdef struct Slot:
     u64 waiting[WAITER_WORDS]
     double asked
     int16_t next             # of the same hash, or free
+    int16_t last             # whose acknowledgement speaks for this one, or -1
+    int16_t batch            # messages that its acknowledgement speaks for, this one included
+    int16_t unsettled        # open questions among the others
     u8 access
     bint fresh               # not sent yet
     bint open                # neither answered nor refused
@@ -32,6 +35,7 @@ cdef class MissTable:
     cdef int16_t order[SLOTS]     # a circle of the questions whose acknowledgement is to come
     cdef uint16_t order_first
     cdef int order_count
+    cdef int under_way            # messages that no acknowledgement has spoken for yet
     cdef int open_count
     cdef int lacking[WAITERS]
     cdef set starved_waiters
@@ -43,24 +47,33 @@ cdef class MissTable:
     cdef int clear(self) except -1
     cdef int16_t find(self, u64 iova, int access) noexcept
     cdef int16_t find_wider(self, u64 iova, int access) noexcept
-    cdef int16_t open_slot(self, u64 iova, int access, double now, bint acknowledged) noexcept
+    cdef int16_t open_slot(self, u64 iova, int access, double now) noexcept
+    cdef void expect(self, int16_t slot, int batch) noexcept
+    cdef int16_t expected_next(self) noexcept
+    cdef void form_batches(self, const int16_t *fresh, int count) noexcept
+    cdef void leave_batch(self, int16_t slot) noexcept
     cdef void enter(self, int16_t slot) noexcept
     cdef void unlink(self, int16_t slot) noexcept
     cdef void release(self, int16_t slot) noexcept
-    cdef bint has_room(self, double now) noexcept
+    cdef bint has_room(self, int fresh, double now) noexcept
     cdef void drop_stale(self, double now) noexcept
     cdef int ask_range(
-        self, int waiter, u64 first, u64 last, int access, double now, bint acknowledged, skip,
-        int16_t *fresh, int *count,
+        self, int waiter, u64 first, u64 last, int access, double now, skip, int16_t *fresh,
+        int *count,
     ) except -1
     cdef int ask_page(
-        self, int waiter, u64 iova, int access, double now, bint acknowledged, skip,
-        int16_t *fresh, int *count,
+        self, int waiter, u64 iova, int access, double now, skip, int16_t *fresh, int *count,
     ) except -1
     cdef int relieve(self, list ready) except -1
     cdef int answer(self, u64 first, u64 span, int perm, list ready) except -1
     cdef int answer_one(self, int16_t slot, int perm, list ready) except -1
     cdef int settle(self, int16_t slot, list ready) except -1
-    cdef int acknowledge_one(self, bint refuse, list refused, list ready) except -1
+    cdef int acknowledge_one(
+        self, bint refuse, list refused, list ready, int16_t *again, int *count
+    ) except -1
+    cdef int follow_up(
+        self, int16_t last, list refused, list ready, int16_t *again, int *count
+    ) except -1
+    cdef int refuse(self, int16_t slot, list refused, list ready) except -1
     cdef object question(self, int16_t slot)
-    cdef bytes messages(self, const int16_t *fresh, int count, bint acknowledged)
+    cdef bytes messages(self, const int16_t *which, int count)

@@ -2,6 +2,14 @@
 
 Behind an IOMMU a request of the driver costs a handful of them. They live in a table of fixed size,
 found by page and access in O(1), and no Python object is made for one unless it is refused.
+
+An acknowledgement costs both sides a system call and wakes us, and mostly it says nothing that the
+translation did not say before. So only the last question of a batch has the flag NEED_REPLY
+(vhost-user specification, section VHOST_USER_PROTOCOL_F_REPLY_ACK). A front-end deals with messages
+in their order (QEMU: backend_read in hw/virtio/vhost-user.c, which goes on only when its UPDATE was
+acknowledged), so that acknowledgement says that the whole batch was dealt with. What is still open
+then was most likely refused. It is asked once more, page by page with NEED_REPLY, which names what
+is refused, and costs nothing but a question if the translation was only late.
 """
 
 from libc.string cimport memcpy, memset
@@ -30,6 +38,9 @@ cdef int LIMIT = MAX_OUTSTANDING
 cdef enum:
     READ = 1
     READ_WRITE = 3
+    # Questions that share an acknowledgement: half of all, so that there is room again before the
+    # last of many is answered.
+    BATCH = 256
 
 
 cdef class Question:
@@ -56,7 +67,7 @@ cdef class MissTable:
         time_limit: Seconds after which an unanswered question counts as refused.
 
     Attributes:
-        asked: Questions asked so far.
+        asked: Messages that asked so far; a question may take two.
         refused: Questions refused or not answered in time so far.
         timeouts: Those of them that were not answered in time.
     """
@@ -74,7 +85,7 @@ cdef class MissTable:
             self.heads[i] = -1
             self.slots[i].next = i + 1 if i + 1 < SLOTS else -1
         self.free_slot = 0
-        self.order_first, self.order_count, self.open_count = 0, 0, 0
+        self.order_first, self.order_count, self.open_count, self.under_way = 0, 0, 0, 0
         self.starved_waiters = set()
         return 0
 
@@ -102,20 +113,51 @@ cdef class MissTable:
             link = &self.slots[link[0]].next
         link[0] = self.slots[slot].next
 
-    cdef int16_t open_slot(self, u64 iova, int access, double now, bint acknowledged) noexcept:
+    cdef int16_t open_slot(self, u64 iova, int access, double now) noexcept:
         """A new question; there must be room."""
         cdef int16_t slot = self.free_slot
         cdef Slot *question = &self.slots[slot]
         self.free_slot = question.next
         memset(question, 0, sizeof(Slot))
         question.iova, question.access, question.asked = iova, <u8>access, now
-        question.open, question.fresh, question.expected = True, True, acknowledged
+        question.open, question.fresh, question.last = True, True, -1
         self.enter(slot)
         self.open_count += 1
-        if acknowledged:
-            self.order[(self.order_first + self.order_count) % SLOTS] = slot
-            self.order_count += 1
         return slot
+
+    cdef void expect(self, int16_t slot, int batch) noexcept:
+        """Await an acknowledgement; it speaks for so many messages, of which it is the last."""
+        self.slots[slot].expected, self.slots[slot].batch = True, <int16_t>batch
+        self.order[(self.order_first + self.order_count) % SLOTS] = slot
+        self.order_count += 1
+        self.under_way += batch
+
+    cdef int16_t expected_next(self) noexcept:
+        """Await the next acknowledgement no more; whose it was. There must be one."""
+        cdef int16_t slot = self.order[self.order_first % SLOTS]
+        self.order_first += 1
+        self.order_count -= 1
+        self.under_way -= self.slots[slot].batch
+        self.slots[slot].expected = False
+        return slot
+
+    cdef void form_batches(self, const int16_t *fresh, int count) noexcept:
+        """Have the last of new questions acknowledged, on behalf of all of them."""
+        cdef int first, i, size
+        cdef int16_t last
+        for first in range(0, count, BATCH):
+            size = min(count - first, BATCH)
+            last = fresh[first + size - 1]
+            for i in range(first, first + size - 1):
+                self.slots[fresh[i]].last = last
+            self.slots[last].unsettled = <int16_t>(size - 1)
+            self.expect(last, size)
+
+    cdef void leave_batch(self, int16_t slot) noexcept:
+        cdef int16_t last = self.slots[slot].last
+        if last >= 0:
+            self.slots[last].unsettled -= 1
+            self.slots[slot].last = -1
 
     cdef void release(self, int16_t slot) noexcept:
         """Use a slot again once nothing is to come for it any more."""
@@ -125,20 +167,19 @@ cdef class MissTable:
 
     cdef void drop_stale(self, double now) noexcept:
         """Expect no acknowledgement any more of questions that were settled long ago."""
-        cdef int16_t slot
+        cdef Slot *question
         while self.order_count:
-            slot = self.order[self.order_first % SLOTS]
-            if self.slots[slot].open or now - self.slots[slot].asked < self.time_limit:
+            question = &self.slots[self.order[self.order_first % SLOTS]]
+            # As long as questions of its batch are open, they refer to it.
+            if question.open or question.unsettled or now - question.asked < self.time_limit:
                 break
-            self.order_first += 1
-            self.order_count -= 1
-            self.slots[slot].expected = False
-            self.release(slot)
+            self.release(self.expected_next())
 
-    cdef bint has_room(self, double now) noexcept:
-        if self.order_count >= LIMIT:
+    cdef bint has_room(self, int fresh, double now) noexcept:
+        """Whether one more may be asked, beyond ``fresh`` ones that are not sent yet."""
+        if self.under_way + fresh >= LIMIT:
             self.drop_stale(now)
-        return self.open_count < LIMIT and self.order_count < LIMIT
+        return self.open_count < LIMIT and self.under_way + fresh < LIMIT
 
     def ask(self, waiter, missing, double now, *, bint acknowledged, skip=()):
         """Note that ``waiter`` needs ranges.
@@ -147,7 +188,9 @@ cdef class MissTable:
             waiter: Who.
             missing: ``(IovaRange, access)`` each.
             now: The time.
-            acknowledged: Whether the front-end will acknowledge each question, in order.
+            acknowledged: Whether the front-end acknowledges questions, in order, if asked to. Then
+                the last new one here is marked (and each 256th, if there are more), and its
+                acknowledgement speaks for those before it.
             skip: Pages ``(iova, access)`` that are not to be asked for.
 
         Returns:
@@ -168,26 +211,26 @@ cdef class MissTable:
             known = missing
             for i in range(known.count):
                 if not self.ask_range(
-                    who, known.item[i].first, known.item[i].last, known.item[i].access, now,
-                    acknowledged, skip, fresh, &count,
+                    who, known.item[i].first, known.item[i].last, known.item[i].access, now, skip,
+                    fresh, &count,
                 ):
                     break
         else:
             for (base, length), access in missing:
                 as_span(base, length, &span, False)
                 if not self.ask_range(
-                    who, span.first, span.last, access, now, acknowledged, skip, fresh, &count
+                    who, span.first, span.last, access, now, skip, fresh, &count
                 ):
                     break
-        return self.messages(fresh, count, acknowledged)
+        if acknowledged:
+            self.form_batches(fresh, count)
+        return self.messages(fresh, count)
 
-    cdef bytes messages(self, const int16_t *fresh, int count, bint acknowledged):
-        """The questions as they are sent."""
+    cdef bytes messages(self, const int16_t *which, int count):
+        """Questions as they are sent."""
         cdef bytearray out = bytearray(count * MESSAGE_BYTES)
         cdef u8[::1] view = out
-        cdef Header header = Header(
-            FROM_BACKEND, VERSION | NEED_REPLY if acknowledged else VERSION, sizeof(Message)
-        )
+        cdef Header header = Header(FROM_BACKEND, VERSION, sizeof(Message))
         cdef Message message
         cdef Slot *question
         cdef int i
@@ -195,39 +238,39 @@ cdef class MissTable:
         memset(&message, 0, sizeof(Message))
         message.kind, message.size = MISS, PAGE_BYTES
         for i in range(count):
-            question = &self.slots[fresh[i]]
+            question = &self.slots[which[i]]
             question.fresh = False
+            header.flags = VERSION | NEED_REPLY if question.expected else VERSION
             message.iova, message.perm = question.iova, question.access
             put_message(&view[i * MESSAGE_BYTES], &header, &message)
         return bytes(out)
 
     cdef int ask_range(
-        self, int waiter, u64 first, u64 last, int access, double now, bint acknowledged, skip,
-        int16_t *fresh, int *count,
+        self, int waiter, u64 first, u64 last, int access, double now, skip, int16_t *fresh,
+        int *count,
     ) except -1:
         """Ask for the pages of a range; False once there is no room."""
         cdef u64 iova = first // PAGE_BYTES * PAGE_BYTES
         while True:
             if not skip or (iova, access) not in skip:
-                if not self.ask_page(waiter, iova, access, now, acknowledged, skip, fresh, count):
+                if not self.ask_page(waiter, iova, access, now, skip, fresh, count):
                     return False
             if last - iova < PAGE_BYTES:
                 return True
             iova += PAGE_BYTES
 
     cdef int ask_page(
-        self, int waiter, u64 iova, int access, double now, bint acknowledged, skip,
-        int16_t *fresh, int *count,
+        self, int waiter, u64 iova, int access, double now, skip, int16_t *fresh, int *count,
     ) except -1:
         cdef int16_t slot = self.find(iova, access)
         cdef Slot *question
         if slot < 0 and (not skip or (iova, READ_WRITE) not in skip):
             slot = self.find_wider(iova, access)
         if slot < 0:
-            if not self.has_room(now):
+            if not self.has_room(count[0], now):
                 self.starved_waiters.add(waiter)
                 return False
-            slot = self.open_slot(iova, access, now, acknowledged)
+            slot = self.open_slot(iova, access, now)
             fresh[count[0]] = slot
             count[0] += 1
         question = &self.slots[slot]
@@ -300,6 +343,7 @@ cdef class MissTable:
         cdef u64 left
         cdef int word, waiter
         self.unlink(slot)
+        self.leave_batch(slot)
         question.open = False
         self.open_count -= 1
         for word in range(WAITER_WORDS):
@@ -315,7 +359,7 @@ cdef class MissTable:
 
     cdef int relieve(self, list ready) except -1:
         """Add those who could not ask for want of room, once there is some."""
-        if self.starved_waiters and max(self.open_count, self.order_count) <= LIMIT // 2:
+        if self.starved_waiters and max(self.open_count, self.under_way) <= LIMIT // 2:
             ready.extend(self.starved_waiters)
             self.starved_waiters.clear()
         return 0
@@ -333,18 +377,26 @@ cdef class MissTable:
     def receive(self, int fd):
         """Take the front-end's acknowledgements from a socket, oldest question first.
 
+        An acknowledgement should not be taken before the UPDATE messages that arrived earlier were
+        applied, or else what they answer is asked once more.
+
         Args:
             fd: The back-end channel's socket; no message on it may be taken in part.
 
         Returns:
-            ``(all, refused, ready)``: whether there was something and all of it was whole
-            acknowledgements, the questions that were refused, and the waiters that miss nothing any
-            more. What follows stays in the socket.
+            ``(all, refused, ready, again)``: whether there was something and all of it was whole
+            acknowledgements, the questions that were refused, the waiters that miss nothing any
+            more, and messages to send, as bytes: what is still open of a batch that was dealt with
+            is asked once more. What follows stays in the socket.
+
+        Cost: O(1) an acknowledgement; O(questions) if it leaves some of its batch open.
         """
         cdef Header header
         cdef u64 value
         cdef size_t size, at = 0
         cdef list refused = [], ready = []
+        cdef int16_t again[SLOTS]
+        cdef int count = 0
         with nogil:
             size = look(fd, self.buffer)
         while size - at >= ACK_BYTES:
@@ -354,36 +406,67 @@ cdef class MissTable:
             ):
                 break
             memcpy(&value, self.buffer + at + HEADER_BYTES, 8)
-            self.acknowledge_one(value != 0, refused, ready)
+            self.acknowledge_one(value != 0, refused, ready, again, &count)
             at += ACK_BYTES
         with nogil:
             take(fd, self.buffer, at)
         self.relieve(ready)
-        return size > 0 and at == size, refused, ready
+        return size > 0 and at == size, refused, ready, self.messages(again, count)
 
     def acknowledge(self, value):
-        """Take one acknowledgement; returns ``(refused, ready)`` as :meth:`receive` does."""
+        """Take one acknowledgement; returns ``(refused, ready, again)`` as :meth:`receive` does."""
         cdef list refused = [], ready = []
-        self.acknowledge_one(value != 0, refused, ready)
+        cdef int16_t again[SLOTS]
+        cdef int count = 0
+        self.acknowledge_one(value != 0, refused, ready, again, &count)
         self.relieve(ready)
-        return refused, ready
+        return refused, ready, self.messages(again, count)
 
-    cdef int acknowledge_one(self, bint refuse, list refused, list ready) except -1:
+    cdef int acknowledge_one(
+        self, bint refuse, list refused, list ready, int16_t *again, int *count
+    ) except -1:
+        """Take the next acknowledgement; add to ``again`` what is to be asked once more."""
         cdef int16_t slot
         if not self.order_count:
             return 0
-        slot = self.order[self.order_first % SLOTS]
-        self.order_first += 1
-        self.order_count -= 1
-        self.slots[slot].expected = False
+        slot = self.expected_next()
+        if self.slots[slot].unsettled:
+            self.follow_up(slot, refused, ready, again, count)
         # Without a refusal, the translation may still be under way on the other channel.
         if self.slots[slot].open and (refuse or self.slots[slot].forbidden):
-            refused.append(self.question(slot))
-            self.refused += 1
-            self.settle(slot, ready)
+            self.refuse(slot, refused, ready)
         else:
             self.release(slot)
         return 0
+
+    cdef int follow_up(
+        self, int16_t last, list refused, list ready, int16_t *again, int *count
+    ) except -1:
+        """Find out about what is open of a batch that the front-end has dealt with."""
+        cdef int16_t slot
+        cdef Slot *question
+        for slot in range(SLOTS):
+            question = &self.slots[slot]
+            if not question.open or question.last != last:
+                continue
+            if question.forbidden:
+                self.refuse(slot, refused, ready)
+            elif not is_awaited(question):
+                self.settle(slot, ready)
+            else:
+                # It was refused, or its translation is on its way.
+                self.leave_batch(slot)
+                self.expect(slot, 1)
+                again[count[0]] = slot
+                count[0] += 1
+            if not self.slots[last].unsettled:
+                break
+        return 0
+
+    cdef int refuse(self, int16_t slot, list refused, list ready) except -1:
+        refused.append(self.question(slot))
+        self.refused += 1
+        return self.settle(slot, ready)
 
     def expired(self, double now):
         """Give up the questions whose time is over; they are refused.
@@ -456,6 +539,15 @@ cdef class MissTable:
         self.lacking[who] = 0
         for slot in range(SLOTS):
             self.slots[slot].waiting[who // 64] &= ~(<u64>1 << (who % 64))
+
+
+cdef inline bint is_awaited(const Slot *question) noexcept:
+    """Whether anybody needs the answer."""
+    cdef int word
+    for word in range(WAITER_WORDS):
+        if question.waiting[word]:
+            return True
+    return False
 
 
 cdef int waiter_of(object waiter) except -1:

@@ -2,8 +2,10 @@
 
 Translations live in an IOTLB. What is missing there is asked for on the back-end channel, a page
 at a time and each page once, for all who wait for it; the answers come as UPDATE messages on the
-main channel, and as acknowledgements that say whether there is an answer at all. What is refused,
-or not answered in time, is remembered for those who asked until they have drawn the conclusion.
+main channel. An acknowledgement of the last question of a batch says that there are no more answers
+to the batch, and what lacks one is asked again, to be acknowledged itself: so a refusal is found
+out. What is refused, or not answered in time, is remembered for those who asked until they have
+drawn the conclusion.
 """
 
 from __future__ import annotations
@@ -81,6 +83,7 @@ class Translations:
         self._unsent = b""
         self._channel: Channel | None = None
         self._armed = False
+        self._asked = 0
 
     def change_memory(self, shared: SharedMemory) -> None:
         """Follow the memory table; what was known is asked for again."""
@@ -145,18 +148,15 @@ class Translations:
 
     def ask(self, waiter: int, missing: Iterable[tuple[IovaRange, int]]) -> None:
         """Ask for ranges, except for pages that this waiter was refused."""
-        misses = self._misses
-        before = misses.asked
-        questions = misses.ask(
+        questions = self._misses.ask(
             waiter,
             missing,
             time.monotonic(),
             acknowledged=self.acknowledged,
             skip=self.refused(waiter),
         )
-        self._stats.iotlb_misses += misses.asked - before
         if questions:
-            self._send(questions)
+            self._send_questions(questions)
         if not self._armed:
             self._arm()
 
@@ -229,6 +229,8 @@ class Translations:
 
     def _receive_one_by_one(self, channel: Channel) -> None:
         for _ in range(TURN):
+            if self._channel is not channel:
+                return
             message = channel.recv()
             if message is None:
                 return
@@ -237,7 +239,9 @@ class Translations:
             self._settle(True, *self._misses.acknowledge(value))
         self._poller.again(self._receive_replies)
 
-    def _settle(self, done: bool, refused: list[Question], ready: list[int]) -> bool:
+    def _settle(self, done: bool, refused: list[Question], ready: list[int], again: bytes) -> bool:
+        if again:
+            self._send_questions(again)
         for question in refused:
             self._refuse(question)
         if ready:
@@ -250,6 +254,12 @@ class Translations:
             self.refused(waiter).add((question.iova, question.access))
         # What else they asked for may still come.
         self._wake([w for w in question.waiting if not self._misses.awaited(w)])
+
+    def _send_questions(self, questions: bytes) -> None:
+        asked = self._misses.asked
+        self._stats.iotlb_misses += asked - self._asked
+        self._asked = asked
+        self._send(questions)
 
     def _send(self, messages: bytes) -> None:
         """Send messages, all at once: a socket's buffer holds few small ones but one large one."""
