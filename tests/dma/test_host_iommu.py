@@ -411,6 +411,34 @@ def test_a_region_manager_on_a_simulated_host(interface, memory):
     assert host.mappings() == []
 
 
+@BOTH
+def test_a_region_that_nobody_refers_to_stays_mapped(interface, memory):
+    host = SimulatedHostIommu(interface)
+    with RegionManager() as manager, manager.add_target(host):
+        manager.new_region("ram", 0x10000, 8 * PAGE).map()
+        manager.regions[0].add_mapping(0, 8 * PAGE, memory)
+        gc.collect()
+        host.write(0x10000, b"still there")
+        assert content(memory, 0, 11) == b"still there"
+        with manager.regions[0] as ram:
+            assert ram.active
+        assert manager.regions == ()
+        with pytest.raises(DmaFaultError):
+            host.read(0x10000, 1)
+
+
+def test_private_memory_of_several_targets():
+    hosts = [SimulatedHostIommu("type1"), SimulatedHostIommu("iommufd")]
+    with Backing.anonymous(2 * PAGE) as private, RegionManager() as manager:
+        ram = manager.new_region("ram", 0, 2 * PAGE)
+        ram.add_mapping(0, 2 * PAGE, private)
+        ram.map()
+        for host in hosts:
+            manager.add_target(host)
+        hosts[0].write(PAGE, b"shared")
+        assert hosts[1].read(PAGE, 6) == content(private, PAGE, 6) == b"shared"
+
+
 def test_interfaces_have_names():
     with pytest.raises(ValueError, match="neither"):
         SimulatedHostIommu("type2")
