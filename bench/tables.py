@@ -1,7 +1,8 @@
 """The interval core, guest memory and dirty bitmaps against what a Python user would take instead.
 
 Every contestant does the same work on the same data, checks its answers once, and takes its turn in
-every round; what is shown is the median of the rounds, and ratios of medians of one run.
+every round, on one CPU; what is shown is the median of the rounds, in CPU time, and ratios of
+medians of one run. The last table says whether the goals are reached.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from statistics import median
@@ -50,13 +53,53 @@ class Row(NamedTuple):
 
 
 class Report(NamedTuple):
-    """One table."""
+    """One table; ratios are to its first column."""
 
     title: str
     unit: str
     note: str
     rows: list[Row]
     better: str = "lower"
+
+    def ratio(self, label: str, column: str, base: str) -> float | None:
+        """What one figure of a row is to another; None if either was not measured."""
+        figures = next((row.figures for row in self.rows if row.label == label), {})
+        figure, reference = figures.get(column), figures.get(base)
+        return figure / reference if figure is not None and reference else None
+
+
+class Goal(NamedTuple):
+    """What shall be reached: the ratio of two figures of one row of a table."""
+
+    table: str
+    row: str
+    column: str
+    base: str
+    at_least: bool
+    limit: float
+
+
+LOOKUP, BATCH = "Lookup, one at a time", "Lookup in batches of 200,000"
+GROWTH, COPIES = "Insert and remove as the map grows", "Copies of guest memory"
+BUILDS = ("in order", "at random")
+GOALS = (
+    Goal(BATCH, "1,000 random", "numpy", OURS, True, 2.5),
+    Goal(BATCH, "100,000 random", "numpy", OURS, True, 2),
+    Goal(BATCH, "1,000,000 random", "numpy", OURS, True, 2),
+    Goal(LOOKUP, "100,000 random", "intervaltree", OURS, True, 5),
+    Goal(LOOKUP, "100,000 random", "bisect", OURS, True, 1),
+    *(
+        Goal(GROWTH, f"{change}, built {order}", "1,000,000", "1,000", False, 4)
+        for change in ("insert", "remove")
+        for order in BUILDS
+    ),
+    *(
+        Goal(COPIES, size, way, "numpy copy", True, 0.9)
+        for size in ("64 KiB", "256 KiB", "1024 KiB")
+        for way in ("read", "write")
+    ),
+    Goal(COPIES, "1024 KiB", "read, scattered pages", "numpy copy", True, 0.6),
+)
 
 
 class Workload(NamedTuple):
@@ -144,10 +187,26 @@ class NumpyMap:
     """Sorted arrays and ``searchsorted``."""
 
     def __init__(self, load: Workload) -> None:
-        self.starts = load.starts
+        self.starts = load.starts.copy()
         self.ends = load.starts + np.uint64(PAGE)
         self.deltas = load.targets - load.starts
         self.perms = np.full(len(load.starts), 3, np.uint8)
+
+    def insert(self, starts: list[int]) -> None:
+        for start in starts:
+            at = int(self.starts.searchsorted(np.uint64(start)))
+            self.starts = np.insert(self.starts, at, np.uint64(start))
+            self.ends = np.insert(self.ends, at, np.uint64(start + 16))
+            self.deltas = np.insert(self.deltas, at, np.uint64(0))
+            self.perms = np.insert(self.perms, at, np.uint8(3))
+
+    def remove(self, starts: list[int]) -> None:
+        for start in starts:
+            at = int(self.starts.searchsorted(np.uint64(start)))
+            self.starts = np.delete(self.starts, at)
+            self.ends = np.delete(self.ends, at)
+            self.deltas = np.delete(self.deltas, at)
+            self.perms = np.delete(self.perms, at)
 
     def one(self, addresses: list[int]) -> int:
         last = 0
@@ -230,6 +289,9 @@ CONTESTANTS: dict[str, type[Any]] = {
     "intervaltree": IntervalTreeMap,
 }
 SLOW_TO_BUILD = {"intervaltree": 100_000}
+"""The largest map that each builds in a bearable time."""
+SLOW_TO_CHANGE = {"bisect": 100, "numpy": 20}
+"""How often each is changed in a round where a change moves megabytes."""
 
 
 def repeated(call: Callable[[], object], times: int) -> None:
@@ -237,19 +299,31 @@ def repeated(call: Callable[[], object], times: int) -> None:
         call()
 
 
-def rounds_of(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; every one takes its turn in every round."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+def timed(call: Callable[[], object]) -> float:
+    """CPU seconds of a call."""
+    begun = time.thread_time()
+    call()
+    return time.thread_time() - begun
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Collect garbage now, and not meanwhile."""
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
-            for name, call in calls.items():
-                begun = time.perf_counter()
-                call()
-                taken[name].append(time.perf_counter() - begun)
+        yield
     finally:
         gc.enable()
+
+
+def rounds_of(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of each call; every one takes its turn in every round."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    with without_collector():
+        for _ in range(rounds):
+            for name, call in calls.items():
+                taken[name].append(timed(call))
     return {name: median(times) for name, times in taken.items()}
 
 
@@ -281,7 +355,7 @@ def single_lookups(sizes: list[int], rounds: int) -> Report:
             assert len({contestant.one(addresses) for contestant in maps.values()}) == 1
             taken = rounds_of({n: partial(m.one, addresses) for n, m in maps.items()}, rounds)
             rows.append(Row(f"{size:,} {order}", per_item(taken, len(addresses))))
-    return Report("Lookup, one at a time", "ns", "hits with a permission check", rows)
+    return Report(LOOKUP, "ns", "hits with a permission check", rows)
 
 
 def batch_lookups(sizes: list[int], rounds: int) -> Report:
@@ -295,30 +369,73 @@ def batch_lookups(sizes: list[int], rounds: int) -> Report:
             taken = rounds_of({n: partial(m.many, load.queries) for n, m in maps.items()}, rounds)
             rows.append(Row(f"{size:,} {order}", per_item(taken, len(load.queries))))
     note = "lookup_many against searchsorted, gather and check"
-    return Report("Lookup in batches of 200,000", "ns a lookup", note, rows)
+    return Report(BATCH, "ns a lookup", note, rows)
+
+
+def gap_after(page: int) -> int:
+    """An address that is free in a workload and next to nothing."""
+    return page * STRIDE + PAGE + 64
 
 
 def changes(sizes: list[int], rounds: int) -> list[Report]:
     inserts: list[Row] = []
     removes: list[Row] = []
     for size in sizes:
-        load = Workload.make(size, 10, "random")
-        maps = built(load, lambda kind: hasattr(kind, "insert"))
+        maps = built(Workload.make(size, 10, "random"), lambda kind: hasattr(kind, "insert"))
         rng = np.random.default_rng(size)
-        gaps = rng.choice(size, min(size, 1000), replace=False) * STRIDE + PAGE + 64
-        starts = gaps.tolist()
-        taken: dict[str, list[list[float]]] = {name: [[], []] for name in maps}
-        for _ in range(rounds):
-            for name, contestant in maps.items():
-                for way, call in enumerate((contestant.insert, contestant.remove)):
-                    taken[name][way].append(rounds_of({name: partial(call, starts)}, 1)[name])
-        for way, rows in enumerate((inserts, removes)):
-            medians = {name: median(times[way]) for name, times in taken.items()}
-            rows.append(Row(f"{size:,} random", per_item(medians, len(starts))))
+        many = min(size // 2, 1000)
+        for order in ("random", "sequential"):
+            taken: dict[str, list[list[float]]] = {name: [[], []] for name in maps}
+            for _ in range(rounds):
+                pages = size // 2 - many // 2 + np.arange(many)
+                if order == "random":
+                    pages = rng.choice(size, many, replace=False)
+                starts = [gap_after(page) for page in pages.tolist()]
+                for name, contestant in maps.items():
+                    few = SLOW_TO_CHANGE.get(name, many) if size >= 100_000 else many
+                    for way, call in enumerate((contestant.insert, contestant.remove)):
+                        seconds = rounds_of({name: partial(call, starts[:few])}, 1)[name]
+                        taken[name][way].append(seconds / few)
+            for way, rows in enumerate((inserts, removes)):
+                medians = {name: median(times[way]) for name, times in taken.items()}
+                rows.append(Row(f"{size:,} {order}", per_item(medians, 1)))
     return [
         Report("Insert into n mappings", "ns", "each between two others", inserts),
         Report("Remove from n mappings", "ns", "the same again", removes),
     ]
+
+
+def growth(sizes: list[int], rounds: int) -> Report:
+    """Our own changes, at other random places each time; nobody else uses the caches meanwhile.
+
+    The maps grow by a tenth at most, and shrink again.
+    """
+    rng = np.random.default_rng(1)
+    rows: dict[str, Row] = {}
+    for order in BUILDS:
+        maps = {}
+        for size in sizes:
+            load = Workload.make(size, 10, "random")
+            if order == "at random":
+                mixed = rng.permutation(size)
+                load = load._replace(starts=load.starts[mixed], targets=load.targets[mixed])
+            maps[size] = OurMap(load)
+        taken: dict[tuple[str, int], list[float]] = {}
+        with without_collector():
+            for size, ours in [*maps.items()] * rounds:
+                many = min(size // 10, 1000)
+                spent = {"insert": 0.0, "remove": 0.0}
+                for batch in np.split(rng.choice(size, 1000, replace=False), 1000 // many):
+                    starts = [gap_after(page) for page in batch.tolist()]
+                    spent["insert"] += timed(partial(ours.insert, starts))
+                    spent["remove"] += timed(partial(ours.remove, starts))
+                for name, seconds in spent.items():
+                    taken.setdefault((name, size), []).append(seconds / 1000)
+        for name in ("insert", "remove"):
+            figures = {f"{size:,}": median(taken[name, size]) * 1e9 for size in maps}
+            rows[f"{name}, built {order}"] = Row(f"{name}, built {order}", dict(figures))
+    note = "1,000 random places a round, other ones in every round"
+    return Report(GROWTH, "ns", note, [rows[label] for label in sorted(rows)])
 
 
 MEMORY_PROBE = """
@@ -331,9 +448,10 @@ def resident():
 load = tables.Workload.make(int(sys.argv[2]), 10, "random")
 kind = tables.CONTESTANTS[sys.argv[1]]
 kind(tables.Workload.make(1000, 10, "random"))
+times = max(1, 200_000 // len(load.starts))
 before = resident()
-made = kind(load)
-print((resident() - before) / len(load.starts))
+made = [kind(load) for _ in range(times)]
+print((resident() - before) / len(load.starts) / times)
 """
 
 
@@ -403,7 +521,7 @@ def copies(rounds: int) -> Report:
         shown = f"{size} B" if size < 1024 else f"{size >> 10} KiB"
         rows.append(Row(shown, {n: size * repeat / t / 1e9 for n, t in taken.items()}))
     note = "scattered: behind an IOMMU, every page elsewhere"
-    return Report("Copies of guest memory", "GB/s", note, rows, better="higher")
+    return Report(COPIES, "GB/s", note, rows, better="higher")
 
 
 def harvests(rounds: int) -> Report:
@@ -437,15 +555,17 @@ def harvests(rounds: int) -> Report:
     return Report("Harvest of the dirty bitmap of 1 TiB", "ms", "pages of 4 KiB", rows)
 
 
-def all_reports(quick: bool) -> Iterator[Report]:
+def all_reports(quick: bool) -> Iterator[tuple[str, Callable[[], list[Report]]]]:
+    """What is measured, and how."""
     sizes = [1000, 100_000] if quick else [1000, 10_000, 100_000, 1_000_000]
     rounds = 5 if quick else 11
-    yield single_lookups(sizes, rounds)
-    yield batch_lookups(sizes, rounds)
-    yield from changes(sizes, rounds)
-    yield memory_per_entry([100_000] if quick else [10_000, 100_000, 1_000_000])
-    yield copies(3 * rounds)
-    yield harvests(3 if quick else rounds)
+    yield "lookups", lambda: [single_lookups(sizes, rounds)]
+    yield "batches", lambda: [batch_lookups(sizes, rounds)]
+    yield "changes", lambda: changes(sizes, rounds)
+    yield "growth", lambda: [growth(sizes, 3 * rounds)]
+    yield "memory", lambda: [memory_per_entry(sizes)]
+    yield "copies", lambda: [copies(3 * rounds)]
+    yield "harvests", lambda: [harvests(3 if quick else rounds)]
 
 
 def show(report: Report) -> Table:
@@ -473,14 +593,53 @@ def show(report: Report) -> Table:
     return table
 
 
+def show_goals(reports: list[Report]) -> Table | None:
+    """Which goals of the tables that were measured are reached; None if there are none."""
+    table = Table(title="Goals", title_justify="left")
+    for name in ("", "figure", "wanted", "measured", ""):
+        table.add_column(name)
+    known = {report.title: report for report in reports}
+    for goal in GOALS:
+        report = known.get(goal.table)
+        if report is None:
+            continue
+        ratio = report.ratio(goal.row, goal.column, goal.base)
+        if ratio is None:
+            verdict = "[yellow]not measured[/]"
+        elif ratio >= goal.limit if goal.at_least else ratio <= goal.limit:
+            verdict = "[green]reached[/]"
+        else:
+            verdict = "[bold red]not reached[/]"
+        table.add_row(
+            f"{goal.table}: {goal.row}",
+            f"{goal.column} / {goal.base}",
+            f"{'>=' if goal.at_least else '<='} {goal.limit:.2f}",
+            "-" if ratio is None else f"{ratio:.2f}",
+            verdict,
+        )
+    return table if table.row_count else None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, and print tables or JSON."""
     parser = argparse.ArgumentParser(prog="bench tables", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[name for name, _ in all_reports(True)],
+        help="measure only these",
+    )
     options = parser.parse_args(arguments)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     console = Console(stderr=options.json)
-    reports = []
+    parts = [
+        (name, measure)
+        for name, measure in all_reports(options.quick)
+        if not options.only or name in options.only
+    ]
+    reports: list[Report] = []
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -490,11 +649,12 @@ def main(arguments: list[str] | None = None) -> int:
         disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("measuring", total=None)
-        for report in all_reports(options.quick):
-            reports.append(report)
-            progress.update(task, description=f"done: {report.title}")
-            if not options.json:
-                progress.console.print(show(report))
+        for number, (name, measure) in enumerate(parts):
+            progress.update(task, description=f"{number + 1} of {len(parts)}: {name}")
+            for report in measure():
+                reports.append(report)
+                if not options.json:
+                    progress.console.print(show(report))
     if options.json:
         json.dump(
             [
@@ -505,6 +665,8 @@ def main(arguments: list[str] | None = None) -> int:
             indent=1,
         )
         sys.stdout.write("\n")
+    elif goals := show_goals(reports):
+        console.print(goals)
     return 0
 
 

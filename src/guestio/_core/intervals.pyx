@@ -63,7 +63,7 @@ cdef class IntervalMap:
         evictions: Entries dropped to keep within the capacity.
         invalidations: Calls of :meth:`cut` and :meth:`clear`.
 
-    Memory: about 50 bytes an entry if they come in order, 65 in random order.
+    Memory: 50 to 65 bytes an entry, up to twice as much after removals.
     """
 
     def __cinit__(self, *, bint merge=True, capacity=None):
