@@ -5,6 +5,9 @@ same run: load on one CPU and back end on another, or both on one. Every measure
 back end. The back ends take turns within a round; what is shown are medians over the rounds, and
 medians of the ratios within each round. `qemu-storage-daemon` has no support for an IOMMU, so only
 guestio is measured behind one.
+
+The image is kept in memory (/dev/shm), because it is the back ends that are measured: on a disk, what
+was written is written back meanwhile, and both of them wait for that.
 """
 
 from __future__ import annotations
@@ -236,11 +239,12 @@ def run(
     workloads: Sequence[Workload],
     rounds: int,
     seconds: float,
+    place: Path,
     tell: Callable[[str], contextlib.AbstractContextManager[object]],
 ) -> list[Row]:
     """Measure everything, the back ends in turn."""
     found: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="guestio-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="guestio-bench-", dir=place) as name:
         directory = Path(name)
         with (directory / "disk.img").open("wb") as file:
             for _ in range(IMAGE_BYTES >> 20):
@@ -311,12 +315,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--time", type=float, default=5.0, help="seconds per measurement (5)")
     parser.add_argument("--quick", action="store_true", help="one round of one second each")
     parser.add_argument("--only", default="", help="only workloads whose name has this in it")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=Path("/dev/shm"),
+        help="where to put the image, 256 MiB (/dev/shm)",
+    )
     parser.add_argument("--json", action="store_true", help="print every measurement as JSON")
     given = parser.parse_args(arguments)
     rounds, seconds = (1, 1.0) if given.quick else (given.rounds, given.time)
     workloads = [work for work in WORKLOADS if given.only in work.name]
     if not workloads or rounds < 1 or seconds <= 0:
         parser.error("nothing to measure")
+    if not given.directory.is_dir():
+        parser.error(f"{given.directory} is no directory; choose another with --directory")
     if not {LOAD_CPU, BACKEND_CPU} <= os.sched_getaffinity(0):
         parser.error(f"CPUs {LOAD_CPU} and {BACKEND_CPU} are needed")
     console = Console(stderr=given.json)
@@ -325,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"[bold]The machine is busy (load average {load:.1f}):[/] IOPS and p99 are those of "
             "the machine; CPU time per request and p50 are the ones to look at."
         )
-    rows = run(workloads, rounds, seconds, console.status)
+    rows = run(workloads, rounds, seconds, given.directory, console.status)
     if given.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
