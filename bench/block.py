@@ -6,8 +6,8 @@ back end. The back ends take turns within a round; what is shown are medians ove
 medians of the ratios within each round. `qemu-storage-daemon` has no support for an IOMMU, so only
 guestio is measured behind one.
 
-The image is kept in memory (/dev/shm), because it is the back ends that are measured: on a disk, what
-was written is written back meanwhile, and both of them wait for that.
+The image is kept in memory (/dev/shm), because it is the back ends that are measured: on a disk,
+what was written is written back meanwhile, and both of them wait for that.
 """
 
 from __future__ import annotations
