@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 
 from tests.vhost_user.disks import storage_daemon
 
-SIZE = 8 << 20
 SCHEMA: dict[str, Any] = {
     "workload": str,
     "block_size": int,
@@ -79,31 +77,6 @@ def check(said: dict[str, Any], schema: dict[str, Any]) -> None:
             check(said[name], kind)
         else:
             assert type(said[name]) is kind, name
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start ``guestio blk``; its socket is s.sock."""
-    image = tmp_path / "disk.img"
-    image.write_bytes(os.urandom(SIZE))
-    started = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "guestio", "blk", image, "--socket", "s.sock", *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-        )
-        started.append(process)
-        assert process.stderr is not None
-        assert process.stderr.readline() == "listening on s.sock\n"
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 def test_help_teaches() -> None:

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,35 +22,6 @@ def run(*arguments: str | Path, timeout: float = 60) -> subprocess.CompletedProc
         timeout=timeout,
         check=False,
     )
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    path.write_bytes(bytes(range(256)) * 4096)
-    return path
-
-
-@pytest.fixture
-def serve(tmp_path: Path, image: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    started = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "guestio", "blk", image, "--socket", "s.sock", *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-        )
-        started.append(process)
-        assert process.stderr is not None
-        assert process.stderr.readline() == "listening on s.sock\n"
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 def test_version_is_the_package_version():

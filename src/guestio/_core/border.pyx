@@ -56,3 +56,11 @@ cdef object span_length(u64 first, u64 last):
     if last - first == UINT64_MAX:
         return ADDRESS_SPACE
     return last - first + 1
+
+
+cdef int as_fd(object value) except -1:
+    """A number that could be a file descriptor."""
+    number = check_int(value, "fd")
+    if not 0 <= number < 1 << 31:
+        raise ValueError(f"fd {number} is not a file descriptor")
+    return number

@@ -19,7 +19,9 @@ from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
-from guestio._core.border cimport Span, as_access, as_address, as_size, as_span, u8, u64
+from guestio._core.border cimport (
+    Span, as_access, as_address, as_fd, as_size, as_span, u8, u64,
+)
 from guestio._core.mapping cimport HostMapping
 from guestio._core.raw cimport (
     HOLD_GIL_UP_TO, READ, WRITE, copy_from_guest, copy_to_guest, exchange_atomic, load_atomic,
@@ -31,7 +33,7 @@ from guestio._core.slices cimport (
 
 import os
 
-from guestio.addr import Ordering, Permissions, check_int
+from guestio.addr import Ordering, Permissions
 from guestio.errors import (
     InvalidAddressError,
     MemoryVanishedError,
@@ -694,10 +696,3 @@ cdef class Held:
 
     def __del__(self):
         self.close()
-
-
-cdef int as_fd(object value) except -1:
-    number = check_int(value, "fd")
-    if not 0 <= number < 1 << 31:
-        raise ValueError(f"fd {number} is not a file descriptor")
-    return number

@@ -380,7 +380,7 @@ def _show(job: Job, result: LoadResult, cpu: float | None) -> None:
     "--indirect/--no-indirect",
     default=True,
     show_default=True,
-    help="Use indirect descriptor tables.",
+    help="Use indirect descriptor tables if the device offers them.",
 )
 @click.option("--contiguous", is_flag=True, help="Have each buffer in one piece of memory.")
 @click.option(

@@ -131,3 +131,20 @@ def carry_out(
             error.add_note(f"while undoing: {undoing}")
         raise
     return failures
+
+
+def raise_failures(failures: list[DmaError]) -> None:
+    """Raise what targets failed at, the first with the others as notes; nothing if nothing."""
+    if not failures:
+        return
+    failures[0].add_note("the memory is kept, the target is broken until retry() succeeds")
+    for other in failures[1:]:
+        failures[0].add_note(f"also: {other}")
+    first = failures[0]
+    # Callers keep the list while the error passes: together they would be a cycle, and whatever
+    # the error's traceback refers to would wait for the garbage collector.
+    failures.clear()
+    try:
+        raise first
+    finally:
+        del first

@@ -22,7 +22,7 @@ from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, NamedTuple, Self, SupportsIndex
 
 from guestio.addr import check_int, check_range
-from guestio.dma.changes import Entry, Step, Turn, carry_out, meet, plan
+from guestio.dma.changes import Entry, Step, Turn, carry_out, meet, plan, raise_failures
 from guestio.dma.ledger import Ledger, TargetDiff, TargetStats, keep
 from guestio.dma.target import DmaError, DmaMapRequest, DmaTarget, MappingType
 from guestio.errors import MemoryRegionOverlapError, RegionError
@@ -191,7 +191,7 @@ class Region:
             for mapping in gone:
                 del self._offsets[bisect_left(self._offsets, mapping.offset)]
                 self._by_offset.pop(mapping.offset)[1].release()
-        _raise_failures(failures)
+        raise_failures(failures)
         return len(gone)
 
     def map(self, writable: bool = True) -> None:
@@ -225,7 +225,7 @@ class Region:
         with self._manager._turn:
             self._check_open()
             failures = self._manager._change(self, mapped=False, onwards=True)
-        _raise_failures(failures)
+        raise_failures(failures)
 
     def move(self, start: SupportsIndex) -> None:
         """Put the region elsewhere, with all its mappings.
@@ -262,7 +262,7 @@ class Region:
             for _mapping, view in self._by_offset.values():
                 view.release()
             self._by_offset, self._offsets = {}, []
-        _raise_failures(failures)
+        raise_failures(failures)
 
     def __enter__(self) -> Self:
         return self
@@ -428,7 +428,7 @@ class TargetHandle:
             failures = self._ledger.release_all(self._manager._truth())
             if not failures:
                 self._discard()
-        _raise_failures(failures)
+        raise_failures(failures)
 
     def forget(self) -> None:
         """Drop the target without calling it, and let go of the memory kept for it.
@@ -572,7 +572,7 @@ class RegionManager:
                 close()
             except DmaError as error:
                 failures.append(error)
-        _raise_failures(failures)
+        raise_failures(failures)
 
     def __enter__(self) -> Self:
         return self
@@ -689,19 +689,3 @@ def _check_fds(requests: Iterable[DmaMapRequest]) -> None:
                 request.size,
                 "the memory has no file, but a target needs one: use a memfd for it",
             )
-
-
-def _raise_failures(failures: list[DmaError]) -> None:
-    if not failures:
-        return
-    failures[0].add_note("the memory is kept, the target is broken until retry() succeeds")
-    for other in failures[1:]:
-        failures[0].add_note(f"also: {other}")
-    first = failures[0]
-    # Callers keep the list while the error passes: together they would be a cycle, and whatever
-    # the error's traceback refers to would wait for the garbage collector.
-    failures.clear()
-    try:
-        raise first
-    finally:
-        del first
