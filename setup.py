@@ -11,11 +11,14 @@ EXTENSIONS = [
     )
     for name in (
         "access",
+        "areas",
         "bitmap",
         "blockio",
         "border",
+        "chain",
         "driver",
         "eviction",
+        "inflight",
         "intervals",
         "iotlbfront",
         "iotlbwire",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from guestio._core.ring import Chain
+    from guestio._core.chain import Chain
 
 MODES = ["off", "static", "strict"]
 SPAN = 1 << 20

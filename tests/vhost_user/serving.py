@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from guestio._core.ring import Chain
+from guestio._core.chain import Chain
 from guestio.addr import Permissions
 from guestio.errors import DeviceError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion

@@ -135,7 +135,7 @@ class Disk:
 
     def _serve(self, ring: SplitRing) -> None:
         if self.served:
-            chains, misses, served = ring.serve(self.device.server)
+            chains, misses, served, _ = ring.turn(self.device.server)
             assert served + len(chains) == 1
         else:
             chains, misses = ring.pop()
@@ -701,7 +701,7 @@ class TestFailures:
                 0, Desc(READ_AT, 16), Desc(1 << 40, 512, WRITE), Desc(READ_AT + 16, 1, WRITE)
             )
         )
-        (chain,), _, served = disk.rig.ring.serve(disk.device.server)
+        (chain,), _, served, _ = disk.rig.ring.turn(disk.device.server)
         assert served == 0
         assert chain.fault is not None
         assert disk.device.fail(0, chain) == 0

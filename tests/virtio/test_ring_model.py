@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from guestio._core.access import AddressSpace
-from guestio._core.ring import Chain, SplitRing
+from guestio._core.chain import Chain
+from guestio._core.ring import SplitRing
 from guestio.addr import Permissions
 from guestio.errors import QueueError
 from guestio.iommu import Iotlb

@@ -1,6 +1,6 @@
 from typing_extensions import disjoint_base
 
-from guestio._core.ring import Chain, Server
+from guestio._core.chain import Chain, Server
 
 @disjoint_base
 class BlockServer(Server):

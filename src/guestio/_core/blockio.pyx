@@ -8,7 +8,7 @@ GIL, with the translation of the memory held by its lease.
 from libc.errno cimport EINTR, errno
 
 from guestio._core.border cimport as_size, u8, u32, u64
-from guestio._core.ring cimport NOT_SERVED, Chain, Server, i64
+from guestio._core.chain cimport NOT_SERVED, Chain, Server, i64
 from guestio._core.vector cimport IoVector, iovec
 
 cdef extern from "<sys/uio.h>" nogil:

@@ -44,6 +44,7 @@ cdef class Leases:
 
     cdef int enter(self, u64 first, u64 last) except -1
     cdef void leave(self, int slot) noexcept nogil
+    cdef void disown(self, int slot) noexcept nogil
     cdef bint busy(self, Span span, u64 before) noexcept nogil
     cdef bint used(self, u64 first, u64 last) noexcept nogil
     cdef bint used_by_me(self, Span span) noexcept

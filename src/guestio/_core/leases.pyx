@@ -22,6 +22,7 @@ cdef extern from "<time.h>" nogil:
     int clock_gettime(int, timespec *)
 
 cdef enum:
+    NOBODY = 0    # no thread's ident
     PATIENCE_NS = 50_000_000  # how long a wait goes on before it looks for a signal to Python
 
 
@@ -79,6 +80,12 @@ cdef class Leases:
         self.held -= 1
         if self.waiting:
             pthread_cond_broadcast(&self.released)
+        pthread_mutex_unlock(&self.mutex)
+
+    cdef void disown(self, int slot) noexcept nogil:
+        """Have a lease belong to no thread, as another one is to leave it. O(1)."""
+        pthread_mutex_lock(&self.mutex)
+        self.slot[slot].owner = NOBODY
         pthread_mutex_unlock(&self.mutex)
 
     cdef bint busy(self, Span span, u64 before) noexcept nogil:

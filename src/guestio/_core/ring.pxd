@@ -1,13 +1,11 @@
 """C view of the split virtqueue."""
 
-from guestio._core.access cimport AddressSpace, IoVector
-from guestio._core.border cimport u8, u32, u64
+from guestio._core.access cimport IoVector
+from guestio._core.areas cimport RingAreas
+from guestio._core.border cimport u32, u64
+from guestio._core.chain cimport Chain, Server, u16
+from guestio._core.inflight cimport InflightQueue
 from guestio._core.misses cimport Misses
-
-from libc.stdint cimport int64_t, uint16_t
-
-ctypedef uint16_t u16
-ctypedef int64_t i64
 
 
 cdef struct Desc:
@@ -22,76 +20,51 @@ cdef struct UsedElem:
     u32 written
 
 
+# A request that was completed, at the place in the used ring that it is for.
+cdef struct Completed:
+    UsedElem element
+    bint done
+
+
 cdef enum:
-    NOT_SERVED = -1
+    MAX_HELD = 64         # requests that wait for a translation while others overtake them
 
 
-cdef class SplitRing
-
-
-cdef class Chain:
-    cdef SplitRing ring
-    cdef readonly int head
-    cdef readonly IoVector readable
-    cdef readonly IoVector writable
-    cdef readonly IoVector tail
-    cdef readonly str fault
-    cdef readonly list access_fails
-    cdef bint done
-
-    cdef void clear(self) noexcept
-
-
-cdef class Server:
-    cdef i64 serve(self, Chain chain) except -2
-
-
-cdef class SplitRing:
-    cdef readonly AddressSpace space
-    cdef readonly u32 size
-    cdef readonly u64 desc_addr
-    cdef readonly u64 avail_addr
-    cdef readonly u64 used_addr
-    cdef readonly bint event_idx
+cdef class SplitRing(RingAreas):
     cdef readonly bint indirect
+    cdef readonly bint ordered
+    cdef readonly InflightQueue inflight
     cdef readonly u16 next_avail
     cdef readonly u16 next_used
-    cdef readonly str broken
-    cdef u16 signalled
-    cdef bint signalled_valid
-    cdef bint used_known
-    cdef IoVector desc
-    cdef IoVector avail
-    cdef IoVector used
-    cdef IoVector table
-    cdef Misses ignored
-    cdef bint resolved
-    cdef bint notify_due
-    cdef Chain spare
-    cdef u64 generation
     cdef readonly int outstanding
-    cdef UsedElem *pending
+    cdef readonly int held_count
+    cdef bint signalled_valid
+    cdef bint notify_due
+    cdef IoVector table
+    cdef Chain spare
+    cdef u16 *held
+    cdef u16 *shown
+    cdef Completed *pending
     cdef u32 pending_count
+    cdef u16 show_at
     cdef u64 work
 
-    cdef object wrong(self, str what)
-    cdef bint vanished(self) noexcept
-    cdef bint current(self) noexcept
     cdef int waiting(self) except -1
-    cdef bint reachable(self) except -1
-    cdef bint areas_ready(self, Misses misses) except -1
-    cdef bint area(self, IoVector found, u64 addr, u64 size, int access, Misses misses) except -1
     cdef int take(self, int limit, Server server, list chains, Misses misses) except -1
-    cdef Chain chain_at(self, u16 position)
+    cdef int take_held(self, Server server, list chains, Misses misses) except -1
+    cdef int take_new(self, int limit, Server server, list chains, Misses misses) except -1
+    cdef void forget_held(self, int at) noexcept
+    cdef int dispatch(self, Server server, list chains) except -1
+    cdef int lacking_head(self, int index) except -2
+    cpdef disable_kicks(self)
+    cdef bint more_after_request(self) except -1
+    cdef bint look(self, int head, Misses misses, bint lenient) except -1
+    cdef int head_at(self, u16 position) except -1
     cdef Chain hand_out(self)
     cdef void keep_nothing(self) noexcept
-    cdef bint served(self, Server server, Chain chain) except -1
     cdef void note_refused(self, Chain chain, Misses misses, size_t since)
-    cdef void finish(self, int head, u64 written) noexcept
+    cdef void finish(self, Chain chain) noexcept
     cdef int show_pending(self) except -1
-    cdef int check_areas(self) except -1
-    cdef u16 load16(self, IoVector area, u64 offset) except? 65535
-    cdef int store16(self, IoVector area, u64 offset, u16 value) except -1
     cdef int walk(self, Chain chain, Misses misses, bint lenient) except -1
     cdef int walk_table(
         self, IoVector table, u64 entries, u16 index, bint nested, Chain chain, u64 *sizes,

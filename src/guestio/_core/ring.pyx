@@ -1,28 +1,24 @@
 """The device's side of a split virtqueue (virtio 1.3, section 2.7).
 
 Everything in a ring was written by a driver that may be hostile and may change it while it is
-read: an index is loaded once and judged once, a descriptor is copied before it is looked at. The
-ring's own three areas are addressed like any buffer, so behind an IOMMU they may lie in pages that
-have nothing to do with each other, and their translation may be revoked at any time; it is looked
-up again before the next use. Nothing is accessed while the GIL is not held, which is what makes
-that look-up-and-use one step.
+read: an index is loaded once and judged once, a descriptor is copied before it is looked at. Where
+the ring itself is may change at any time as well; see :mod:`guestio._core.areas`.
 
 Indices are published with one release store each, after everything they cover.
 """
 
 from cpython.exc cimport PyErr_NoMemory
-from libc.stdint cimport uintptr_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport calloc, free
+from libc.string cimport memmove
 
-from guestio._core.border cimport as_address
+from guestio._core.areas cimport RingAreas
+from guestio._core.border cimport as_address, u8
+from guestio._core.chain cimport NOT_SERVED, Chain, Server, i64, new_chain
+from guestio._core.inflight cimport InflightQueue
 from guestio._core.misses cimport Misses
-
-from guestio.errors import InvalidAddressError, MemoryVanishedError, QueueError
 
 cdef extern from * nogil:
     """
-    #define load_acquire16(p) __atomic_load_n((const uint16_t *)(p), __ATOMIC_ACQUIRE)
-    #define store_release16(p, v) __atomic_store_n((uint16_t *)(p), (v), __ATOMIC_RELEASE)
     #define full_barrier() __atomic_thread_fence(__ATOMIC_SEQ_CST)
     #include <time.h>
     #if defined(__x86_64__)
@@ -31,6 +27,13 @@ cdef extern from * nogil:
     #define relax() ((void)0)
     #endif
     #include <poll.h>
+    #include <unistd.h>
+    static void add_one(int eventfd)
+    {
+        /* If that would wait, its owner has enough to do anyway. */
+        const uint64_t one = 1;
+        if (write(eventfd, &one, sizeof one)) {}
+    }
     static int readable(int fd)
     {
         /* An epoll descriptor keeps what is only looked at, edges included. */
@@ -47,11 +50,8 @@ cdef extern from * nogil:
     void relax()
     u64 now_ns()
     bint readable(int fd)
-    u16 load_acquire16(void *p)
-    void store_release16(void *p, u16 v)
+    void add_one(int eventfd)
     void full_barrier()
-
-cdef str VANISHED = "the file behind the ring's memory was truncated by its owner"
 
 cdef enum:
     READ = 1
@@ -72,51 +72,7 @@ cdef enum:
 cdef u64 CHAIN_BYTES = <u64>1 << 32
 
 
-cdef class Chain:
-    """One request of the driver: what it gave to read and what it gave to write.
-
-    No framing may be assumed: what belongs together may be split anywhere (section 2.6.4).
-
-    Attributes:
-        head: Identifies the request in its ring.
-        readable: Memory that the device reads.
-        writable: Memory that the device writes, in order.
-        fault: Why the request cannot be served: part of its memory cannot be reached. Then
-            ``readable`` and ``writable`` hold only what could be. None if all is well.
-        tail: With a fault, the last device-writable byte, if that could be reached.
-        access_fails: With a fault, the ranges whose mapping forbids the access.
-    """
-
-    def __init__(self):
-        raise TypeError("chains come from a ring")
-
-    cdef void clear(self) noexcept:
-        """Give its memory back and be ready for another request."""
-        self.readable.release()
-        self.writable.release()
-        self.tail = self.fault = None
-        self.done = False
-        if self.access_fails:
-            self.access_fails = []
-
-
-cdef Chain new_chain():
-    cdef Chain chain = Chain.__new__(Chain)
-    chain.readable, chain.writable = IoVector(), IoVector()
-    chain.readable.access, chain.writable.access = READ, WRITE
-    chain.access_fails = []
-    return chain
-
-
-cdef class Server:
-    """Serves the simple requests of a device without leaving the core."""
-
-    cdef i64 serve(self, Chain chain) except -2:
-        """Serve a request; the bytes written, or NOT_SERVED if it is left to the device."""
-        return NOT_SERVED
-
-
-cdef class SplitRing:
+cdef class SplitRing(RingAreas):
     """A split virtqueue as its device sees it.
 
     Args:
@@ -126,140 +82,68 @@ cdef class SplitRing:
         event_idx: VIRTIO_F_EVENT_IDX was negotiated.
         indirect: VIRTIO_F_INDIRECT_DESC was negotiated.
         base: Index of the next available entry.
+        ordered: Show completed requests in the order in which they were taken, so that the used
+            index says where to go on after a stop or a crash. Otherwise they are shown as they
+            complete.
+        inflight: Where to note which requests are in flight, for whoever goes on after a crash.
+            With it, a request that lacks a translation is overtaken by those behind it; and
+            requests that are noted in it already are taken first, whatever ``base`` is.
 
     Attributes:
-        next_avail: The ring position that is taken next; where to go on after a stop.
-        outstanding: Requests taken and not completed.
+        next_avail: The ring position that is taken next.
+        outstanding: Requests taken and not completed; those that wait to be shown are not counted.
+        held_count: Requests taken that wait for a translation while others overtake them.
         broken: Why the ring stopped, or None.
 
     One thread at a time.
     """
 
     def __cinit__(
-        self, AddressSpace space not None, size, desc, avail, used, *, bint event_idx=False,
-        bint indirect=False, base=0,
+        self, space, size, desc, avail, used, *, event_idx=False, bint indirect=False, base=0,
+        bint ordered=False, InflightQueue inflight=None,
     ):
-        cdef u64 entries = as_address(size, "size")
-        if not entries or entries > 32768 or entries & (entries - 1):
-            raise ValueError(f"ring size {entries} is not a power of two up to 32768")
-        self.space, self.size = space, entries
-        self.desc_addr = as_address(desc, "desc")
-        self.avail_addr, self.used_addr = as_address(avail, "avail"), as_address(used, "used")
-        if self.desc_addr % 16 or self.avail_addr % 2 or self.used_addr % 4:
-            raise QueueError(
-                f"ring areas at {self.desc_addr:#x}, {self.avail_addr:#x}, {self.used_addr:#x} "
-                "are not aligned to 16, 2 and 4 bytes"
+        cdef u32 entries = self.size
+        self.indirect = indirect
+        if inflight is not None and (ordered or inflight.size < entries):
+            raise ValueError(
+                f"{inflight.size} requests in flight can be noted of a ring of {entries}, and "
+                "requests that are noted are not shown in order"
             )
-        self.event_idx, self.indirect = event_idx, indirect
-        self.next_avail = as_address(base, "base") & 0xFFFF
-        self.pending = <UsedElem *>realloc(NULL, entries * sizeof(UsedElem))
-        if self.pending is NULL:
+        self.ordered, self.inflight = ordered, inflight
+        self.next_avail = self.show_at = as_address(base, "base") & 0xFFFF
+        self.pending = <Completed *>calloc(entries, sizeof(Completed))
+        self.held = <u16 *>calloc(entries, sizeof(u16))
+        self.shown = <u16 *>calloc(entries, sizeof(u16))
+        if self.pending is NULL or self.held is NULL or self.shown is NULL:
             PyErr_NoMemory()
-        self.desc, self.avail, self.used = IoVector(), IoVector(), IoVector()
-        self.table, self.ignored = IoVector(), Misses()
+        self.table = IoVector()
 
     def __dealloc__(self):
         free(self.pending)
+        free(self.held)
+        free(self.shown)
 
-    cdef object wrong(self, str what):
-        if self.vanished():
-            # Whatever looks wrong was read from the empty pages that took its place.
-            what = VANISHED
-        self.broken = what
-        return QueueError(what)
-
-    cdef bint vanished(self) noexcept:
-        return self.resolved and (
-            self.desc.vanished(0, self.desc.total) or self.avail.vanished(0, self.avail.total)
-            or self.used.vanished(0, self.used.total)
-        )
-
-    cdef bint current(self) noexcept:
-        """Whether no translation was taken away since the areas were looked up."""
-        return self.space.iotlb is None or self.space.iotlb.generation == self.generation
-
-    cdef bint area(self, IoVector found, u64 addr, u64 size, int access, Misses misses) except -1:
-        """Look one of the ring's areas up; False, and what is missing, without a translation."""
-        cdef bint stopped
-        found.rewind(0, 0, 0)
-        found.access, found.start = access, addr
-        if size - 1 > <u64>-1 - addr:
-            raise self.wrong(f"the ring area {addr:#x}+{size:#x} passes 2**64")
-        if not self.space.translate(found, addr, size, access, misses):
-            return False
-        # The areas are looked up again whenever a translation changes; a lease would only make
-        # the revocation wait for ever.
-        stopped = found.stop
-        found.rewind(found.count, found.total, 0)
-        if stopped:
-            raise self.wrong(f"no usable memory behind the ring at {found.stop_addr:#x}")
-        return True
-
-    cdef bint areas_ready(self, Misses misses) except -1:
-        """Make sure that the three areas are translated; adds what is missing."""
-        cdef u64 tail = 2 if self.event_idx else 0
-        cdef bint found
-        if self.broken is not None:
-            raise QueueError(self.broken)
-        if self.resolved and self.current():
-            return True
-        self.resolved = False
-        if self.space.iotlb is not None:
-            self.generation = self.space.iotlb.generation
-        found = self.area(self.desc, self.desc_addr, 16 * self.size, READ, misses)
-        found &= self.area(self.avail, self.avail_addr, 4 + 2 * self.size + tail, READ, misses)
-        found &= self.area(
-            self.used, self.used_addr, 4 + 8 * self.size + tail, READ | WRITE, misses
-        )
-        if not found:
-            return False
-        self.resolved = True
-        if not self.used_known:
-            self.next_used = self.load16(self.used, 2)
-            self.used_known = True
-        return True
-
-    cdef bint reachable(self) except -1:
-        """As :meth:`areas_ready`, for those who do not want to know what is missing."""
-        self.ignored.count = 0
-        return self.areas_ready(self.ignored)
-
-    cdef int check_areas(self) except -1:
-        if self.vanished():
-            raise self.wrong(VANISHED)
+    cdef int begin(self) except -1:
+        """Find out where the driver is, and what was in flight when somebody else stopped."""
+        cdef u16 head
+        self.next_used = self.load16(self.used, 2)
+        if self.inflight is None:
+            return 0
+        for head in self.inflight.recover(self.next_used):
+            if self.held_count < <int>self.size:
+                self.held[self.held_count] = head
+                self.held_count += 1
+        self.outstanding = self.held_count
+        self.next_avail = self.next_used + <u16>self.held_count
         return 0
-
-    cdef u16 load16(self, IoVector area, u64 offset) except? 65535:
-        cdef u16 value
-        cdef u8 *at = locate(area, offset, 2)
-        if at is NULL or <uintptr_t>at & 1:
-            area.transfer(<u8 *>&value, offset, 2, False)
-            return value
-        return load_acquire16(at)
-
-    cdef int store16(self, IoVector area, u64 offset, u16 value) except -1:
-        cdef u8 *at = locate(area, offset, 2)
-        if at is NULL or <uintptr_t>at & 1:
-            raise self.wrong(
-                f"the ring field at {area.start + offset:#x} is split over mappings or misaligned "
-                "in the host's memory"
-            )
-        store_release16(at, value)
-        area.mark(offset, 2)
-        return 0
-
-    def missing(self):
-        """What of the ring's own areas has no translation now, as in :meth:`pop`."""
-        cdef Misses misses = Misses()
-        self.areas_ready(misses)
-        return list(misses)
 
     def pop(self, int limit=LOOK_AHEAD):
         """Take the available requests, as far as they can be translated.
 
         Requests are taken in the order in which the driver made them available. One that lacks
         translations ends the list and stays in the ring; those behind it are looked at too, so
-        that everything that is missing can be asked for at once.
+        that everything that is missing can be asked for at once. Where requests in flight are
+        noted it is overtaken instead, and looked at again each time.
 
         Args:
             limit: Requests to look at, at most; fewer if they are very large.
@@ -281,94 +165,154 @@ cdef class SplitRing:
             self.keep_nothing()
         return chains, list(misses)
 
-    def serve(self, Server server not None, int limit=LOOK_AHEAD):
-        """Take the available requests as :meth:`pop` does, and have served what can be at once.
+    def turn(self, Server server, int limit=LOOK_AHEAD, int call=-1, bint rest=False):
+        """Serve the ring for one turn: all that can be done for it without leaving the core.
 
-        What is served is shown to the driver every few requests, the last of it by
-        :meth:`publish`.
+        What was completed before is shown; the available requests are taken, as by :meth:`pop`;
+        what the server can serve at once is, and shown every few requests; and the driver is
+        notified if it wants to be.
 
         Args:
-            server: Serves them; what it leaves is returned.
+            server: Serves requests; what it leaves is returned. None returns them all.
             limit: As for :meth:`pop`.
+            call: Eventfd to notify the driver with, or -1.
+            rest: Whether to ask for an announcement of the next request if there is none now.
 
         Returns:
-            ``(chains, misses, served)``: as from :meth:`pop`, but the misses as
-            :class:`~guestio._core.misses.Misses`, and how many were served.
+            ``(chains, misses, served, resting)``: as from :meth:`pop`, but the misses as
+            :class:`~guestio._core.misses.Misses`; how many requests were served; and whether the
+            next request will be announced, so that there is nothing to do until then but what
+            concerns the chains and the misses.
 
         Raises:
             QueueError: As :meth:`pop`.
         """
         cdef list chains = []
         cdef Misses misses = Misses()
-        cdef int served
+        cdef int served = 0
+        cdef bint resting = False
         try:
-            served = self.take(limit, server, chains, misses)
+            if self.areas_ready(misses):
+                if self.pending_count:
+                    self.show_pending()
+                self.disable_kicks()
+                served = self.take(limit, server, chains, misses)
+                # Others ran while data moved.
+                if self.areas_ready(misses):
+                    if self.pending_count:
+                        self.show_pending()
+                    if rest and not chains and (not misses.count or self.inflight is not None):
+                        resting = not self.more_after_request()
         finally:
             self.keep_nothing()
-        return chains, misses, served
+        if self.notify_due:
+            self.notify_due = False
+            if call >= 0:
+                with nogil:
+                    add_one(call)
+        return chains, misses, served, resting
 
     cdef int take(self, int limit, Server server, list chains, Misses misses) except -1:
-        """Take requests into the lists; the number of those that were served instead."""
-        cdef u16 at
-        cdef int left, served = 0
-        cdef Chain chain
+        """Take requests into the list; the number of those that were served instead."""
+        cdef int served = 0
+        self.work = 0
         if not self.areas_ready(misses):
             return served
-        left = min(self.waiting(), limit)
-        at = self.next_avail
-        self.work = 0
-        while left > 0 and self.work < LOOK_AHEAD_WORK:
-            left -= 1
-            chain = self.chain_at(at)
-            self.walk(chain, misses, False)
-            if not self.current():
-                # To report a miss runs Python code, during which others may take the ring's
-                # translation away; what it held must not be looked at any more.
-                break
-            at += 1
-            if misses.count:
-                continue
-            self.next_avail = at
-            self.outstanding += 1
-            if server is not None and chain.fault is None and self.served(server, chain):
-                served += 1
-                # Others ran while the data moved.
-                if not self.areas_ready(misses):
-                    return served
-                if served % PUBLISH_EACH == 0:
-                    self.show_pending()
-            else:
-                chains.append(self.hand_out())
+        if self.held_count:
+            served = self.take_held(server, chains, misses)
+        if self.areas_ready(misses):
+            served += self.take_new(limit, server, chains, misses)
         self.check_areas()
         return served
+
+    cdef int take_held(self, Server server, list chains, Misses misses) except -1:
+        """Take those of the overtaken requests that lack nothing any more."""
+        cdef int at = 0, head, served = 0
+        while at < self.held_count and self.work < LOOK_AHEAD_WORK and self.current():
+            head = self.held[at]
+            if not self.look(head, misses, False):
+                at += 1
+            elif self.current():
+                self.forget_held(at)
+                served += self.dispatch(server, chains)
+        return served
+
+    cdef void forget_held(self, int at) noexcept:
+        self.held_count -= 1
+        memmove(self.held + at, self.held + at + 1, (self.held_count - at) * sizeof(u16))
+
+    cdef int take_new(self, int limit, Server server, list chains, Misses misses) except -1:
+        """Take requests that nobody has looked at yet, or only those behind one that waits."""
+        cdef u16 at = self.next_avail
+        cdef int head, left = min(self.waiting(), limit), served = 0
+        cdef bint lacks
+        while left > 0 and self.work < LOOK_AHEAD_WORK and self.current():
+            left -= 1
+            head = self.head_at(at)
+            lacks = not self.look(head, misses, False)
+            if not self.current():
+                break
+            at += 1
+            if self.inflight is None:
+                if misses.count:
+                    continue
+            elif lacks and self.held_count >= MAX_HELD:
+                break
+            self.next_avail = at
+            self.outstanding += 1
+            if self.inflight is not None:
+                self.inflight.take(head)
+            if lacks:
+                self.held[self.held_count] = head
+                self.held_count += 1
+            else:
+                served += self.dispatch(server, chains)
+                # Others ran while the data moved; what is missing now is found by the caller.
+                if not self.reachable():
+                    break
+        return served
+
+    cdef bint look(self, int head, Misses misses, bint lenient) except -1:
+        """Fill the spare chain with a request; whether it lacks nothing."""
+        cdef size_t known = misses.count
+        if self.spare is None:
+            self.spare = new_chain()
+        else:
+            self.spare.clear()
+        self.spare.head = head
+        self.walk(self.spare, misses, lenient)
+        return misses.count == known
+
+    cdef int dispatch(self, Server server, list chains) except -1:
+        """Have the request in the spare chain served, or hand it out; 1 if it was served."""
+        cdef Chain chain = self.spare
+        cdef i64 written
+        chain.position = self.next_avail - 1
+        if server is not None and chain.fault is None:
+            written = server.serve(chain)
+            if written != NOT_SERVED:
+                chain.clear()
+                chain.written = <u64>written
+                self.finish(chain)
+                if self.pending_count >= PUBLISH_EACH and self.reachable():
+                    self.show_pending()
+                return 1
+        chains.append(self.hand_out())
+        return 0
 
     cdef void keep_nothing(self) noexcept:
         """Let go of what was only looked at: nobody else will, and a revocation waits for it."""
         if self.spare is not None:
             self.spare.clear()
 
-    cdef Chain chain_at(self, u16 position):
-        """An empty chain for the request at a ring position; the spare one if it is still ours."""
-        if self.spare is None:
-            self.spare = new_chain()
-        else:
-            self.spare.clear()
-        self.spare.head = self.load16(self.avail, 4 + 2 * (position % self.size))
-        return self.spare
+    cdef int head_at(self, u16 position) except -1:
+        return self.load16(self.avail, 4 + 2 * (position % self.size))
 
     cdef Chain hand_out(self):
         """Give the spare chain away; only from now on does it refer to the ring."""
         cdef Chain chain = self.spare
         chain.ring, self.spare = self, None
         return chain
-
-    cdef bint served(self, Server server, Chain chain) except -1:
-        cdef i64 written = server.serve(chain)
-        if written == NOT_SERVED:
-            return False
-        chain.clear()
-        self.finish(chain.head, <u64>written)
-        return True
 
     cdef int waiting(self) except -1:
         """How many requests are available that were not taken."""
@@ -382,8 +326,38 @@ cdef class SplitRing:
             )
         return ahead
 
-    def pop_faulty(self):
-        """Take the next request although some of it cannot be reached.
+    cdef int lacking_head(self, int index) except -2:
+        """The first descriptor of a request that waits for a translation, or -1."""
+        if self.inflight is not None:
+            return self.held[index] if index < self.held_count else -1
+        return self.head_at(self.next_avail) if not index and self.waiting() else -1
+
+    def lacking(self, int index=0):
+        """What a request lacks that waits for a translation.
+
+        Args:
+            index: Which one, the oldest first. Without overtaking there is one at most.
+
+        Returns:
+            As the misses of :meth:`pop`; None if there is no such request, or the ring itself
+            cannot be reached.
+        """
+        cdef Misses misses = Misses()
+        cdef int head = self.lacking_head(index) if self.reachable() else -1
+        if head < 0:
+            return None
+        try:
+            self.look(head, misses, False)
+            self.check_areas()
+        finally:
+            self.keep_nothing()
+        return list(misses)
+
+    def pop_faulty(self, int index=0):
+        """Take a request although some of it cannot be reached.
+
+        Args:
+            index: As for :meth:`lacking`.
 
         Returns:
             A chain with ``fault`` set (unless it can be reached by now), or None if there is none
@@ -392,15 +366,20 @@ cdef class SplitRing:
         Raises:
             QueueError: The driver broke a rule.
         """
-        if not self.reachable() or not self.waiting():
+        cdef int head = self.lacking_head(index) if self.reachable() else -1
+        if head < 0:
             return None
         try:
-            self.walk(self.chain_at(self.next_avail), Misses(), True)
+            self.look(head, Misses(), True)
             self.check_areas()
             if not self.current():
                 return None
-            self.next_avail += 1
-            self.outstanding += 1
+            if self.inflight is not None:
+                self.forget_held(index)
+            else:
+                self.next_avail += 1
+                self.outstanding += 1
+            self.spare.position = self.next_avail - 1
             return self.hand_out()
         finally:
             self.keep_nothing()
@@ -519,39 +498,44 @@ cdef class SplitRing:
             return tail
         return None
 
-    def rebind(self, AddressSpace space not None):
-        """Go on in other memory; requests that were taken keep what they have."""
-        self.space, self.resolved = space, False
+    def complete(self, Chain chain not None, written=None):
+        """Give a request back; :meth:`publish` shows it.
 
-    def complete(self, Chain chain not None, written):
-        """Give a request back, with the number of bytes written to it; :meth:`publish` shows it.
-
-        Its memory must not be touched any more.
+        Args:
+            chain: The request. Its memory must not be touched any more.
+            written: The number of bytes written to it; None for a request that is settled.
 
         Raises:
             ValueError: It was given back before, comes from another ring, or has less room.
         """
-        cdef u64 count = as_address(written, "written")
         if chain.ring is not self:
             raise ValueError(f"request {chain.head} was taken from another ring")
-        if chain.done:
-            raise ValueError(f"request {chain.head} was completed before")
-        if count > chain.writable.total:
-            raise ValueError(
-                f"{count} bytes written to a request with room for {chain.writable.total}"
-            )
+        if written is not None:
+            chain.settle(written)
+        elif not chain.settled or chain.done:
+            raise ValueError(f"request {chain.head} is not settled or was completed before")
         chain.done = True
-        chain.readable.close()
-        chain.writable.close()
-        if chain.tail is not None:
-            chain.tail.close()
-        self.finish(chain.head, count)
+        self.finish(chain)
 
-    cdef void finish(self, int head, u64 written) noexcept:
+    cdef void finish(self, Chain chain) noexcept:
+        """Put a request where it is to be shown."""
+        cdef u16 place = chain.position
+        cdef Completed *completed
+        if not self.ordered:
+            place = self.show_at + <u16>self.pending_count
+        completed = &self.pending[place % self.size]
+        completed.element.head = chain.head
+        completed.element.written = <u32>min(chain.written, <u64>0xFFFFFFFF)
+        completed.done = True
         self.outstanding -= 1
-        self.pending[self.pending_count].head = head
-        self.pending[self.pending_count].written = <u32>min(written, <u64>0xFFFFFFFF)
         self.pending_count += 1
+
+    @property
+    def resume_at(self):
+        """Where whoever goes on after a stop begins; what is not shown by then is done again."""
+        if self.inflight is not None:
+            return self.next_avail
+        return <u16>(self.next_avail - self.outstanding - self.pending_count)
 
     @property
     def unpublished(self):
@@ -578,16 +562,30 @@ cdef class SplitRing:
 
     cdef int show_pending(self) except -1:
         """Publish completions; the areas are translated. Remembers whether to notify."""
-        cdef u32 i
+        cdef u32 count = 0
         cdef u64 slot
         cdef u16 before = self.next_used
-        for i in range(self.pending_count):
+        cdef Completed *completed
+        while self.pending_count:
+            completed = &self.pending[self.show_at % self.size]
+            if not completed.done:
+                break
+            completed.done = False
+            self.show_at += 1
+            self.pending_count -= 1
             slot = 4 + 8 * <u64>(self.next_used % self.size)
-            self.used.transfer(<u8 *>&self.pending[i], slot, 8, True)
+            self.used.transfer(<u8 *>&completed.element, slot, 8, True)
             self.used.mark(slot, 8)
             self.next_used += 1
-        self.pending_count = 0
+            self.shown[count] = <u16>completed.element.head
+            count += 1
+            if self.inflight is not None:
+                self.inflight.batch(<u16>completed.element.head)
+        if not count:
+            return 0
         self.store16(self.used, 2, self.next_used)
+        if self.inflight is not None:
+            self.inflight.shown(self.shown, count, self.next_used)
         if self.wants_notification(before):
             self.notify_due = True
         return self.check_areas()
@@ -604,7 +602,7 @@ cdef class SplitRing:
             return True
         return <u16>(self.next_used - event - 1) < <u16>(self.next_used - before)
 
-    def disable_kicks(self):
+    cpdef disable_kicks(self):
         """Tell the driver that it need not announce new requests. Only a hint."""
         if not self.event_idx and self.reachable():
             self.store16(self.used, 0, USED_NO_NOTIFY)
@@ -639,24 +637,15 @@ cdef class SplitRing:
         """
         if not self.reachable():
             return None
+        more = self.more_after_request()
+        self.check_areas()
+        return more
+
+    cdef bint more_after_request(self) except -1:
+        """Ask for an announcement; whether there are requests to be taken already."""
         if self.event_idx:
             self.store16(self.used, 4 + 8 * <u64>self.size, self.next_avail)
         else:
             self.store16(self.used, 0, 0)
         full_barrier()
-        more = self.load16(self.avail, 2) != self.next_avail
-        self.check_areas()
-        return more
-
-
-cdef inline u8 *locate(IoVector area, u64 offset, u64 size) noexcept nogil:
-    """Where a few bytes of an area are, or NULL if they are not contiguous."""
-    cdef int i
-    for i in range(area.count):
-        if offset < area.vec[i].iov_len:
-            if size > area.vec[i].iov_len - offset:
-                return NULL
-            return <u8 *>area.vec[i].iov_base + offset
-        offset -= area.vec[i].iov_len
-    return NULL
-
+        return self.held_count < MAX_HELD and self.load16(self.avail, 2) != self.next_avail

@@ -20,7 +20,8 @@ from typing import TypeAlias
 from guestio._core.access import AddressSpace
 from guestio._core.misses import Misses
 from guestio._core.questions import touched
-from guestio._core.ring import Chain, SplitRing
+from guestio._core.chain import Chain
+from guestio._core.ring import SplitRing
 from guestio.addr import IovaRange, check_int
 from guestio.errors import DeviceError, GuestioError, ProtocolError
 from guestio.vhost_user.channel import Channel, PeerGoneError

@@ -13,7 +13,7 @@ from typing import Final
 
 from guestio._core.access import IoVector
 from guestio._core.blockio import BlockServer
-from guestio._core.ring import Chain
+from guestio._core.chain import Chain
 from guestio.errors import AccessError, DeviceError
 from guestio.virtio.device import Device, DeviceId
 

@@ -6,7 +6,7 @@ import enum
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from guestio._core.ring import Chain, Server
+from guestio._core.chain import Chain, Server
 from guestio.errors import DeviceError
 
 VIRTIO_F_INDIRECT_DESC = 28

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from guestio._core.ring import Chain, SplitRing
+from guestio._core.chain import Chain
+from guestio._core.ring import SplitRing
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import GuestioError
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
-from guestio._core.ring import Chain, SplitRing
+from guestio._core.chain import Chain
+from guestio._core.ring import SplitRing
 from guestio.errors import AccessError
 from guestio.iommu.events import Event
 from guestio.virtio.iommu.device import VirtioIommu

@@ -1,0 +1,36 @@
+"""C view of requests, and of what serves them."""
+
+from guestio._core.border cimport u64
+from guestio._core.vector cimport IoVector
+
+from libc.stdint cimport int64_t, uint16_t
+
+ctypedef uint16_t u16
+ctypedef int64_t i64
+
+
+cdef enum:
+    NOT_SERVED = -1
+
+
+cdef class Chain:
+    cdef object ring
+    cdef readonly int head
+    cdef readonly IoVector readable
+    cdef readonly IoVector writable
+    cdef readonly IoVector tail
+    cdef readonly str fault
+    cdef readonly list access_fails
+    cdef u16 position
+    cdef u64 written
+    cdef bint settled
+    cdef bint done
+
+    cdef void clear(self) noexcept
+
+
+cdef Chain new_chain()
+
+
+cdef class Server:
+    cdef i64 serve(self, Chain chain) except -2

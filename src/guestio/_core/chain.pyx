@@ -1,0 +1,89 @@
+"""Requests that were taken from a ring, and what may serve them in the core."""
+
+from guestio._core.border cimport as_address
+
+cdef enum:
+    READ = 1
+    WRITE = 2
+
+
+cdef class Chain:
+    """One request of the driver: what it gave to read and what it gave to write.
+
+    No framing may be assumed: what belongs together may be split anywhere (section 2.6.4).
+
+    Attributes:
+        head: Identifies the request in its ring.
+        readable: Memory that the device reads.
+        writable: Memory that the device writes, in order.
+        fault: Why the request cannot be served: part of its memory cannot be reached. Then
+            ``readable`` and ``writable`` hold only what could be. None if all is well.
+        tail: With a fault, the last device-writable byte, if that could be reached.
+        access_fails: With a fault, the ranges whose mapping forbids the access.
+    """
+
+    def __init__(self):
+        raise TypeError("chains come from a ring")
+
+    cdef void clear(self) noexcept:
+        """Give its memory back and be ready for another request."""
+        self.readable.release()
+        self.writable.release()
+        self.tail = self.fault = None
+        self.settled = self.done = False
+        if self.access_fails:
+            self.access_fails = []
+
+    def hand_over(self):
+        """Let another thread use the memory: who revokes its translation waits for that thread.
+
+        Without this, a revocation by the thread that took the request is a mistake: it would wait
+        for itself.
+        """
+        hand_over(self.readable)
+        hand_over(self.writable)
+        if self.tail is not None:
+            hand_over(self.tail)
+
+    def settle(self, written):
+        """Give the memory back, with the number of bytes written to it; nobody may touch it any more.
+
+        The request is complete once its ring is told so as well, by ``complete``. Any thread.
+
+        Raises:
+            ValueError: It was settled before, or has less room.
+        """
+        cdef u64 count = as_address(written, "written")
+        if self.settled:
+            raise ValueError(f"request {self.head} was completed before")
+        if count > self.writable.total:
+            raise ValueError(
+                f"{count} bytes written to a request with room for {self.writable.total}"
+            )
+        self.settled, self.written = True, count
+        self.readable.close()
+        self.writable.close()
+        if self.tail is not None:
+            self.tail.close()
+
+
+cdef void hand_over(IoVector memory) noexcept:
+    cdef int i
+    for i in range(memory.lease_count):
+        memory.leases.disown(memory.lease[i])
+
+
+cdef Chain new_chain():
+    cdef Chain chain = Chain.__new__(Chain)
+    chain.readable, chain.writable = IoVector(), IoVector()
+    chain.readable.access, chain.writable.access = READ, WRITE
+    chain.access_fails = []
+    return chain
+
+
+cdef class Server:
+    """Serves the simple requests of a device without leaving the core."""
+
+    cdef i64 serve(self, Chain chain) except -2:
+        """Serve a request; the bytes written, or NOT_SERVED if it is left to the device."""
+        return NOT_SERVED
