@@ -38,6 +38,7 @@ cdef class SplitRing(RingAreas):
     cdef readonly u16 next_used
     cdef readonly int outstanding
     cdef readonly int held_count
+    cdef readonly u64 progress
     cdef bint signalled_valid
     cdef bint notify_due
     cdef IoVector table
@@ -53,6 +54,7 @@ cdef class SplitRing(RingAreas):
     cdef int take(self, int limit, Server server, list chains, Misses misses) except -1
     cdef int take_held(self, Server server, list chains, Misses misses) except -1
     cdef int take_new(self, int limit, Server server, list chains, Misses misses) except -1
+    cdef void advance(self, int head) noexcept
     cdef void forget_held(self, int at) noexcept
     cdef int dispatch(self, Server server, list chains) except -1
     cdef int lacking_head(self, int index) except -2

@@ -2,8 +2,8 @@ from typing import Self
 
 from typing_extensions import disjoint_base
 
-from guestio._core.areas import RingAreas
 from guestio._core.access import AddressSpace
+from guestio._core.areas import RingAreas
 from guestio._core.chain import Chain, Server
 from guestio._core.inflight import InflightQueue
 from guestio._core.misses import Misses
@@ -40,9 +40,9 @@ class SplitRing(RingAreas):
     @property
     def inflight(self) -> InflightQueue | None: ...
     @property
-    def indirect(self) -> bool: ...
-    @property
     def held_count(self) -> int: ...
+    @property
+    def progress(self) -> int: ...
     @property
     def resume_at(self) -> int: ...
     def pop(self, limit: int = 64) -> tuple[list[Chain], list[tuple[IovaRange, int]]]: ...

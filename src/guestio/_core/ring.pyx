@@ -93,6 +93,7 @@ cdef class SplitRing(RingAreas):
         next_avail: The ring position that is taken next.
         outstanding: Requests taken and not completed; those that wait to be shown are not counted.
         held_count: Requests taken that wait for a translation while others overtake them.
+        progress: Changes whenever another request is the oldest that was not taken or is held.
         broken: Why the ring stopped, or None.
 
     One thread at a time.
@@ -180,9 +181,9 @@ cdef class SplitRing(RingAreas):
 
         Returns:
             ``(chains, misses, served, resting)``: as from :meth:`pop`, but the misses as
-            :class:`~guestio._core.misses.Misses`; how many requests were served; and whether the
-            next request will be announced, so that there is nothing to do until then but what
-            concerns the chains and the misses.
+            :class:`~guestio._core.misses.Misses`; how many requests were served; and whether
+            nothing is to be done but for the chains and the misses, until the next request is
+            announced.
 
         Raises:
             QueueError: As :meth:`pop`.
@@ -190,7 +191,7 @@ cdef class SplitRing(RingAreas):
         cdef list chains = []
         cdef Misses misses = Misses()
         cdef int served = 0
-        cdef bint resting = False
+        cdef bint resting = True
         try:
             if self.areas_ready(misses):
                 if self.pending_count:
@@ -201,7 +202,9 @@ cdef class SplitRing(RingAreas):
                 if self.areas_ready(misses):
                     if self.pending_count:
                         self.show_pending()
-                    if rest and not chains and (not misses.count or self.inflight is not None):
+                    if chains or not rest:
+                        resting = False
+                    elif not misses.count or self.inflight is not None:
                         resting = not self.more_after_request()
         finally:
             self.keep_nothing()
@@ -238,6 +241,8 @@ cdef class SplitRing(RingAreas):
         return served
 
     cdef void forget_held(self, int at) noexcept:
+        if not at:
+            self.progress += 1
         self.held_count -= 1
         memmove(self.held + at, self.held + at + 1, (self.held_count - at) * sizeof(u16))
 
@@ -258,10 +263,7 @@ cdef class SplitRing(RingAreas):
                     continue
             elif lacks and self.held_count >= MAX_HELD:
                 break
-            self.next_avail = at
-            self.outstanding += 1
-            if self.inflight is not None:
-                self.inflight.take(head)
+            self.advance(head)
             if lacks:
                 self.held[self.held_count] = head
                 self.held_count += 1
@@ -271,6 +273,15 @@ cdef class SplitRing(RingAreas):
                 if not self.reachable():
                     break
         return served
+
+    cdef void advance(self, int head) noexcept:
+        """Take the next request of the ring."""
+        self.next_avail += 1
+        self.outstanding += 1
+        if self.inflight is None:
+            self.progress += 1
+        else:
+            self.inflight.take(<u16>head)
 
     cdef bint look(self, int head, Misses misses, bint lenient) except -1:
         """Fill the spare chain with a request; whether it lacks nothing."""
@@ -377,8 +388,7 @@ cdef class SplitRing(RingAreas):
             if self.inflight is not None:
                 self.forget_held(index)
             else:
-                self.next_avail += 1
-                self.outstanding += 1
+                self.advance(head)
             self.spare.position = self.next_avail - 1
             return self.hand_out()
         finally:

@@ -54,6 +54,8 @@ class Backend:
         track_dirty: Whether to mark and count the pages of guest memory that the device writes.
         poll_us: Microseconds to look out for the next request before sleeping: faster at low
             queue depths, for a processor's time.
+        queue_threads: Whether to serve each queue in a thread of its own. Python code still runs in
+            one thread at a time, so this is for devices whose requests take long in system calls.
 
     Raises:
         DeviceError: The path is too long or in use, or its directory cannot be written.
@@ -61,8 +63,8 @@ class Backend:
     Attributes:
         statistics: Counters over all front-ends so far.
 
-    Threads: everything happens in the thread that calls :meth:`serve`; only :meth:`stop` may be
-    called from others and from signal handlers.
+    Threads: everything happens in the thread that calls :meth:`serve`, unless queues have their
+    own; only :meth:`stop` may be called from others and from signal handlers.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Backend:
         miss_timeout: float = 5.0,
         track_dirty: bool = False,
         poll_us: int = 0,
+        queue_threads: bool = False,
     ) -> None:
         if iommu not in ("auto", "off"):
             raise ValueError(f"iommu {iommu!r} is neither 'auto' nor 'off'")
@@ -95,6 +98,7 @@ class Backend:
         self._miss_timeout = miss_timeout
         self._track_dirty = track_dirty
         self._poll_us = poll_us
+        self._queue_threads = queue_threads
         self._stopping = threading.Event()
         self._service: Service | None = None
         self._poller = Poller()
@@ -167,6 +171,7 @@ class Backend:
                 miss_timeout=self._miss_timeout,
                 track_dirty=self._track_dirty,
                 poll_us=self._poll_us,
+                queue_threads=self._queue_threads,
             )
         except BaseException:
             channel.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -15,7 +16,8 @@ Callback = Callable[[], None]
 class Poller:
     """Calls back when a descriptor is readable, a time has come, or there is more to do.
 
-    Only :meth:`wake` may be called from another thread or a signal handler.
+    Other threads may call :meth:`add`, :meth:`remove`, :meth:`again`, :meth:`clear_timer` and
+    :meth:`wake`, signal handlers only the last.
 
     Attributes:
         waiter: Called with the epoll fd and the seconds to wait at most (negative for any time),
@@ -31,6 +33,7 @@ class Poller:
         self._timers: dict[Hashable, tuple[float, Callback]] = {}
         self._due = math.inf
         self._soon: deque[Callback] = deque()
+        self._thread: int | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.add(self._wake, self._woken)
 
@@ -51,6 +54,13 @@ class Poller:
     def again(self, callback: Callback) -> None:
         """Call back once, after what is ready now has had its turn."""
         self._soon.append(callback)
+        if threading.get_ident() != self._thread:
+            self.wake()
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for a turn."""
+        return bool(self._soon)
 
     def set_timer(self, key: Hashable, when: float, callback: Callback) -> None:
         """Call back once at ``when`` (``time.monotonic``); replaces a timer of the same key."""
@@ -72,6 +82,7 @@ class Poller:
 
     def run_once(self) -> None:
         """Wait until something is due and call back for all of it."""
+        self._thread = threading.get_ident()
         soon, callbacks = self._soon, self._callbacks
         seconds = 0 if soon else self._patience()
         if self.waiter is None:
@@ -109,3 +120,36 @@ class Poller:
         if wake >= 0:
             self._epoll.close()
             os.close(wake)
+
+
+class PollerThread:
+    """A thread that runs a poller of its own.
+
+    Args:
+        name: Of the thread.
+        failed: Called in that thread with what a callback raised.
+
+    Attributes:
+        poller: What it runs.
+    """
+
+    def __init__(self, name: str, failed: Callable[[Exception], None]) -> None:
+        self.poller = Poller()
+        self._failed = failed
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self.poller.run_once()
+            except Exception as error:
+                self._failed(error)
+
+    def close(self) -> None:
+        """Let the thread finish its turn and wait for its end. Calling it again does nothing."""
+        self._stopping = True
+        self.poller.wake()
+        self._thread.join()
+        self.poller.close()

@@ -1,10 +1,15 @@
-"""What a back end counts."""
+"""What a back end counts, and how it reports what may happen any number of times."""
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from dataclasses import dataclass, field
 
 from guestio._core.iotlbwire import Traffic
+
+log = logging.getLogger("guestio.vhost_user")
 
 
 @dataclass
@@ -38,6 +43,13 @@ class Statistics:
     iotlb_timeouts: int = 0
     access_fails: int = 0
     traffic: Traffic = field(default_factory=Traffic, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def count(self, *, requests: int = 0, failed_requests: int = 0) -> None:
+        """Add what a queue did. From any thread; the other counters are the main thread's."""
+        with self._lock:
+            self.requests += requests
+            self.failed_requests += failed_requests
 
     @property
     def iotlb_updates(self) -> int:
@@ -48,3 +60,33 @@ class Statistics:
     def iotlb_invalidations(self) -> int:
         """Translations revoked."""
         return self.traffic.invalidations
+
+
+class Bursts:
+    """Logs what a guest may cause any number of times: the first, then a count a second later.
+
+    From any thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._until = 0.0
+        self._hidden = 0
+
+    def report(self, message: str, *args: object, trace: bool = False) -> None:
+        """Log a message, or only count it if there was one within the last second."""
+        now = time.monotonic()
+        with self._lock:
+            if now < self._until:
+                self._hidden += 1
+                return
+            self._until = now + 1.0
+        self.flush()
+        log.warning(message, *args, exc_info=trace)
+
+    def flush(self) -> None:
+        """Log how many there were that were not logged."""
+        with self._lock:
+            hidden, self._hidden = self._hidden, 0
+        if hidden:
+            log.warning("%d more requests refused or failed", hidden)

@@ -1,0 +1,470 @@
+"""A virtqueue as a back end serves it: its descriptors, its ring, its turns.
+
+A queue that lacks a translation is parked, asks for all that it lacks at once, and goes on when the
+answers are there. A request that takes time is answered with a `Future`; it is completed when that
+is done, and whoever stops the queue waits for it.
+
+Nothing is lost by a stop or a crash, because whoever goes on can always tell where: without a
+region that notes the requests in flight, requests are shown to the driver in the order of the ring,
+and the used index says it all; with one (INFLIGHT_SHMFD), they are shown as they complete, and
+those behind one that lacks a translation overtake it.
+
+Threads: a queue is served in its poller's thread, with its lock held. Whoever changes it takes the
+lock too, so it may be set up and stopped from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from guestio._core.chain import Chain
+from guestio._core.misses import Misses
+from guestio._core.questions import touched
+from guestio._core.ring import SplitRing
+from guestio.addr import check_int
+from guestio.errors import DeviceError, GuestioError, ProtocolError
+from guestio.vhost_user.messages import VringAddr
+from guestio.vhost_user.poller import Poller
+from guestio.vhost_user.statistics import Bursts, Statistics
+from guestio.vhost_user.translations import Translations
+from guestio.virtio.device import Device
+
+log = logging.getLogger("guestio.vhost_user")
+
+TURN = 64
+"""Requests that are served before somebody else has a turn."""
+
+POLL_INTERVAL = 0.001
+"""Seconds between looks at a ring whose front-end gave no kick fd."""
+
+SPIN = 50e-6
+"""Seconds that a queue is watched before everybody else has a turn."""
+
+PATIENCE = 4
+"""Times the limit for one answer that a request may wait for translations in all: a front-end that
+answers every question, but never with what was asked for, must not keep it for ever."""
+
+MAX_REFUSED = 4096
+"""Refused pages that are remembered for a queue."""
+
+SLOW = 10.0
+"""Seconds after which it is said that a queue stands still for want of a device's answer."""
+
+
+@dataclass(frozen=True)
+class QueueHost:
+    """What the queues of a back end share.
+
+    Attributes:
+        device: Serves the requests.
+        statistics: Where to count.
+        bursts: Where to report what a guest may cause any number of times.
+        translations: Whom to ask for what is missing.
+        make_ring: Called with a queue that is set up; its ring, or None if it is not complete.
+        broken: Called from any thread with a queue that its driver ruined, and why.
+        patience: Seconds that a request may wait for translations in all.
+        poll_seconds: How long to look out for a request before sleeping.
+    """
+
+    device: Device
+    statistics: Statistics
+    bursts: Bursts
+    translations: Translations
+    make_ring: Callable[[Virtqueue], SplitRing | None]
+    broken: Callable[[Virtqueue, GuestioError], None]
+    patience: float
+    poll_seconds: float
+
+
+class Virtqueue:
+    """A virtqueue as the front-end set it up.
+
+    Args:
+        index: Its number.
+        host: What it shares with others.
+        poller: Whose thread serves it.
+
+    Attributes:
+        num: Entries of its ring, or 0.
+        address: Where its ring is.
+        base: Where to begin in the ring.
+    """
+
+    def __init__(self, index: int, host: QueueHost, poller: Poller) -> None:
+        self.index = index
+        self._host = host
+        self._poller = poller
+        self._lock = threading.RLock()
+        self._scheduled = False
+        self._late: set[Chain] = set()
+        self._late_change = threading.Condition()
+        self._settled: deque[Chain] = deque()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.num = 0
+        self.address: VringAddr | None = None
+        self.base = 0
+        self._enabled = False
+        self._started = False
+        self._polled = False
+        self._stuck = False
+        self._watch_until = 0.0
+        self._parked_at: float | None = None
+        self._parked_for = 0
+        self._kick: int | None = None
+        self._call: int | None = None
+        self._err: int | None = None
+        self._ring: SplitRing | None = None
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while the queue is served or changed."""
+        return self._lock
+
+    def reset(self) -> None:
+        """Stop the queue and forget how it was set up."""
+        with self._lock:
+            self.stop()
+            self._set_fd("call", None)
+            self._set_fd("err", None)
+            self._clear()
+
+    def set_num(self, num: int) -> None:
+        """Set the number of entries."""
+        with self._lock:
+            self.num = num
+            self.wake()
+
+    def set_address(self, address: VringAddr) -> None:
+        """Set where the ring is."""
+        with self._lock:
+            self.detach()
+            self.address = address
+
+    def set_base(self, base: int) -> None:
+        """Set where to begin in the ring."""
+        with self._lock:
+            self.base = base
+
+    def enable(self, enable: bool) -> None:
+        """Serve the queue, or let it stand."""
+        with self._lock:
+            self._enabled = enable
+            self.wake()
+
+    def detach(self) -> None:
+        """Let go of a ring's memory; it is set up again, where it stopped, before its next use.
+
+        Requests that take time are waited for. Completions that cannot be shown any more are taken
+        back, and done again then.
+        """
+        with self._lock:
+            self._drain()
+            ring, self._ring, self._stuck = self._ring, None, False
+            if ring is not None:
+                with contextlib.suppress(GuestioError):
+                    if ring.publish():
+                        signal(self._call)
+                self.base = ring.resume_at
+            self.wake()
+
+    def stop(self) -> None:
+        """Stop serving, until the next kick fd."""
+        with self._lock:
+            self._started = False
+            self.detach()
+            self._unpark()
+            self._host.translations.forget(self.index)
+            self._poller.clear_timer(self)
+            self._set_fd("kick", None)
+
+    def set_kick(self, fd: int | None) -> None:
+        """Set the eventfd that announces requests; None has the ring looked at now and then."""
+        with self._lock:
+            self._set_fd("kick", fd)
+            self._polled = fd is None
+            if fd is None:
+                self._started = True
+                self.wake()
+
+    def set_call(self, fd: int | None) -> None:
+        """Set the eventfd to notify the driver with."""
+        with self._lock:
+            self._set_fd("call", fd)
+
+    def set_err(self, fd: int | None) -> None:
+        """Set the eventfd to report with that the queue is broken."""
+        with self._lock:
+            self._set_fd("err", fd)
+
+    def _set_fd(self, name: str, fd: int | None) -> None:
+        """Replace one of the eventfds. A kick is noticed by its edge and never read."""
+        attribute = f"_{name}"
+        old: int | None = getattr(self, attribute)
+        setattr(self, attribute, None)
+        if old is not None:
+            self._poller.remove(old)
+            if name == "kick":
+                _drain_kicks(old)
+            os.close(old)
+        if fd is None:
+            return
+        try:
+            os.set_blocking(fd, False)
+            if name == "kick":
+                self._poller.add(fd, functools.partial(self._kicked, fd), edge=True)
+        except OSError as error:
+            os.close(fd)
+            raise ProtocolError(
+                f"the {name} fd of queue {self.index} is unusable: {error.strerror}"
+            ) from error
+        setattr(self, attribute, fd)
+
+    def wake(self) -> None:
+        """Have the queue served, soon and by its own thread. From any thread."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._poller.again(self._run)
+
+    def _kicked(self, fd: int) -> None:
+        with self._lock:
+            # The queue may have been stopped since the poller found the descriptor readable.
+            if fd == self._kick:
+                self._started = True
+                self._serve()
+
+    def _run(self) -> None:
+        self._scheduled = False
+        with self._lock:
+            self._serve()
+
+    def _serve(self) -> None:
+        """Serve the queue for one turn."""
+        if self._stuck or not (self._enabled and self._started):
+            return
+        try:
+            if self._ring is None:
+                self._ring = self._host.make_ring(self)
+            if self._ring is not None and self._serve_ring(self._ring):
+                self.wake()
+        except GuestioError as error:
+            self._stuck = True
+            signal(self._err)
+            self._host.broken(self, error)
+
+    def _serve_ring(self, ring: SplitRing) -> bool:
+        """Serve a ring until there is nothing to do, or until others have a turn.
+
+        Returns:
+            Whether there is more to do.
+        """
+        host = self._host
+        server = host.device.server
+        for _ in range(TURN):
+            while self._settled:
+                ring.complete(self._settled.popleft())
+            watching = host.poll_seconds and time.monotonic() < self._watch_until
+            chains, missing, served, resting = ring.turn(
+                server, TURN, -1 if self._call is None else self._call, not watching
+            )
+            taken = served + len(chains)
+            if taken:
+                host.statistics.count(requests=taken)
+                self._begin(ring, chains)
+                if host.poll_seconds:
+                    self._watch_until = time.monotonic() + host.poll_seconds
+            if missing:
+                self._park(ring, missing)
+                # Where requests may be overtaken, those that come are taken meanwhile.
+                if resting or ring.inflight is None:
+                    return False
+            elif self._parked_at is not None:
+                self._unpark()
+            if resting:
+                self._rest()
+                return False
+            if taken >= TURN:
+                return True
+            # Those who watch other queues have their turn too.
+            if (
+                watching
+                and not taken
+                and (self._poller.busy or not ring.spin(SPIN, self._poller.fileno()))
+            ):
+                return True
+        return True
+
+    def _rest(self) -> None:
+        """Look at the ring later if its driver cannot announce anything."""
+        if self._polled:
+            self._poller.set_timer(self, time.monotonic() + POLL_INTERVAL, self._run)
+
+    def _begin(self, ring: SplitRing, chains: list[Chain]) -> None:
+        """Have requests processed; those that take time are completed later."""
+        for chain in chains:
+            answer = self._process(chain)
+            if isinstance(answer, int):
+                ring.complete(chain, answer)
+            else:
+                chain.hand_over()
+                self._late.add(chain)
+                answer.add_done_callback(functools.partial(self._finish, chain))
+
+    def _process(self, chain: Chain) -> int | Future[int]:
+        """What the device says to a request; where it failed, what it says to that."""
+        try:
+            if chain.fault is None:
+                answer = self._host.device.process(self.index, chain)
+                return answer if isinstance(answer, Future) else _plausible(answer, chain)
+            self._host.bursts.report("queue %d: request refused: %s", self.index, chain.fault)
+        except GuestioError as error:
+            self._host.bursts.report("queue %d: request failed: %s", self.index, str(error))
+        except Exception:
+            self._host.bursts.report(
+                "queue %d: the device failed; its request is refused", self.index, trace=True
+            )
+        return self._fail(chain)
+
+    def _fail(self, chain: Chain) -> int:
+        self._host.statistics.count(failed_requests=1)
+        try:
+            return _plausible(self._host.device.fail(self.index, chain), chain)
+        except GuestioError:
+            return 0
+        except Exception:
+            self._host.bursts.report(
+                "queue %d: the device failed to fail a request", self.index, trace=True
+            )
+            return 0
+
+    def _finish(self, chain: Chain, answer: Future[int]) -> None:
+        """Take a late answer, in whatever thread it was found.
+
+        The memory is given back here: a revocation of its translation may be waiting for it in the
+        very thread that serves the queue.
+        """
+        try:
+            written = _plausible(answer.result(), chain)
+        except BaseException as error:
+            self._host.bursts.report(
+                "queue %d: request failed: %s", self.index, str(error) or type(error).__name__
+            )
+            written = self._fail(chain)
+        chain.settle(written)
+        self._settled.append(chain)
+        self.wake()
+        with self._late_change:
+            self._late.discard(chain)
+            self._late_change.notify_all()
+
+    def _drain(self) -> None:
+        """Wait for the requests that take time, and complete them."""
+        with self._late_change:
+            while self._late:
+                if not self._late_change.wait(SLOW):
+                    log.warning(
+                        "queue %d cannot stop: the device is still busy with %d requests",
+                        self.index,
+                        len(self._late),
+                    )
+        while self._settled:
+            chain = self._settled.popleft()
+            if self._ring is not None:
+                self._ring.complete(chain)
+
+    def _park(self, ring: SplitRing, missing: Misses) -> None:
+        """Ask for what the queue lacks; a request that lacks what was refused fails instead."""
+        now = time.monotonic()
+        if self._parked_at is None or self._parked_for != ring.progress:
+            self._parked_at, self._parked_for = now, ring.progress
+        if not self._give_up(ring, late=now - self._parked_at >= self._host.patience):
+            self._host.translations.ask(self.index, missing)
+
+    def _unpark(self) -> None:
+        self._parked_at = None
+        self._host.translations.refused(self.index).clear()
+
+    def _give_up(self, ring: SplitRing, *, late: bool) -> bool:
+        """Deal with a refusal that concerns the ring itself or a request that waits.
+
+        Args:
+            ring: The queue's ring.
+            late: Whether the oldest has waited long enough for whatever it lacks.
+
+        Returns:
+            Whether there is nothing to ask for now.
+        """
+        refused = self._host.translations.refused(self.index)
+        if not refused and not late:
+            return False
+        lacking = ring.missing()
+        if lacking and (late or touched(lacking, refused)):
+            self._host.bursts.report("queue %d: its ring has no translation", self.index)
+            refused.clear()
+            self._started, self._parked_at = False, None
+            return True
+        for index in range(max(ring.held_count, 1)):
+            if self._give_up_one(ring, index, late=late and not index):
+                return True
+        return False
+
+    def _give_up_one(self, ring: SplitRing, index: int, *, late: bool) -> bool:
+        """Fail a request that waits for what was refused; whether there is nothing to ask for."""
+        translations = self._host.translations
+        refused = translations.refused(self.index)
+        lacking = ring.lacking(index)
+        if lacking is None:
+            return False
+        lost = touched(lacking, refused)
+        if lacking and not late:
+            if not lost:
+                return False
+            # What else it lacks may still come, the place of its status among it.
+            if translations.awaited(self.index):
+                return True
+        refused -= lost
+        if len(refused) > MAX_REFUSED:
+            refused.clear()
+        chain = ring.pop_faulty(index)
+        if chain is not None:
+            self._host.statistics.count(requests=1)
+            translations.report_access_fails(chain.access_fails)
+            self._begin(ring, [chain])
+        self.wake()
+        return True
+
+
+def _plausible(written: int, chain: Chain) -> int:
+    """What a device says that it wrote, if that is possible."""
+    if not 0 <= check_int(written, "written") <= chain.writable.total:
+        raise DeviceError(
+            f"the device says it wrote {written} bytes to a request with room for "
+            f"{chain.writable.total}"
+        )
+    return written
+
+
+def signal(fd: int | None) -> None:
+    """Add one to an eventfd; if that would wait, its owner has enough to do anyway."""
+    if fd is not None:
+        with contextlib.suppress(OSError):
+            os.eventfd_write(fd, 1)
+
+
+def _drain_kicks(fd: int) -> None:
+    """Take back what an eventfd counted, so that its owner does not see an old kick.
+
+    Without waiting, whatever its owner made of the file description meanwhile.
+    """
+    with contextlib.suppress(OSError):
+        os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
