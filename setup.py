@@ -16,6 +16,7 @@ EXTENSIONS = [
         "border",
         "driver",
         "eviction",
+        "inflight",
         "intervals",
         "iotlbfront",
         "iotlbwire",
