@@ -145,7 +145,7 @@ class SessionPeer:
             while (message := self._channel.recv(None)) is not None:
                 reply = self._session.handle(message)
                 if reply is not None:
-                    self._channel.send(reply)
+                    self._channel.send(reply, self._session.reply_fds)
         except PeerGoneError:
             pass
         except GuestioError as error:
@@ -158,6 +158,8 @@ class SessionPeer:
         self._channel.close()
         if self.handler.channel_fd is not None:
             os.close(self.handler.channel_fd)
+        if self.handler.region is not None:
+            self.handler.region.close()
 
     @property
     def names(self) -> list[str]:

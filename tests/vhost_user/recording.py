@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.messages import FrontendRequest as F
+from guestio.vhost_user.messages import ProtocolFeature
 from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from guestio.errors import GuestioError
-    from guestio.vhost_user.messages import IotlbMessage, MemoryRegion, VringAddr
+    from guestio.vhost_user.messages import Inflight, IotlbMessage, MemoryRegion, VringAddr
 
 VIRTIO_F_VERSION_1 = 1 << 32
 ACCESS_PLATFORM = 1 << 33
 PROTOCOL_FEATURES = 1 << 30
 DEVICE_FEATURES = VIRTIO_F_VERSION_1 | ACCESS_PLATFORM | 0b101
+OFFERED_PROTOCOL_FEATURES = int(SUPPORTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD)
 
 # Requests that are answered whether or not an acknowledgement is asked for.
 OWN_REPLY = {
@@ -28,6 +31,7 @@ OWN_REPLY = {
     F.GET_CONFIG,
     F.GET_MAX_MEM_SLOTS,
     F.GET_STATUS,
+    F.GET_INFLIGHT_FD,
     F.IOTLB_MSG,
 }
 
@@ -40,7 +44,7 @@ class RecordingHandler:
 
     def __init__(self) -> None:
         self.features = DEVICE_FEATURES
-        self.protocol_features = int(SUPPORTED_PROTOCOL_FEATURES)
+        self.protocol_features = OFFERED_PROTOCOL_FEATURES
         self.num_queues = 2
         self.max_mem_slots = 4
         self.calls: list[tuple[Any, ...]] = []
@@ -48,6 +52,7 @@ class RecordingHandler:
         self.config = bytes(range(64))
         self.status = 0
         self.base = 7
+        self.region: InflightRegion | None = None
 
     def _record(self, name: str, *arguments: Any) -> None:
         if self.error is not None:
@@ -112,6 +117,14 @@ class RecordingHandler:
 
     def iotlb(self, message: IotlbMessage) -> None:
         self._record("iotlb", message)
+
+    def get_inflight(self, num_queues: int, queue_size: int) -> tuple[Inflight, int]:
+        self._record("get_inflight", num_queues, queue_size)
+        self.region = InflightRegion.create(num_queues, queue_size)
+        return self.region.description, self.region.fd
+
+    def set_inflight(self, inflight: Inflight, fd: int) -> None:
+        self._record("set_inflight", inflight, self._consume(fd))
 
     def get_status(self) -> int:
         self._record("get_status")

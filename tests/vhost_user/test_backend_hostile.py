@@ -297,7 +297,7 @@ CASES: dict[str, tuple[Callable[[Raw], None], str]] = {
         "CONFIGURE_MEM_SLOTS, which was not negotiated",
     ),
     "a request that needs a reply we cannot give": (
-        plain(F.GET_INFLIGHT_FD, bytes(24)),
+        plain(F.GET_SHARED_OBJECT, bytes(24)),
         "did not offer",
     ),
     # Rings

@@ -15,6 +15,7 @@ from typing import Self
 
 import pytest
 
+from guestio._core.questions import REPEAT_AFTER
 from guestio.addr import Permissions
 from guestio.guest.blkqueue import BlkError, Shape
 from guestio.guest.disk import ScriptedGuest
@@ -99,7 +100,8 @@ class TestAsking:
             ring = driver.layout(0)
             rings = {(ring.desc, 1), (ring.avail, 1), (ring.used, 3)}
             assert set(asked[:3]) == rings
-            assert len(asked) == 5
+            # A busy machine may have some asked twice.
+            assert len(set(asked)) == 5
             # Twenty requests, whose sources share one page and whose answers share another.
             asked.clear()
             hand = driver.rings[0]
@@ -117,7 +119,7 @@ class TestAsking:
             driver.handles[0].kick()
             until(lambda: service.service() or driver.done(0, number))
             until(lambda: driver.done(0, number) or service.service())
-            assert sorted(asked) == [(driver.at(source), 1), (driver.at(answer), 2)]
+            assert sorted(set(asked)) == [(driver.at(source), 1), (driver.at(answer), 2)]
             for i in range(20):
                 expected = (b"no. %4d" % i)[::-1] + bytes([OK])
                 assert driver.memory.read(answer + 16 * i, 9) == expected
@@ -139,12 +141,40 @@ class TestAsking:
             while len(data) < expected:
                 data = channel.recv(1 << 16, socket.MSG_PEEK)
             channel.close()
-            assert len(data) == expected
+            asked = {IotlbMessage.decode(data[at + 12 : at + 44]) for at in range(0, expected, 44)}
+            assert len(asked) == 60
             until(lambda: driver.done(0, last) or service.service())
             until(lambda: driver.done(0, last))
-            assert service.counts.misses == 5 + 60
-            assert serving.stats.iotlb_misses == 5 + 60
+            # What was not answered soon is asked once more.
+            assert 5 + 60 <= service.counts.misses <= 2 * (5 + 60)
+            assert serving.stats.iotlb_misses == service.counts.misses
             assert driver.result(0, last, 7) == (OK, b"92hctab")
+
+    def test_no_acknowledgement_is_asked_for_what_is_answered(self, serving: Serving) -> None:
+        with Hand(serving.path) as hand:
+            for _ in range(3):
+                hand.submit()
+                hand.serve_until_done()
+            assert hand.status() == OK
+            first = {(iova, access): marked for iova, access, marked in reversed(hand.asked)}
+            assert len(first) == 5
+            assert not any(first.values())
+
+    def test_what_is_not_answered_is_asked_once_more(self, serving: Serving) -> None:
+        with Hand(serving.path) as hand:
+            hand.submit()
+            asked = [hand.question() for _ in range(6)]
+            assert [marked for *_, marked in asked] == 3 * [False] + 3 * [True]
+            assert sorted(asked[:3]) == sorted((*page, False) for *page, _ in asked[3:])
+            assert hand.back.recv(10 * REPEAT_AFTER) is None
+            # The answers to the first questions, then refusals of the second ones.
+            for iova, *_ in asked[:3]:
+                assert hand.update(iova, PAGE, hand.user(iova - IOVA), 3) == 0
+            hand.back.send(3 * encode_ack(1, 1))
+            hand.serve_until_done()
+            assert hand.status() == OK
+            assert serving.stats.iotlb_refused == 0
+            assert serving.stats.iotlb_misses == 6 + 2
 
     def test_both_queues_share_what_is_asked(self, serving: Serving) -> None:
         with Driver(serving.path, queues=2, iommu=True) as driver:
@@ -303,7 +333,7 @@ class TestRefusals:
             assert driver.memory.read(secret, 9) == b"read only"
             until(lambda: iotlb.counts.access_fails == 1)
             assert serving.stats.access_fails == 1
-            assert iotlb.counts.refused == 1
+            assert iotlb.counts.refused == 2, "asked, and asked again to be told"
 
     def test_reading_where_only_writing_is_allowed(self, serving: Serving) -> None:
         with Driver(serving.path, iommu=True, map_all=False) as driver:
@@ -338,7 +368,8 @@ class TestRefusals:
             assert [results[i] for i in (0, 1, 3, 4)] == [
                 b"%d on" % i + bytes([OK]) for i in (1, 2, 4, 5)
             ]
-            assert service.counts.misses - before == 5 * 2 + 1 + 1
+            # On a busy machine, others are asked twice as well.
+            assert 5 * 2 + 1 + 1 <= service.counts.misses - before <= 2 * (5 * 2 + 1)
             assert service.counts.refused == 2
             assert serving.stats.iotlb_misses == service.counts.misses
             assert (serving.stats.iotlb_refused, serving.stats.iotlb_timeouts) == (1, 0)
@@ -439,8 +470,8 @@ class TestSilence:
             driver.frontend.iotlb.miss_hook = lambda _: MissAnswer(MissAction.CLAIM)
             driver.run_raw(0, Desc(0x100000, 8), Desc(driver.at(BUFFERS), 1, WRITE))
             assert driver.memory.read(BUFFERS, 1) == bytes([FAILED])
-            # It is believed once and not asked again and again.
-            assert driver.frontend.iotlb.counts.misses - before <= 2
+            # It is asked once more and then believed.
+            assert driver.frontend.iotlb.counts.misses - before == 2
 
     def test_a_translation_that_allows_too_little(self, impatient: Serving) -> None:
         with Hand(impatient.path) as hand:
@@ -452,7 +483,10 @@ class TestSilence:
             assert time.monotonic() - started < TIMEOUT, "it is refused, not waited for"
             assert hand.used() == 1
             assert impatient.stats.iotlb_refused == 1
-            assert hand.misses == 5
+            assert [page for *page, marked in hand.asked if marked] == [
+                [hand.at(BUFFERS + PAGE), 2]
+            ]
+            assert len(hand.asked) == 5 + 1
 
     @pytest.mark.parametrize("size", [100])
     def test_translations_of_less_than_is_needed(self, impatient: Serving, size: int) -> None:
@@ -565,7 +599,7 @@ class TestUpdates:
             assert hand.update(IOVA, Driver.SIZE, hand.user(0), RW) == 0
             hand.submit()
             until(lambda: hand.used() == 1)
-            assert hand.misses == 0
+            assert hand.asked == []
             assert hand.status() == OK
 
     def test_without_an_iommu(self, serving: Serving) -> None:
@@ -791,7 +825,7 @@ class Hand:
         self._share(regions, share)
         self.answers: dict[tuple[int, int], int] = {}
         self.sizes: dict[int, int] = {}
-        self.misses = 0
+        self.asked: list[tuple[int, int, bool]] = []
         self.driver_offered = 0
         self.back: Channel | None = None
         self.new_channel()
@@ -873,6 +907,13 @@ class Hand:
         """Read what is asked without answering."""
         assert self.back.recv(5) is not None
 
+    def question(self) -> tuple[int, int, bool]:
+        """The next question: page, access, and whether it is to be acknowledged."""
+        message = self.back.recv(5)
+        assert message is not None
+        iotlb = IotlbMessage.decode(message.payload)
+        return iotlb.iova, iotlb.perm, message.header.need_reply
+
     def serve_until_done(self) -> None:
         """Answer misses until everything offered is used."""
         deadline = time.monotonic() + 10
@@ -884,7 +925,7 @@ class Hand:
             iotlb = IotlbMessage.decode(message.payload)
             if iotlb.type != 1:
                 continue
-            self.misses += 1
+            self.asked.append((iotlb.iova, iotlb.perm, message.header.need_reply))
             perm = self.answers.get((iotlb.iova, iotlb.perm), 3)
             size = self.sizes.get(iotlb.iova, PAGE)
             user = self.user(iotlb.iova - IOVA)

@@ -25,13 +25,16 @@ from guestio.vhost_user.frontend import (
 from guestio.vhost_user.messages import (
     BackendRequest,
     FrontendRequest,
+    Inflight,
     IotlbMessage,
     IotlbType,
     MemoryTable,
     ProtocolFeature,
     VringAddr,
     VringState,
+    encode_ack,
     encode_iotlb,
+    encode_message,
 )
 from guestio.virtio.driver import DriverQueue, RingLayout
 from tests.vhost_user.disks import Disk, storage_daemon
@@ -136,7 +139,7 @@ class TestNegotiation:
 
     def test_features_that_it_cannot_use(self, link: Link) -> None:
         with pytest.raises(ValueError, match="cannot be used"):
-            link.frontend.negotiate(ALL, ProtocolFeature.INFLIGHT_SHMFD)
+            link.frontend.negotiate(ALL, ProtocolFeature.LOG_SHMFD)
 
     def test_other_features_later_as_after_a_boot_loader(self, link: Link) -> None:
         link.frontend.negotiate(ALL)
@@ -452,3 +455,103 @@ class TestStorageDaemon:
         with Frontend(daemon.socket, connect_wait=WAIT) as frontend:
             assert not frontend.negotiate(ALL) & PLATFORM
             assert not frontend.iommu
+
+
+class TestInflight:
+    TRACKING = int(PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD)
+
+    def test_it_is_negotiated_only_on_request(self, link: Link) -> None:
+        link.frontend.negotiate(ALL)
+        assert not link.frontend.protocol_features & ProtocolFeature.INFLIGHT_SHMFD
+
+    def test_a_region_goes_there_and_back(self, link: Link) -> None:
+        link.frontend.negotiate(ALL, self.TRACKING)
+        assert link.frontend.protocol_features == self.TRACKING
+        link.calls.clear()
+        made, fd = link.frontend.get_inflight(2, 128)
+        try:
+            assert made == Inflight(4224, 0, 2, 128)
+            region = link.peer.handler.region
+            assert region is not None
+            assert os.path.sameopenfile(fd, region.fd)
+            link.frontend.set_inflight(made, fd)
+            assert link.calls == [("get_inflight", 2, 128), ("set_inflight", made, "fd")]
+        finally:
+            os.close(fd)
+
+    def test_none_is_made(self, link: Link) -> None:
+        link.frontend.negotiate(ALL, self.TRACKING)
+        with pytest.raises(RefusedError, match="no region"):
+            link.frontend.get_inflight(3, 128)
+        link.peer.handler.error = DeviceError("no")
+        with pytest.raises(RefusedError, match="refused SET_INFLIGHT_FD"):
+            link.frontend.set_inflight(Inflight(4224, 0, 2, 128), link.frontend.fileno())
+        assert link.frontend.queue_count() == 2
+
+    @pytest.mark.parametrize(
+        ("reply", "fds"),
+        [
+            (Inflight(320, 0, 1, 16), 0),
+            (Inflight(320, 0, 1, 16), 2),
+            (Inflight(320, 0, 2, 16), 1),
+            (Inflight(320, 0, 1, 8), 1),
+            (VringState(1, 1), 1),
+        ],
+        ids=repr,
+    )
+    def test_a_reply_that_makes_no_sense(
+        self, pool: ThreadPoolExecutor, reply: Inflight | VringState, fds: int
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        hand = Hand(theirs)
+        with Frontend(ours, timeout=WAIT) as frontend:
+            asked = pool.submit(frontend.get_inflight, 1, 16)
+            hand.expect(_F.GET_INFLIGHT_FD)
+            data = encode_message(_F.GET_INFLIGHT_FD, reply, reply=True)
+            hand.main.send(data, [hand.main.fileno()] * fds)
+            with pytest.raises(ProtocolError):
+                asked.result(WAIT)
+        hand.close()
+
+    def test_an_fd_that_comes_amid_other_replies(self, pool: ThreadPoolExecutor) -> None:
+        """Others wait, and read as far ahead as they can; the fd must reach who asked for it."""
+        ours, theirs = socket.socketpair()
+        hand = Hand(theirs)
+        with Frontend(ours, timeout=WAIT) as frontend:
+            syncs = [pool.submit(frontend.sync)]
+            hand.expect(_F.GET_FEATURES)
+            asked = pool.submit(frontend.get_inflight, 1, 16)
+            assert hand.silent()  # somebody reads who expects no fd
+            hand.ack(_F.GET_FEATURES)
+            hand.expect(_F.GET_INFLIGHT_FD)
+            syncs += [pool.submit(frontend.sync) for _ in range(2)]
+            for _ in range(2):
+                hand.expect(_F.GET_FEATURES)
+            ack = encode_ack(_F.GET_FEATURES, 0)
+            hand.main.send(ack)
+            data = encode_message(_F.GET_INFLIGHT_FD, Inflight(320, 0, 1, 16), reply=True)
+            with Backing.memfd(320) as backing:
+                assert backing.fd is not None
+                hand.main.send(data + ack, [backing.fd])
+                made, fd = asked.result(WAIT)
+                assert os.path.sameopenfile(fd, backing.fd)
+            os.close(fd)
+            for each in syncs:
+                each.result(WAIT)
+            assert made == Inflight(320, 0, 1, 16)
+            # Nobody expects one any more.
+            late = pool.submit(frontend.sync)
+            hand.expect(_F.GET_FEATURES)
+            hand.main.send(ack, [hand.main.fileno()])
+            with pytest.raises(ProtocolError, match="without fds"):
+                late.result(WAIT)
+        hand.close()
+
+    def test_the_reply_does_not_come(self) -> None:
+        ours, theirs = socket.socketpair()
+        with (
+            theirs,
+            Frontend(ours, timeout=0.1) as frontend,
+            pytest.raises(NoAnswerError, match="GET_INFLIGHT_FD"),
+        ):
+            frontend.get_inflight(1, 16)

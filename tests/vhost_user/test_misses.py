@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -13,7 +13,14 @@ import pytest
 
 from guestio._core.intervals import IntervalMap
 from guestio._core.iotlbwire import IotlbUpdater, Traffic
-from guestio._core.questions import MAX_OUTSTANDING, PAGE, MissTable, Question, touched
+from guestio._core.questions import (
+    MAX_OUTSTANDING,
+    PAGE,
+    REPEAT_AFTER,
+    MissTable,
+    Question,
+    touched,
+)
 from guestio.addr import IovaRange, Permissions
 from guestio.iommu import Iotlb
 from guestio.vhost_user.messages import (
@@ -57,9 +64,9 @@ def decode(data: bytes) -> list[tuple[int, int, bool]]:
     return found
 
 
-def is_last(i: int, count: int) -> bool:
-    """Whether a question is the last of its batch."""
-    return i == count - 1 or i % BATCH == BATCH - 1
+def is_marked(i: int) -> bool:
+    """Whether a question is acknowledged in any case, of many that are asked of a new table."""
+    return i % BATCH == BATCH - 1
 
 
 def acks(*values: int) -> bytes:
@@ -85,11 +92,11 @@ def left(sock: socket.socket) -> int:
         return 0
 
 
-def take_acks(table: MissTable, data: bytes) -> tuple[int, bool, list[Question], list[int], bytes]:
+def take_acks(table: MissTable, data: bytes) -> tuple[int, bool, list[Question], list[int]]:
     """What becomes of acknowledgements that arrive; first how many bytes were taken."""
     with arrived(data) as (here, _):
-        whole, refused, ready, again = table.receive(here.fileno())
-        return len(data) - left(here), whole, refused, ready, again
+        whole, refused, ready = table.receive(here.fileno())
+        return len(data) - left(here), whole, refused, ready
 
 
 def take_updates(updater: IotlbUpdater, data: bytes) -> tuple[int, bytes, list[int]]:
@@ -111,6 +118,7 @@ class Table:
     def __init__(self, time_limit: float = 5.0) -> None:
         self.table = MissTable(time_limit)
         self.now = 100.0
+        self.unmarked = 0
 
     def ask(
         self,
@@ -121,23 +129,40 @@ class Table:
     ) -> list[tuple[int, int]]:
         data = self.table.ask(waiter, missing, self.now, acknowledged=acknowledged, skip=skip)
         asked = decode(data)
-        assert [marked for *_, marked in asked] == [
-            acknowledged and is_last(i, len(asked)) for i in range(len(asked))
-        ]
+        for _, _, marked in asked:
+            self.unmarked += acknowledged
+            assert marked == (self.unmarked == BATCH)
+            self.unmarked %= BATCH
         return [(iova, access) for iova, access, _ in asked]
+
+    def look(self) -> tuple[list[tuple[int, int]], set[int]]:
+        """What is asked again now, and who may go on."""
+        data, ready = self.table.repeat(self.now)
+        again = decode(data)
+        assert all(marked for *_, marked in again)
+        if again:
+            self.unmarked = 0
+        return [(iova, access) for iova, access, _ in again], set(ready)
+
+    def repeat(self) -> list[tuple[int, int]]:
+        """What is asked again after no answer has come for long enough."""
+        again = []
+        for _ in range(2):
+            self.now += REPEAT_AFTER
+            found, ready = self.look()
+            assert ready == set()
+            again += found
+        return sorted(again)
 
     def answer(self, iova: int, size: int = PAGE, perm: int = RW) -> set[int]:
         return set(self.table.answered(iova, size, perm))
 
-    def ack(
-        self, *values: int, again: Sequence[tuple[int, int]] = ()
-    ) -> tuple[list[tuple[int, int, list[int]]], set[int]]:
-        """The questions refused, and who may go on; ``again`` is what has to be asked again."""
+    def ack(self, *values: int) -> tuple[list[tuple[int, int, list[int]]], set[int]]:
+        """The questions refused, and who may go on."""
         data = acks(*values)
-        taken, whole, refused, ready, messages = take_acks(self.table, data)
+        taken, whole, refused, ready = take_acks(self.table, data)
         assert taken == len(data)
         assert whole
-        assert sorted(decode(messages)) == sorted((*page, True) for page in again)
         return [(q.iova, q.access, sorted(q.waiting)) for q in refused], set(ready)
 
     def expired(self) -> list[tuple[int, int]]:
@@ -193,6 +218,7 @@ class TestAsking:
     def test_after_a_refusal_of_both_each_is_asked_for(self, table: Table) -> None:
         both = need(0x1000, 1, R), need(0x1000, 1, W)
         assert table.ask(0, *both) == [(0x1000, RW)]
+        assert table.repeat() == [(0x1000, RW)]
         assert table.ack(1) == ([(0x1000, RW, [0])], {0})
         skip = ((0x1000, RW),)
         assert table.ask(0, *both, skip=skip) == [(0x1000, R), (0x1000, W)]
@@ -206,6 +232,8 @@ class TestAsking:
 
     def test_without_acknowledgements(self, table: Table) -> None:
         assert table.ask(0, need(0x1000), acknowledged=False) == [(0x1000, R)]
+        assert table.table.deadline() == 105.0
+        assert table.repeat() == [], "there is nothing to be learnt from it"
         assert table.ack(1) == ([], set()), "nobody asked for it"
         assert table.answer(0x1000) == {0}
 
@@ -260,18 +288,22 @@ class TestAnswers:
 
 
 class TestAcknowledgements:
+    """Of questions that were asked again: they name what is refused."""
+
     def test_after_the_answer_they_say_nothing_new(self, table: Table) -> None:
         for value in (0, 1):
             table.ask(0, *pages(2))
+            assert len(table.repeat()) == 2
             table.answer(0x100000)
             assert table.answer(0x101000) == {0}
-            assert table.ack(value) == ([], set())
+            assert table.ack(value, value) == ([], set())
         assert table.table.refused == 0
 
     def test_refusals_are_those_of_the_oldest_questions(self, table: Table) -> None:
         table.ask(0, *pages(1))
         table.ask(0, *pages(2))
         table.ask(1, *pages(3))
+        assert table.repeat() == [(0x100000, R), (0x101000, R), (0x102000, R)]
         assert table.ack(1) == ([(0x100000, R, [0, 1])], set())
         assert table.answer(0x101000) == {0}
         assert table.ack(0, 5) == ([(0x102000, R, [1])], {1})
@@ -281,38 +313,47 @@ class TestAcknowledgements:
     def test_success_without_an_answer_is_waited_for(self, table: Table) -> None:
         # The translation comes on another channel and may be overtaken.
         table.ask(0, need(0x1000))
+        table.repeat()
         assert table.ack(0) == ([], set())
         assert table.table.awaited(0) == 1
         assert table.ask(0, need(0x1000)) == [], "it is not asked again, however often it is tried"
+        assert table.repeat() == []
         assert table.answer(0x1000) == {0}
 
     def test_success_with_an_answer_that_allows_too_little_is_a_refusal(self, table: Table) -> None:
         table.ask(3, need(0x1000, 1, W))
         assert table.answer(0x1000, PAGE, R) == set()
+        assert table.repeat() == [(0x1000, W)]
+        assert table.answer(0x1000, PAGE, R) == set()
         assert table.ack(0) == ([(0x1000, W, [3])], {3})
 
     def test_success_that_is_a_lie_is_found_out_by_time(self, table: Table) -> None:
         table.ask(0, need(0x1000))
+        table.repeat()
         table.ack(0)
-        table.now += 5
+        table.now = 105.0
         assert table.expired() == [(0x1000, R)]
 
     def test_they_belong_to_questions_even_if_those_were_forgotten(self, table: Table) -> None:
         table.ask(0, need(0x1000))
         table.ask(1, need(0x2000))
+        table.repeat()
         table.table.forget(0)
         assert table.ack(1, 1) == ([(0x1000, R, []), (0x2000, R, [1])], {1})
 
     def test_more_than_there_were_questions(self, table: Table) -> None:
         assert table.ack(0, 1, 0) == ([], set())
+        table.ask(0, need(0x1000))
+        assert table.ack(0, 1, 0) == ([], set()), "it was not to be acknowledged"
+        assert table.answer(0x1000) == {0}
 
     @pytest.mark.parametrize("cut", [0, 1, 11, 12, 19])
     def test_incomplete_ones_are_left(self, table: Table, cut: int) -> None:
         table.ask(0, *pages(2))
-        taken, whole, refused, ready, again = take_acks(table.table, acks(1) + acks(1)[:cut])
+        table.repeat()
+        taken, whole, refused, ready = take_acks(table.table, acks(1) + acks(1)[:cut])
         assert whole == (cut == 0)
         assert (taken, len(refused), ready) == (20, 1, [])
-        assert decode(again) == [(0x100000, R, True)]
 
     @pytest.mark.parametrize(
         "strange",
@@ -327,144 +368,158 @@ class TestAcknowledgements:
     )
     def test_what_is_none_is_left(self, table: Table, strange: bytes) -> None:
         table.ask(0, *pages(2))
-        taken, whole, refused, *_ = take_acks(table.table, acks(1) + strange + acks(1))
+        table.repeat()
+        taken, whole, refused, _ = take_acks(table.table, acks(1) + strange + acks(1))
         assert not whole
         assert (taken, len(refused)) == (20, 1)
 
 
-class TestBatches:
-    """One acknowledgement for all that was asked at a time."""
+class TestRepeating:
+    """What has no answer is asked once more, with an acknowledgement."""
 
-    def test_the_last_is_marked(self, table: Table) -> None:
-        for count in (1, 2, 100):
-            data = table.table.ask(0, pages(count, count << 24), table.now, acknowledged=True)
-            assert [marked for *_, marked in decode(data)] == [False] * (count - 1) + [True]
-
-    def test_what_makes_the_last_one_wider_is_part_of_it(self, table: Table) -> None:
-        assert table.ask(0, need(0x1000), need(0x2000), need(0x1000, 1, W)) == [
-            (0x1000, RW),
-            (0x2000, R),
-        ]
-        assert table.ack(0, again=[(0x1000, RW)])[0] == []
-
-    def test_nothing_is_asked_again_if_all_is_answered(self, table: Table) -> None:
+    def test_not_what_is_answered(self, table: Table) -> None:
         table.ask(0, *pages(10))
         assert table.answer(0x100000, 10 * PAGE) == {0}
-        assert table.ack(0) == ([], set())
+        assert table.table.deadline() is None, "nobody needs to wake up for it"
+        assert table.repeat() == []
         assert table.table.asked == 10
 
-    def test_a_refusal_in_the_middle_costs_one_more_question(self, table: Table) -> None:
-        for waiter in range(5):
-            table.ask(9, need(0x200000))
-            table.ask(waiter, *pages(3))
-        table.ask(7, need(0x101000), need(0x101000, 1, W), need(0x300000))
-        for iova in (0x100000, 0x102000):
-            table.answer(iova)
-        # The batches of waiters 9, 0, and 7.
-        assert table.ack(0) == ([], set())
-        assert table.ack(0, again=[(0x101000, R)]) == ([], set())
-        assert table.answer(0x300000) == set()
-        assert table.ack(0, again=[(0x101000, W)]) == ([], set())
-        assert table.ack(1) == ([(0x101000, R, [0, 1, 2, 3, 4, 7])], {0, 1, 2, 3, 4})
-        assert table.ack(1) == ([(0x101000, W, [7])], {7})
-        assert table.table.refused == 2
-        assert table.answer(0x200000) == {9}
-        assert len(table.table) == 0
+    def test_not_too_early(self, table: Table) -> None:
+        table.ask(0, need(0x1000))
+        table.now += REPEAT_AFTER / 2
+        table.ask(0, need(0x2000))
+        assert table.table.deadline() == 100 + REPEAT_AFTER
+        table.now = 100 + REPEAT_AFTER
+        assert table.look() == ([(0x1000, R)], set())
+        # Looks are as far apart, so that there is time for an answer between two of them.
+        assert table.table.deadline() == table.now + REPEAT_AFTER
+        table.now += REPEAT_AFTER / 2
+        assert table.look() == ([], set())
+        table.now += REPEAT_AFTER / 2
+        assert table.look() == ([(0x2000, R)], set())
+        assert table.table.deadline() == 105.0
 
-    def test_a_refusal_of_the_last_says_nothing_of_the_others(self, table: Table) -> None:
-        table.ask(0, *pages(3))
-        table.answer(0x100000)
-        assert table.ack(1, again=[(0x101000, R)]) == ([(0x102000, R, [0])], set())
-        assert table.answer(0x101000) == {0}
+    def test_only_once(self, table: Table) -> None:
+        table.ask(0, *pages(2))
+        table.answer(0x101000)
+        assert table.repeat() == [(0x100000, R)]
+        assert table.repeat() == []
         assert table.ack(0) == ([], set())
+        assert table.repeat() == []
+        assert table.ask(1, *pages(1)) == [], "it is under way"
+        assert table.answer(0x100000) == {0, 1}
+        assert table.table.asked == 3
+
+    def test_what_was_passed_over_although_others_are_answered(self, table: Table) -> None:
+        table.ask(0, *pages(5))
+        table.ask(1, need(0x200000))
+        table.answer(0x100000)
+        table.answer(0x103000)
+        table.now += REPEAT_AFTER
+        assert table.look() == ([(0x101000, R), (0x102000, R)], set())
+        # The others had no turn yet, and get one by one.
+        table.answer(0x104000)
+        table.now += REPEAT_AFTER
+        assert table.look() == ([], set())
+        assert table.ack(0, 1) == ([(0x102000, R, [0])], set())
+        assert table.answer(0x200000) == {1}
+        assert table.answer(0x101000) == {0}
+
+    def test_all_when_there_are_no_answers_any_more(self, table: Table) -> None:
+        table.ask(0, *pages(5))
+        table.answer(0x101000)
+        assert table.repeat() == [(0x100000 + i * PAGE, R) for i in (0, 2, 3, 4)]
+
+    def test_an_acknowledgement_is_an_answer(self, table: Table) -> None:
+        asked = table.ask(0, *pages(BATCH + 44))
+        assert table.ack(0) == ([], set())
+        table.now += REPEAT_AFTER
+        assert sorted(table.look()[0]) == asked[: BATCH - 1]
+        table.now += REPEAT_AFTER
+        assert sorted(table.look()[0]) == asked[BATCH:]
 
     def test_all_are_refused(self, table: Table) -> None:
         asked = table.ask(0, *pages(50))
-        assert table.ack(1, again=asked[:-1]) == ([(*asked[-1], [0])], set())
-        refused, ready = table.ack(*[1] * 49)
-        assert {page[:2] for page in refused} == set(asked[:-1])
+        assert table.repeat() == asked
+        refused, ready = table.ack(*[1] * 50)
+        assert {page[:2] for page in refused} == set(asked)
         assert ready == {0}
-        assert table.table.asked == 99
+        assert table.table.asked == 100
 
-    def test_a_late_answer_after_it_is_asked_again(self, table: Table) -> None:
-        table.ask(0, *pages(3))
-        table.answer(0x102000)
-        table.ack(0, again=[(0x100000, R), (0x101000, R)])
-        assert table.ask(1, *pages(2)) == [], "it is under way"
-        assert table.answer(0x100000) == set()
-        assert table.answer(0x101000) == {0, 1}
-        assert table.ack(0, 1) == ([], set()), "of what was answered meanwhile"
-        assert table.table.refused == 0
-
-    def test_it_is_asked_again_only_once(self, table: Table) -> None:
-        table.ask(0, *pages(2))
-        assert table.ack(0, again=[(0x100000, R)]) == ([], set())
-        assert table.ack(0) == ([], set())
-        assert table.ack(0) == ([], set()), "not even by what nobody asked for"
-        assert table.answer(0x100000, 2 * PAGE) == {0}
-        assert table.table.asked == 3
-
-    def test_a_translation_that_allows_too_little_in_the_middle(self, table: Table) -> None:
-        table.ask(3, *pages(4, access=W))
-        table.answer(0x101000, PAGE, R)
-        table.answer(0x102000, PAGE, W)
-        assert table.ack(0, again=[(0x100000, W)]) == ([(0x101000, W, [3])], set())
-        table.answer(0x100000, PAGE, R)
-        assert table.ack(0) == ([(0x100000, W, [3])], set())
-        assert table.answer(0x103000) == {3}
+    def test_a_translation_that_allows_too_little_may_be_that_of_another_question(
+        self, table: Table
+    ) -> None:
+        table.ask(0, need(0x1000, 1, R))
+        table.ask(3, need(0x1000, 1, W))
+        assert table.answer(0x1000, PAGE, R) == {0}
+        assert table.answer(0x1000, PAGE, RW) == {3}
 
     def test_expiry_counts_from_the_first_question(self, table: Table) -> None:
         table.ask(0, *pages(3))
         table.answer(0x102000)
-        table.now += 4
-        table.ack(0, again=[(0x100000, R), (0x101000, R)])
+        assert len(table.repeat()) == 2
         assert table.table.deadline() == 105.0
-        table.now += 1
+        table.now = 105.0
         assert sorted(table.expired()) == [(0x100000, R), (0x101000, R)]
         # Late acknowledgements still belong to them.
         table.ask(0, need(0x5000))
+        table.repeat()
         assert table.ack(1, 1) == ([], set())
         assert table.ack(1) == ([(0x5000, R, [0])], {0})
 
-    def test_an_acknowledgement_after_all_of_its_batch_expired(self, table: Table) -> None:
-        table.ask(0, *pages(10))
+    def test_an_acknowledgement_after_all_expired(self, table: Table) -> None:
+        table.ask(0, *pages(3))
+        assert len(table.repeat()) == 3
         table.now += 5
-        assert len(table.expired()) == 10
-        assert table.ask(0, *pages(10)) != []
-        assert table.ack(1) == ([], set()), "it was for the first ones"
-        assert table.answer(0x100000, 9 * PAGE) == set()
-        assert table.ack(1) == ([(0x109000, R, [0])], {0})
+        assert len(table.expired()) == 3
+        assert len(table.ask(0, *pages(3))) == 3
+        assert len(table.repeat()) == 3
+        assert table.ack(1, 1, 1) == ([], set()), "they were for the first ones"
+        assert table.answer(0x100000, 2 * PAGE) == set()
+        assert table.ack(1, 1, 1) == ([(0x102000, R, [0])], {0})
 
-    def test_what_nobody_needs_any_more_is_not_asked_again(self, table: Table) -> None:
+    def test_not_what_nobody_needs_any_more(self, table: Table) -> None:
         table.ask(0, *pages(3))
         table.ask(1, *pages(1))
         table.table.forget(0)
-        assert table.ack(0, again=[(0x100000, R)]) == ([], set())
+        assert table.repeat() == [(0x100000, R)]
+        assert len(table.table) == 1
         assert table.ask(2, *pages(2)) == [(0x101000, R)]
 
-    def test_none_of_before_a_reset(self, table: Table) -> None:
+    def test_nothing_of_before_a_reset(self, table: Table) -> None:
         table.ask(0, *pages(10))
+        table.repeat()
         table.table.reset()
         table.ask(1, need(0x1000), need(0x2000))
-        assert table.ack(0, again=[(0x1000, R)]) == ([], set())
-        assert len(table.table) == 2
+        assert table.repeat() == [(0x1000, R), (0x2000, R)]
+        assert table.ack(1) == ([(0x1000, R, [1])], set())
+        assert len(table.table) == 1
 
-    def test_acknowledgements_that_come_too_early(self, table: Table) -> None:
-        """From a front-end that makes them up; what is asked and expected stays in step."""
-        table.ask(0, *pages(3))
-        _, _, refused, _, again = take_acks(table.table, acks(0, 1))
-        assert [q.iova for q in refused] == [0x100000]
-        # Its acknowledgement was taken already, so none is asked for.
-        assert decode(again) == [(0x100000, R, False), (0x101000, R, True)]
-        assert table.ack(1) == ([(0x101000, R, [0])], set())
-        assert table.answer(0x102000) == {0}
+    def test_each_256th_is_acknowledged_in_any_case(self, table: Table) -> None:
+        """However few are asked at a time (the table's helper counts along)."""
+        for i in range(2 * BATCH):
+            table.ask(0, need(i * PAGE))
+            if i != BATCH - 1:
+                table.answer(i * PAGE)
+        assert table.repeat() == [], "what is to be acknowledged needs no second question"
+        assert table.ack(1) == ([((BATCH - 1) * PAGE, R, [0])], {0})
+        assert table.ack(1) == ([], set())
+
+    def test_asking_again_counts_as_well(self, table: Table) -> None:
+        table.ask(0, *pages(100))
+        assert len(table.repeat()) == 100
+        data = table.table.ask(1, pages(BATCH, 1 << 32), table.now, acknowledged=True)
+        assert [marked for *_, marked in decode(data)] == [False] * (BATCH - 1) + [True]
 
 
 class TestTime:
-    def test_questions_expire_in_their_order(self, table: Table) -> None:
-        table.ask(0, need(0x1000))
-        table.now += 2
-        table.ask(0, need(0x2000))
+    @pytest.mark.parametrize("acknowledged", [True, False])
+    def test_questions_expire_in_their_order(self, table: Table, acknowledged: bool) -> None:
+        table.ask(0, need(0x1000), acknowledged=acknowledged)
+        table.repeat()
+        table.now = 102.0
+        table.ask(0, need(0x2000), acknowledged=acknowledged)
+        table.repeat()
         assert table.table.deadline() == 105.0
         table.now = 104.9
         assert table.expired() == []
@@ -477,19 +532,19 @@ class TestTime:
         assert (table.table.refused, table.table.timeouts) == (2, 2)
         assert table.table.deadline() is None
 
-    def test_a_late_acknowledgement_is_for_the_question_that_expired(self, table: Table) -> None:
+    def test_without_having_been_asked_again(self) -> None:
+        """A time limit shorter than the patience."""
+        table = Table(REPEAT_AFTER / 2)
         table.ask(0, need(0x1000))
-        table.now += 5
-        table.expired()
-        table.ask(0, need(0x2000))
-        assert table.ack(1) == ([], set())
-        assert table.ack(1) == ([(0x2000, R, [0])], {0})
+        assert table.table.deadline() == 100 + REPEAT_AFTER / 2
+        table.now += REPEAT_AFTER
+        assert table.expired() == [(0x1000, R)]
 
     def test_asking_again_after_it_expired(self, table: Table) -> None:
-        table.ask(0, need(0x1000))
+        table.ask(0, need(0x1000), acknowledged=False)
         table.now += 5
         table.expired()
-        assert table.ask(0, need(0x1000)) == [(0x1000, R)]
+        assert table.ask(0, need(0x1000), acknowledged=False) == [(0x1000, R)]
         assert table.table.deadline() == 110.0
 
 
@@ -517,7 +572,7 @@ class TestRoom:
         woken = []
         for i, (iova, _) in enumerate(asked):
             ready = table.answer(iova)
-            if is_last(i, len(asked)):
+            if is_marked(i):
                 ready |= table.ack(0)[1]
             if ready:
                 woken.append(i)
@@ -567,7 +622,7 @@ class TestRoom:
         ready: list[int] = []
         for i, (iova, _) in enumerate(asked):
             ready += table.table.answered(iova, PAGE, RW)
-            if is_last(i, len(asked)):
+            if is_marked(i):
                 ready += table.table.acknowledge(0)[1]
         assert ready.count(1) == 1
 
@@ -577,7 +632,7 @@ class TestRoom:
         table.table.forget(1)
         for i, (iova, _) in enumerate(asked):
             assert 1 not in table.answer(iova)
-            if is_last(i, len(asked)):
+            if is_marked(i):
                 assert 1 not in table.ack(0)[1]
 
     def test_a_front_end_that_reads_nothing_is_not_asked_without_end(self, table: Table) -> None:
@@ -590,23 +645,28 @@ class TestRoom:
 
     def test_all_of_a_full_table_is_asked_again(self, table: Table) -> None:
         asked = self.fill(table)
-        again = [page for i, page in enumerate(asked) if not is_last(i, len(asked))]
-        assert table.ack(0, 0, again=again) == ([], set())
+        again = [page for i, page in enumerate(asked) if not is_marked(i)]
+        assert table.repeat() == again
         assert table.ask(1, need(0x5000)) == []
+        assert table.ack(0, 0) == ([], set())
         assert len(table.ack(*[1] * len(again))[0]) == len(again)
         assert table.ask(1, need(0x5000)) == [(0x5000, R)]
         assert table.answer(asked[BATCH - 1][0]) | table.answer(asked[-1][0]) == {0}
 
-    def test_an_open_question_keeps_what_it_refers_to(self, table: Table) -> None:
-        """Time is over, but nobody looked: no slot may be used again that is referred to."""
-        table.ask(0, *pages(MAX_OUTSTANDING))
-        for i in (BATCH - 1, MAX_OUTSTANDING - 1):
-            table.answer(0x100000 + i * PAGE)
-        table.now += 10
-        assert table.ask(1, need(0x5000)) == []
-        assert len(table.expired()) == MAX_OUTSTANDING - 2
-        assert table.ask(1, need(0x5000)) == [(0x5000, R)]
-        assert table.answer(0x5000) == {1}
+    def test_questions_that_are_still_to_be_acknowledged_keep_their_place(
+        self, table: Table
+    ) -> None:
+        """However much is asked meanwhile, no acknowledgement is taken for another question's."""
+        table.ask(0, need(0x1000))
+        table.repeat()
+        table.answer(0x1000)
+        for i in range(3 * MAX_OUTSTANDING):
+            assert table.ask(1, need(0x100000 + i * PAGE), acknowledged=False)
+            assert table.answer(0x100000 + i * PAGE) == {1}
+        table.ask(2, need(0x2000))
+        table.repeat()
+        assert table.ack(1) == ([], set())
+        assert table.ack(1) == ([(0x2000, R, [2])], {2})
 
     def test_a_huge_range_costs_what_may_be_in_flight(self, table: Table) -> None:
         asked = table.ask(0, need(0, 2**63))
@@ -640,6 +700,7 @@ class TestForgetting:
         assert table.table.deadline() is None
         # A question of before is not taken for one of after.
         assert table.ask(0, need(0x9000)) == [(0x9000, R)]
+        assert table.repeat() == [(0x9000, R)]
         assert table.ack(1) == ([(0x9000, R, [0])], {0})
 
 
@@ -648,7 +709,9 @@ class Asked:
     """A question, for the model."""
 
     key: tuple[int, int]
+    number: int
     at: float
+    repeatable: bool = True
     forbidden: bool = False
     settled: bool = False
 
@@ -662,17 +725,18 @@ def test_against_a_model() -> None:
 def _run_against_model(rng: random.Random) -> None:
     table = Table()
     lacking: dict[int, set[tuple[int, int]]] = {waiter: set() for waiter in range(4)}
-    batches: list[list[Asked]] = []
+    expected: list[Asked] = []
     open_: dict[tuple[int, int], Asked] = {}
+    questions, messages, reached, before, looked = 0, 0, 0, 0, 0.0
 
     def settle(gone: set[tuple[int, int]]) -> set[int]:
         for key in gone:
             open_.pop(key).settled = True
         return _settle(lacking, gone)
 
-    for _ in range(400):
-        table.now += rng.random() * 0.3
-        match rng.randrange(7):
+    for _ in range(600):
+        table.now += rng.random() * rng.choice((0.3, REPEAT_AFTER))
+        match rng.randrange(9):
             case 0 | 1:
                 waiter = rng.randrange(4)
                 wanted = [
@@ -684,10 +748,12 @@ def _run_against_model(rng: random.Random) -> None:
                 keys, fresh = _expected(wanted, set(open_))
                 asked = table.ask(waiter, *wanted)
                 assert set(asked) == fresh
-                batch = [Asked(key, table.now) for key in asked]
-                open_.update((each.key, each) for each in batch)
-                if batch:
-                    batches.append(batch)
+                for key in asked:
+                    questions, messages = questions + 1, messages + 1
+                    open_[key] = Asked(key, questions, table.now)
+                    if messages == BATCH:
+                        messages, open_[key].repeatable = 0, False
+                        expected.append(open_[key])
                 lacking[waiter] |= keys
             case 2 | 3:
                 iova, size = 0x1000 * rng.randrange(12), PAGE * rng.choice((1, 1, 1, 3))
@@ -697,36 +763,52 @@ def _run_against_model(rng: random.Random) -> None:
                 gone = {key for key in hit if not key[1] & ~perm}
                 for key in hit - gone:
                     open_[key].forbidden = True
+                reached = max([reached, *(open_[key].number for key in gone)])
                 assert ready == settle(gone)
-            case 4 | 5 if batches:
-                *others, last = batches.pop(0)
-                value = rng.randrange(2)
-                unsettled = [each for each in others if not each.settled]
+            case 4 | 5 if expected:
+                each, value = expected.pop(0), rng.randrange(2)
+                reached = max(reached, each.number)
+                refused = not each.settled and (value or each.forbidden)
+                found, ready_ = table.table.acknowledge(value)
+                assert [(q.iova, q.access) for q in found] == [each.key] * refused
+                assert set(ready_) == settle({each.key} if refused else set())
+            case 6 | 7:
+                again, ready = table.look()
+                if table.now < looked + REPEAT_AFTER:
+                    assert again == []
+                    continue
+                due = [
+                    each
+                    for each in open_.values()
+                    if each.repeatable and table.now >= each.at + REPEAT_AFTER
+                ]
                 needed = set().union(*lacking.values())
-                refused = {each.key for each in unsettled if each.forbidden}
-                dropped = {each.key for each in unsettled} - refused - needed
-                again = [each for each in unsettled if each.key not in refused | dropped]
-                if not last.settled and (value or last.forbidden):
-                    refused.add(last.key)
+                dropped = {each.key for each in due} - needed
+                late = {
+                    each.key for each in due if before == reached or each.number < reached
+                } - dropped
+                assert set(again) == late
+                assert ready == settle(dropped)
                 # They are acknowledged in the order in which they are asked.
-                found, ready_, messages = table.table.acknowledge(value)
-                assert sorted(decode(messages)) == sorted((*each.key, True) for each in again)
-                batches += [[open_[iova, access]] for iova, access, _ in decode(messages)]
-                assert sorted((q.iova, q.access) for q in found) == sorted(refused)
-                assert set(ready_) == settle(refused | dropped)
-            case 6 if rng.random() < 0.2:
+                for key in again:
+                    open_[key].repeatable, messages = False, 0
+                    expected.append(open_[key])
+                before, looked = reached, table.now
+            case 8 if rng.random() < 0.2:
                 waiter = rng.randrange(4)
                 table.table.forget(waiter)
                 lacking[waiter] = set()
-            case 6 if rng.random() < 0.1:
+            case 8 if rng.random() < 0.1:
                 waiting = {waiter for waiter, keys in lacking.items() if keys}
                 assert set(table.table.reset()) == waiting
                 lacking = {waiter: set() for waiter in lacking}
-                batches, open_ = [], {}
+                expected, open_ = [], {}
+                questions, messages, reached, before, looked = 0, 0, 0, 0, 0.0
+                table.unmarked = 0
             case _:
-                late = {key for key, each in open_.items() if table.now - each.at >= 5}
-                assert set(table.expired()) == late
-                settle(late)
+                over = {key for key, each in open_.items() if table.now - each.at >= 5}
+                assert set(table.expired()) == over
+                settle(over)
         assert len(table.table) == len(open_)
         for waiter, keys in lacking.items():
             assert table.table.awaited(waiter) == len(keys)
@@ -756,16 +838,19 @@ class _FrontEnd:
         self.wanted: list[set[tuple[int, int]]] = [set() for _ in range(self.WAITERS)]
         self.answered: list[set[tuple[int, int]]] = [set() for _ in range(self.WAITERS)]
         self.asked = 0
+        self.now = 1.0
 
     def step(self, most: int = 60) -> None:
         rng = self.rng
-        match rng.randrange(4):
+        match rng.randrange(5):
             case 0:
                 self.ask(rng.randrange(self.WAITERS), rng.randrange(2 * most))
             case 1:
                 self.handle(rng.randrange(most))
             case 2:
                 self.take_updates(rng.randrange(most))
+            case 3:
+                self.look()
             case _:
                 self.take_acks(rng.randrange(most))
 
@@ -777,7 +862,12 @@ class _FrontEnd:
             for _ in range(count):
                 wanted.add((self.rng.randrange(self.PAGES) * PAGE, self.rng.choice((R, W))))
         missing = [need(iova, PAGE, access) for iova, access in sorted(wanted)]
-        self.send(self.table.ask(waiter, missing, 0.0, acknowledged=True))
+        self.send(self.table.ask(waiter, missing, self.now, acknowledged=True))
+
+    def look(self) -> None:
+        self.now += 0.7 * REPEAT_AFTER
+        again, _ = self.table.repeat(self.now)
+        self.send(again)
 
     def send(self, data: bytes) -> None:
         self.questions += decode(data)
@@ -803,8 +893,7 @@ class _FrontEnd:
 
     def take_acks(self, count: int) -> None:
         for value in self.acks[:count]:
-            refused, _, again = self.table.acknowledge(value)
-            self.send(again)
+            refused, _ = self.table.acknowledge(value)
             for question in refused:
                 assert question.access & ~self.perms[question.iova // PAGE], "it is allowed"
                 for waiter in question.waiting:
@@ -815,6 +904,7 @@ class _FrontEnd:
     def finish(self) -> None:
         """Everything is answered sooner or later, without any time limit."""
         for _ in range(200):
+            self.look()
             self.handle(1 << 20)
             self.take_updates(1 << 20)
             self.take_acks(1 << 20)

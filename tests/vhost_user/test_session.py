@@ -17,6 +17,7 @@ from guestio.vhost_user.messages import (
     Config,
     Empty,
     Header,
+    Inflight,
     IotlbMessage,
     MemoryRegion,
     MemoryTable,
@@ -30,10 +31,11 @@ from guestio.vhost_user.messages import (
 from guestio.vhost_user.messages import (
     FrontendRequest as F,
 )
-from guestio.vhost_user.session import MAX_QUEUES, SUPPORTED_PROTOCOL_FEATURES, Session
+from guestio.vhost_user.session import MAX_QUEUES, Session
 from tests.vhost_user.recording import (
     ACCESS_PLATFORM,
     DEVICE_FEATURES,
+    OFFERED_PROTOCOL_FEATURES,
     OWN_REPLY,
     PROTOCOL_FEATURES,
     RecordingHandler,
@@ -47,6 +49,7 @@ TOP = 2**64
 LOW = MemoryRegion(0, 0x1000_0000, 0x7F00_0000_0000, 0)
 HIGH = MemoryRegion(0x1_0000_0000, 0x2000_0000, 0x7F00_2000_0000, 0x1000_0000)
 ADDRESS = VringAddr(0, 0, 0x10000, 0x30000, 0x20000)
+REGION = Inflight(4224, 64, 2, 128)
 ACK = "ack"
 NACK = "nack"
 
@@ -80,7 +83,7 @@ class Peer:
         self.handler = RecordingHandler()
         self.session = Session(self.handler)
         if negotiated:
-            self.send(F.SET_PROTOCOL_FEATURES, U64(int(SUPPORTED_PROTOCOL_FEATURES)))
+            self.send(F.SET_PROTOCOL_FEATURES, U64(OFFERED_PROTOCOL_FEATURES))
             self.send(F.SET_FEATURES, U64(ALL_FEATURES))
             self.handler.calls.clear()
 
@@ -116,8 +119,8 @@ class Peer:
 GOOD: list[tuple[int, Payload, int, list[tuple[Any, ...]], bytes | None]] = [
     (F.GET_FEATURES, Empty(), 0, [], U64(ALL_FEATURES).encode()),
     (F.SET_FEATURES, U64(ALL_FEATURES), 0, [("set_features", DEVICE_FEATURES)], None),
-    (F.GET_PROTOCOL_FEATURES, Empty(), 0, [], U64(int(SUPPORTED_PROTOCOL_FEATURES)).encode()),
-    (F.SET_PROTOCOL_FEATURES, U64(int(SUPPORTED_PROTOCOL_FEATURES)), 0, [], None),
+    (F.GET_PROTOCOL_FEATURES, Empty(), 0, [], U64(OFFERED_PROTOCOL_FEATURES).encode()),
+    (F.SET_PROTOCOL_FEATURES, U64(OFFERED_PROTOCOL_FEATURES), 0, [], None),
     (F.SET_OWNER, Empty(), 0, [], None),
     (F.RESET_OWNER, Empty(), 0, [], None),
     (F.SET_MEM_TABLE, MemoryTable(()), 0, [("set_memory_table", [])], None),
@@ -165,6 +168,14 @@ GOOD: list[tuple[int, Payload, int, list[tuple[Any, ...]], bytes | None]] = [
     (F.SET_STATUS, U64(15), 0, [("set_status", 15)], None),
     (F.SET_STATUS, U64(0), 0, [("set_status", 0)], None),
     (F.GET_STATUS, Empty(), 0, [("get_status",)], U64(0).encode()),
+    (
+        F.GET_INFLIGHT_FD,
+        Inflight(1, 2, 2, 128),
+        0,
+        [("get_inflight", 2, 128)],
+        Inflight(2 * 2112, 0, 2, 128).encode(),
+    ),
+    (F.SET_INFLIGHT_FD, REGION, 1, [("set_inflight", REGION, "fd")], None),
 ]
 GOOD_IDS = [f"{F(request).name}-{number}" for number, (request, *_) in enumerate(GOOD)]
 
@@ -270,6 +281,10 @@ REFUSED: list[tuple[int, Payload, int]] = [
     (F.SET_VRING_ENABLE, VringState(2, 1), 0),
     (F.SET_VRING_ENABLE, VringState(0, 2), 0),
     (F.SET_STATUS, U64(256), 0),
+    (F.SET_INFLIGHT_FD, replace(REGION, num_queues=3), 1),
+    (F.SET_INFLIGHT_FD, replace(REGION, num_queues=0), 1),
+    (F.SET_INFLIGHT_FD, replace(REGION, queue_size=0), 1),
+    (F.SET_INFLIGHT_FD, replace(REGION, queue_size=32769), 1),
 ]
 
 
@@ -353,7 +368,7 @@ def test_unknown_message_is_refused_or_ignored(request_: int) -> None:
     assert peer.send(F.SET_OWNER, need_reply=True) == ACK
 
 
-@pytest.mark.parametrize("request_", [26, 28, 30, 31, 41, 42, 43, 44])
+@pytest.mark.parametrize("request_", [26, 28, 30, 41, 42, 43, 44])
 def test_unsupported_message_whose_reply_would_be_missed_closes(request_: int) -> None:
     for need_reply in (False, True):
         with pytest.raises(ProtocolError, match=F(request_).name):
@@ -369,6 +384,8 @@ GATED = [
     (F.RESET_DEVICE, Empty(), 0, ProtocolFeature.RESET_DEVICE),
     (F.SET_STATUS, U64(1), 0, ProtocolFeature.STATUS),
     (F.GET_STATUS, Empty(), 0, ProtocolFeature.STATUS),
+    (F.GET_INFLIGHT_FD, REGION, 0, ProtocolFeature.INFLIGHT_SHMFD),
+    (F.SET_INFLIGHT_FD, REGION, 1, ProtocolFeature.INFLIGHT_SHMFD),
 ]
 
 
@@ -377,7 +394,7 @@ def test_message_needs_its_protocol_feature(
     request_: int, payload: Payload, count: int, feature: ProtocolFeature
 ) -> None:
     peer = Peer()
-    others = int(SUPPORTED_PROTOCOL_FEATURES) & ~feature
+    others = OFFERED_PROTOCOL_FEATURES & ~feature
     peer.send(F.SET_PROTOCOL_FEATURES, U64(others))
     if request_ in OWN_REPLY:
         with pytest.raises(ProtocolError, match=feature.name):
@@ -403,6 +420,56 @@ def test_get_config_of_a_wrong_size_is_our_bug() -> None:
     peer.handler.get_config = lambda _offset, _size: b"ab"  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="2 bytes for 3"):
         peer.send(F.GET_CONFIG, Config(0, bytes(3)))
+
+
+def test_the_reply_with_a_region_comes_with_its_fd() -> None:
+    peer = Peer()
+    reply = Inflight.decode(peer.send(F.GET_INFLIGHT_FD, Inflight(0, 0, 1, 16)))
+    (fd,) = peer.session.reply_fds
+    assert os.fstat(fd).st_size == reply.mmap_size == 320
+    peer.send(F.GET_QUEUE_NUM)
+    assert peer.session.reply_fds == ()
+
+
+@pytest.mark.parametrize(
+    "payload", [Inflight(9, 9, 3, 16), Inflight(9, 9, 0, 16), Inflight(9, 9, 1, 0)], ids=repr
+)
+def test_a_region_that_makes_no_sense_is_refused_with_one_of_no_bytes(payload: Inflight) -> None:
+    peer = Peer()
+    assert (
+        peer.send(F.GET_INFLIGHT_FD, payload)
+        == replace(payload, mmap_size=0, mmap_offset=0).encode()
+    )
+    assert isinstance(peer.session.last_refusal, ProtocolError)
+    assert peer.session.reply_fds == ()
+    assert peer.calls == []
+
+
+def test_a_region_refused_by_the_handler() -> None:
+    peer = Peer()
+    peer.handler.error = DeviceError("no memory today")
+    assert peer.send(F.GET_INFLIGHT_FD, REGION) == Inflight(0, 0, 2, 128).encode()
+    assert str(peer.session.last_refusal) == "no memory today"
+    assert peer.session.reply_fds == ()
+
+
+def test_a_region_stays_while_a_ring_is_started() -> None:
+    peer = Peer()
+    start(peer, 1)
+    peer.calls.clear()
+    assert peer.send(F.SET_INFLIGHT_FD, REGION, count=1, need_reply=True) == NACK
+    assert peer.send(F.GET_INFLIGHT_FD, REGION) == Inflight(0, 0, 2, 128).encode()
+    assert peer.calls == []
+    peer.send(F.GET_VRING_BASE, VringState(1, 0))
+    assert peer.send(F.SET_INFLIGHT_FD, REGION, count=1, need_reply=True) == ACK
+
+
+def test_a_handler_without_the_methods_cannot_offer_regions() -> None:
+    class Plain(RecordingHandler):
+        get_inflight = None  # type: ignore[assignment]
+
+    with pytest.raises(ValueError, match="0x1000 are not supported"):
+        Session(Plain())
 
 
 def test_memory_regions_come_and_go() -> None:
@@ -549,7 +616,7 @@ def test_started_ring_keeps_its_set_up_until_stopped(
 
 def test_features_come_before_rings() -> None:
     peer = Peer(negotiated=False)
-    peer.send(F.SET_PROTOCOL_FEATURES, U64(int(SUPPORTED_PROTOCOL_FEATURES)))
+    peer.send(F.SET_PROTOCOL_FEATURES, U64(OFFERED_PROTOCOL_FEATURES))
     start(peer)
     assert peer.send(F.SET_FEATURES, U64(ALL_FEATURES), need_reply=True) == NACK
 
@@ -592,7 +659,7 @@ def test_reset_forgets_rings_and_keeps_memory_and_features(reset: tuple[int, Pay
 def test_qemu_boot_with_a_boot_loader_and_then_a_kernel() -> None:
     """QEMU 10 with vhost-user-blk behind an IOMMU: the order and the repetitions it sends."""
     peer = Peer(negotiated=False)
-    wanted = int(SUPPORTED_PROTOCOL_FEATURES)
+    wanted = OFFERED_PROTOCOL_FEATURES
     assert peer.send(F.GET_FEATURES) == U64(ALL_FEATURES).encode()
     assert peer.send(F.GET_PROTOCOL_FEATURES) == U64(wanted).encode()
     assert peer.send(F.SET_PROTOCOL_FEATURES, U64(wanted)) is None

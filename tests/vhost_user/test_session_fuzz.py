@@ -6,6 +6,7 @@ no fd may be left over, and every acknowledgement asked for must be given.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from guestio.errors import DeviceError, ProtocolError
 from guestio.vhost_user.channel import Channel, Message, PeerGoneError
+from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.messages import (
     MAX_PAYLOAD_SIZE,
     U64,
@@ -25,6 +27,7 @@ from guestio.vhost_user.messages import (
     Empty,
     FrontendRequest,
     Header,
+    Inflight,
     IotlbMessage,
     IotlbType,
     MemoryRegion,
@@ -37,10 +40,11 @@ from guestio.vhost_user.messages import (
     VringState,
     encode_message,
 )
-from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES, Session
+from guestio.vhost_user.session import Session
 from tests.vhost_user.recording import (
     ACCESS_PLATFORM,
     DEVICE_FEATURES,
+    OFFERED_PROTOCOL_FEATURES,
     OWN_REPLY,
     PROTOCOL_FEATURES,
     VIRTIO_F_VERSION_1,
@@ -53,6 +57,7 @@ F = FrontendRequest
 TOP = 2**64
 # Understood without being offered, as QEMU wants it.
 RING_FEATURES = 0b11 << 28
+WITH_FD = {F.ADD_MEM_REG, F.SET_BACKEND_REQ_FD, F.SET_INFLIGHT_FD}
 QUEUES = 3
 SLOTS = 4
 EDGES = (0, 1, 2, 8, 255, 256, 4095, 4096, 65535, 65536, 2**31, 2**32 - 1, 2**63, TOP - 1)
@@ -62,12 +67,13 @@ class CheckingHandler:
     """Keeps the state a back-end would keep, and asserts what a session promises about it."""
 
     features = DEVICE_FEATURES
-    protocol_features = int(SUPPORTED_PROTOCOL_FEATURES)
+    protocol_features = OFFERED_PROTOCOL_FEATURES
     num_queues = QUEUES
     max_mem_slots = SLOTS
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
+        self.tracked: InflightRegion | None = None
         self.acked: int | None = None
         self.regions: list[MemoryRegion] = []
         self.num = [0] * QUEUES
@@ -168,6 +174,22 @@ class CheckingHandler:
             assert message.size <= TOP - message.uaddr
             assert message.perm <= 3
 
+    def _check_tracked(self, num_queues: int, queue_size: int) -> None:
+        assert 1 <= num_queues <= QUEUES
+        assert 1 <= queue_size <= 32768
+        assert not any(self._started(index) for index in range(QUEUES))
+
+    def get_inflight(self, num_queues: int, queue_size: int) -> tuple[Inflight, int]:
+        self._may_refuse()
+        self._check_tracked(num_queues, queue_size)
+        self.close()
+        self.tracked = InflightRegion.create(num_queues, queue_size)
+        return self.tracked.description, self.tracked.fd
+
+    def set_inflight(self, inflight: Inflight, fd: int) -> None:
+        self._consume(fd)
+        self._check_tracked(inflight.num_queues, inflight.queue_size)
+
     def get_status(self) -> int:
         self._may_refuse()
         return 15
@@ -183,9 +205,15 @@ class CheckingHandler:
         self._reset()
 
     def _reset(self) -> None:
+        self.close()
         regions, acked = self.regions, self.acked
         self.__init__(self._rng)
         self.regions, self.acked = regions, acked
+
+    def close(self) -> None:
+        """Close the region, which a refusal's traceback may keep."""
+        if self.tracked is not None:
+            self.tracked.close()
 
     def check(self, session: Session) -> None:
         """Compare with the session, and check what must always hold."""
@@ -197,7 +225,7 @@ class CheckingHandler:
         assert [ring.base for ring in rings] == self.base
         assert [ring.kicked for ring in rings] == self.kicked
         assert [ring.enabled for ring in rings] == self.enabled
-        assert session.protocol_features & ~int(SUPPORTED_PROTOCOL_FEATURES) == 0
+        assert session.protocol_features & ~OFFERED_PROTOCOL_FEATURES == 0
         assert len(self.regions) <= SLOTS
         for space in ("guest_addr", "user_addr"):
             end = 0
@@ -241,7 +269,7 @@ def sensible(rng: random.Random, session: Session) -> tuple[int, Payload, int]:
         return request, payload, len(payload.regions)
     if isinstance(payload, VringFd):
         return request, payload, int(payload.has_fd)
-    return request, payload, 1 if request in {F.ADD_MEM_REG, F.SET_BACKEND_REQ_FD} else 0
+    return request, payload, int(request in WITH_FD)
 
 
 def _features(rng: random.Random) -> U64:
@@ -251,7 +279,7 @@ def _features(rng: random.Random) -> U64:
 
 
 def _protocol_features(rng: random.Random) -> U64:
-    common = int(SUPPORTED_PROTOCOL_FEATURES)
+    common = OFFERED_PROTOCOL_FEATURES
     choices = (common, common & ~ProtocolFeature.REPLY_ACK, number(rng))
     return U64(rng.choices(choices, (8, 2, 1))[0])
 
@@ -269,6 +297,11 @@ def _iotlb(rng: random.Random) -> IotlbMessage:
     if rng.random() < 0.5:
         return IotlbMessage(number(rng), number(rng), number(rng), rng.randrange(5), kind)
     return IotlbMessage(rng.randrange(1 << 20) << 12, 4096, rng.randrange(1 << 20) << 12, 3, kind)
+
+
+def _inflight(rng: random.Random) -> Inflight:
+    queues = rng.choice((1, 2, 3, 3, number(rng, 16)))
+    return Inflight(number(rng), number(rng), queues, rng.choice((1, 128, 32768, number(rng, 16))))
 
 
 def _config(rng: random.Random) -> Config:
@@ -306,6 +339,8 @@ REQUESTS = {
     F.RESET_DEVICE: lambda _: Empty(),
     F.SET_STATUS: lambda rng: U64(rng.choice((0, 8, 15, number(rng)))),
     F.GET_STATUS: lambda _: Empty(),
+    F.GET_INFLIGHT_FD: _inflight,
+    F.SET_INFLIGHT_FD: _inflight,
 }
 
 
@@ -359,15 +394,20 @@ def step(rng: random.Random, session: Session, handler: CheckingHandler, hostili
     if reply is not None:
         answer = Header.decode(reply[:12])
         assert answer == Header(header.request, 5, len(reply) - 12)
-        if header.request not in {F.GET_VRING_BASE, F.GET_CONFIG}:
-            U64.decode(reply[12:])
+        if header.request == F.GET_INFLIGHT_FD:
+            size = Inflight.decode(reply[12:]).mmap_size
+            assert [os.fstat(fd).st_size for fd in session.reply_fds] == [size] * bool(size)
+        else:
+            assert not session.reply_fds
+            if header.request not in {F.GET_VRING_BASE, F.GET_CONFIG}:
+                U64.decode(reply[12:])
     return alive
 
 
 def negotiate(session: Session, rng: random.Random) -> None:
     """Most front-ends begin well; the rest of the protocol would never be reached otherwise."""
     if rng.random() < 0.9:
-        body = U64(int(SUPPORTED_PROTOCOL_FEATURES)).encode()
+        body = U64(OFFERED_PROTOCOL_FEATURES).encode()
         session.handle(Message(Header(F.SET_PROTOCOL_FEATURES, 1, 8), body))
 
 
@@ -376,10 +416,11 @@ def run(rng: random.Random, length: int, hostility: float) -> int:
     handler = CheckingHandler(rng)
     session = Session(handler)
     negotiate(session, rng)
-    for count in range(1, length + 1):
-        if not step(rng, session, handler, hostility):
-            return count
-    return length
+    with contextlib.closing(handler):
+        for count in range(1, length + 1):
+            if not step(rng, session, handler, hostility):
+                return count
+        return length
 
 
 def open_count() -> int:
@@ -437,7 +478,7 @@ def _run_stream(rng: random.Random, null: int) -> int:
     negotiate(session, rng)
     theirs.setblocking(False)
     handled = 0
-    with Channel(ours) as channel, theirs:
+    with Channel(ours) as channel, theirs, contextlib.closing(handler):
         try:
             for _ in range(40):
                 header, body, fds = next_message(rng, session, 0.02)
@@ -449,7 +490,7 @@ def _run_stream(rng: random.Random, null: int) -> int:
                     reply = session.handle(message)
                     handled += 1
                     if reply is not None:
-                        channel.send(reply)
+                        channel.send(reply, session.reply_fds)
                         assert theirs.recv(65536) == reply
                     handler.check(session)
         except ProtocolError:

@@ -234,7 +234,7 @@ cdef class Intake:
                     raise OSError(errno, "waiting for descriptors failed")
                 PyErr_CheckSignals()
                 break
-            # Answers before acknowledgements, after which what lacks an answer is asked again.
+            # Answers before acknowledgements, after which what lacks an answer may be refused.
             for i in range(count):
                 if events[i].data.fd == self.main and not self.updater.receive_plain(
                     self.main, ready
@@ -254,8 +254,8 @@ cdef class Intake:
     cdef object settle(self, list ready):
         """Take acknowledgements; what is left to do about them, or None."""
         cdef tuple settled = self.misses.receive(self.back)
-        whole, refused, waiters, again = settled
-        if not whole or refused or again:
+        whole, refused, waiters = settled
+        if not whole or refused:
             return settled
         ready.extend(waiters)
         return None

@@ -15,14 +15,14 @@ cdef enum:
 cdef struct Slot:
     u64 iova
     u64 waiting[WAITER_WORDS]
+    u64 number               # questions up to this one, in the order in which they were asked
     double asked
     int16_t next             # of the same hash, or free
-    int16_t last             # whose acknowledgement speaks for this one, or -1
     int16_t batch            # messages that its acknowledgement speaks for, this one included
-    int16_t unsettled        # open questions among the others
     u8 access
     bint fresh               # not sent yet
     bint open                # neither answered nor refused
+    bint repeatable          # if it stays without an answer, it is to be asked once more
     bint expected            # its acknowledgement is still to come
     bint forbidden           # a translation came that does not allow the access
 
@@ -36,6 +36,11 @@ cdef class MissTable:
     cdef uint16_t order_first
     cdef int order_count
     cdef int under_way            # messages that no acknowledgement has spoken for yet
+    cdef int unmarked             # those of them that none will: since the last to be acknowledged
+    cdef u64 opened               # questions so far
+    cdef u64 reached              # the latest of them that is known to have been dealt with
+    cdef u64 reached_before       # as it was when it was last looked for what is late
+    cdef double looked            # when that was
     cdef int open_count
     cdef int lacking[WAITERS]
     cdef set starved_waiters
@@ -48,10 +53,8 @@ cdef class MissTable:
     cdef int16_t find(self, u64 iova, int access) noexcept
     cdef int16_t find_wider(self, u64 iova, int access) noexcept
     cdef int16_t open_slot(self, u64 iova, int access, double now) noexcept
-    cdef void expect(self, int16_t slot, int batch) noexcept
+    cdef void expect(self, int16_t slot) noexcept
     cdef int16_t expected_next(self) noexcept
-    cdef void form_batches(self, const int16_t *fresh, int count) noexcept
-    cdef void leave_batch(self, int16_t slot) noexcept
     cdef void enter(self, int16_t slot) noexcept
     cdef void unlink(self, int16_t slot) noexcept
     cdef void release(self, int16_t slot) noexcept
@@ -68,12 +71,7 @@ cdef class MissTable:
     cdef int answer(self, u64 first, u64 span, int perm, list ready) except -1
     cdef int answer_one(self, int16_t slot, int perm, list ready) except -1
     cdef int settle(self, int16_t slot, list ready) except -1
-    cdef int acknowledge_one(
-        self, bint refuse, list refused, list ready, int16_t *again, int *count
-    ) except -1
-    cdef int follow_up(
-        self, int16_t last, list refused, list ready, int16_t *again, int *count
-    ) except -1
+    cdef int acknowledge_one(self, bint refuse, list refused, list ready) except -1
     cdef int refuse(self, int16_t slot, list refused, list ready) except -1
     cdef object question(self, int16_t slot)
-    cdef bytes messages(self, const int16_t *which, int count)
+    cdef bytes messages(self, const int16_t *which, int count, bint acknowledged, bint repeated)

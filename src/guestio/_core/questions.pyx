@@ -4,12 +4,15 @@ Behind an IOMMU a request of the driver costs a handful of them. They live in a 
 found by page and access in O(1), and no Python object is made for one unless it is refused.
 
 An acknowledgement costs both sides a system call and wakes us, and mostly it says nothing that the
-translation did not say before. So only the last question of a batch has the flag NEED_REPLY
-(vhost-user specification, section VHOST_USER_PROTOCOL_F_REPLY_ACK). A front-end deals with messages
-in their order (QEMU: backend_read in hw/virtio/vhost-user.c, which goes on only when its UPDATE was
-acknowledged), so that acknowledgement says that the whole batch was dealt with. What is still open
-then was most likely refused. It is asked once more, page by page with NEED_REPLY, which names what
-is refused, and costs nothing but a question if the translation was only late.
+translation did not say before. So questions are asked without the flag NEED_REPLY (vhost-user
+specification, section VHOST_USER_PROTOCOL_F_REPLY_ACK), and what has no answer after `REPEAT_AFTER`
+is asked once more, with it: that names what is refused, and costs nothing but a question if the
+translation was only late. A front-end deals with messages in their order (QEMU: backend_read in
+hw/virtio/vhost-user.c, which goes on only when its UPDATE was acknowledged). So as long as answers
+come, what was asked after the last answered question is not late, but waits for its turn.
+
+Each 256th question is acknowledged in any case, or else nobody would know that the front-end reads
+them at all, and that there is room for more in the socket.
 """
 
 from libc.string cimport memcpy, memset
@@ -33,12 +36,21 @@ PAGE = PAGE_BYTES
 MAX_OUTSTANDING = SLOTS // 2
 """Questions in flight at a time. All of them fit in a socket's buffer, so asking never waits."""
 
+REPEAT_AFTER = 0.005
+"""Seconds without an answer after which a question is asked again.
+
+A front-end that is awake answers in 20 to 50 us; one that waits for a processor of a busy machine
+has it within a time slice, which is 3 to 4 ms in Linux. Only refusals take this long, and those are
+mistakes of a driver.
+"""
+
 cdef int LIMIT = MAX_OUTSTANDING
+cdef double PATIENCE = REPEAT_AFTER
 
 cdef enum:
     READ = 1
     READ_WRITE = 3
-    # Questions that share an acknowledgement: half of all, so that there is room again before the
+    # Messages of which one is acknowledged: half of all, so that there is room again before the
     # last of many is answered.
     BATCH = 256
 
@@ -85,7 +97,9 @@ cdef class MissTable:
             self.heads[i] = -1
             self.slots[i].next = i + 1 if i + 1 < SLOTS else -1
         self.free_slot = 0
-        self.order_first, self.order_count, self.open_count, self.under_way = 0, 0, 0, 0
+        self.order_first, self.order_count, self.open_count = 0, 0, 0
+        self.under_way, self.unmarked = 0, 0
+        self.opened, self.reached, self.reached_before, self.looked = 0, 0, 0, 0
         self.starved_waiters = set()
         return 0
 
@@ -120,17 +134,19 @@ cdef class MissTable:
         self.free_slot = question.next
         memset(question, 0, sizeof(Slot))
         question.iova, question.access, question.asked = iova, <u8>access, now
-        question.open, question.fresh, question.last = True, True, -1
+        question.open, question.fresh = True, True
+        self.opened += 1
+        question.number = self.opened
         self.enter(slot)
         self.open_count += 1
         return slot
 
-    cdef void expect(self, int16_t slot, int batch) noexcept:
-        """Await an acknowledgement; it speaks for so many messages, of which it is the last."""
-        self.slots[slot].expected, self.slots[slot].batch = True, <int16_t>batch
+    cdef void expect(self, int16_t slot) noexcept:
+        """Await an acknowledgement; it speaks for all messages since the last one before it."""
+        self.slots[slot].expected, self.slots[slot].batch = True, <int16_t>self.unmarked
         self.order[(self.order_first + self.order_count) % SLOTS] = slot
         self.order_count += 1
-        self.under_way += batch
+        self.unmarked = 0
 
     cdef int16_t expected_next(self) noexcept:
         """Await the next acknowledgement no more; whose it was. There must be one."""
@@ -140,24 +156,6 @@ cdef class MissTable:
         self.under_way -= self.slots[slot].batch
         self.slots[slot].expected = False
         return slot
-
-    cdef void form_batches(self, const int16_t *fresh, int count) noexcept:
-        """Have the last of new questions acknowledged, on behalf of all of them."""
-        cdef int first, i, size
-        cdef int16_t last
-        for first in range(0, count, BATCH):
-            size = min(count - first, BATCH)
-            last = fresh[first + size - 1]
-            for i in range(first, first + size - 1):
-                self.slots[fresh[i]].last = last
-            self.slots[last].unsettled = <int16_t>(size - 1)
-            self.expect(last, size)
-
-    cdef void leave_batch(self, int16_t slot) noexcept:
-        cdef int16_t last = self.slots[slot].last
-        if last >= 0:
-            self.slots[last].unsettled -= 1
-            self.slots[slot].last = -1
 
     cdef void release(self, int16_t slot) noexcept:
         """Use a slot again once nothing is to come for it any more."""
@@ -170,8 +168,7 @@ cdef class MissTable:
         cdef Slot *question
         while self.order_count:
             question = &self.slots[self.order[self.order_first % SLOTS]]
-            # As long as questions of its batch are open, they refer to it.
-            if question.open or question.unsettled or now - question.asked < self.time_limit:
+            if question.open or now - question.asked < self.time_limit:
                 break
             self.release(self.expected_next())
 
@@ -188,9 +185,7 @@ cdef class MissTable:
             waiter: Who.
             missing: ``(IovaRange, access)`` each.
             now: The time.
-            acknowledged: Whether the front-end acknowledges questions, in order, if asked to. Then
-                the last new one here is marked (and each 256th, if there are more), and its
-                acknowledgement speaks for those before it.
+            acknowledged: Whether the front-end acknowledges questions, in order, if asked to.
             skip: Pages ``(iova, access)`` that are not to be asked for.
 
         Returns:
@@ -222,12 +217,10 @@ cdef class MissTable:
                     who, span.first, span.last, access, now, skip, fresh, &count
                 ):
                     break
-        if acknowledged:
-            self.form_batches(fresh, count)
-        return self.messages(fresh, count)
+        return self.messages(fresh, count, acknowledged, False)
 
-    cdef bytes messages(self, const int16_t *which, int count):
-        """Questions as they are sent."""
+    cdef bytes messages(self, const int16_t *which, int count, bint acknowledged, bint repeated):
+        """Questions as they are sent; each repeated one is to be acknowledged."""
         cdef bytearray out = bytearray(count * MESSAGE_BYTES)
         cdef u8[::1] view = out
         cdef Header header = Header(FROM_BACKEND, VERSION, sizeof(Message))
@@ -240,7 +233,14 @@ cdef class MissTable:
         for i in range(count):
             question = &self.slots[which[i]]
             question.fresh = False
-            header.flags = VERSION | NEED_REPLY if question.expected else VERSION
+            header.flags = VERSION
+            if acknowledged:
+                self.under_way += 1
+                self.unmarked += 1
+                question.repeatable = not repeated and self.unmarked < BATCH
+                if not question.repeatable:
+                    self.expect(which[i])
+                    header.flags = VERSION | NEED_REPLY
             message.iova, message.perm = question.iova, question.access
             put_message(&view[i * MESSAGE_BYTES], &header, &message)
         return bytes(out)
@@ -335,6 +335,8 @@ cdef class MissTable:
         if self.slots[slot].access & ~perm:
             self.slots[slot].forbidden = True
             return 0
+        # What answers a question shows that those before it had their turn.
+        self.reached = max(self.reached, self.slots[slot].number)
         return self.settle(slot, ready)
 
     cdef int settle(self, int16_t slot, list ready) except -1:
@@ -343,7 +345,6 @@ cdef class MissTable:
         cdef u64 left
         cdef int word, waiter
         self.unlink(slot)
-        self.leave_batch(slot)
         question.open = False
         self.open_count -= 1
         for word in range(WAITER_WORDS):
@@ -378,25 +379,22 @@ cdef class MissTable:
         """Take the front-end's acknowledgements from a socket, oldest question first.
 
         An acknowledgement should not be taken before the UPDATE messages that arrived earlier were
-        applied, or else what they answer is asked once more.
+        applied, or else what they answer may count as refused.
 
         Args:
             fd: The back-end channel's socket; no message on it may be taken in part.
 
         Returns:
-            ``(all, refused, ready, again)``: whether there was something and all of it was whole
-            acknowledgements, the questions that were refused, the waiters that miss nothing any
-            more, and messages to send, as bytes: what is still open of a batch that was dealt with
-            is asked once more. What follows stays in the socket.
+            ``(all, refused, ready)``: whether there was something and all of it was whole
+            acknowledgements, the questions that were refused, and the waiters that miss nothing
+            any more. What follows stays in the socket.
 
-        Cost: O(1) an acknowledgement; O(questions) if it leaves some of its batch open.
+        Cost: O(1) an acknowledgement.
         """
         cdef Header header
         cdef u64 value
         cdef size_t size, at = 0
         cdef list refused = [], ready = []
-        cdef int16_t again[SLOTS]
-        cdef int count = 0
         with nogil:
             size = look(fd, self.buffer)
         while size - at >= ACK_BYTES:
@@ -406,32 +404,27 @@ cdef class MissTable:
             ):
                 break
             memcpy(&value, self.buffer + at + HEADER_BYTES, 8)
-            self.acknowledge_one(value != 0, refused, ready, again, &count)
+            self.acknowledge_one(value != 0, refused, ready)
             at += ACK_BYTES
         with nogil:
             take(fd, self.buffer, at)
         self.relieve(ready)
-        return size > 0 and at == size, refused, ready, self.messages(again, count)
+        return size > 0 and at == size, refused, ready
 
     def acknowledge(self, value):
-        """Take one acknowledgement; returns ``(refused, ready, again)`` as :meth:`receive` does."""
+        """Take one acknowledgement; returns ``(refused, ready)`` as :meth:`receive` does."""
         cdef list refused = [], ready = []
-        cdef int16_t again[SLOTS]
-        cdef int count = 0
-        self.acknowledge_one(value != 0, refused, ready, again, &count)
+        self.acknowledge_one(value != 0, refused, ready)
         self.relieve(ready)
-        return refused, ready, self.messages(again, count)
+        return refused, ready
 
-    cdef int acknowledge_one(
-        self, bint refuse, list refused, list ready, int16_t *again, int *count
-    ) except -1:
-        """Take the next acknowledgement; add to ``again`` what is to be asked once more."""
+    cdef int acknowledge_one(self, bint refuse, list refused, list ready) except -1:
+        """Take the next acknowledgement."""
         cdef int16_t slot
         if not self.order_count:
             return 0
         slot = self.expected_next()
-        if self.slots[slot].unsettled:
-            self.follow_up(slot, refused, ready, again, count)
+        self.reached = max(self.reached, self.slots[slot].number)
         # Without a refusal, the translation may still be under way on the other channel.
         if self.slots[slot].open and (refuse or self.slots[slot].forbidden):
             self.refuse(slot, refused, ready)
@@ -439,29 +432,46 @@ cdef class MissTable:
             self.release(slot)
         return 0
 
-    cdef int follow_up(
-        self, int16_t last, list refused, list ready, int16_t *again, int *count
-    ) except -1:
-        """Find out about what is open of a batch that the front-end has dealt with."""
+    def repeat(self, double now):
+        """Ask once more, to be acknowledged, what should have been answered by now.
+
+        Only of front-ends that acknowledge. A question waits for `REPEAT_AFTER`, and while others
+        are answered until one is that was asked after it.
+
+        Args:
+            now: The time.
+
+        Returns:
+            ``(messages, ready)``: what to send, as bytes, and waiters that miss nothing any more
+            because nobody needs the answer.
+
+        Cost: O(questions).
+        """
+        cdef int16_t again[SLOTS]
         cdef int16_t slot
+        cdef int count = 0, left = self.open_count
+        cdef bint quiet = self.reached == self.reached_before
         cdef Slot *question
+        cdef list ready = []
+        if now < self.looked + PATIENCE:
+            return b"", ready
+        self.looked, self.reached_before = now, self.reached
         for slot in range(SLOTS):
-            question = &self.slots[slot]
-            if not question.open or question.last != last:
-                continue
-            if question.forbidden:
-                self.refuse(slot, refused, ready)
-            elif not is_awaited(question):
-                self.settle(slot, ready)
-            else:
-                # It was refused, or its translation is on its way.
-                self.leave_batch(slot)
-                self.expect(slot, 1)
-                again[count[0]] = slot
-                count[0] += 1
-            if not self.slots[last].unsettled:
+            if not left:
                 break
-        return 0
+            question = &self.slots[slot]
+            if not question.open:
+                continue
+            left -= 1
+            if not question.repeatable or now < question.asked + PATIENCE:
+                continue
+            if not is_awaited(question):
+                self.settle(slot, ready)
+            elif quiet or question.number < self.reached:
+                again[count] = slot
+                count += 1
+        self.relieve(ready)
+        return self.messages(again, count, True, True), ready
 
     cdef int refuse(self, int16_t slot, list refused, list ready) except -1:
         refused.append(self.question(slot))
@@ -478,8 +488,14 @@ cdef class MissTable:
         """
         cdef list late = [], unused = []
         cdef int16_t slot
+        cdef int left = self.open_count
         for slot in range(SLOTS):
-            if self.slots[slot].open and now - self.slots[slot].asked >= self.time_limit:
+            if not left:
+                break
+            if not self.slots[slot].open:
+                continue
+            left -= 1
+            if now - self.slots[slot].asked >= self.time_limit:
                 late.append((self.slots[slot].asked, len(late), self.question(slot)))
                 self.settle(slot, unused)
         self.refused += len(late)
@@ -494,25 +510,28 @@ cdef class MissTable:
         return ready
 
     def deadline(self):
-        """When to call :meth:`expired` and :meth:`starved`; None if nothing is to be expected.
+        """When to call :meth:`expired`, :meth:`repeat` and :meth:`starved`; None if never.
 
         Cost: O(questions).
         """
         cdef int16_t slot
         cdef int left = self.open_count
-        cdef double first = -1
+        cdef double first = -1, due
         for slot in range(SLOTS):
             if not left:
                 break
             if self.slots[slot].open:
                 left -= 1
-                if first < 0 or self.slots[slot].asked < first:
-                    first = self.slots[slot].asked
+                due = self.slots[slot].asked + self.time_limit
+                if self.slots[slot].repeatable:
+                    due = min(due, max(self.slots[slot].asked, self.looked) + PATIENCE)
+                if first < 0 or due < first:
+                    first = due
         if self.starved_waiters and self.order_count:
-            slot = self.order[self.order_first % SLOTS]
-            if first < 0 or self.slots[slot].asked < first:
-                first = self.slots[slot].asked
-        return None if first < 0 else first + self.time_limit
+            due = self.slots[self.order[self.order_first % SLOTS]].asked + self.time_limit
+            if first < 0 or due < first:
+                first = due
+        return None if first < 0 else first
 
     def awaited(self, waiter):
         """How many questions of a waiter are not settled."""

@@ -116,7 +116,7 @@ class Channel:
         sock: A connected AF_UNIX SOCK_STREAM socket; the channel owns it from here on.
         with_fds: Whether the peer may send fds. Without, whatever is there is read in one go,
             which makes floods of small messages (IOTLB misses, acknowledgements) cheap, and an fd
-            is a violation of the protocol.
+            is a violation of the protocol. May be changed while nobody receives.
         send_timeout: Seconds one `send` may take in all, however slowly the peer reads.
     """
 
@@ -129,7 +129,7 @@ class Channel:
     ) -> None:
         sock.setblocking(False)
         self._socket = sock
-        self._with_fds = with_fds
+        self.with_fds = with_fds
         self._send_timeout = send_timeout
         self._buffer = b""
         self._start = 0
@@ -280,8 +280,8 @@ class Channel:
         in_header = self._header is None
         wanted = HEADER_SIZE if self._header is None else HEADER_SIZE + self._header.size
         pending = self._buffer[self._start :]
-        size = wanted - len(pending) if self._with_fds else _READ_AHEAD
-        space = _FD_SPACE if self._with_fds and in_header else 0
+        size = wanted - len(pending) if self.with_fds else _READ_AHEAD
+        space = _FD_SPACE if self.with_fds and in_header else 0
         self._check_open()
         try:
             data, control, flags, _ = self._socket.recvmsg(size, space, _RECV_FLAGS)

@@ -61,8 +61,9 @@ class Exchange:
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         self.timeout = timeout
         self._socket = sock
-        # No reply we ask for carries an fd.
+        # Hardly any reply carries an fd, see ask_for_fds().
         self._channel = Channel(sock, with_fds=False, send_timeout=timeout)
+        self._fds_expected = 0
         self._pending: deque[Pending] = deque()
         self._reading = False
         self._failure: GuestioError | None = None
@@ -125,7 +126,29 @@ class Exchange:
                 if self._reading or time.monotonic() >= deadline:
                     self._time_out(pending.request)
                 self._reading = True
+                self._channel.with_fds = self._fds_expected > 0
             self._read_one(deadline)
+
+    def ask_for_fds(self, request: int, data: bytes) -> Message:
+        """Send one message whose reply carries fds, and return that; the fds are its.
+
+        Raises:
+            NoAnswerError: It did not come in time.
+            GuestioError: The connection is broken.
+        """
+        with self._state:
+            self._fds_expected += 1
+        try:
+            with self._state:
+                # Whoever reads on without regard to fds now could meet the reply.
+                if not self._state.wait_for(
+                    lambda: not self._reading or self._channel.with_fds, self.timeout
+                ):
+                    self._time_out(request)
+            return self.wait(*self.send(request, data, replies=1))
+        finally:
+            with self._state:
+                self._fds_expected -= 1
 
     def wait_ack(self, pending: Pending) -> int:
         """Wait for a reply that is one number, and return that; raises as :meth:`wait`."""

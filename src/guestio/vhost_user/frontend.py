@@ -30,6 +30,7 @@ from guestio.vhost_user.messages import (
     VIRTIO_F_ACCESS_PLATFORM,
     Config,
     FrontendRequest,
+    Inflight,
     MemoryRegion,
     MemoryTable,
     Payload,
@@ -54,7 +55,11 @@ PROTOCOL_FEATURES: Final = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
-"""Protocol features a :class:`Frontend` can use."""
+"""Protocol features a :class:`Frontend` uses unless told otherwise.
+
+It can use INFLIGHT_SHMFD too. A back-end with which that was negotiated may insist on being given
+a region, so only ask for it to use :meth:`Frontend.get_inflight`.
+"""
 
 __all__ = [
     "PROTOCOL_FEATURES",
@@ -65,6 +70,7 @@ __all__ = [
 ]
 
 _F = FrontendRequest
+_USABLE: Final = PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD
 _PROTOCOL_BIT: Final = 1 << VHOST_USER_F_PROTOCOL_FEATURES
 _PLATFORM_BIT: Final = 1 << VIRTIO_F_ACCESS_PLATFORM
 _CONNECT_PAUSE: Final = 0.01
@@ -244,7 +250,8 @@ class Frontend:
 
         Args:
             wanted: Virtio features the driver can use, without VHOST_USER_F_PROTOCOL_FEATURES.
-            protocol: Protocol features to use where offered, out of `PROTOCOL_FEATURES`.
+            protocol: Protocol features to use where offered, out of `PROTOCOL_FEATURES` and
+                INFLIGHT_SHMFD.
 
         Returns:
             The virtio features that both sides have; also in :attr:`features`.
@@ -252,7 +259,7 @@ class Frontend:
         Raises:
             ProtocolError: An IOMMU is wanted and offered, but not what it needs on the wire.
         """
-        if extra := protocol & ~PROTOCOL_FEATURES:
+        if extra := protocol & ~_USABLE:
             raise ValueError(f"protocol features {extra:#x} cannot be used by this front-end")
         offered = self._ask(_F.GET_FEATURES)
         self.offered = offered & ~_PROTOCOL_BIT
@@ -335,6 +342,53 @@ class Frontend:
         for queue in self._queues.values():
             queue.close()
         self._queues.clear()
+
+    # Requests in flight
+
+    def get_inflight(self, num_queues: int, queue_size: int) -> tuple[Inflight, int]:
+        """Have the back-end make a region that tracks requests in flight; needs INFLIGHT_SHMFD.
+
+        The back-end uses it from the next start of a queue on. Keep it, and hand it to the back-end
+        that comes next, with :meth:`set_inflight`, before a queue is started there.
+
+        Args:
+            num_queues: For how many queues, from the first on.
+            queue_size: Entries of the largest of them.
+
+        Returns:
+            What the region is, and its file, which is the caller's to close.
+
+        Raises:
+            RefusedError: The back-end made none; the connection goes on.
+            ProtocolError: The reply makes no sense.
+        """
+        request = _F.GET_INFLIGHT_FD
+        data = encode_message(request, Inflight(0, 0, num_queues, queue_size))
+        with self._exchange.ask_for_fds(request, data) as message:
+            made = Inflight.decode(message.payload)
+            if not made.mmap_size:
+                raise RefusedError("the back-end made no region for requests in flight")
+            if message.fd_count != 1 or (made.num_queues, made.queue_size) != (
+                num_queues,
+                queue_size,
+            ):
+                raise ProtocolError(
+                    f"{made} came with {message.fd_count} fds where a region for {num_queues} "
+                    f"queues of {queue_size} entries was asked for"
+                )
+            return made, message.take_fd()
+
+    def set_inflight(self, inflight: Inflight, fd: int) -> None:
+        """Give the back-end a region as :meth:`get_inflight` returned it; needs INFLIGHT_SHMFD.
+
+        Args:
+            inflight: What it is.
+            fd: Its file, which stays the caller's.
+
+        Raises:
+            RefusedError: The back-end does not take it.
+        """
+        self.request(_F.SET_INFLIGHT_FD, inflight, [fd])
 
     # Memory
 

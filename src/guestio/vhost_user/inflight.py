@@ -90,7 +90,9 @@ class InflightRegion:
         Raises:
             ValueError: The region is closed.
         """
-        return self._open().fd or 0
+        fd = self._open().fd
+        assert fd is not None  # there is no region without a file
+        return fd
 
     def queue(self, index: int) -> InflightQueue:
         """The part of one ring. Only one user of it at a time makes sense.

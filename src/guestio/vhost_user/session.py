@@ -13,7 +13,7 @@ Three ways a message can be wrong:
   `GuestioError`): where the front-end asked for an acknowledgement it gets a non-zero one and the
   connection lives. Without one it would go on as if it had worked, so: `ProtocolError`. Nothing
   has changed in either case. Requests with a reply of their own cannot be refused, except
-  GET_CONFIG (empty reply) and IOTLB_MSG (non-zero reply).
+  GET_CONFIG (empty reply), IOTLB_MSG (non-zero reply) and GET_INFLIGHT_FD (region of 0 bytes).
 * *Unknown or not supported*: its fds are closed. With an acknowledgement asked for it gets a
   non-zero one ("MUST respond ... indicating success or failure"). Otherwise it is ignored and
   counted, because closing is for "exceptional circumstances" only; except for requests known to
@@ -34,12 +34,13 @@ Source: QEMU docs/interop/vhost-user.rst; what QEMU sends: hw/virtio/vhost-user.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from guestio.addr import ADDRESS_SPACE
 from guestio.errors import GuestioError, ProtocolError
+from guestio.vhost_user.handler import InflightHandler, SessionHandler
 from guestio.vhost_user.messages import (
     U64,
     VHOST_F_LOG_ALL,
@@ -48,6 +49,7 @@ from guestio.vhost_user.messages import (
     Config,
     Empty,
     FrontendRequest,
+    Inflight,
     IotlbMessage,
     IotlbType,
     MemoryRegion,
@@ -78,7 +80,10 @@ SUPPORTED_PROTOCOL_FEATURES: Final = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
-"""Protocol features a handler may offer."""
+"""Protocol features every handler may offer.
+
+One that is an `InflightHandler` as well may offer INFLIGHT_SHMFD besides.
+"""
 
 MAX_QUEUES: Final = 256
 """Most rings; SET_VRING_KICK has 8 bits for the index."""
@@ -100,143 +105,12 @@ _UNSUPPORTED_WITH_REPLY: Final = frozenset(
         _F.CREATE_CRYPTO_SESSION,
         _F.POSTCOPY_ADVISE,
         _F.POSTCOPY_END,
-        _F.GET_INFLIGHT_FD,
         _F.GET_SHARED_OBJECT,
         _F.SET_DEVICE_STATE_FD,
         _F.CHECK_DEVICE_STATE,
         _F.GET_SHMEM_CONFIG,
     }
 )
-
-
-class SessionHandler(Protocol):
-    """What a back-end does when the front-end wants something done.
-
-    Every fd passed to a method belongs to the handler from the call on, also if the method raises.
-    Any method may raise a `GuestioError` to refuse; it must then have changed nothing. Other
-    exceptions are bugs and pass through `Session.handle`.
-    """
-
-    @property
-    def features(self) -> int:
-        """Virtio feature bits the device offers, without VHOST_USER_F_PROTOCOL_FEATURES."""
-        ...
-
-    @property
-    def protocol_features(self) -> int:
-        """`ProtocolFeature` bits offered, out of `SUPPORTED_PROTOCOL_FEATURES`."""
-        ...
-
-    @property
-    def num_queues(self) -> int:
-        """Rings the device has, 1 to `MAX_QUEUES`."""
-        ...
-
-    @property
-    def max_mem_slots(self) -> int:
-        """Most memory regions at a time, at least 1."""
-        ...
-
-    def set_features(self, features: int) -> None:
-        """Take over the negotiated virtio features, a subset of `features`.
-
-        Indirect tables and event indices may be among them without having been offered.
-
-        Called again with others after a reset. No ring is started at that time unless the features
-        are the same as before.
-        """
-        ...
-
-    def set_memory_table(self, regions: Sequence[tuple[MemoryRegion, int]]) -> None:
-        """Replace all guest memory by these regions and their fds."""
-        ...
-
-    def add_memory_region(self, region: MemoryRegion, fd: int) -> None:
-        """Add a region; it overlaps no other."""
-        ...
-
-    def remove_memory_region(self, region: MemoryRegion) -> None:
-        """Remove a region, one that was added or set before.
-
-        Nothing may use its memory when this returns.
-        """
-        ...
-
-    def set_vring_num(self, index: int, num: int) -> None:
-        """Set a ring's size: a power of two up to `MAX_QUEUE_SIZE`."""
-        ...
-
-    def set_vring_addr(self, index: int, address: VringAddr) -> None:
-        """Set where a ring is: IOVAs with VIRTIO_F_ACCESS_PLATFORM, else user addresses.
-
-        They are aligned as virtio asks for and do not pass 2**64; whether memory is there is for
-        the handler to find out. May come for a running ring.
-        """
-        ...
-
-    def set_vring_base(self, index: int, base: int) -> None:
-        """Set the next available index, 0 to 65535."""
-        ...
-
-    def get_vring_base(self, index: int) -> int:
-        """Stop a ring and return its next available index, 0 to 65535.
-
-        Requests in flight are finished before this returns. The kick fd is to be forgotten: the
-        ring starts again with the next `set_vring_kick`. Also called for rings never started.
-        """
-        ...
-
-    def set_vring_kick(self, index: int, fd: int | None) -> None:
-        """Set the eventfd that announces buffers; None asks for polling."""
-        ...
-
-    def set_vring_call(self, index: int, fd: int | None) -> None:
-        """Set the eventfd to signal used buffers; None: the driver polls."""
-        ...
-
-    def set_vring_err(self, index: int, fd: int | None) -> None:
-        """Set the eventfd to signal errors; None: nobody wants to know."""
-        ...
-
-    def set_vring_enable(self, index: int, enable: bool) -> None:
-        """Enable or disable a ring, in every state of it; rings begin disabled."""
-        ...
-
-    def set_backend_channel(self, fd: int) -> None:
-        """Take the socket for requests of our own; it replaces an earlier one."""
-        ...
-
-    def get_config(self, offset: int, size: int) -> bytes:
-        """Return exactly `size` bytes of the configuration space."""
-        ...
-
-    def set_config(self, offset: int, data: bytes, flags: int) -> None:
-        """Write the configuration space; `flags` are `ConfigFlag` bits.
-
-        Fields that are read-only for the driver are refused unless LIVE_MIGRATION is set.
-        """
-        ...
-
-    def iotlb(self, message: IotlbMessage) -> None:
-        """Apply an UPDATE or INVALIDATE; its ranges are not empty and do not pass 2**64.
-
-        Whether an UPDATE's `uaddr` range is guest memory is for the handler to check. When this
-        returns from an INVALIDATE, nothing uses the old translations: it is acknowledged then. The
-        whole space is one INVALIDATE of `size` 2**64.
-        """
-        ...
-
-    def get_status(self) -> int:
-        """Return the virtio device status, 8 bits."""
-        ...
-
-    def set_status(self, status: int) -> None:
-        """Take over the virtio device status, 8 bits; 0 resets like `reset_device`."""
-        ...
-
-    def reset_device(self) -> None:
-        """Stop and disable all rings and forget their set-up; memory and features stay."""
-        ...
 
 
 @dataclass(slots=True)
@@ -300,6 +174,8 @@ class Session:
         vrings: Every ring's state.
         ignored: Unknown messages that were ignored.
         last_refusal: Why a message was last refused with an acknowledgement; for a log.
+        reply_fds: What to send with the reply that :meth:`handle` returned last; the fds stay the
+            handler's.
 
     Args:
         handler: Does the work.
@@ -317,6 +193,7 @@ class Session:
         self.vrings = tuple(Vring() for _ in range(handler.num_queues))
         self.ignored = 0
         self.last_refusal: GuestioError | None = None
+        self.reply_fds: tuple[int, ...] = ()
         self._may_enable = False
 
     @property
@@ -325,13 +202,14 @@ class Session:
         return bool((self.features or 0) & _ACCESS_PLATFORM_BIT)
 
     def handle(self, message: Message) -> bytes | None:
-        """Act on one message and return the reply to send, if any.
+        """Act on one message and return the reply to send, if any; with `reply_fds`.
 
         The message and all its fds are used up.
 
         Raises:
             ProtocolError: The connection must be closed.
         """
+        self.reply_fds = ()
         with message:
             request = message.request
             if message.header.is_reply:
@@ -562,6 +440,32 @@ class Session:
     def _set_config(self, payload: Config, _: Message) -> None:
         self._handler.set_config(payload.offset, payload.payload, payload.flags)
 
+    def _get_inflight(self, payload: Inflight, _: Message) -> bytes:
+        try:
+            handler = self._inflight_handler(payload)
+            region, fd = handler.get_inflight(payload.num_queues, payload.queue_size)
+        except GuestioError as error:
+            # libvhost-user says so, and QEMU then goes on without (`vhost_user_get_inflight_fd`).
+            self.last_refusal = error
+            region = replace(payload, mmap_size=0, mmap_offset=0)
+        else:
+            self.reply_fds = (fd,)
+        return encode_message(_F.GET_INFLIGHT_FD, region, reply=True)
+
+    def _set_inflight(self, payload: Inflight, message: Message) -> None:
+        self._inflight_handler(payload).set_inflight(payload, message.take_fd())
+
+    def _inflight_handler(self, payload: Inflight) -> InflightHandler:
+        queues, size = payload.num_queues, payload.queue_size
+        if any(ring.started for ring in self.vrings):
+            raise ProtocolError("a ring is started: what tracks its requests cannot change")
+        if not 1 <= queues <= len(self.vrings) or not 1 <= size <= MAX_QUEUE_SIZE:
+            raise ProtocolError(
+                f"tracking of {queues} rings of {size} entries, the device has {len(self.vrings)}"
+            )
+        assert isinstance(self._handler, InflightHandler)  # _check_handler has seen to it
+        return self._handler
+
     def _get_status(self, _: Empty, __: Message) -> bytes:
         return encode_ack(_F.GET_STATUS, self._handler.get_status())
 
@@ -602,6 +506,12 @@ class Session:
         _F.IOTLB_MSG: _Rule(IotlbMessage, _iotlb_msg, replies=True),
         _F.GET_CONFIG: _Rule(Config, _get_config, replies=True),
         _F.SET_CONFIG: _Rule(Config, _set_config, feature=ProtocolFeature.CONFIG),
+        _F.GET_INFLIGHT_FD: _Rule(
+            Inflight, _get_inflight, feature=ProtocolFeature.INFLIGHT_SHMFD, replies=True
+        ),
+        _F.SET_INFLIGHT_FD: _Rule(
+            Inflight, _set_inflight, fds=(1,), feature=ProtocolFeature.INFLIGHT_SHMFD
+        ),
         _F.RESET_DEVICE: _Rule(Empty, _reset_device, feature=ProtocolFeature.RESET_DEVICE),
         _F.GET_MAX_MEM_SLOTS: _Rule(
             Empty, _get_max_mem_slots, feature=ProtocolFeature.CONFIGURE_MEM_SLOTS, replies=True
@@ -626,7 +536,10 @@ def _check_handler(handler: SessionHandler) -> None:
         raise ValueError(f"num_queues {handler.num_queues} is not in 1..{MAX_QUEUES}")
     if handler.max_mem_slots < 1:
         raise ValueError(f"max_mem_slots {handler.max_mem_slots} must be at least 1")
-    if extra := handler.protocol_features & ~SUPPORTED_PROTOCOL_FEATURES:
+    supported = int(SUPPORTED_PROTOCOL_FEATURES)
+    if isinstance(handler, InflightHandler):
+        supported |= ProtocolFeature.INFLIGHT_SHMFD
+    if extra := handler.protocol_features & ~supported:
         raise ValueError(f"protocol features {extra:#x} are not supported by the session")
     forbidden = _PROTOCOL_FEATURES_BIT | 1 << VHOST_F_LOG_ALL
     if handler.features & forbidden or not 0 <= handler.features < ADDRESS_SPACE:

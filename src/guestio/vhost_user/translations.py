@@ -2,20 +2,20 @@
 
 Translations live in an IOTLB. What is missing there is asked for on the back-end channel, a page
 at a time and each page once, for all who wait for it; the answers come as UPDATE messages on the
-main channel. An acknowledgement of the last question of a batch says that there are no more answers
-to the batch, and what lacks one is asked again, to be acknowledged itself: so a refusal is found
-out. What is refused, or not answered in time, is remembered for those who asked until they have
-drawn the conclusion.
+main channel. What has no answer after some milliseconds is asked once more, to be acknowledged: so
+a refusal is found out, and answers cost no acknowledgement. What is refused, or not answered in
+time, is remembered for those who asked until they have drawn the conclusion.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 
 from guestio._core.iotlbwire import Intake, IotlbUpdater
-from guestio._core.questions import MissTable, Question
+from guestio._core.questions import REPEAT_AFTER, MissTable, Question
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import GuestioError
 from guestio.iommu import Iotlb
@@ -73,6 +73,7 @@ class Translations:
         self._stats = statistics
         self._wake = wake
         self._shared = SharedMemory()
+        self._time_limit = time_limit
         self._misses = MissTable(time_limit)
         self._updater = IotlbUpdater(
             self.iotlb, self._shared.users(), self._misses, statistics.traffic
@@ -82,7 +83,7 @@ class Translations:
         self._main: Channel | None = None
         self._unsent = b""
         self._channel: Channel | None = None
-        self._armed = False
+        self._alarm = math.inf
         self._asked = 0
 
     def change_memory(self, shared: SharedMemory) -> None:
@@ -148,16 +149,14 @@ class Translations:
 
     def ask(self, waiter: int, missing: Iterable[tuple[IovaRange, int]]) -> None:
         """Ask for ranges, except for pages that this waiter was refused."""
+        now = time.monotonic()
         questions = self._misses.ask(
-            waiter,
-            missing,
-            time.monotonic(),
-            acknowledged=self.acknowledged,
-            skip=self.refused(waiter),
+            waiter, missing, now, acknowledged=self.acknowledged, skip=self.refused(waiter)
         )
         if questions:
             self._send_questions(questions)
-        if not self._armed:
+        # An early look is cheaper than moving the alarm for each miss.
+        if now + (REPEAT_AFTER if self.acknowledged else self._time_limit) < self._alarm:
             self._arm()
 
     def refused(self, waiter: int) -> set[Page]:
@@ -239,9 +238,7 @@ class Translations:
             self._settle(True, *self._misses.acknowledge(value))
         self._poller.again(self._receive_replies)
 
-    def _settle(self, done: bool, refused: list[Question], ready: list[int], again: bytes) -> bool:
-        if again:
-            self._send_questions(again)
+    def _settle(self, done: bool, refused: list[Question], ready: list[int]) -> bool:
         for question in refused:
             self._refuse(question)
         if ready:
@@ -276,16 +273,20 @@ class Translations:
         self._close_channel()
 
     def _arm(self) -> None:
-        """Have the time watched; an early look is cheaper than moving the alarm for each miss."""
+        """Have a look once a question is late, as long as any is open."""
         deadline = self._misses.deadline()
-        self._armed = deadline is not None
+        self._alarm = math.inf if deadline is None else deadline
         if deadline is not None:
-            self._poller.set_timer(self, deadline, self._expire)
+            self._poller.set_timer(self, deadline, self._look)
 
-    def _expire(self) -> None:
+    def _look(self) -> None:
+        """Deal with questions that are late: ask again, and give up in the end."""
         now = time.monotonic()
         for question in self._misses.expired(now):
             self._stats.iotlb_timeouts += 1
             self._refuse(question)
-        self._wake(self._misses.starved(now))
+        again, ready = self._misses.repeat(now)
+        if again:
+            self._send_questions(again)
+        self._wake([*ready, *self._misses.starved(now)])
         self._arm()
