@@ -48,7 +48,9 @@ TURN = 64
 
 
 class Service:
-    """A front-end from its connection to its disconnection; a :class:`SessionHandler`.
+    """A front-end from its connection to its disconnection.
+
+    A :class:`SessionHandler` and an :class:`InflightHandler`.
 
     Args:
         channel: The connection; owned from here on.
@@ -109,7 +111,7 @@ class Service:
             for index in range(device.num_queues)
         ]
         self.features = device.features | offered
-        self.protocol_features = int(SUPPORTED_PROTOCOL_FEATURES)
+        self.protocol_features = int(SUPPORTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD)
         self.num_queues = device.num_queues
         self.max_mem_slots = MAX_MEM_SLOTS
         self._session = Session(self)
@@ -128,7 +130,7 @@ class Service:
                 reply = self._session.handle(message)
                 self._report_refusal()
                 if reply is not None:
-                    self._channel.send(reply)
+                    self._channel.send(reply, self._session.reply_fds)
             self._poller.again(self._receive)
         except PeerGoneError:
             self.close()
@@ -247,12 +249,13 @@ class Service:
             self._space = AddressSpace(shared.table, iotlb)
 
     def get_inflight(self, num_queues: int, queue_size: int) -> tuple[Inflight, int]:
-        """See :class:`SessionHandler`."""
-        with InflightRegion.create(num_queues, queue_size) as region:
-            return region.description, os.dup(region.fd)
+        """See :class:`InflightHandler`."""
+        region = InflightRegion.create(num_queues, queue_size)
+        self._set_inflight(region)
+        return region.description, region.fd
 
     def set_inflight(self, inflight: Inflight, fd: int) -> None:
-        """See :class:`SessionHandler`."""
+        """See :class:`InflightHandler`."""
         try:
             region = InflightRegion.from_fd(inflight, fd)
         finally:
