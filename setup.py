@@ -19,6 +19,7 @@ EXTENSIONS = [
         "driver",
         "eviction",
         "inflight",
+        "intake",
         "intervals",
         "iotlbfront",
         "iotlbwire",

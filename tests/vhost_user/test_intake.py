@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from guestio._core.intake import Intake
 from guestio._core.intervals import IntervalMap
-from guestio._core.iotlbwire import Intake, IotlbUpdater, Traffic
+from guestio._core.iotlbwire import IotlbUpdater, Traffic
 from guestio._core.questions import PAGE, MissTable
 from guestio.addr import IovaRange, Permissions
 from guestio.iommu import Iotlb
@@ -42,7 +43,7 @@ class Rig:
         users.add(USER, PAGE, 0x8000, Permissions.READ_WRITE)
         self.iotlb, self.misses, self.traffic = Iotlb(), MissTable(5), Traffic()
         self.intake = Intake(
-            IotlbUpdater(self.iotlb, users, self.misses, self.traffic), self.misses
+            IotlbUpdater(self.iotlb, users, self.misses, self.traffic), self.misses, 20
         )
         self.pairs = [socket.socketpair() for _ in range(3)]
         (self.main, self.front), (self.back, self.service), (self.other, self.third) = self.pairs
@@ -52,7 +53,9 @@ class Rig:
         self.intake.main, self.intake.back = self.main.fileno(), self.back.fileno()
 
     def wait(self, seconds: float) -> tuple[list[int], list[int], bytes, object]:
-        return self.intake.wait(self.epoll.fileno(), seconds)
+        *found, unasked, outcomes = self.intake.wait(self.epoll.fileno(), seconds)
+        assert (unasked, outcomes) == (b"", [])
+        return found[0], found[1], found[2], found[3]
 
     def close(self) -> None:
         self.epoll.close()

@@ -1,13 +1,15 @@
 from typing_extensions import disjoint_base
 
 from guestio._core.intervals import IntervalMap
-from guestio._core.questions import MissTable, Question
+from guestio._core.questions import MissTable
 
 @disjoint_base
 class Traffic:
+    requests: int
     updates: int
     invalidations: int
     def __init__(self) -> None: ...
+    def count_requests(self, count: int) -> None: ...
 
 @disjoint_base
 class IotlbUpdater:
@@ -16,12 +18,3 @@ class IotlbUpdater:
         self, iotlb: IntervalMap, users: IntervalMap, misses: MissTable, traffic: Traffic
     ) -> None: ...
     def receive(self, fd: int) -> tuple[int, bytes, list[int]]: ...
-
-@disjoint_base
-class Intake:
-    main: int
-    back: int
-    def __init__(self, updater: IotlbUpdater, misses: MissTable) -> None: ...
-    def wait(
-        self, epfd: int, seconds: float
-    ) -> tuple[list[int], list[int], bytes, tuple[bool, list[Question], list[int]] | None]: ...

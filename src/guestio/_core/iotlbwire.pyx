@@ -5,8 +5,6 @@ most frequent ones. What is not plain stays in the socket, for the session, whic
 rules.
 """
 
-from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EINTR, errno
 from libc.string cimport memcpy, memset
 
 from guestio._core.border cimport Span, u8, u64
@@ -18,41 +16,18 @@ from guestio._core.wire cimport (
     READ_AHEAD, REPLY, UPDATE, VERSION, VERSION_MASK, Header, Message, c_send, look, take,
 )
 
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        int fd
-    struct epoll_event:
-        unsigned int events
-        epoll_data_t data
-    int epoll_wait(int epfd, epoll_event *events, int most, int timeout)
-
-cdef extern from * nogil:
-    """
-    #include <time.h>
-    static long long now_ms(void)
-    {
-        struct timespec t;
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        return (long long)t.tv_sec * 1000 + t.tv_nsec / 1000000;
-    }
-    """
-    long long now_ms()
-
-cdef enum:
-    EVENTS = 32
-    TURN = 64    # times that sockets are served before somebody else has a turn
-
-
 cdef class Traffic:
-    """What IOTLBs were told.
+    """What is counted where it happens, in the core.
 
     Attributes:
+        requests: Requests taken from queues.
         updates: UPDATE messages applied.
         invalidations: INVALIDATE messages applied.
     """
 
-    cdef public u64 updates
-    cdef public u64 invalidations
+    def count_requests(self, u64 count):
+        """Add requests; one step, whatever other threads do."""
+        self.requests += count
 
 
 cdef class IotlbUpdater:
@@ -64,13 +39,6 @@ cdef class IotlbUpdater:
         misses: The questions that updates answer.
         traffic: Where to count.
     """
-
-    cdef IntervalMap iotlb
-    cdef public IntervalMap users
-    cdef MissTable misses
-    cdef Traffic traffic
-    cdef bytes unsent
-    cdef u8 buffer[READ_AHEAD]
 
     def __init__(
         self, IntervalMap iotlb not None, IntervalMap users not None, MissTable misses not None,
@@ -176,86 +144,3 @@ cdef class IotlbUpdater:
         self.traffic.updates += 1
         self.misses.answer(span.first, rest, message.perm, ready)
         return True
-
-
-cdef class Intake:
-    """Waits for a back-end's descriptors, and deals with plain IOTLB traffic on the way.
-
-    Most of what arrives behind an IOMMU is plain and wakes nobody, so the thread need not leave the
-    core for it.
-
-    Args:
-        updater: Serves the main channel.
-        misses: Serves the back-end channel.
-
-    Attributes:
-        main: The main channel's socket, or -1 while that is not to be served here.
-        back: The back-end channel's.
-    """
-
-    cdef IotlbUpdater updater
-    cdef MissTable misses
-    cdef public int main
-    cdef public int back
-
-    def __init__(self, IotlbUpdater updater not None, MissTable misses not None):
-        self.updater, self.misses = updater, misses
-        self.main = self.back = -1
-
-    def wait(self, int epfd, double seconds):
-        """Wait until something is to be done that is not done here.
-
-        Args:
-            epfd: Waits for both sockets, as long as they are readable, and for all else.
-            seconds: How long to wait at most; negative for any time.
-
-        Returns:
-            ``(fds, ready, unsent, settled)``: descriptors with something else to do, the waiters
-            that miss nothing any more, acknowledgements for the main channel that could not be
-            sent without waiting, and what :meth:`MissTable.receive` said if there is more to do
-            about it, or None.
-
-        Raises:
-            OSError: ``epfd`` cannot be waited for.
-        """
-        cdef epoll_event events[EVENTS]
-        cdef int i, count, rounds, timeout = -1
-        cdef long long until = 0
-        cdef list fds = [], ready = []
-        cdef object settled = None
-        if seconds >= 0:
-            timeout = <int>min(seconds * 1000 + 0.999, 1e9)
-            until = now_ms() + timeout
-        for rounds in range(TURN):
-            with nogil:
-                count = epoll_wait(epfd, events, EVENTS, timeout)
-            if count < 0:
-                if errno != EINTR:
-                    raise OSError(errno, "waiting for descriptors failed")
-                PyErr_CheckSignals()
-                break
-            # Answers before acknowledgements, after which what lacks an answer may be refused.
-            for i in range(count):
-                if events[i].data.fd == self.main and not self.updater.receive_plain(
-                    self.main, ready
-                ):
-                    fds.append(self.main)
-            for i in range(count):
-                if events[i].data.fd == self.back:
-                    settled = self.settle(ready)
-                elif events[i].data.fd != self.main:
-                    fds.append(events[i].data.fd)
-            if fds or ready or self.updater.unsent or settled is not None or not count:
-                break
-            if timeout > 0:
-                timeout = <int>max(until - now_ms(), 0)
-        return fds, ready, self.updater.take_unsent(), settled
-
-    cdef object settle(self, list ready):
-        """Take acknowledgements; what is left to do about them, or None."""
-        cdef tuple settled = self.misses.receive(self.back)
-        whole, refused, waiters = settled
-        if not whole or refused:
-            return settled
-        ready.extend(waiters)
-        return None

@@ -51,6 +51,10 @@ cdef class SplitRing(RingAreas):
     cdef u64 work
 
     cdef int waiting(self) except -1
+    cdef int run_turn(
+        self, Server server, int limit, int call, bint rest, list chains, Misses misses,
+        bint *resting,
+    ) except -1
     cdef int take(self, int limit, Server server, list chains, Misses misses) except -1
     cdef int take_held(self, Server server, list chains, Misses misses) except -1
     cdef int take_new(self, int limit, Server server, list chains, Misses misses) except -1

@@ -190,8 +190,17 @@ cdef class SplitRing(RingAreas):
         """
         cdef list chains = []
         cdef Misses misses = Misses()
+        cdef bint resting
+        cdef int served = self.run_turn(server, limit, call, rest, chains, misses, &resting)
+        return chains, misses, served, resting
+
+    cdef int run_turn(
+        self, Server server, int limit, int call, bint rest, list chains, Misses misses,
+        bint *resting,
+    ) except -1:
+        """As :meth:`turn`; the requests served."""
         cdef int served = 0
-        cdef bint resting = True
+        resting[0] = True
         try:
             if self.areas_ready(misses):
                 if self.pending_count:
@@ -203,9 +212,9 @@ cdef class SplitRing(RingAreas):
                     if self.pending_count:
                         self.show_pending()
                     if chains or not rest:
-                        resting = False
+                        resting[0] = False
                     elif not misses.count or self.inflight is not None:
-                        resting = not self.more_after_request()
+                        resting[0] = not self.more_after_request()
         finally:
             self.keep_nothing()
         if self.notify_due:
@@ -213,7 +222,7 @@ cdef class SplitRing(RingAreas):
             if call >= 0:
                 with nogil:
                     add_one(call)
-        return chains, misses, served, resting
+        return served
 
     cdef int take(self, int limit, Server server, list chains, Misses misses) except -1:
         """Take requests into the list; the number of those that were served instead."""

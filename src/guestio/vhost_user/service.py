@@ -29,7 +29,7 @@ from guestio.vhost_user.poller import Poller, PollerThread
 from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES, Session
 from guestio.vhost_user.statistics import Bursts, Statistics
 from guestio.vhost_user.translations import Translations
-from guestio.vhost_user.virtqueue import PATIENCE, QueueHost, Virtqueue
+from guestio.vhost_user.virtqueue import QueueHost, Virtqueue
 from guestio.virtio.device import (
     VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_EVENT_IDX,
@@ -103,7 +103,7 @@ class Service:
             self._translations,
             make_ring=self._make_ring,
             broken=self._broken,
-            patience=PATIENCE * miss_timeout,
+            intake=None if queue_threads else self._translations.intake,
             poll_seconds=poll_us / 1e6,
         )
         self._queues = [
@@ -116,6 +116,13 @@ class Service:
         self.max_mem_slots = MAX_MEM_SLOTS
         self._session = Session(self)
         poller.add(channel.fileno(), self._receive)
+        poller.waiter = self._wait
+
+    def _wait(self, epoll: int, seconds: float) -> list[int]:
+        fds, outcomes = self._translations.wait(epoll, seconds)
+        for index, outcome in outcomes:
+            self._queues[index].go_on(outcome)
+        return fds
 
     def _receive(self) -> None:
         if self.closed:
@@ -150,6 +157,7 @@ class Service:
         if self.closed:
             return
         self.closed = True
+        self._poller.waiter = None
         self._poller.remove(self._channel.fileno())
         self._channel.close()
         self._reset_queues()
@@ -379,7 +387,7 @@ class Service:
 
     def set_backend_channel(self, fd: int) -> None:
         """See :class:`SessionHandler`."""
-        self._translations.acknowledged = bool(
-            self._session.protocol_features & ProtocolFeature.REPLY_ACK
+        self._translations.set_acknowledged(
+            bool(self._session.protocol_features & ProtocolFeature.REPLY_ACK)
         )
         self._translations.set_channel(fd)

@@ -18,7 +18,6 @@ class Statistics:
 
     Attributes:
         connections: Front-ends accepted.
-        requests: Requests taken from queues.
         failed_requests: Those of them that could not be served.
         queue_errors: Queues that stopped because their driver broke a rule.
         protocol_errors: Front-ends disconnected because they broke the protocol.
@@ -28,11 +27,10 @@ class Statistics:
         iotlb_refused: Translations asked for in vain.
         iotlb_timeouts: Those of them that the front-end did not answer in time.
         access_fails: Accesses that their translation forbade.
-        traffic: Where the core counts what IOTLBs were told.
+        traffic: What the core counts.
     """
 
     connections: int = 0
-    requests: int = 0
     failed_requests: int = 0
     queue_errors: int = 0
     protocol_errors: int = 0
@@ -45,11 +43,15 @@ class Statistics:
     traffic: Traffic = field(default_factory=Traffic, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def count(self, *, requests: int = 0, failed_requests: int = 0) -> None:
-        """Add what a queue did. From any thread; the other counters are the main thread's."""
+    def count_failed(self) -> None:
+        """Add a request that could not be served. From any thread."""
         with self._lock:
-            self.requests += requests
-            self.failed_requests += failed_requests
+            self.failed_requests += 1
+
+    @property
+    def requests(self) -> int:
+        """Requests taken from queues."""
+        return self.traffic.requests
 
     @property
     def iotlb_updates(self) -> int:

@@ -14,7 +14,10 @@ import math
 import time
 from collections.abc import Callable, Iterable
 
-from guestio._core.iotlbwire import Intake, IotlbUpdater
+from guestio._core.chain import Chain
+from guestio._core.intake import Intake
+from guestio._core.iotlbwire import IotlbUpdater
+from guestio._core.misses import Misses
 from guestio._core.questions import REPEAT_AFTER, MissTable, Question
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import GuestioError
@@ -36,11 +39,20 @@ log = logging.getLogger("guestio.vhost_user")
 MAX_TRANSLATIONS = 1 << 20
 """IOTLB entries at most; a front-end that sends more makes the least used ones go."""
 
+PATIENCE = 4
+"""Times the limit for one answer that a request may wait for translations in all: a front-end that
+answers every question, but never with what was asked for, must not keep it for ever."""
+
 MAX_REPORTS = 64
 """Forbidden accesses of one request that a front-end is told of."""
 
 TURN = 64
 """Acknowledgements that are taken one by one before somebody else has a turn."""
+
+Outcome = tuple[list[Chain], Misses, int, bool]
+"""What a ring's ``turn`` returns."""
+
+_QueueOutcome = tuple[int, Outcome | Exception | None]
 
 Page = tuple[int, int]
 """Address of a page and what is to be done with it."""
@@ -57,7 +69,8 @@ class Translations:
 
     Attributes:
         iotlb: What is known.
-        acknowledged: Whether the front-end acknowledges what it is asked (REPLY_ACK).
+        intake: Does what is ordinary in the core.
+        patience: Seconds that a request may wait for translations in all.
     """
 
     def __init__(
@@ -68,22 +81,22 @@ class Translations:
         time_limit: float,
     ) -> None:
         self.iotlb = Iotlb(MAX_TRANSLATIONS)
-        self.acknowledged = False
         self._poller = poller
         self._stats = statistics
         self._wake = wake
         self._shared = SharedMemory()
         self._time_limit = time_limit
+        self.patience = PATIENCE * time_limit
         self._misses = MissTable(time_limit)
         self._updater = IotlbUpdater(
             self.iotlb, self._shared.users(), self._misses, statistics.traffic
         )
-        self._intake = Intake(self._updater, self._misses)
+        self.intake = Intake(self._updater, self._misses, self.patience)
+        self.set_acknowledged(False)
         self._refused: dict[int, set[Page]] = {}
         self._main: Channel | None = None
         self._unsent = b""
         self._channel: Channel | None = None
-        self._alarm = math.inf
         self._asked = 0
 
     def change_memory(self, shared: SharedMemory) -> None:
@@ -92,26 +105,40 @@ class Translations:
         self._updater.users = shared.users()
         self.iotlb.invalidate_all()
 
-    def serve(self, channel: Channel | None) -> None:
-        """Have the poller deal with plain messages of the main channel; None ends that."""
-        self._main = channel
-        self._poller.waiter = None if channel is None else self._wait_and_take
+    def set_acknowledged(self, acknowledged: bool) -> None:
+        """Learn whether the front-end acknowledges what it is asked (REPLY_ACK)."""
+        self.intake.acknowledged = acknowledged
+        self.intake.look_after = REPEAT_AFTER if acknowledged else self._time_limit
 
-    def _wait_and_take(self, epoll: int, seconds: float) -> list[int]:
-        """Wait for descriptors; what arrives on the two channels is dealt with if it is plain."""
-        intake, main, back = self._intake, self._main, self._channel
-        assert main is not None
-        intake.main = main.fileno() if main.at_rest else -1
+    def serve(self, channel: Channel | None) -> None:
+        """Deal with plain messages of the main channel while waiting; None ends that."""
+        self._main = channel
+
+    def wait(self, epoll: int, seconds: float) -> tuple[list[int], list[_QueueOutcome]]:
+        """Wait for descriptors; all that is ordinary is dealt with.
+
+        Args:
+            epoll: What to wait for.
+            seconds: How long at most; negative for any time.
+
+        Returns:
+            The descriptors that are left to do, and what became of attended queues that need a
+            decision, as from ``Intake.wait``.
+        """
+        intake, main, back = self.intake, self._main, self._channel
+        intake.main = main.fileno() if main is not None and main.at_rest else -1
         intake.back = back.fileno() if back is not None and back.at_rest else -1
-        fds, ready, unsent, settled = intake.wait(epoll, seconds)
+        fds, ready, unsent, settled, unasked, outcomes = intake.wait(epoll, seconds)
         if ready:
             self._wake(ready)
         if unsent:
             self._unsent += unsent
-            fds.append(main.fileno())
+            fds.append(intake.main)
+        if unasked:
+            self._send(unasked)
         if settled is not None and not self._settle(*settled):
             fds.append(intake.back)
-        return fds
+        return fds, outcomes
 
     def receive(self, channel: Channel) -> bool:
         """Apply a run of plain messages from the main channel; False if none has arrived."""
@@ -151,12 +178,12 @@ class Translations:
         """Ask for ranges, except for pages that this waiter was refused."""
         now = time.monotonic()
         questions = self._misses.ask(
-            waiter, missing, now, acknowledged=self.acknowledged, skip=self.refused(waiter)
+            waiter, missing, now, acknowledged=self.intake.acknowledged, skip=self.refused(waiter)
         )
         if questions:
             self._send_questions(questions)
         # An early look is cheaper than moving the alarm for each miss.
-        if now + (REPEAT_AFTER if self.acknowledged else self._time_limit) < self._alarm:
+        if now + self.intake.look_after < self.intake.alarm:
             self._arm()
 
     def refused(self, waiter: int) -> set[Page]:
@@ -172,6 +199,7 @@ class Translations:
 
     def forget(self, waiter: int) -> None:
         """Somebody does not wait any more."""
+        self.intake.leave(waiter)
         self._misses.forget(waiter)
         self._refused.pop(waiter, None)
 
@@ -204,7 +232,7 @@ class Translations:
 
     def close(self) -> None:
         """Stop asking and release everything. Calling it again does nothing."""
-        self.serve(None)
+        self._main = None
         self._close_channel()
         self._poller.clear_timer(self)
         self._shared = SharedMemory()
@@ -248,6 +276,7 @@ class Translations:
     def _refuse(self, question: Question) -> None:
         self._stats.iotlb_refused += 1
         for waiter in question.waiting:
+            self.intake.leave(waiter)
             self.refused(waiter).add((question.iova, question.access))
         # What else they asked for may still come.
         self._wake([w for w in question.waiting if not self._misses.awaited(w)])
@@ -275,7 +304,7 @@ class Translations:
     def _arm(self) -> None:
         """Have a look once a question is late, as long as any is open."""
         deadline = self._misses.deadline()
-        self._alarm = math.inf if deadline is None else deadline
+        self.intake.alarm = math.inf if deadline is None else deadline
         if deadline is not None:
             self._poller.set_timer(self, deadline, self._look)
 

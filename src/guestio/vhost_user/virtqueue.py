@@ -27,6 +27,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from guestio._core.chain import Chain
+from guestio._core.intake import Attended, Intake
 from guestio._core.misses import Misses
 from guestio._core.questions import touched
 from guestio._core.ring import SplitRing
@@ -35,7 +36,7 @@ from guestio.errors import DeviceError, GuestioError, ProtocolError
 from guestio.vhost_user.messages import VringAddr
 from guestio.vhost_user.poller import Poller
 from guestio.vhost_user.statistics import Bursts, Statistics
-from guestio.vhost_user.translations import Translations
+from guestio.vhost_user.translations import Outcome, Translations
 from guestio.virtio.device import Device
 
 log = logging.getLogger("guestio.vhost_user")
@@ -48,10 +49,6 @@ POLL_INTERVAL = 0.001
 
 SPIN = 50e-6
 """Seconds that a queue is watched before everybody else has a turn."""
-
-PATIENCE = 4
-"""Times the limit for one answer that a request may wait for translations in all: a front-end that
-answers every question, but never with what was asked for, must not keep it for ever."""
 
 MAX_REFUSED = 4096
 """Refused pages that are remembered for a queue."""
@@ -71,7 +68,7 @@ class QueueHost:
         translations: Whom to ask for what is missing.
         make_ring: Called with a queue that is set up; its ring, or None if it is not complete.
         broken: Called from any thread with a queue that its driver ruined, and why.
-        patience: Seconds that a request may wait for translations in all.
+        intake: Serves queues while nothing is to be decided; None if they have their own threads.
         poll_seconds: How long to look out for a request before sleeping.
     """
 
@@ -81,7 +78,7 @@ class QueueHost:
     translations: Translations
     make_ring: Callable[[Virtqueue], SplitRing | None]
     broken: Callable[[Virtqueue, GuestioError], None]
-    patience: float
+    intake: Intake | None
     poll_seconds: float
 
 
@@ -159,6 +156,7 @@ class Virtqueue:
     def enable(self, enable: bool) -> None:
         """Serve the queue, or let it stand."""
         with self._lock:
+            self._leave()
             self._enabled = enable
             self.wake()
 
@@ -169,6 +167,7 @@ class Virtqueue:
         back, and done again then.
         """
         with self._lock:
+            self._leave()
             self._drain()
             ring, self._ring, self._stuck = self._ring, None, False
             if ring is not None:
@@ -191,6 +190,7 @@ class Virtqueue:
     def set_kick(self, fd: int | None) -> None:
         """Set the eventfd that announces requests; None has the ring looked at now and then."""
         with self._lock:
+            self._leave()
             self._set_fd("kick", fd)
             self._polled = fd is None
             if fd is None:
@@ -200,7 +200,9 @@ class Virtqueue:
     def set_call(self, fd: int | None) -> None:
         """Set the eventfd to notify the driver with."""
         with self._lock:
+            self._leave()
             self._set_fd("call", fd)
+            self.wake()
 
     def set_err(self, fd: int | None) -> None:
         """Set the eventfd to report with that the queue is broken."""
@@ -258,9 +260,12 @@ class Virtqueue:
             if self._ring is not None and self._serve_ring(self._ring):
                 self.wake()
         except GuestioError as error:
-            self._stuck = True
-            signal(self._err)
-            self._host.broken(self, error)
+            self._break(error)
+
+    def _break(self, error: GuestioError) -> None:
+        self._stuck = True
+        signal(self._err)
+        self._host.broken(self, error)
 
     def _serve_ring(self, ring: SplitRing) -> bool:
         """Serve a ring until there is nothing to do, or until others have a turn.
@@ -269,29 +274,14 @@ class Virtqueue:
             Whether there is more to do.
         """
         host = self._host
-        server = host.device.server
+        call = -1 if self._call is None else self._call
         for _ in range(TURN):
             while self._settled:
                 ring.complete(self._settled.popleft())
             watching = host.poll_seconds and time.monotonic() < self._watch_until
-            chains, missing, served, resting = ring.turn(
-                server, TURN, -1 if self._call is None else self._call, not watching
-            )
-            taken = served + len(chains)
-            if taken:
-                host.statistics.count(requests=taken)
-                self._begin(ring, chains)
-                if host.poll_seconds:
-                    self._watch_until = time.monotonic() + host.poll_seconds
-            if missing:
-                self._park(ring, missing)
-                # Where requests may be overtaken, those that come are taken meanwhile.
-                if resting or ring.inflight is None:
-                    return False
-            elif self._parked_at is not None:
-                self._unpark()
-            if resting:
-                self._rest()
+            outcome = ring.turn(host.device.server, TURN, call, not watching)
+            taken = self._conclude(ring, outcome)
+            if taken is None:
                 return False
             if taken >= TURN:
                 return True
@@ -304,10 +294,55 @@ class Virtqueue:
                 return True
         return True
 
-    def _rest(self) -> None:
-        """Look at the ring later if its driver cannot announce anything."""
+    def _conclude(self, ring: SplitRing, outcome: Outcome) -> int | None:
+        """Do what is left to do after a turn of the ring.
+
+        Returns:
+            How many requests were taken; None if there is nothing more to do now.
+        """
+        chains, missing, served, resting = outcome
+        host = self._host
+        taken = served + len(chains)
+        if taken:
+            host.statistics.traffic.count_requests(taken)
+            self._begin(ring, chains)
+            if host.poll_seconds:
+                self._watch_until = time.monotonic() + host.poll_seconds
+        if missing:
+            self._park(ring, missing)
+            # Where requests may be overtaken, those that come are taken meanwhile.
+            return None if resting or ring.inflight is None else taken
+        self._unpark()
+        if not resting:
+            return taken
         if self._polled:
             self._poller.set_timer(self, time.monotonic() + POLL_INTERVAL, self._run)
+        elif host.intake is not None and not host.poll_seconds:
+            self._attend(host.intake, ring)
+        return None
+
+    def _attend(self, intake: Intake, ring: SplitRing) -> None:
+        """Have the queue served in the core until something is to be decided."""
+        if self._kick is not None:
+            call = -1 if self._call is None else self._call
+            intake.attend(Attended(ring, self._host.device.server, self._kick, call, self.index))
+
+    def _leave(self) -> None:
+        if self._host.intake is not None:
+            self._host.intake.leave(self.index)
+
+    def go_on(self, outcome: Outcome | Exception | None) -> None:
+        """Take a queue over that was served in the core, with what is to be decided."""
+        with self._lock:
+            try:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                ring = self._ring
+                if outcome and ring is not None and self._conclude(ring, outcome) is None:
+                    return
+            except GuestioError as error:
+                self._break(error)
+            self.wake()
 
     def _begin(self, ring: SplitRing, chains: list[Chain]) -> None:
         """Have requests processed; those that take time are completed later."""
@@ -336,7 +371,7 @@ class Virtqueue:
         return self._fail(chain)
 
     def _fail(self, chain: Chain) -> int:
-        self._host.statistics.count(failed_requests=1)
+        self._host.statistics.count_failed()
         try:
             return _plausible(self._host.device.fail(self.index, chain), chain)
         except GuestioError:
@@ -387,7 +422,7 @@ class Virtqueue:
         now = time.monotonic()
         if self._parked_at is None or self._parked_for != ring.progress:
             self._parked_at, self._parked_for = now, ring.progress
-        if not self._give_up(ring, late=now - self._parked_at >= self._host.patience):
+        if not self._give_up(ring, late=now - self._parked_at >= self._host.translations.patience):
             self._host.translations.ask(self.index, missing)
 
     def _unpark(self) -> None:
@@ -437,7 +472,7 @@ class Virtqueue:
             refused.clear()
         chain = ring.pop_faulty(index)
         if chain is not None:
-            self._host.statistics.count(requests=1)
+            self._host.statistics.traffic.count_requests(1)
             translations.report_access_fails(chain.access_fails)
             self._begin(ring, [chain])
         self.wake()

@@ -1,0 +1,42 @@
+from typing import TypeAlias
+
+from typing_extensions import disjoint_base
+
+from guestio._core.chain import Chain, Server
+from guestio._core.iotlbwire import IotlbUpdater
+from guestio._core.misses import Misses
+from guestio._core.questions import MissTable, Question
+from guestio._core.ring import SplitRing
+
+_Outcome: TypeAlias = tuple[list[Chain], Misses, int, bool]
+
+@disjoint_base
+class Attended:
+    @property
+    def waiter(self) -> int: ...
+    @property
+    def waits_since(self) -> float: ...
+    def __init__(
+        self, ring: SplitRing, server: Server | None, kick: int, call: int, waiter: int
+    ) -> None: ...
+
+@disjoint_base
+class Intake:
+    main: int
+    back: int
+    acknowledged: bool
+    alarm: float
+    look_after: float
+    def __init__(self, updater: IotlbUpdater, misses: MissTable, patience: float) -> None: ...
+    def attend(self, queue: Attended) -> None: ...
+    def leave(self, waiter: int) -> Attended | None: ...
+    def wait(
+        self, epfd: int, seconds: float
+    ) -> tuple[
+        list[int],
+        list[int],
+        bytes,
+        tuple[bool, list[Question], list[int]] | None,
+        bytes,
+        list[tuple[int, _Outcome | Exception | None]],
+    ]: ...

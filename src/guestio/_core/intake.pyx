@@ -1,0 +1,271 @@
+"""A back-end's thread while there is nothing to decide: wait, serve, ask, acknowledge, wait.
+
+Most of what arrives is a kick whose requests can be served at once, or plain IOTLB traffic that
+wakes at most a queue that can go on. None of it needs Python, so the thread stays here. Whatever is
+out of the ordinary (a request that the device must see, a refusal, a broken ring, any other message)
+goes back to the caller as it is.
+"""
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EINTR, errno
+
+from guestio._core.border cimport u64
+from guestio._core.chain cimport Server
+from guestio._core.iotlbwire cimport IotlbUpdater
+from guestio._core.misses cimport Misses
+from guestio._core.questions cimport MissTable
+from guestio._core.ring cimport SplitRing
+from guestio._core.wire cimport MSG_DONTWAIT, MSG_NOSIGNAL, c_send
+
+from guestio.errors import GuestioError
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        int fd
+    struct epoll_event:
+        unsigned int events
+        epoll_data_t data
+    int epoll_wait(int epfd, epoll_event *events, int most, int timeout)
+
+cdef extern from * nogil:
+    """
+    #include <time.h>
+    static double now_seconds(void)
+    {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+    }
+    """
+    double now_seconds()
+
+cdef enum:
+    EVENTS = 32
+    TURN = 64     # times that descriptors are served before somebody else has a turn
+    REQUESTS = 64     # that are taken from a queue at a time
+    QUEUE_TURNS = 4   # of a busy queue, before another
+
+
+cdef class Attended:
+    """A queue that is served here, as long as nothing is to be decided about it.
+
+    Args:
+        ring: Its ring.
+        server: Serves its requests.
+        kick: The eventfd that announces them, waited for by its edge.
+        call: The eventfd to notify the driver with, or -1.
+        waiter: Its number among those who wait for translations.
+
+    Attributes:
+        waits_since: Since when the oldest request that lacks a translation does, or 0.
+    """
+
+    cdef SplitRing ring
+    cdef Server server
+    cdef int kick
+    cdef int call
+    cdef readonly int waiter
+    cdef readonly double waits_since
+    cdef u64 waits_for
+
+    def __init__(
+        self, SplitRing ring not None, Server server, int kick, int call, int waiter
+    ):
+        self.ring, self.server, self.kick, self.call = ring, server, kick, call
+        self.waiter = waiter
+
+
+cdef class Intake:
+    """Waits for a back-end's descriptors, and deals with what is ordinary on the way.
+
+    Args:
+        updater: Serves the main channel.
+        misses: Serves the back-end channel.
+        patience: Seconds that a request may wait for translations in all.
+
+    Attributes:
+        main: The main channel's socket, or -1 while that is not to be served here.
+        back: The back-end channel's.
+        acknowledged: Whether the front-end acknowledges questions if asked to.
+        alarm: When the questions will be looked at (monotonic time).
+        look_after: Seconds within which a new question wants to be looked at.
+
+    For one thread.
+    """
+
+    cdef IotlbUpdater updater
+    cdef MissTable misses
+    cdef double patience
+    cdef dict by_kick
+    cdef dict by_waiter
+    cdef bytes unasked
+    cdef public int main
+    cdef public int back
+    cdef public bint acknowledged
+    cdef public double alarm
+    cdef public double look_after
+
+    def __init__(
+        self, IotlbUpdater updater not None, MissTable misses not None, double patience
+    ):
+        self.updater, self.misses, self.patience = updater, misses, patience
+        self.by_kick, self.by_waiter, self.unasked = {}, {}, b""
+        self.main = self.back = -1
+        self.alarm = self.look_after = float("inf")
+
+    def attend(self, Attended queue not None):
+        """Serve a queue here from now on."""
+        self.leave(queue.waiter)
+        self.by_waiter[queue.waiter] = self.by_kick[queue.kick] = queue
+
+    def leave(self, int waiter):
+        """Serve a queue no more; returns what it was attended by, if it was."""
+        cdef Attended queue = self.by_waiter.pop(waiter, None)
+        if queue is not None:
+            self.by_kick.pop(queue.kick, None)
+        return queue
+
+    def wait(self, int epfd, double seconds):
+        """Wait until something is to be done that is not done here.
+
+        Args:
+            epfd: Waits for both sockets, as long as they are readable, and for all else.
+            seconds: How long to wait at most; negative for any time.
+
+        Returns:
+            ``(fds, ready, unsent, settled, unasked, outcomes)``: descriptors with something else to
+            do; the waiters that miss nothing any more and are not attended; acknowledgements for
+            the main channel, and questions for the back-end channel, that could not be sent without
+            waiting; what :meth:`MissTable.receive` said if there is more to do about it, or None;
+            and ``(waiter, outcome)`` for each attended queue that needs a decision: what its
+            ring's ``turn`` returned or raised, or None if it is only very busy.
+
+        Raises:
+            OSError: ``epfd`` cannot be waited for.
+        """
+        cdef epoll_event events[EVENTS]
+        cdef int count, rounds, timeout = -1
+        cdef double until = 0
+        cdef list fds = [], ready = [], outcomes = []
+        cdef object settled = None
+        if seconds >= 0:
+            timeout = <int>min(seconds * 1000 + 0.999, 1e9)
+            until = now_seconds() + seconds
+        for rounds in range(TURN):
+            # A handler that ran during the last round may want this thread to stop.
+            PyErr_CheckSignals()
+            with nogil:
+                count = epoll_wait(epfd, events, EVENTS, timeout)
+            if count < 0:
+                if errno != EINTR:
+                    raise OSError(errno, "waiting for descriptors failed")
+                PyErr_CheckSignals()
+                break
+            settled = self.serve_channels(events, count, fds, ready, outcomes)
+            self.serve_kicks(events, count, fds, outcomes)
+            if (
+                fds or ready or outcomes or self.updater.unsent or self.unasked
+                or settled is not None or not count
+            ):
+                break
+            if timeout > 0:
+                timeout = <int>max((until - now_seconds()) * 1000 + 0.999, 0)
+        unasked, self.unasked = self.unasked, b""
+        return fds, ready, self.updater.take_unsent(), settled, unasked, outcomes
+
+    cdef object serve_channels(
+        self, const epoll_event *events, int count, list fds, list ready, list outcomes
+    ):
+        """Serve the two channels, and the queues that can go on; what else is to be settled."""
+        cdef int i
+        cdef list woken = []
+        cdef object settled = None, waiter
+        # Answers before acknowledgements, after which what lacks an answer may be refused.
+        for i in range(count):
+            if events[i].data.fd == self.main and not self.updater.receive_plain(
+                self.main, woken
+            ):
+                fds.append(self.main)
+        for i in range(count):
+            if events[i].data.fd == self.back:
+                settled = self.settle(woken)
+        for waiter in woken:
+            queue = self.by_waiter.get(waiter)
+            if queue is None:
+                ready.append(waiter)
+            else:
+                self.serve(queue, outcomes)
+        return settled
+
+    cdef int serve_kicks(
+        self, const epoll_event *events, int count, list fds, list outcomes
+    ) except -1:
+        cdef int i, fd
+        for i in range(count):
+            fd = events[i].data.fd
+            if fd == self.main or fd == self.back:
+                continue
+            queue = self.by_kick.get(fd)
+            if queue is None:
+                fds.append(fd)
+            else:
+                self.serve(queue, outcomes)
+        return 0
+
+    cdef int serve(self, Attended queue, list outcomes) except -1:
+        """Serve a queue; what needs a decision is added to the outcomes, and it is left."""
+        cdef list chains = []
+        cdef Misses misses
+        cdef bint resting = False
+        cdef int served, turns
+        cdef object outcome = None
+        for turns in range(QUEUE_TURNS):
+            misses = Misses()
+            try:
+                served = queue.ring.run_turn(
+                    queue.server, REQUESTS, queue.call, True, chains, misses, &resting
+                )
+            except GuestioError as error:
+                outcome = error
+                break
+            if chains or (misses.count and not self.ask(queue, misses)):
+                outcome = chains, misses, served, resting
+                break
+            self.updater.traffic.requests += served
+            if not misses.count:
+                queue.waits_since = 0
+            if resting:
+                return 0
+        self.leave(queue.waiter)
+        outcomes.append((queue.waiter, outcome))
+        return 0
+
+    cdef bint ask(self, Attended queue, Misses missing) except -1:
+        """Ask for what a queue lacks; False, and nothing is done, if there is more to it."""
+        cdef bytes questions
+        cdef double now = now_seconds()
+        cdef Py_ssize_t sent
+        cdef const char *data
+        cdef size_t size
+        if self.back < 0 or self.unasked or now + self.look_after < self.alarm:
+            return False
+        if not queue.waits_since or queue.waits_for != queue.ring.progress:
+            queue.waits_since, queue.waits_for = now, queue.ring.progress
+        elif now - queue.waits_since >= self.patience:
+            return False
+        questions = self.misses.ask(queue.waiter, missing, now, acknowledged=self.acknowledged)
+        if questions:
+            data, size = questions, len(questions)
+            with nogil:
+                sent = max(c_send(self.back, data, size, MSG_DONTWAIT | MSG_NOSIGNAL), 0)
+            self.unasked = questions[sent:]
+        return True
+
+    cdef object settle(self, list ready):
+        """Take acknowledgements; what is left to do about them, or None."""
+        cdef tuple settled = self.misses.receive(self.back)
+        whole, refused, waiters = settled
+        if not whole or refused:
+            return settled
+        ready.extend(waiters)
+        return None
