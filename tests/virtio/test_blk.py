@@ -34,6 +34,7 @@ from guestio.virtio.blk import (
     T_WRITE_ZEROES,
     BlockDevice,
 )
+from guestio.virtio.device import settled
 from tests.virtio.rings import WRITE, Desc, Rig
 
 SIZE = 1 << 20
@@ -142,7 +143,7 @@ class Disk:
         assert not misses
         for chain in chains:
             assert chain.fault is None
-            ring.complete(chain, self.device.process(0, chain))
+            ring.complete(chain, settled(self.device.process(0, chain)))
         ring.publish()
 
     def read(self, sector: int, length: int, **shape: Sequence[int]) -> bytes:
