@@ -1,7 +1,7 @@
 from typing_extensions import disjoint_base
 
 from guestio._core.intervals import IntervalMap
-from guestio._core.questions import MissTable, Question
+from guestio._core.questions import MissTable
 
 @disjoint_base
 class Traffic:
@@ -20,8 +20,5 @@ class IotlbUpdater:
 @disjoint_base
 class Intake:
     main: int
-    back: int
-    def __init__(self, updater: IotlbUpdater, misses: MissTable) -> None: ...
-    def wait(
-        self, epfd: int, seconds: float
-    ) -> tuple[list[int], list[int], bytes, tuple[bool, list[Question], list[int]] | None]: ...
+    def __init__(self, updater: IotlbUpdater) -> None: ...
+    def wait(self, epfd: int, seconds: float) -> tuple[list[int], list[int], bytes]: ...

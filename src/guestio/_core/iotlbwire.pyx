@@ -146,35 +146,51 @@ cdef class IotlbUpdater:
 
     cdef bint change(self, const Message *message, list ready) except -1:
         cdef Span span
-        cdef Cursor at
-        cdef Entry *entry
-        cdef u64 rest = message.size - 1, last
+        cdef u64 rest = message.size - 1, target = 0
+        cdef bint done
         if not message.size or rest > <u64>-1 - message.iova:
             return False
         span.first, span.last, span.empty = message.iova, message.iova + rest, False
-        if self.iotlb.leases.used(span.first, span.last):
+        if message.kind == UPDATE:
+            if not self.find_target(message, rest, &target):
+                return False
+        elif message.kind != INVALIDATE:
             return False
-        if message.kind == INVALIDATE:
-            self.iotlb.begin_change(2)
-            self.iotlb.cut_span(span)
-            self.iotlb.invalidations += 1
-            self.iotlb.end_change()
-            self.traffic.invalidations += 1
-            return True
-        if message.kind != UPDATE or message.perm > 3 or rest > <u64>-1 - message.uaddr:
+        self.iotlb.begin_change(3)
+        done = self.replace(span, message, target)
+        self.iotlb.end_change()
+        if done and message.kind == UPDATE:
+            self.misses.answer(span.first, rest, message.perm, ready)
+        return done
+
+    cdef bint find_target(self, const Message *message, u64 rest, u64 *target) noexcept:
+        """Where in guest memory an UPDATE leads to; False if it is not plain."""
+        cdef Cursor at
+        cdef Entry *entry
+        if message.perm > 3 or rest > <u64>-1 - message.uaddr:
             return False
-        last = message.uaddr + rest
         at = floor_of(&self.users.tree, message.uaddr)
         if at.leaf is NULL:
             return False
         entry = &at.leaf.entry[at.index]
-        if entry.last < last:
+        target[0] = message.uaddr + entry.delta
+        return entry.last >= message.uaddr + rest
+
+    cdef bint replace(self, Span span, const Message *message, u64 target) noexcept:
+        """Change the IOTLB, which is locked, unless somebody uses the translation.
+
+        The GIL is held since it was locked, and needed for a lease, so that nobody can begin to use
+        it in between.
+        """
+        if self.iotlb.leases.held and self.iotlb.leases.used(span.first, span.last):
             return False
-        self.iotlb.begin_change(3)
-        self.iotlb.overwrite_span(span, message.uaddr + entry.delta, message.perm)
-        self.iotlb.end_change()
-        self.traffic.updates += 1
-        self.misses.answer(span.first, rest, message.perm, ready)
+        if message.kind == INVALIDATE:
+            self.iotlb.cut_span(span)
+            self.iotlb.invalidations += 1
+            self.traffic.invalidations += 1
+        else:
+            self.iotlb.overwrite_span(span, target, message.perm)
+            self.traffic.updates += 1
         return True
 
 
@@ -186,34 +202,29 @@ cdef class Intake:
 
     Args:
         updater: Serves the main channel.
-        misses: Serves the back-end channel.
 
     Attributes:
         main: The main channel's socket, or -1 while that is not to be served here.
-        back: The back-end channel's.
     """
 
     cdef IotlbUpdater updater
-    cdef MissTable misses
     cdef public int main
-    cdef public int back
 
-    def __init__(self, IotlbUpdater updater not None, MissTable misses not None):
-        self.updater, self.misses = updater, misses
-        self.main = self.back = -1
+    def __init__(self, IotlbUpdater updater not None):
+        self.updater = updater
+        self.main = -1
 
     def wait(self, int epfd, double seconds):
         """Wait until something is to be done that is not done here.
 
         Args:
-            epfd: Waits for both sockets, as long as they are readable, and for all else.
+            epfd: Waits for the main channel, as long as it is readable, and for all else.
             seconds: How long to wait at most; negative for any time.
 
         Returns:
-            ``(fds, ready, unsent, settled)``: descriptors with something else to do, the waiters
-            that miss nothing any more, acknowledgements for the main channel that could not be
-            sent without waiting, and what :meth:`MissTable.receive` said if there is more to do
-            about it, or None.
+            ``(fds, ready, unsent)``: descriptors with something else to do, the waiters that miss
+            nothing any more, and acknowledgements for the main channel that could not be sent
+            without waiting.
 
         Raises:
             OSError: ``epfd`` cannot be waited for.
@@ -222,7 +233,6 @@ cdef class Intake:
         cdef int i, count, rounds, timeout = -1
         cdef long long until = 0
         cdef list fds = [], ready = []
-        cdef object settled = None
         if seconds >= 0:
             timeout = <int>min(seconds * 1000 + 0.999, 1e9)
             until = now_ms() + timeout
@@ -234,28 +244,15 @@ cdef class Intake:
                     raise OSError(errno, "waiting for descriptors failed")
                 PyErr_CheckSignals()
                 break
-            # Answers before acknowledgements, after which what lacks an answer may be refused.
             for i in range(count):
-                if events[i].data.fd == self.main and not self.updater.receive_plain(
-                    self.main, ready
-                ):
-                    fds.append(self.main)
-            for i in range(count):
-                if events[i].data.fd == self.back:
-                    settled = self.settle(ready)
-                elif events[i].data.fd != self.main:
+                # Answers before acknowledgements, after which what lacks one may be refused.
+                if events[i].data.fd == self.main:
+                    if not self.updater.receive_plain(self.main, ready):
+                        fds.insert(0, self.main)
+                else:
                     fds.append(events[i].data.fd)
-            if fds or ready or self.updater.unsent or settled is not None or not count:
+            if fds or ready or self.updater.unsent or not count:
                 break
             if timeout > 0:
                 timeout = <int>max(until - now_ms(), 0)
-        return fds, ready, self.updater.take_unsent(), settled
-
-    cdef object settle(self, list ready):
-        """Take acknowledgements; what is left to do about them, or None."""
-        cdef tuple settled = self.misses.receive(self.back)
-        whole, refused, waiters = settled
-        if not whole or refused:
-            return settled
-        ready.extend(waiters)
-        return None
+        return fds, ready, self.updater.take_unsent()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -47,12 +48,18 @@ Page = tuple[int, int]
 
 
 class Translations:
-    """The IOTLB of a connection and the traffic that fills it. For the poller's thread only.
+    """The IOTLB of a connection and the traffic that fills it.
+
+    Any thread may call :meth:`ask`, :meth:`refused`, :meth:`awaited`, :meth:`forget` and
+    :meth:`report_access_fails`; the rest is for the poller's. The set of what a waiter was refused
+    grows in the poller's thread while another one of the waiter's removes from it.
 
     Args:
         poller: Calls back when acknowledgements arrive or time is up.
         statistics: Where to count.
-        wake: Called with the waiters that may go on.
+        wake: Called with the waiters that may go on, in the poller's thread. No lock is held then,
+            so it may call anything here, but until it returns no translation is acknowledged: it
+            must not wait for a thread that may be waiting for one.
         time_limit: Seconds a front-end may take to answer a miss.
 
     Attributes:
@@ -78,11 +85,15 @@ class Translations:
         self._updater = IotlbUpdater(
             self.iotlb, self._shared.users(), self._misses, statistics.traffic
         )
-        self._intake = Intake(self._updater, self._misses)
+        self._intake = Intake(self._updater)
+        # Held while questions are made and sent, so that they are sent in the order in which their
+        # acknowledgements are expected; and while what was refused is passed on to those who asked.
+        self._lock = threading.Lock()
         self._refused: dict[int, set[Page]] = {}
         self._main: Channel | None = None
         self._unsent = b""
         self._channel: Channel | None = None
+        self._lost = False
         self._alarm = math.inf
         self._asked = 0
 
@@ -93,24 +104,25 @@ class Translations:
         self.iotlb.invalidate_all()
 
     def serve(self, channel: Channel | None) -> None:
-        """Have the poller deal with plain messages of the main channel; None ends that."""
+        """Have the poller deal with plain messages of the main channel; None ends that.
+
+        Whoever takes a message from the channel calls :meth:`receive` before.
+        """
         self._main = channel
+        self._intake.main = -1
         self._poller.waiter = None if channel is None else self._wait_and_take
 
     def _wait_and_take(self, epoll: int, seconds: float) -> list[int]:
-        """Wait for descriptors; what arrives on the two channels is dealt with if it is plain."""
-        intake, main, back = self._intake, self._main, self._channel
-        assert main is not None
-        intake.main = main.fileno() if main.at_rest else -1
-        intake.back = back.fileno() if back is not None and back.at_rest else -1
-        fds, ready, unsent, settled = intake.wait(epoll, seconds)
+        """Wait for descriptors; what arrives on the main channel is dealt with if it is plain."""
+        intake = self._intake
+        if intake.main < 0 and self._main is not None and self._main.at_rest:
+            intake.main = self._main.fileno()
+        fds, ready, unsent = intake.wait(epoll, seconds)
         if ready:
             self._wake(ready)
         if unsent:
             self._unsent += unsent
-            fds.append(main.fileno())
-        if settled is not None and not self._settle(*settled):
-            fds.append(intake.back)
+            fds.append(intake.main)
         return fds
 
     def receive(self, channel: Channel) -> bool:
@@ -122,6 +134,8 @@ class Translations:
             return False
         taken, unsent, ready = self._updater.receive(channel.fileno())
         if not taken:
+            # What comes next may be taken in part.
+            self._intake.main = -1
             return False
         if unsent:
             channel.send(unsent)
@@ -149,22 +163,25 @@ class Translations:
 
     def ask(self, waiter: int, missing: Iterable[tuple[IovaRange, int]]) -> None:
         """Ask for ranges, except for pages that this waiter was refused."""
-        now = time.monotonic()
-        questions = self._misses.ask(
-            waiter, missing, now, acknowledged=self.acknowledged, skip=self.refused(waiter)
-        )
-        if questions:
-            self._send_questions(questions)
-        # An early look is cheaper than moving the alarm for each miss.
-        if now + (REPEAT_AFTER if self.acknowledged else self._time_limit) < self._alarm:
-            self._arm()
+        refused = self.refused(waiter)
+        with self._lock:
+            now = time.monotonic()
+            questions = self._misses.ask(
+                waiter, missing, now, acknowledged=self.acknowledged, skip=refused
+            )
+            if questions:
+                self._send_questions(questions)
+            # An early look is cheaper than moving the alarm for each miss.
+            due = now + (REPEAT_AFTER if self.acknowledged else self._time_limit)
+            if due < self._alarm:
+                self._alarm = due
+                self._poller.again(self._arm)
 
     def refused(self, waiter: int) -> set[Page]:
         """The pages that a waiter asked for in vain; remove those that were dealt with."""
         refused = self._refused.get(waiter)
-        if refused is None:
-            refused = self._refused[waiter] = set()
-        return refused
+        # In one step, as two threads may be here.
+        return self._refused.setdefault(waiter, set()) if refused is None else refused
 
     def awaited(self, waiter: int) -> int:
         """How many questions of a waiter are still open."""
@@ -172,22 +189,24 @@ class Translations:
 
     def forget(self, waiter: int) -> None:
         """Somebody does not wait any more."""
-        self._misses.forget(waiter)
-        self._refused.pop(waiter, None)
+        with self._lock:
+            self._misses.forget(waiter)
+            self._refused.pop(waiter, None)
 
     def report_access_fails(self, fails: list[tuple[IovaRange, int]]) -> None:
         """Tell the front-end what was attempted and is not allowed, or some of it if it is much."""
-        self._stats.access_fails += len(fails)
-        self._send(
-            b"".join(
-                encode_iotlb(
-                    BackendRequest.IOTLB_MSG,
-                    IotlbMessage.access_fail(base, length, access),
-                    need_reply=False,
-                )
-                for (base, length), access in fails[:MAX_REPORTS]
+        messages = b"".join(
+            encode_iotlb(
+                BackendRequest.IOTLB_MSG,
+                IotlbMessage.access_fail(base, length, access),
+                need_reply=False,
             )
+            for (base, length), access in fails[:MAX_REPORTS]
         )
+        with self._lock:
+            self._stats.access_fails += len(fails)
+            if messages:
+                self._send(messages)
 
     def set_channel(self, fd: int) -> None:
         """Take the socket to ask on; it replaces an earlier one.
@@ -196,20 +215,27 @@ class Translations:
             ProtocolError: It is no such socket.
         """
         channel = Channel.from_fd(fd)
-        self._close_channel()
-        self._channel = channel
-        self._poller.add(channel.fileno(), self._receive_replies)
-        # Acknowledgements say nothing but their order, which is another one now.
-        self._wake(self._misses.reset())
+        with self._lock:
+            self._close_channel()
+            self._channel = channel
+            self._poller.add(channel.fileno(), self._receive_replies)
+            # Acknowledgements say nothing but their order, which is another one now.
+            waiters = self._misses.reset()
+        self._wake(waiters)
 
     def close(self) -> None:
         """Stop asking and release everything. Calling it again does nothing."""
         self.serve(None)
-        self._close_channel()
+        with self._lock:
+            self._close_channel()
+            # Nothing is to be watched any more, whoever still asks.
+            self._alarm = -math.inf
         self._poller.clear_timer(self)
         self._shared = SharedMemory()
 
     def _close_channel(self) -> None:
+        """Close the back-end channel. The lock is held here, so that nobody is sending."""
+        self._lost = False
         if self._channel is not None:
             self._poller.remove(self._channel.fileno())
             self._channel.close()
@@ -220,11 +246,20 @@ class Translations:
         if channel is None:
             return
         try:
-            if not channel.at_rest or not self._settle(*self._misses.receive(channel.fileno())):
+            if not channel.at_rest or not self._receive_run(channel):
                 # Incomplete, the end of the stream, or what no front-end may send.
                 self._receive_one_by_one(channel)
         except GuestioError as error:
-            self._lose_channel(error)
+            with self._lock:
+                self._lose_channel(error)
+
+    def _receive_run(self, channel: Channel) -> bool:
+        """Take acknowledgements; False if there is something else."""
+        with self._lock:
+            done, refused, ready = self._misses.receive(channel.fileno())
+            ready += self._pass_on(refused)
+        self._wake(ready)
+        return done
 
     def _receive_one_by_one(self, channel: Channel) -> None:
         for _ in range(TURN):
@@ -235,22 +270,27 @@ class Translations:
                 return
             with message:
                 value = decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
-            self._settle(True, *self._misses.acknowledge(value))
+            with self._lock:
+                refused, ready = self._misses.acknowledge(value)
+                ready += self._pass_on(refused)
+            self._wake(ready)
         self._poller.again(self._receive_replies)
 
-    def _settle(self, done: bool, refused: list[Question], ready: list[int]) -> bool:
-        for question in refused:
-            self._refuse(question)
-        if ready:
-            self._wake(ready)
-        return done
+    def _pass_on(self, refused: list[Question]) -> list[int]:
+        """Remember what was refused for those who asked; those of them who wait for nothing more.
 
-    def _refuse(self, question: Question) -> None:
-        self._stats.iotlb_refused += 1
-        for waiter in question.waiting:
-            self.refused(waiter).add((question.iova, question.access))
-        # What else they asked for may still come.
-        self._wake([w for w in question.waiting if not self._misses.awaited(w)])
+        Under the lock since the questions were settled, or else somebody who was forgotten
+        meanwhile would be told.
+        """
+        ready = []
+        for question in refused:
+            self._stats.iotlb_refused += 1
+            for waiter in question.waiting:
+                self.refused(waiter).add((question.iova, question.access))
+                # What else it asked for may still come.
+                if not self._misses.awaited(waiter):
+                    ready.append(waiter)
+        return ready
 
     def _send_questions(self, questions: bytes) -> None:
         asked = self._misses.asked
@@ -260,7 +300,7 @@ class Translations:
 
     def _send(self, messages: bytes) -> None:
         """Send messages, all at once: a socket's buffer holds few small ones but one large one."""
-        if self._channel is None or not messages:
+        if self._channel is None or self._lost:
             return
         try:
             self._channel.send(messages)
@@ -268,25 +308,39 @@ class Translations:
             self._lose_channel(error)
 
     def _lose_channel(self, error: GuestioError) -> None:
+        """Use the back-end channel no more; closing it is for the thread that waits for it."""
+        if self._channel is None or self._lost:
+            return
         if not isinstance(error, PeerGoneError):
             log.error("the back-end channel is of no use any more: %s", str(error))
-        self._close_channel()
+        self._lost = True
+        self._poller.again(self._close_lost)
+
+    def _close_lost(self) -> None:
+        with self._lock:
+            if self._lost:
+                self._close_channel()
 
     def _arm(self) -> None:
         """Have a look once a question is late, as long as any is open."""
-        deadline = self._misses.deadline()
-        self._alarm = math.inf if deadline is None else deadline
+        with self._lock:
+            if self._alarm == -math.inf:
+                return
+            deadline = self._misses.deadline()
+            self._alarm = math.inf if deadline is None else deadline
         if deadline is not None:
             self._poller.set_timer(self, deadline, self._look)
 
     def _look(self) -> None:
         """Deal with questions that are late: ask again, and give up in the end."""
         now = time.monotonic()
-        for question in self._misses.expired(now):
-            self._stats.iotlb_timeouts += 1
-            self._refuse(question)
-        again, ready = self._misses.repeat(now)
-        if again:
-            self._send_questions(again)
-        self._wake([*ready, *self._misses.starved(now)])
+        with self._lock:
+            late = self._misses.expired(now)
+            self._stats.iotlb_timeouts += len(late)
+            ready = self._pass_on(late)
+            again, unasked = self._misses.repeat(now)
+            if again:
+                self._send_questions(again)
+            ready += unasked + self._misses.starved(now)
+        self._wake(ready)
         self._arm()
