@@ -179,11 +179,12 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["served", "processed"])
+@pytest.fixture(params=["served", "processed", "without threads"])
 def disk(image: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
-    """A disk whose requests take either way into the device."""
-    device = BlockDevice(image)
-    yield Disk(device, served=request.param == "served")
+    """A disk whose requests take any of the ways into the device."""
+    threads = 0 if request.param == "without threads" else 3
+    device = BlockDevice(image, io_threads=threads)
+    yield Disk(device, served=request.param != "processed")
     device.close()
 
 

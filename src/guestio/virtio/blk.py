@@ -137,6 +137,11 @@ class BlockDevice(Device):
         )
         self._lock = threading.Lock()
         self._errors = 0
+<<<<<<< HEAD
+        self._flushing = threading.Lock()
+        self._failed_flushes = 0
+=======
+>>>>>>> ac2e652f0bc8718a72e9abdeafc3e862efeb7e44
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
         self._serve: dict[int, Callable[[int, Chain], int]] = {
@@ -183,6 +188,12 @@ class BlockDevice(Device):
             The bytes written. A future of it if the request may wait for the disk and there are
             threads for that.
         """
+<<<<<<< HEAD
+        if self._closed:
+            self._count_error()
+            return _answer(chain.writable, S_IOERR, 0) if chain.writable.total else 0
+=======
+>>>>>>> ac2e652f0bc8718a72e9abdeafc3e862efeb7e44
         if not self.io_threads:
             return self._serve_waiting(chain)
         # What was not cached a moment ago often is by now: the look before started to read it.
@@ -190,11 +201,17 @@ class BlockDevice(Device):
         if served is not None:
             return served
         with self._lock:
+<<<<<<< HEAD
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.io_threads, "guestio-blk")
+            return self._pool.submit(self._serve_waiting, chain)
+=======
             if not self._closed:
                 if self._pool is None:
                     self._pool = ThreadPoolExecutor(self.io_threads, "guestio-blk")
                 return self._pool.submit(self._serve_waiting, chain)
         return self._serve_waiting(chain)
+>>>>>>> ac2e652f0bc8718a72e9abdeafc3e862efeb7e44
 
     def _serve_waiting(self, chain: Chain) -> int:
         """Serve any request, in whichever thread has the time."""
@@ -205,8 +222,6 @@ class BlockDevice(Device):
         if not writable.total:
             return 0
         try:
-            if self._fd < 0:
-                raise OSError(errno.EBADF, "the device is closed")
             kind, _, sector = _HEADER.unpack(readable.read(0, _HEADER.size))
             serve = self._serve.get(kind)
             if serve is None:
@@ -236,8 +251,19 @@ class BlockDevice(Device):
         return sector * SECTOR
 
     def _flush(self, sector: int, chain: Chain) -> int:
-        if not self.read_only:
-            os.fdatasync(self._fd)
+        if self.read_only:
+            return 0
+        failed = self._failed_flushes
+        with self._flushing:
+            try:
+                os.fdatasync(self._fd)
+            except OSError:
+                self._failed_flushes += 1
+                raise
+            # Of data that was lost the kernel tells once, to whoever asks first; the others that
+            # asked for it meanwhile must not believe that it is safe.
+            if self._failed_flushes != failed:
+                raise OSError(errno.EIO, "another flush of the same data failed")
         return 0
 
     def _get_id(self, sector: int, chain: Chain) -> int:
