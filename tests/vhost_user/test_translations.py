@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -47,6 +48,16 @@ class Hesitant(Translations):
     def _send(self, messages: bytes) -> None:
         time.sleep(next(self.pauses))
         super()._send(messages)
+
+
+class Counting(Translations):
+    """Counts how often it looks for what is late."""
+
+    looks = 0
+
+    def _look(self) -> None:
+        self.looks += 1
+        super()._look()
 
 
 def refuses(iova: int) -> bool:
@@ -239,6 +250,27 @@ def test_a_channel_that_another_thread_finds_gone_is_closed_by_the_poller(rig: R
         message = back.recv(5)
         assert message is not None
         assert IotlbMessage.decode(message.payload) == IotlbMessage.miss(0x100000, PAGE, 1)
+    assert rig.failures == []
+
+
+def test_the_time_is_watched_only_while_something_is_open() -> None:
+    """And then not for each question: a look is due every few milliseconds at most."""
+    rig = Rig(Counting)
+    rig.start()
+    try:
+        assert isinstance(rig.translations, Counting)
+        started = time.monotonic()
+        for i in range(300):
+            if not refuses(i * PAGE):
+                rig.learn(0, [i * PAGE])
+        looks = rig.translations.looks
+        assert looks <= (time.monotonic() - started) / REPEAT_AFTER + 1
+        until(lambda: rig.poller._due == math.inf)
+        looks = rig.translations.looks
+        time.sleep(10 * REPEAT_AFTER)
+        assert rig.translations.looks == looks
+    finally:
+        rig.close()
     assert rig.failures == []
 
 

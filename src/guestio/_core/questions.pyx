@@ -38,7 +38,11 @@ PAGE = PAGE_BYTES
 """Front-ends answer a page at a time, so that is how they are asked."""
 
 MAX_OUTSTANDING = SLOTS // 2
-"""Questions in flight at a time. All of them fit in a socket's buffer, so asking never waits."""
+"""Questions in flight at a time.
+
+All of them, each asked twice, fit in a socket's buffer, so asking does not wait; unless nearly each
+is sent alone, as the buffer holds fewer than 300 messages that are.
+"""
 
 REPEAT_AFTER = 0.005
 """Seconds without an answer after which a question is asked again.
