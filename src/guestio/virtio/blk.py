@@ -137,11 +137,8 @@ class BlockDevice(Device):
         )
         self._lock = threading.Lock()
         self._errors = 0
-<<<<<<< HEAD
         self._flushing = threading.Lock()
         self._failed_flushes = 0
-=======
->>>>>>> ac2e652f0bc8718a72e9abdeafc3e862efeb7e44
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
         self._serve: dict[int, Callable[[int, Chain], int]] = {
@@ -188,30 +185,20 @@ class BlockDevice(Device):
             The bytes written. A future of it if the request may wait for the disk and there are
             threads for that.
         """
-<<<<<<< HEAD
-        if self._closed:
-            self._count_error()
-            return _answer(chain.writable, S_IOERR, 0) if chain.writable.total else 0
-=======
->>>>>>> ac2e652f0bc8718a72e9abdeafc3e862efeb7e44
-        if not self.io_threads:
-            return self._serve_waiting(chain)
-        # What was not cached a moment ago often is by now: the look before started to read it.
-        served = self.server.process(chain, wait=False)
-        if served is not None:
-            return served
-        with self._lock:
-<<<<<<< HEAD
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self.io_threads, "guestio-blk")
-            return self._pool.submit(self._serve_waiting, chain)
-=======
-            if not self._closed:
-                if self._pool is None:
-                    self._pool = ThreadPoolExecutor(self.io_threads, "guestio-blk")
-                return self._pool.submit(self._serve_waiting, chain)
-        return self._serve_waiting(chain)
->>>>>>> ac2e652f0bc8718a72e9abdeafc3e862efeb7e44
+        if not self._closed:
+            if not self.io_threads:
+                return self._serve_waiting(chain)
+            # What was not cached a moment ago may be by now: that look started to read it.
+            served = self.server.process(chain, wait=False)
+            if served is not None:
+                return served
+            with self._lock:
+                if not self._closed:
+                    if self._pool is None:
+                        self._pool = ThreadPoolExecutor(self.io_threads, "guestio-blk")
+                    return self._pool.submit(self._serve_waiting, chain)
+        self._count_error()
+        return _answer(chain.writable, S_IOERR, 0) if chain.writable.total else 0
 
     def _serve_waiting(self, chain: Chain) -> int:
         """Serve any request, in whichever thread has the time."""
