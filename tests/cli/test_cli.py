@@ -1,5 +1,6 @@
 """The ``guestio`` command, run as a user runs it."""
 
+import os
 import re
 import signal
 import socket
@@ -44,6 +45,8 @@ def test_help_teaches_a_whole_qemu_command_line():
         (["blk", "disk.img", "--socket", "no/such/dir/s"], "cannot listen on"),
         (["blk", "disk.img", "--socket", "disk.img"], "not a socket"),
         (["blk", "disk.img", "--socket", "s", "--num-queues", "0"], "num-queues"),
+        (["blk", "disk.img", "--socket", "s", "--io-threads", "65"], "io-threads"),
+        (["blk", "disk.img", "--socket", "s", "--io-threads", "-1"], "io-threads"),
         (["blk", "disk.img", "--socket", "s", "--serial", "x" * 21], "longer than 20"),
         (["blk", "disk.img", "--socket", "s", "--iommu", "maybe"], "maybe"),
         (["blk", "odd.img", "--socket", "s"], "multiple of 512"),
@@ -100,6 +103,28 @@ def test_read_only_image_and_reconnection(tmp_path: Path, image: Path, serve):
             assert guest.config.num_queues == 4
             for queue in range(4):
                 assert guest.read(8, 4096, queue=queue) == image.read_bytes()[4096:8192]
+
+
+@pytest.mark.parametrize("threads", ["0", "1", "64"])
+def test_threads_that_wait_for_the_disk(tmp_path: Path, image: Path, serve, threads: str):
+    process = serve("--io-threads", threads)
+    contents = image.read_bytes()
+    with ScriptedGuest(tmp_path / "s.sock", iommu="strict") as guest:
+        alone = thread_count(process.pid)
+        for sector in (0, 8, 8000):
+            with image.open("r+b") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert guest.read(sector, 4096) == contents[512 * sector : 512 * sector + 4096]
+            guest.flush()
+        started = thread_count(process.pid) - alone
+    assert started == 0 if threads == "0" else 1 <= started <= int(threads)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+
+
+def thread_count(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 def test_iommu_can_be_kept_off(tmp_path: Path, serve):

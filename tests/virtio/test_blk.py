@@ -34,6 +34,7 @@ from guestio.virtio.blk import (
     T_WRITE_ZEROES,
     BlockDevice,
 )
+from guestio.virtio.device import settled
 from tests.virtio.rings import WRITE, Desc, Rig
 
 SIZE = 1 << 20
@@ -142,7 +143,7 @@ class Disk:
         assert not misses
         for chain in chains:
             assert chain.fault is None
-            ring.complete(chain, self.device.process(0, chain))
+            ring.complete(chain, settled(self.device.process(0, chain)))
         ring.publish()
 
     def read(self, sector: int, length: int, **shape: Sequence[int]) -> bytes:
@@ -178,11 +179,12 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["served", "processed"])
+@pytest.fixture(params=["served", "processed", "without threads"])
 def disk(image: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
-    """A disk whose requests take either way into the device."""
-    device = BlockDevice(image)
-    yield Disk(device, served=request.param == "served")
+    """A disk whose requests take any of the ways into the device."""
+    threads = 0 if request.param == "without threads" else 3
+    device = BlockDevice(image, io_threads=threads)
+    yield Disk(device, served=request.param != "processed")
     device.close()
 
 

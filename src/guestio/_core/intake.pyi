@@ -5,8 +5,9 @@ from typing_extensions import disjoint_base
 from guestio._core.chain import Chain, Server
 from guestio._core.iotlbwire import IotlbUpdater
 from guestio._core.misses import Misses
-from guestio._core.questions import MissTable, Question
+from guestio._core.questions import MissTable
 from guestio._core.ring import SplitRing
+from guestio.errors import GuestioError
 
 _Outcome: TypeAlias = tuple[list[Chain], Misses, int, bool]
 
@@ -36,7 +37,6 @@ class Intake:
         list[int],
         list[int],
         bytes,
-        tuple[bool, list[Question], list[int]] | None,
         bytes,
-        list[tuple[int, _Outcome | Exception | None]],
+        list[tuple[int, _Outcome | GuestioError | None]],
     ]: ...

@@ -80,12 +80,12 @@ cdef class Intake:
 
     Args:
         updater: Serves the main channel.
-        misses: Serves the back-end channel.
+        misses: The questions in flight.
         patience: Seconds that a request may wait for translations in all.
 
     Attributes:
         main: The main channel's socket, or -1 while that is not to be served here.
-        back: The back-end channel's.
+        back: The back-end channel's socket, or -1 while that is not to be used here.
         acknowledged: Whether the front-end acknowledges questions if asked to.
         alarm: When the questions will be looked at (monotonic time).
         look_after: Seconds within which a new question wants to be looked at.
@@ -133,10 +133,9 @@ cdef class Intake:
             seconds: How long to wait at most; negative for any time.
 
         Returns:
-            ``(fds, ready, unsent, settled, unasked, outcomes)``: descriptors with something else to
-            do; the waiters that miss nothing any more and are not attended; acknowledgements for
-            the main channel, and questions for the back-end channel, that could not be sent without
-            waiting; what :meth:`MissTable.receive` said if there is more to do about it, or None;
+            ``(fds, ready, unsent, unasked, outcomes)``: descriptors with something else to do; the
+            waiters that miss nothing any more and are not attended; acknowledgements for the main
+            channel, and questions for the back-end channel, that could not be sent without waiting;
             and ``(waiter, outcome)`` for each attended queue that needs a decision: what its
             ring's ``turn`` returned or raised, or None if it is only very busy.
 
@@ -147,7 +146,6 @@ cdef class Intake:
         cdef int count, rounds, timeout = -1
         cdef double until = 0
         cdef list fds = [], ready = [], outcomes = []
-        cdef object settled = None
         if seconds >= 0:
             timeout = <int>min(seconds * 1000 + 0.999, 1e9)
             until = now_seconds() + seconds
@@ -161,41 +159,34 @@ cdef class Intake:
                     raise OSError(errno, "waiting for descriptors failed")
                 PyErr_CheckSignals()
                 break
-            settled = self.serve_channels(events, count, fds, ready, outcomes)
+            self.serve_main(events, count, fds, ready, outcomes)
             self.serve_kicks(events, count, fds, outcomes)
-            if (
-                fds or ready or outcomes or self.updater.unsent or self.unasked
-                or settled is not None or not count
-            ):
+            if fds or ready or outcomes or self.updater.unsent or self.unasked or not count:
                 break
             if timeout > 0:
                 timeout = <int>max((until - now_seconds()) * 1000 + 0.999, 0)
         unasked, self.unasked = self.unasked, b""
-        return fds, ready, self.updater.take_unsent(), settled, unasked, outcomes
+        return fds, ready, self.updater.take_unsent(), unasked, outcomes
 
-    cdef object serve_channels(
+    cdef int serve_main(
         self, const epoll_event *events, int count, list fds, list ready, list outcomes
-    ):
-        """Serve the two channels, and the queues that can go on; what else is to be settled."""
+    ) except -1:
+        """Serve the main channel, before all else, and the queues that can go on."""
         cdef int i
         cdef list woken = []
-        cdef object settled = None, waiter
-        # Answers before acknowledgements, after which what lacks an answer may be refused.
+        cdef object waiter
         for i in range(count):
             if events[i].data.fd == self.main and not self.updater.receive_plain(
                 self.main, woken
             ):
                 fds.append(self.main)
-        for i in range(count):
-            if events[i].data.fd == self.back:
-                settled = self.settle(woken)
         for waiter in woken:
             queue = self.by_waiter.get(waiter)
             if queue is None:
                 ready.append(waiter)
             else:
                 self.serve(queue, outcomes)
-        return settled
+        return 0
 
     cdef int serve_kicks(
         self, const epoll_event *events, int count, list fds, list outcomes
@@ -203,7 +194,7 @@ cdef class Intake:
         cdef int i, fd
         for i in range(count):
             fd = events[i].data.fd
-            if fd == self.main or fd == self.back:
+            if fd == self.main:
                 continue
             queue = self.by_kick.get(fd)
             if queue is None:
@@ -255,17 +246,9 @@ cdef class Intake:
             return False
         questions = self.misses.ask(queue.waiter, missing, now, acknowledged=self.acknowledged)
         if questions:
+            self.updater.traffic.count_questions(questions)
             data, size = questions, len(questions)
             with nogil:
                 sent = max(c_send(self.back, data, size, MSG_DONTWAIT | MSG_NOSIGNAL), 0)
             self.unasked = questions[sent:]
         return True
-
-    cdef object settle(self, list ready):
-        """Take acknowledgements; what is left to do about them, or None."""
-        cdef tuple settled = self.misses.receive(self.back)
-        whole, refused, waiters = settled
-        if not whole or refused:
-            return settled
-        ready.extend(waiters)
-        return None

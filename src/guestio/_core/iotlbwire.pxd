@@ -1,6 +1,6 @@
 """C view of IOTLB traffic in bulk."""
 
-from guestio._core.border cimport u8, u64
+from guestio._core.border cimport Span, u8, u64
 from guestio._core.intervals cimport IntervalMap
 from guestio._core.questions cimport MissTable
 from guestio._core.wire cimport READ_AHEAD, Message
@@ -8,6 +8,7 @@ from guestio._core.wire cimport READ_AHEAD, Message
 
 cdef class Traffic:
     cdef public u64 requests
+    cdef public u64 questions
     cdef public u64 updates
     cdef public u64 invalidations
 
@@ -25,3 +26,5 @@ cdef class IotlbUpdater:
     cdef bytes acknowledge(self, int fd, size_t count)
     cdef bint apply_one(self, const u8 *data, list ready) except -1
     cdef bint change(self, const Message *message, list ready) except -1
+    cdef bint find_target(self, const Message *message, u64 rest, u64 *target) noexcept
+    cdef bint replace(self, Span span, const Message *message, u64 target) noexcept

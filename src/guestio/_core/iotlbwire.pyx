@@ -16,11 +16,13 @@ from guestio._core.wire cimport (
     READ_AHEAD, REPLY, UPDATE, VERSION, VERSION_MASK, Header, Message, c_send, look, take,
 )
 
+
 cdef class Traffic:
     """What is counted where it happens, in the core.
 
     Attributes:
         requests: Requests taken from queues.
+        questions: Questions asked, repeated ones included.
         updates: UPDATE messages applied.
         invalidations: INVALIDATE messages applied.
     """
@@ -28,6 +30,10 @@ cdef class Traffic:
     def count_requests(self, u64 count):
         """Add requests; one step, whatever other threads do."""
         self.requests += count
+
+    def count_questions(self, questions):
+        """Add what ``MissTable.ask`` returned."""
+        self.questions += <u64>len(questions) // MESSAGE_BYTES
 
 
 cdef class IotlbUpdater:
@@ -114,33 +120,49 @@ cdef class IotlbUpdater:
 
     cdef bint change(self, const Message *message, list ready) except -1:
         cdef Span span
-        cdef Cursor at
-        cdef Entry *entry
-        cdef u64 rest = message.size - 1, last
+        cdef u64 rest = message.size - 1, target = 0
+        cdef bint done
         if not message.size or rest > <u64>-1 - message.iova:
             return False
         span.first, span.last, span.empty = message.iova, message.iova + rest, False
-        if self.iotlb.leases.used(span.first, span.last):
+        if message.kind == UPDATE:
+            if not self.find_target(message, rest, &target):
+                return False
+        elif message.kind != INVALIDATE:
             return False
-        if message.kind == INVALIDATE:
-            self.iotlb.begin_change(2)
-            self.iotlb.cut_span(span)
-            self.iotlb.invalidations += 1
-            self.iotlb.end_change()
-            self.traffic.invalidations += 1
-            return True
-        if message.kind != UPDATE or message.perm > 3 or rest > <u64>-1 - message.uaddr:
+        self.iotlb.begin_change(3)
+        done = self.replace(span, message, target)
+        self.iotlb.end_change()
+        if done and message.kind == UPDATE:
+            self.misses.answer(span.first, rest, message.perm, ready)
+        return done
+
+    cdef bint find_target(self, const Message *message, u64 rest, u64 *target) noexcept:
+        """Where in guest memory an UPDATE leads to; False if it is not plain."""
+        cdef Cursor at
+        cdef Entry *entry
+        if message.perm > 3 or rest > <u64>-1 - message.uaddr:
             return False
-        last = message.uaddr + rest
         at = floor_of(&self.users.tree, message.uaddr)
         if at.leaf is NULL:
             return False
         entry = &at.leaf.entry[at.index]
-        if entry.last < last:
+        target[0] = message.uaddr + entry.delta
+        return entry.last >= message.uaddr + rest
+
+    cdef bint replace(self, Span span, const Message *message, u64 target) noexcept:
+        """Change the IOTLB, which is locked, unless somebody uses the translation.
+
+        The GIL is held since it was locked, and needed for a lease, so that nobody can begin to use
+        it in between.
+        """
+        if self.iotlb.leases.held and self.iotlb.leases.used(span.first, span.last):
             return False
-        self.iotlb.begin_change(3)
-        self.iotlb.overwrite_span(span, message.uaddr + entry.delta, message.perm)
-        self.iotlb.end_change()
-        self.traffic.updates += 1
-        self.misses.answer(span.first, rest, message.perm, ready)
+        if message.kind == INVALIDATE:
+            self.iotlb.cut_span(span)
+            self.iotlb.invalidations += 1
+            self.traffic.invalidations += 1
+        else:
+            self.iotlb.overwrite_span(span, target, message.perm)
+            self.traffic.updates += 1
         return True

@@ -46,7 +46,11 @@ cdef class Leases:
         pthread_mutex_destroy(&self.mutex)
 
     cdef int enter(self, u64 first, u64 last) except -1:
-        """Take a lease and return its slot. O(1)."""
+        """Take a lease and return its slot. O(1).
+
+        Takes the GIL, and so does whoever looks up a translation without locking the tree: as long
+        as one has it, nobody begins to use one.
+        """
         cdef int slot
         cdef Lease *grown
         pthread_mutex_lock(&self.mutex)

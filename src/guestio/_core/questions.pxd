@@ -1,8 +1,10 @@
 """C view of the questions in flight, for those who bring their answers."""
 
+from cpython.pythread cimport PyThread_type_lock
 from libc.stdint cimport int16_t, uint16_t
 
 from guestio._core.border cimport u8, u64
+from guestio._core.misses cimport Misses
 from guestio._core.wire cimport READ_AHEAD
 
 cdef enum:
@@ -28,6 +30,7 @@ cdef struct Slot:
 
 
 cdef class MissTable:
+    cdef PyThread_type_lock mutex
     cdef double time_limit
     cdef Slot slots[SLOTS]
     cdef int16_t heads[SLOTS]
@@ -43,12 +46,14 @@ cdef class MissTable:
     cdef double looked            # when that was
     cdef int open_count
     cdef int lacking[WAITERS]
-    cdef set starved_waiters
+    cdef u64 starved_waiters[WAITER_WORDS]
     cdef u8 buffer[READ_AHEAD]
     cdef readonly u64 asked
     cdef readonly u64 refused
     cdef readonly u64 timeouts
 
+    cdef void hold(self) noexcept
+    cdef void let_go(self) noexcept
     cdef int clear(self) except -1
     cdef int16_t find(self, u64 iova, int access) noexcept
     cdef int16_t find_wider(self, u64 iova, int access) noexcept
@@ -60,6 +65,7 @@ cdef class MissTable:
     cdef void release(self, int16_t slot) noexcept
     cdef bint has_room(self, int fresh, double now) noexcept
     cdef void drop_stale(self, double now) noexcept
+    cdef bytes ask_all(self, int waiter, Misses wanted, double now, bint acknowledged, skip)
     cdef int ask_range(
         self, int waiter, u64 first, u64 last, int access, double now, skip, int16_t *fresh,
         int *count,
@@ -67,11 +73,16 @@ cdef class MissTable:
     cdef int ask_page(
         self, int waiter, u64 iova, int access, double now, skip, int16_t *fresh, int *count,
     ) except -1
+    cdef bint starving(self) noexcept
     cdef int relieve(self, list ready) except -1
     cdef int answer(self, u64 first, u64 span, int perm, list ready) except -1
+    cdef int answer_range(self, u64 first, u64 span, int perm, list ready) except -1
     cdef int answer_one(self, int16_t slot, int perm, list ready) except -1
     cdef int settle(self, int16_t slot, list ready) except -1
     cdef int acknowledge_one(self, bint refuse, list refused, list ready) except -1
+    cdef bytes repeat_late(self, double now, list ready)
+    cdef int take_expired(self, double now, list late) except -1
+    cdef double earliest(self) noexcept
     cdef int refuse(self, int16_t slot, list refused, list ready) except -1
     cdef object question(self, int16_t slot)
     cdef bytes messages(self, const int16_t *which, int count, bint acknowledged, bint repeated)

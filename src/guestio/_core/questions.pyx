@@ -15,6 +15,10 @@ Each 256th question is acknowledged in any case, or else nobody would know that 
 them at all, and that there is room for more in the socket.
 """
 
+from cpython.pythread cimport (
+    NOWAIT_LOCK, WAIT_LOCK, PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock,
+    PyThread_release_lock,
+)
 from libc.string cimport memcpy, memset
 
 from guestio._core.border cimport Span, as_address, as_span
@@ -34,7 +38,11 @@ PAGE = PAGE_BYTES
 """Front-ends answer a page at a time, so that is how they are asked."""
 
 MAX_OUTSTANDING = SLOTS // 2
-"""Questions in flight at a time. All of them fit in a socket's buffer, so asking never waits."""
+"""Questions in flight at a time.
+
+All of them, each asked twice, fit in a socket's buffer, so asking does not wait; unless nearly each
+is sent alone, as the buffer holds fewer than 300 messages that are.
+"""
 
 REPEAT_AFTER = 0.005
 """Seconds without an answer after which a question is asked again.
@@ -73,7 +81,10 @@ cdef class MissTable:
     """Misses in flight, at most one for a page and access, and who waits for them.
 
     What is needed for reading and for writing at the same time is asked for once, for both. A
-    waiter is a number below 256, such as that of a queue. Not safe for several threads at once.
+    waiter is a number below 256, such as that of a queue.
+
+    Every method may be called from any thread. Whoever sends what several threads ask must keep the
+    order in which the messages were made, because acknowledgements come in that order.
 
     Args:
         time_limit: Seconds after which an unanswered question counts as refused.
@@ -84,9 +95,27 @@ cdef class MissTable:
         timeouts: Those of them that were not answered in time.
     """
 
+    def __cinit__(self):
+        self.mutex = PyThread_allocate_lock()
+        if self.mutex is NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        if self.mutex is not NULL:
+            PyThread_free_lock(self.mutex)
+
     def __init__(self, time_limit):
         self.time_limit = time_limit
         self.clear()
+
+    cdef void hold(self) noexcept:
+        """Keep other threads out. The GIL alone does not: making an object may let go of it."""
+        if not PyThread_acquire_lock(self.mutex, NOWAIT_LOCK):
+            with nogil:
+                PyThread_acquire_lock(self.mutex, WAIT_LOCK)
+
+    cdef void let_go(self) noexcept:
+        PyThread_release_lock(self.mutex)
 
     cdef int clear(self) except -1:
         """Forget everything but the counts."""
@@ -100,7 +129,7 @@ cdef class MissTable:
         self.order_first, self.order_count, self.open_count = 0, 0, 0
         self.under_way, self.unmarked = 0, 0
         self.opened, self.reached, self.reached_before, self.looked = 0, 0, 0, 0
-        self.starved_waiters = set()
+        memset(self.starved_waiters, 0, sizeof(self.starved_waiters))
         return 0
 
     def __len__(self):
@@ -197,26 +226,32 @@ cdef class MissTable:
 
         Cost: O(1) a page.
         """
-        cdef int16_t fresh[SLOTS]
-        cdef int count = 0, who = waiter_of(waiter)
-        cdef Misses known
+        cdef int who = waiter_of(waiter)
+        cdef Misses wanted
         cdef Span span
-        cdef size_t i
         if isinstance(missing, Misses):
-            known = missing
-            for i in range(known.count):
-                if not self.ask_range(
-                    who, known.item[i].first, known.item[i].last, known.item[i].access, now, skip,
-                    fresh, &count,
-                ):
-                    break
+            wanted = missing
         else:
+            wanted = Misses()
             for (base, length), access in missing:
                 as_span(base, length, &span, False)
-                if not self.ask_range(
-                    who, span.first, span.last, access, now, skip, fresh, &count
-                ):
-                    break
+                wanted.add(span.first, span.last, access, False)
+        self.hold()
+        try:
+            return self.ask_all(who, wanted, now, acknowledged, skip)
+        finally:
+            self.let_go()
+
+    cdef bytes ask_all(self, int waiter, Misses wanted, double now, bint acknowledged, skip):
+        cdef int16_t fresh[SLOTS]
+        cdef int count = 0
+        cdef size_t i
+        for i in range(wanted.count):
+            if not self.ask_range(
+                waiter, wanted.item[i].first, wanted.item[i].last, wanted.item[i].access, now,
+                skip, fresh, &count,
+            ):
+                break
         return self.messages(fresh, count, acknowledged, False)
 
     cdef bytes messages(self, const int16_t *which, int count, bint acknowledged, bint repeated):
@@ -268,7 +303,7 @@ cdef class MissTable:
             slot = self.find_wider(iova, access)
         if slot < 0:
             if not self.has_room(count[0], now):
-                self.starved_waiters.add(waiter)
+                self.starved_waiters[waiter // 64] |= <u64>1 << (waiter % 64)
                 return False
             slot = self.open_slot(iova, access, now)
             fresh[count[0]] = slot
@@ -312,11 +347,19 @@ cdef class MissTable:
         return ready
 
     cdef int answer(self, u64 first, u64 span, int perm, list ready) except -1:
+        if self.open_count:
+            self.hold()
+            try:
+                self.answer_range(first, span, perm, ready)
+                self.relieve(ready)
+            finally:
+                self.let_go()
+        return 0
+
+    cdef int answer_range(self, u64 first, u64 span, int perm, list ready) except -1:
         cdef int access
         cdef int16_t slot
         cdef u64 page = first // PAGE_BYTES * PAGE_BYTES
-        if not self.open_count:
-            return 0
         if span < PAGE_BYTES:
             for access in range(1, 4):
                 slot = self.find(page, access)
@@ -329,7 +372,7 @@ cdef class MissTable:
                     page + (PAGE_BYTES - 1) >= first and page <= first + span
                 ):
                     self.answer_one(slot, perm, ready)
-        return self.relieve(ready)
+        return 0
 
     cdef int answer_one(self, int16_t slot, int perm, list ready) except -1:
         if self.slots[slot].access & ~perm:
@@ -358,11 +401,22 @@ cdef class MissTable:
         self.release(slot)
         return 0
 
+    cdef bint starving(self) noexcept:
+        """Whether anybody could not ask for want of room."""
+        cdef int word
+        for word in range(WAITER_WORDS):
+            if self.starved_waiters[word]:
+                return True
+        return False
+
     cdef int relieve(self, list ready) except -1:
         """Add those who could not ask for want of room, once there is some."""
-        if self.starved_waiters and max(self.open_count, self.under_way) <= LIMIT // 2:
-            ready.extend(self.starved_waiters)
-            self.starved_waiters.clear()
+        cdef int waiter
+        if max(self.open_count, self.under_way) <= LIMIT // 2 and self.starving():
+            for waiter in range(WAITERS):
+                if self.starved_waiters[waiter // 64] >> (waiter % 64) & 1:
+                    ready.append(waiter)
+            memset(self.starved_waiters, 0, sizeof(self.starved_waiters))
         return 0
 
     cdef object question(self, int16_t slot):
@@ -382,7 +436,8 @@ cdef class MissTable:
         applied, or else what they answer may count as refused.
 
         Args:
-            fd: The back-end channel's socket; no message on it may be taken in part.
+            fd: The back-end channel's socket; no message on it may be taken in part, and one thread
+                at a time may receive.
 
         Returns:
             ``(all, refused, ready)``: whether there was something and all of it was whole
@@ -397,25 +452,33 @@ cdef class MissTable:
         cdef list refused = [], ready = []
         with nogil:
             size = look(fd, self.buffer)
-        while size - at >= ACK_BYTES:
-            memcpy(&header, self.buffer + at, HEADER_BYTES)
-            if header.request != FROM_BACKEND or header.size != 8 or (
-                header.flags & (VERSION_MASK | REPLY) != VERSION | REPLY
-            ):
-                break
-            memcpy(&value, self.buffer + at + HEADER_BYTES, 8)
-            self.acknowledge_one(value != 0, refused, ready)
-            at += ACK_BYTES
+        self.hold()
+        try:
+            while size - at >= ACK_BYTES:
+                memcpy(&header, self.buffer + at, HEADER_BYTES)
+                if header.request != FROM_BACKEND or header.size != 8 or (
+                    header.flags & (VERSION_MASK | REPLY) != VERSION | REPLY
+                ):
+                    break
+                memcpy(&value, self.buffer + at + HEADER_BYTES, 8)
+                self.acknowledge_one(value != 0, refused, ready)
+                at += ACK_BYTES
+            self.relieve(ready)
+        finally:
+            self.let_go()
         with nogil:
             take(fd, self.buffer, at)
-        self.relieve(ready)
         return size > 0 and at == size, refused, ready
 
     def acknowledge(self, value):
         """Take one acknowledgement; returns ``(refused, ready)`` as :meth:`receive` does."""
         cdef list refused = [], ready = []
-        self.acknowledge_one(value != 0, refused, ready)
-        self.relieve(ready)
+        self.hold()
+        try:
+            self.acknowledge_one(value != 0, refused, ready)
+            self.relieve(ready)
+        finally:
+            self.let_go()
         return refused, ready
 
     cdef int acknowledge_one(self, bint refuse, list refused, list ready) except -1:
@@ -447,14 +510,21 @@ cdef class MissTable:
 
         Cost: O(questions).
         """
+        cdef list ready = []
+        self.hold()
+        try:
+            if now < self.looked + PATIENCE:
+                return b"", ready
+            return self.repeat_late(now, ready), ready
+        finally:
+            self.let_go()
+
+    cdef bytes repeat_late(self, double now, list ready):
         cdef int16_t again[SLOTS]
         cdef int16_t slot
         cdef int count = 0, left = self.open_count
         cdef bint quiet = self.reached == self.reached_before
         cdef Slot *question
-        cdef list ready = []
-        if now < self.looked + PATIENCE:
-            return b"", ready
         self.looked, self.reached_before = now, self.reached
         for slot in range(SLOTS):
             if not left:
@@ -471,7 +541,7 @@ cdef class MissTable:
                 again[count] = slot
                 count += 1
         self.relieve(ready)
-        return self.messages(again, count, True, True), ready
+        return self.messages(again, count, True, True)
 
     cdef int refuse(self, int16_t slot, list refused, list ready) except -1:
         refused.append(self.question(slot))
@@ -486,7 +556,16 @@ cdef class MissTable:
 
         Cost: O(questions).
         """
-        cdef list late = [], unused = []
+        cdef list late = []
+        self.hold()
+        try:
+            self.take_expired(now, late)
+        finally:
+            self.let_go()
+        return [question for _, _, question in sorted(late)]
+
+    cdef int take_expired(self, double now, list late) except -1:
+        cdef list unused = []
         cdef int16_t slot
         cdef int left = self.open_count
         for slot in range(SLOTS):
@@ -500,13 +579,17 @@ cdef class MissTable:
                 self.settle(slot, unused)
         self.refused += len(late)
         self.timeouts += len(late)
-        return [question for _, _, question in sorted(late)]
+        return 0
 
     def starved(self, double now):
         """Waiters that could not ask for want of room, if there is room now."""
         cdef list ready = []
-        self.drop_stale(now)
-        self.relieve(ready)
+        self.hold()
+        try:
+            self.drop_stale(now)
+            self.relieve(ready)
+        finally:
+            self.let_go()
         return ready
 
     def deadline(self):
@@ -514,6 +597,14 @@ cdef class MissTable:
 
         Cost: O(questions).
         """
+        cdef double first
+        self.hold()
+        first = self.earliest()
+        self.let_go()
+        return None if first < 0 else first
+
+    cdef double earliest(self) noexcept:
+        """When the next question is late; negative if none is."""
         cdef int16_t slot
         cdef int left = self.open_count
         cdef double first = -1, due
@@ -527,11 +618,11 @@ cdef class MissTable:
                     due = min(due, max(self.slots[slot].asked, self.looked) + PATIENCE)
                 if first < 0 or due < first:
                     first = due
-        if self.starved_waiters and self.order_count:
+        if self.order_count and self.starving():
             due = self.slots[self.order[self.order_first % SLOTS]].asked + self.time_limit
             if first < 0 or due < first:
                 first = due
-        return None if first < 0 else first
+        return first
 
     def awaited(self, waiter):
         """How many questions of a waiter are not settled."""
@@ -544,20 +635,26 @@ cdef class MissTable:
             Everybody who waited and has to ask again.
         """
         cdef int waiter
-        waiters = self.starved_waiters.union(
-            [waiter for waiter in range(WAITERS) if self.lacking[waiter]]
-        )
+        cdef list waiters = []
+        self.hold()
+        for waiter in range(WAITERS):
+            if self.lacking[waiter] or self.starved_waiters[waiter // 64] >> (waiter % 64) & 1:
+                waiters.append(waiter)
         self.clear()
-        return list(waiters)
+        self.let_go()
+        return waiters
 
     def forget(self, waiter):
         """Somebody does not wait any more."""
         cdef int who = waiter_of(waiter)
         cdef int16_t slot
-        self.starved_waiters.discard(who)
+        cdef u64 others = ~(<u64>1 << (who % 64))
+        self.hold()
+        self.starved_waiters[who // 64] &= others
         self.lacking[who] = 0
         for slot in range(SLOTS):
-            self.slots[slot].waiting[who // 64] &= ~(<u64>1 << (who % 64))
+            self.slots[slot].waiting[who // 64] &= others
+        self.let_go()
 
 
 cdef inline bint is_awaited(const Slot *question) noexcept:

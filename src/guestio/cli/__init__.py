@@ -14,7 +14,7 @@ import guestio
 from guestio.cli.bench import bench
 from guestio.errors import GuestioError
 from guestio.vhost_user import Backend
-from guestio.virtio.blk import BlockDevice
+from guestio.virtio.blk import IO_THREADS, MAX_IO_THREADS, BlockDevice
 
 BLK_HELP = """Serve IMAGE as a disk over vhost-user.
 
@@ -80,6 +80,16 @@ def cli() -> None:
     metavar="N",
     help="Microseconds to look out for the next request before sleeping.",
 )
+@click.option(
+    "--io-threads",
+    type=click.IntRange(0, MAX_IO_THREADS),
+    default=IO_THREADS,
+    show_default=True,
+    metavar="N",
+    help="Threads that wait for the disk: for reads of what is not in the page cache, flushes and "
+    "discards. Others are served meanwhile. 0: everybody waits for each, which takes least CPU "
+    "time. Cached reads, and writes, never need them.",
+)
 @click.option("--serial", metavar="TEXT", help="Serial number, up to 20 ASCII characters.")
 def blk(
     image: str,
@@ -89,13 +99,20 @@ def blk(
     iommu: Literal["auto", "off"],
     indirect: Literal["auto", "on", "off"],
     poll_us: int,
+    io_threads: int,
     serial: str | None,
 ) -> None:
     """Serve an image; the help text is ``BLK_HELP``."""
     _log_to_stderr()
     try:
         with ExitStack() as stack:
-            device = BlockDevice(image, read_only=read_only, num_queues=num_queues, serial=serial)
+            device = BlockDevice(
+                image,
+                read_only=read_only,
+                num_queues=num_queues,
+                serial=serial,
+                io_threads=io_threads,
+            )
             stack.callback(device.close)
             backend = stack.enter_context(
                 Backend(device, path, iommu=iommu, indirect=indirect, poll_us=poll_us)

@@ -23,7 +23,6 @@ class Statistics:
         protocol_errors: Front-ends disconnected because they broke the protocol.
         dirty_pages: Pages of guest memory written; counted when a front-end goes, if tracked.
         iotlb_hits: Ranges translated without asking; counted when a front-end goes.
-        iotlb_misses: Translations asked for.
         iotlb_refused: Translations asked for in vain.
         iotlb_timeouts: Those of them that the front-end did not answer in time.
         access_fails: Accesses that their translation forbade.
@@ -36,7 +35,6 @@ class Statistics:
     protocol_errors: int = 0
     dirty_pages: int = 0
     iotlb_hits: int = 0
-    iotlb_misses: int = 0
     iotlb_refused: int = 0
     iotlb_timeouts: int = 0
     access_fails: int = 0
@@ -52,6 +50,11 @@ class Statistics:
     def requests(self) -> int:
         """Requests taken from queues."""
         return self.traffic.requests
+
+    @property
+    def iotlb_misses(self) -> int:
+        """Translations asked for."""
+        return self.traffic.questions
 
     @property
     def iotlb_updates(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -52,24 +53,32 @@ TURN = 64
 Outcome = tuple[list[Chain], Misses, int, bool]
 """What a ring's ``turn`` returns."""
 
-_QueueOutcome = tuple[int, Outcome | Exception | None]
+QueueOutcome = tuple[int, Outcome | GuestioError | None]
+"""A queue's number, and what its turn returned or raised; None if it is only very busy."""
 
 Page = tuple[int, int]
 """Address of a page and what is to be done with it."""
 
 
 class Translations:
-    """The IOTLB of a connection and the traffic that fills it. For the poller's thread only.
+    """The IOTLB of a connection and the traffic that fills it.
+
+    Any thread may call :meth:`ask`, :meth:`refused`, :meth:`awaited`, :meth:`forget` and
+    :meth:`report_access_fails`; the rest is for the poller's. The set of what a waiter was refused
+    grows in the poller's thread while another one of the waiter's removes from it.
 
     Args:
         poller: Calls back when acknowledgements arrive or time is up.
         statistics: Where to count.
-        wake: Called with the waiters that may go on.
+        wake: Called with the waiters that may go on, in the poller's thread. No lock is held then,
+            so it may call anything here, but until it returns no translation is acknowledged: it
+            must not wait for a thread that may be waiting for one.
         time_limit: Seconds a front-end may take to answer a miss.
 
     Attributes:
         iotlb: What is known.
-        intake: Does what is ordinary in the core.
+        intake: Does what is ordinary in the core. It asks without the lock that other threads ask
+            with, so it serves no queue where there are such threads.
         patience: Seconds that a request may wait for translations in all.
     """
 
@@ -81,23 +90,26 @@ class Translations:
         time_limit: float,
     ) -> None:
         self.iotlb = Iotlb(MAX_TRANSLATIONS)
+        self.patience = PATIENCE * time_limit
         self._poller = poller
         self._stats = statistics
         self._wake = wake
         self._shared = SharedMemory()
         self._time_limit = time_limit
-        self.patience = PATIENCE * time_limit
         self._misses = MissTable(time_limit)
         self._updater = IotlbUpdater(
             self.iotlb, self._shared.users(), self._misses, statistics.traffic
         )
         self.intake = Intake(self._updater, self._misses, self.patience)
         self.set_acknowledged(False)
+        # Held while questions are made and sent, so that they are sent in the order in which their
+        # acknowledgements are expected; and while what was refused is passed on to those who asked.
+        self._lock = threading.Lock()
         self._refused: dict[int, set[Page]] = {}
         self._main: Channel | None = None
         self._unsent = b""
         self._channel: Channel | None = None
-        self._asked = 0
+        self._lost = False
 
     def change_memory(self, shared: SharedMemory) -> None:
         """Follow the memory table; what was known is asked for again."""
@@ -111,10 +123,14 @@ class Translations:
         self.intake.look_after = REPEAT_AFTER if acknowledged else self._time_limit
 
     def serve(self, channel: Channel | None) -> None:
-        """Deal with plain messages of the main channel while waiting; None ends that."""
-        self._main = channel
+        """Deal with plain messages of the main channel while waiting; None ends that.
 
-    def wait(self, epoll: int, seconds: float) -> tuple[list[int], list[_QueueOutcome]]:
+        Whoever takes a message from the channel calls :meth:`receive` before.
+        """
+        self._main = channel
+        self.intake.main = -1
+
+    def wait(self, epoll: int, seconds: float) -> tuple[list[int], list[QueueOutcome]]:
         """Wait for descriptors; all that is ordinary is dealt with.
 
         Args:
@@ -125,10 +141,10 @@ class Translations:
             The descriptors that are left to do, and what became of attended queues that need a
             decision, as from ``Intake.wait``.
         """
-        intake, main, back = self.intake, self._main, self._channel
-        intake.main = main.fileno() if main is not None and main.at_rest else -1
-        intake.back = back.fileno() if back is not None and back.at_rest else -1
-        fds, ready, unsent, settled, unasked, outcomes = intake.wait(epoll, seconds)
+        intake = self.intake
+        if intake.main < 0 and self._main is not None and self._main.at_rest:
+            intake.main = self._main.fileno()
+        fds, ready, unsent, unasked, outcomes = intake.wait(epoll, seconds)
         if ready:
             self._wake(ready)
         if unsent:
@@ -136,8 +152,6 @@ class Translations:
             fds.append(intake.main)
         if unasked:
             self._send(unasked)
-        if settled is not None and not self._settle(*settled):
-            fds.append(intake.back)
         return fds, outcomes
 
     def receive(self, channel: Channel) -> bool:
@@ -149,6 +163,8 @@ class Translations:
             return False
         taken, unsent, ready = self._updater.receive(channel.fileno())
         if not taken:
+            # What comes next may be taken in part.
+            self.intake.main = -1
             return False
         if unsent:
             channel.send(unsent)
@@ -176,22 +192,25 @@ class Translations:
 
     def ask(self, waiter: int, missing: Iterable[tuple[IovaRange, int]]) -> None:
         """Ask for ranges, except for pages that this waiter was refused."""
-        now = time.monotonic()
-        questions = self._misses.ask(
-            waiter, missing, now, acknowledged=self.intake.acknowledged, skip=self.refused(waiter)
-        )
-        if questions:
-            self._send_questions(questions)
-        # An early look is cheaper than moving the alarm for each miss.
-        if now + self.intake.look_after < self.intake.alarm:
-            self._arm()
+        refused = self.refused(waiter)
+        with self._lock:
+            now = time.monotonic()
+            questions = self._misses.ask(
+                waiter, missing, now, acknowledged=self.intake.acknowledged, skip=refused
+            )
+            if questions:
+                self._send_questions(questions)
+            # An early look is cheaper than moving the alarm for each miss.
+            due = now + self.intake.look_after
+            if due < self.intake.alarm:
+                self.intake.alarm = due
+                self._poller.again(self._arm)
 
     def refused(self, waiter: int) -> set[Page]:
         """The pages that a waiter asked for in vain; remove those that were dealt with."""
         refused = self._refused.get(waiter)
-        if refused is None:
-            refused = self._refused[waiter] = set()
-        return refused
+        # In one step, as two threads may be here.
+        return self._refused.setdefault(waiter, set()) if refused is None else refused
 
     def awaited(self, waiter: int) -> int:
         """How many questions of a waiter are still open."""
@@ -199,23 +218,24 @@ class Translations:
 
     def forget(self, waiter: int) -> None:
         """Somebody does not wait any more."""
-        self.intake.leave(waiter)
-        self._misses.forget(waiter)
-        self._refused.pop(waiter, None)
+        with self._lock:
+            self._misses.forget(waiter)
+            self._refused.pop(waiter, None)
 
     def report_access_fails(self, fails: list[tuple[IovaRange, int]]) -> None:
         """Tell the front-end what was attempted and is not allowed, or some of it if it is much."""
-        self._stats.access_fails += len(fails)
-        self._send(
-            b"".join(
-                encode_iotlb(
-                    BackendRequest.IOTLB_MSG,
-                    IotlbMessage.access_fail(base, length, access),
-                    need_reply=False,
-                )
-                for (base, length), access in fails[:MAX_REPORTS]
+        messages = b"".join(
+            encode_iotlb(
+                BackendRequest.IOTLB_MSG,
+                IotlbMessage.access_fail(base, length, access),
+                need_reply=False,
             )
+            for (base, length), access in fails[:MAX_REPORTS]
         )
+        with self._lock:
+            self._stats.access_fails += len(fails)
+            if messages:
+                self._send(messages)
 
     def set_channel(self, fd: int) -> None:
         """Take the socket to ask on; it replaces an earlier one.
@@ -224,20 +244,29 @@ class Translations:
             ProtocolError: It is no such socket.
         """
         channel = Channel.from_fd(fd)
-        self._close_channel()
-        self._channel = channel
-        self._poller.add(channel.fileno(), self._receive_replies)
-        # Acknowledgements say nothing but their order, which is another one now.
-        self._wake(self._misses.reset())
+        with self._lock:
+            self._close_channel()
+            self._channel = channel
+            self.intake.back = channel.fileno()
+            self._poller.add(channel.fileno(), self._receive_replies)
+            # Acknowledgements say nothing but their order, which is another one now.
+            waiters = self._misses.reset()
+        self._wake(waiters)
 
     def close(self) -> None:
         """Stop asking and release everything. Calling it again does nothing."""
-        self._main = None
-        self._close_channel()
+        self.serve(None)
+        with self._lock:
+            self._close_channel()
+            # Nothing is to be watched any more, whoever still asks.
+            self.intake.alarm = -math.inf
         self._poller.clear_timer(self)
         self._shared = SharedMemory()
 
     def _close_channel(self) -> None:
+        """Close the back-end channel. The lock is held here, so that nobody is sending."""
+        self._lost = False
+        self.intake.back = -1
         if self._channel is not None:
             self._poller.remove(self._channel.fileno())
             self._channel.close()
@@ -248,11 +277,20 @@ class Translations:
         if channel is None:
             return
         try:
-            if not channel.at_rest or not self._settle(*self._misses.receive(channel.fileno())):
+            if not channel.at_rest or not self._receive_run(channel):
                 # Incomplete, the end of the stream, or what no front-end may send.
                 self._receive_one_by_one(channel)
         except GuestioError as error:
-            self._lose_channel(error)
+            with self._lock:
+                self._lose_channel(error)
+
+    def _receive_run(self, channel: Channel) -> bool:
+        """Take acknowledgements; False if there is something else."""
+        with self._lock:
+            done, refused, ready = self._misses.receive(channel.fileno())
+            ready += self._pass_on(refused)
+        self._wake(ready)
+        return done
 
     def _receive_one_by_one(self, channel: Channel) -> None:
         for _ in range(TURN):
@@ -263,33 +301,36 @@ class Translations:
                 return
             with message:
                 value = decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
-            self._settle(True, *self._misses.acknowledge(value))
+            with self._lock:
+                refused, ready = self._misses.acknowledge(value)
+                ready += self._pass_on(refused)
+            self._wake(ready)
         self._poller.again(self._receive_replies)
 
-    def _settle(self, done: bool, refused: list[Question], ready: list[int]) -> bool:
-        for question in refused:
-            self._refuse(question)
-        if ready:
-            self._wake(ready)
-        return done
+    def _pass_on(self, refused: list[Question]) -> list[int]:
+        """Remember what was refused for those who asked; those of them who wait for nothing more.
 
-    def _refuse(self, question: Question) -> None:
-        self._stats.iotlb_refused += 1
-        for waiter in question.waiting:
-            self.intake.leave(waiter)
-            self.refused(waiter).add((question.iova, question.access))
-        # What else they asked for may still come.
-        self._wake([w for w in question.waiting if not self._misses.awaited(w)])
+        Under the lock since the questions were settled, or else somebody who was forgotten
+        meanwhile would be told.
+        """
+        ready = []
+        for question in refused:
+            self._stats.iotlb_refused += 1
+            for waiter in question.waiting:
+                self.intake.leave(waiter)
+                self.refused(waiter).add((question.iova, question.access))
+                # What else it asked for may still come.
+                if not self._misses.awaited(waiter):
+                    ready.append(waiter)
+        return ready
 
     def _send_questions(self, questions: bytes) -> None:
-        asked = self._misses.asked
-        self._stats.iotlb_misses += asked - self._asked
-        self._asked = asked
+        self._stats.traffic.count_questions(questions)
         self._send(questions)
 
     def _send(self, messages: bytes) -> None:
         """Send messages, all at once: a socket's buffer holds few small ones but one large one."""
-        if self._channel is None or not messages:
+        if self._channel is None or self._lost:
             return
         try:
             self._channel.send(messages)
@@ -297,25 +338,39 @@ class Translations:
             self._lose_channel(error)
 
     def _lose_channel(self, error: GuestioError) -> None:
+        """Use the back-end channel no more; closing it is for the thread that waits for it."""
+        if self._channel is None or self._lost:
+            return
         if not isinstance(error, PeerGoneError):
             log.error("the back-end channel is of no use any more: %s", str(error))
-        self._close_channel()
+        self._lost = True
+        self._poller.again(self._close_lost)
+
+    def _close_lost(self) -> None:
+        with self._lock:
+            if self._lost:
+                self._close_channel()
 
     def _arm(self) -> None:
         """Have a look once a question is late, as long as any is open."""
-        deadline = self._misses.deadline()
-        self.intake.alarm = math.inf if deadline is None else deadline
+        with self._lock:
+            if self.intake.alarm == -math.inf:
+                return
+            deadline = self._misses.deadline()
+            self.intake.alarm = math.inf if deadline is None else deadline
         if deadline is not None:
             self._poller.set_timer(self, deadline, self._look)
 
     def _look(self) -> None:
         """Deal with questions that are late: ask again, and give up in the end."""
         now = time.monotonic()
-        for question in self._misses.expired(now):
-            self._stats.iotlb_timeouts += 1
-            self._refuse(question)
-        again, ready = self._misses.repeat(now)
-        if again:
-            self._send_questions(again)
-        self._wake([*ready, *self._misses.starved(now)])
+        with self._lock:
+            late = self._misses.expired(now)
+            self._stats.iotlb_timeouts += len(late)
+            ready = self._pass_on(late)
+            again, unasked = self._misses.repeat(now)
+            if again:
+                self._send_questions(again)
+            ready += unasked + self._misses.starved(now)
+        self._wake(ready)
         self._arm()

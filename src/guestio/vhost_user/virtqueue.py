@@ -331,18 +331,17 @@ class Virtqueue:
         if self._host.intake is not None:
             self._host.intake.leave(self.index)
 
-    def go_on(self, outcome: Outcome | Exception | None) -> None:
+    def go_on(self, outcome: Outcome | GuestioError | None) -> None:
         """Take a queue over that was served in the core, with what is to be decided."""
         with self._lock:
+            ring = self._ring
             try:
-                if isinstance(outcome, Exception):
-                    raise outcome
-                ring = self._ring
-                if outcome and ring is not None and self._conclude(ring, outcome) is None:
-                    return
+                if isinstance(outcome, GuestioError):
+                    self._break(outcome)
+                elif outcome is None or ring is None or self._conclude(ring, outcome) is not None:
+                    self.wake()
             except GuestioError as error:
                 self._break(error)
-            self.wake()
 
     def _begin(self, ring: SplitRing, chains: list[Chain]) -> None:
         """Have requests processed; those that take time are completed later."""

@@ -1,4 +1,15 @@
-"""A block device over a file (virtio 1.3, section 5.2)."""
+"""A block device over a file (virtio 1.3, section 5.2).
+
+Reads of what is in the page cache and writes to it are done at once, where the ring is walked.
+What may wait for the disk is for a few threads of the device's own: reads of what is not cached,
+flushes, discards and writing zeroes.
+
+Order: virtio-blk promises none between requests that are under way at the same time, so they may
+overtake each other. A flush covers every write that was completed before the flush was submitted
+(section 5.2.6.2); that holds because a write is completed only after its data went to the page
+cache, or its range was deallocated or zeroed, and fdatasync(2) is called after that and covers it,
+whichever thread did which.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +19,9 @@ import fcntl
 import os
 import stat
 import struct
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 from guestio._core.access import IoVector
@@ -18,6 +31,10 @@ from guestio.errors import AccessError, DeviceError
 from guestio.virtio.device import Device, DeviceId
 
 SECTOR: Final = 512
+
+IO_THREADS: Final = 4
+"""Threads for what may wait for the disk, unless told otherwise."""
+MAX_IO_THREADS: Final = 64
 
 F_SEG_MAX: Final = 1 << 2
 F_RO: Final = 1 << 5
@@ -72,6 +89,8 @@ class BlockDevice(Device):
         read_only: Refuse writes.
         num_queues: Request queues, 1 to 64.
         serial: What GET_ID answers, up to 20 bytes of ASCII; None derives it from the file name.
+        io_threads: Threads that wait for the disk, up to 64, so that nobody else does: started
+            when there is something to wait for. 0: :meth:`process` does everything itself.
 
     Raises:
         DeviceError: The image cannot be opened or served.
@@ -88,12 +107,16 @@ class BlockDevice(Device):
         read_only: bool = False,
         num_queues: int = 1,
         serial: str | None = None,
+        io_threads: int = IO_THREADS,
     ) -> None:
         if not 1 <= num_queues <= 64:
             raise ValueError(f"num_queues {num_queues} is not in 1..64")
+        if not 0 <= io_threads <= MAX_IO_THREADS:
+            raise ValueError(f"io_threads {io_threads} is not in 0..{MAX_IO_THREADS}")
         self.path = os.fspath(path)
         self.read_only = read_only
         self.num_queues = num_queues
+        self.io_threads = io_threads
         text = os.path.basename(self.path)[:ID_BYTES] if serial is None else serial  # noqa: PTH119
         encoded = text.encode("ascii", "replace")
         if len(encoded) > ID_BYTES:
@@ -103,14 +126,21 @@ class BlockDevice(Device):
         try:
             self.size = _image_size(self._fd, self.path)
         except BaseException:
-            self.close()
+            os.close(self._fd)
             raise
         self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
         if num_queues > 1:
             self.features |= F_MQ
         self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
-        self.server: BlockServer = BlockServer(self._fd, self.size, writable=not read_only)
+        self.server: BlockServer = BlockServer(
+            self._fd, self.size, writable=not read_only, waits=not io_threads
+        )
+        self._lock = threading.Lock()
         self._errors = 0
+        self._flushing = threading.Lock()
+        self._failed_flushes = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._closed = False
         self._serve: dict[int, Callable[[int, Chain], int]] = {
             T_FLUSH: self._flush,
             T_GET_ID: self._get_id,
@@ -146,11 +176,32 @@ class BlockDevice(Device):
             1,  # write zeroes may deallocate
         )
 
-    def process(self, queue: int, chain: Chain) -> int:
+    def process(self, queue: int, chain: Chain) -> int | Future[int]:
         """Serve one request; see :meth:`Device.process`.
 
         The header may be split over any descriptors; the last writable byte is the status.
+
+        Returns:
+            The bytes written. A future of it if the request may wait for the disk and there are
+            threads for that.
         """
+        if not self._closed:
+            if not self.io_threads:
+                return self._serve_waiting(chain)
+            # What was not cached a moment ago may be by now: that look started to read it.
+            served = self.server.process(chain, wait=False)
+            if served is not None:
+                return served
+            with self._lock:
+                if not self._closed:
+                    if self._pool is None:
+                        self._pool = ThreadPoolExecutor(self.io_threads, "guestio-blk")
+                    return self._pool.submit(self._serve_waiting, chain)
+        self._count_error()
+        return _answer(chain.writable, S_IOERR, 0) if chain.writable.total else 0
+
+    def _serve_waiting(self, chain: Chain) -> int:
+        """Serve any request, in whichever thread has the time."""
         served = self.server.process(chain)
         if served is not None:
             return served
@@ -158,8 +209,6 @@ class BlockDevice(Device):
         if not writable.total:
             return 0
         try:
-            if self._fd < 0:
-                raise OSError(errno.EBADF, "the device is closed")
             kind, _, sector = _HEADER.unpack(readable.read(0, _HEADER.size))
             serve = self._serve.get(kind)
             if serve is None:
@@ -168,15 +217,19 @@ class BlockDevice(Device):
         except _Refused as refused:
             return _answer(writable, refused.status, 0)
         except (AccessError, OSError):
-            self._errors += 1
+            self._count_error()
             return _answer(writable, S_IOERR, 0)
 
     def fail(self, queue: int, chain: Chain) -> int:
         """Report an I/O error in the status byte, if that can be reached."""
-        self._errors += 1
+        self._count_error()
         if chain.tail is not None:
             chain.tail.write(bytes([S_IOERR]))
         return 0
+
+    def _count_error(self) -> None:
+        with self._lock:
+            self._errors += 1
 
     def _span(self, sector: int, length: int) -> int:
         """Check that a transfer is whole sectors of the disk, and return where it begins."""
@@ -185,8 +238,19 @@ class BlockDevice(Device):
         return sector * SECTOR
 
     def _flush(self, sector: int, chain: Chain) -> int:
-        if not self.read_only:
-            os.fdatasync(self._fd)
+        if self.read_only:
+            return 0
+        failed = self._failed_flushes
+        with self._flushing:
+            try:
+                os.fdatasync(self._fd)
+            except OSError:
+                self._failed_flushes += 1
+                raise
+            # Of data that was lost the kernel tells once, to whoever asks first; the others that
+            # asked for it meanwhile must not believe that it is safe.
+            if self._failed_flushes != failed:
+                raise OSError(errno.EIO, "another flush of the same data failed")
         return 0
 
     def _get_id(self, sector: int, chain: Chain) -> int:
@@ -242,12 +306,19 @@ class BlockDevice(Device):
             raise _Refused(S_IOERR)
 
     def close(self) -> None:
-        """Close the image; requests fail from now on. Calling it again does nothing."""
+        """Finish what is under way, then close the image; requests fail from now on.
+
+        Calling it again does nothing.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed, pool = True, self._pool
+        if pool is not None:
+            pool.shutdown()
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            if self.server is not None:
-                self.server.close()
-            os.close(fd)
+        self.server.close()
+        os.close(fd)
 
 
 class _Refused(Exception):  # noqa: N818 - not an error of ours but the driver's answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from concurrent.futures import Future
 from typing import ClassVar
 
 from guestio._core.chain import Chain, Server
@@ -44,7 +45,8 @@ class Device(ABC):
     """A virtio device: it is given requests and fills in what the driver wants to know.
 
     A subclass provides at least :meth:`process`. Whatever carries the queues (a vhost-user back
-    end, a test) calls the methods, one at a time for each queue.
+    end, a test) calls the methods, one at a time for each queue; but requests for which
+    :meth:`process` returned a future are under way meanwhile.
 
     Attributes:
         device_id: What kind of device it is.
@@ -61,18 +63,30 @@ class Device(ABC):
     server: Server | None = None
 
     @abstractmethod
-    def process(self, queue: int, chain: Chain) -> int:
-        """Serve one request.
+    def process(self, queue: int, chain: Chain) -> int | Future[int]:
+        """Serve one request, now or later.
+
+        What is done quickly is done here, and the number returned. What takes time (a disk, a
+        peer, a sleep) goes to a thread, and a future of the number is returned, as
+        ``ThreadPoolExecutor.submit`` makes one: the carrier serves others meanwhile and gives the
+        request back when the future is done, from whichever thread. Requests may overtake each
+        other that way; a device that owes its driver an order keeps it itself.
+
+        A future must get done by itself, in bounded time, whatever the driver does or omits: before
+        a queue is stopped or reset, or memory goes away, its carrier waits for all that are under
+        way. A peer that may never answer needs a timeout. Until it is done the memory of ``chain``
+        may be used, afterwards not.
 
         Args:
             queue: Index of its queue.
             chain: The request: what the driver gave to read and what it gave to write.
 
         Returns:
-            How many bytes were written from the start of ``chain.writable`` on.
+            How many bytes were written from the start of ``chain.writable`` on, or a future of it.
 
         Raises:
-            GuestioError: The request cannot be served; :meth:`fail` is called for it.
+            GuestioError: The request cannot be served; :meth:`fail` is called for it. The same if
+                the future ends with an exception or is cancelled.
         """
 
     def fail(self, queue: int, chain: Chain) -> int:
@@ -82,7 +96,7 @@ class Device(ABC):
         last byte that the driver wanted written. The default gives it back untouched.
 
         Returns:
-            As :meth:`process`.
+            How many bytes were written, as from :meth:`process`; at once.
         """
         return 0
 
@@ -108,3 +122,14 @@ class Device(ABC):
 
     def close(self) -> None:
         """Release what the device holds of the host. Calling it again does nothing."""
+
+
+def settled(answer: int | Future[int]) -> int:
+    """What :meth:`Device.process` answered, waited for if it comes later.
+
+    For a carrier of queues that has nobody else to serve meanwhile.
+
+    Raises:
+        GuestioError: Whatever the future ended with.
+    """
+    return answer.result() if isinstance(answer, Future) else answer

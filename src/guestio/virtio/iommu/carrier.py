@@ -9,6 +9,7 @@ from guestio._core.chain import Chain
 from guestio._core.ring import SplitRing
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import GuestioError
+from guestio.virtio.device import settled
 
 if TYPE_CHECKING:
     from guestio.virtio.device import Device
@@ -24,7 +25,8 @@ class EndpointQueue:
 
     The driver maps the ring before it sets the queue up, like any buffer. A request whose memory
     is not mapped, or not for this access, is reported to the guest as a fault and failed; if it is
-    the ring itself, the queue waits for the next announcement. One thread at a time.
+    the ring itself, the queue waits for the next announcement. What the device answers later is
+    waited for. One thread at a time.
 
     Args:
         device: The device.
@@ -93,7 +95,7 @@ class EndpointQueue:
     def _process(self, chain: Chain) -> int:
         if chain.fault is None:
             try:
-                return self._device.process(self._index, chain)
+                return settled(self._device.process(self._index, chain))
             except GuestioError:
                 pass  # its memory went away meanwhile
         return self._device.fail(self._index, chain)

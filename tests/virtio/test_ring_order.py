@@ -1,0 +1,505 @@
+"""The order in which requests are taken and shown: in turn, as they are done, or over each other.
+
+Where requests in flight are noted, a device that is gone is followed by one that goes on; the tests
+let that happen between any two steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from guestio._core.access import AddressSpace
+from guestio._core.chain import Chain
+from guestio._core.inflight import InflightQueue
+from guestio._core.ring import SplitRing
+from guestio.addr import Permissions
+from guestio.errors import QueueError
+from guestio.iommu import Iotlb
+from guestio.memory import GuestRegionCollection, MmapRegion
+from guestio.vhost_user.inflight import InflightRegion
+from tests.virtio.rings import PAGE, WRITE, Desc, HandRing
+
+RW = Permissions.READ_WRITE
+DESC, AVAIL, USED = 0x10000, 0x20000, 0x30000
+AREAS = 0x40000
+BUFFERS = 0x100000
+ROOM = 32
+"""Bytes that each request has for an answer."""
+MAX_HELD = 64
+"""Requests that may be overtaken at a time."""
+
+
+class Bench(HandRing):
+    """A ring by hand, one descriptor for each request, each with a page of its own.
+
+    Args:
+        size: Entries.
+        base: Index of the first entry.
+        order: ``"ordered"``, ``"done"`` or ``"noted"``.
+    """
+
+    def __init__(self, size: int = 8, *, base: int = 0, order: str = "ordered") -> None:
+        self.memory = GuestRegionCollection.from_regions(
+            [MmapRegion.memfd(0, BUFFERS + size * PAGE)]
+        )
+        super().__init__(self.memory, size=size, desc=DESC, avail=AVAIL, used=USED, base=base)
+        self.iotlb = Iotlb()
+        self.iotlb.set_mapping(0, 0, AREAS, RW)
+        self.space = AddressSpace(self.memory._space.regions, self.iotlb)
+        self.order = order
+        self.region = InflightRegion.create(1, size) if order == "noted" else None
+        self.memory.write(USED + 2, base.to_bytes(2, "little"))
+        self.memory.write(AVAIL + 2, base.to_bytes(2, "little"))
+        for head in range(size):
+            self.put(head, Desc(self.page(head), ROOM, WRITE))
+        self.ring = self.device(base)
+
+    def close(self) -> None:
+        """Let go of the region."""
+        if self.region is not None:
+            self.region.close()
+
+    def noted(self) -> InflightQueue | None:
+        """The region's part."""
+        return None if self.region is None else self.region.queue(0)
+
+    def device(self, base: int) -> SplitRing:
+        """Another device's side of the same ring."""
+        return SplitRing(
+            self.space,
+            self.size,
+            *(DESC, AVAIL, USED),
+            base=base,
+            ordered=self.order == "ordered",
+            inflight=self.noted(),
+        )
+
+    def page(self, head: int) -> int:
+        """The memory of a request."""
+        return BUFFERS + head * PAGE
+
+    def tell(self, *heads: int) -> None:
+        """Let the device know where requests are."""
+        for head in heads:
+            self.iotlb.set_mapping(self.page(head), self.page(head), PAGE, RW)
+
+    def forget(self, *heads: int) -> None:
+        """Take that back."""
+        for head in heads:
+            self.iotlb.invalidate_mapping(self.page(head), PAGE)
+
+    def shown(self, first: int) -> list[tuple[int, int]]:
+        """The used entries from an index on."""
+        count = (self.used_idx - first) & 0xFFFF
+        return [self.used_entry((first + i) & 0xFFFF) for i in range(count)]
+
+    def take(self) -> list[Chain]:
+        """Take what is there; nothing is missing."""
+        chains, misses = self.ring.pop()
+        assert misses == []
+        return chains
+
+
+@pytest.fixture
+def ordered() -> Bench:
+    made = Bench()
+    made.tell(*range(8))
+    return made
+
+
+@pytest.fixture
+def noted() -> Iterator[Bench]:
+    made = Bench(order="noted")
+    yield made
+    made.close()
+
+
+class TestInTurn:
+    @pytest.mark.parametrize("done", list(itertools.permutations(range(4))))
+    def test_any_order_of_completion(self, ordered: Bench, done: tuple[int, ...]) -> None:
+        ordered.offer(3, 1, 0, 2)
+        chains = ordered.take()
+        complete: set[int] = set()
+        for i in done:
+            ordered.ring.complete(chains[i], 10 + i)
+            complete.add(i)
+            ready = next(n for n in range(5) if n not in complete)
+            before = ordered.used_idx
+            assert ordered.ring.publish() is (ready > before)
+            assert ordered.shown(0) == [((3, 1, 0, 2)[n], 10 + n) for n in range(ready)]
+            assert ordered.ring.resume_at == ready
+            assert ordered.ring.unpublished == len(complete) - ready
+        assert ordered.ring.outstanding == 0
+
+    def test_what_is_not_shown_does_not_wake_the_driver(self, ordered: Bench) -> None:
+        ordered.offer(0, 1)
+        first, second = ordered.take()
+        ordered.ring.complete(second, 0)
+        assert ordered.ring.publish() is False
+        assert ordered.used_idx == 0
+        assert ordered.used_entry(0) == (0, 0)
+        assert ordered.used_entry(1) == (0, 0)
+        ordered.ring.complete(first, 0)
+        assert ordered.ring.publish() is True
+
+    def test_requests_that_come_meanwhile_wait_as_well(self, ordered: Bench) -> None:
+        ordered.offer(0)
+        (slow,) = ordered.take()
+        for head in range(1, 8):
+            ordered.offer(head)
+            (chain,) = ordered.take()
+            ordered.ring.complete(chain, head)
+            ordered.ring.publish()
+            assert ordered.used_idx == 0
+        assert ordered.ring.resume_at == 0
+        ordered.ring.complete(slow, 0)
+        ordered.ring.publish()
+        assert ordered.shown(0) == [(head, head) for head in range(8)]
+
+    def test_the_driver_may_not_offer_more_than_was_shown_to_it(self, ordered: Bench) -> None:
+        ordered.offer(*range(8))
+        chains = ordered.take()
+        for chain in chains[1:]:
+            ordered.ring.complete(chain, 0)
+        ordered.ring.publish()
+        ordered.offer(1)
+        with pytest.raises(QueueError, match="8 requests not given back"):
+            ordered.ring.pop()
+
+    def test_over_the_end_of_the_index(self) -> None:
+        bench = Bench(base=0xFFFD)
+        bench.tell(*range(8))
+        bench.offer(*range(6))
+        chains = bench.take()
+        for i in (5, 4, 1, 0, 3):
+            bench.ring.complete(chains[i], i)
+            bench.ring.publish()
+        assert (bench.used_idx, bench.ring.resume_at) == (0xFFFF, 0xFFFF)
+        bench.ring.complete(chains[2], 2)
+        bench.ring.publish()
+        assert (bench.used_idx, bench.ring.resume_at) == (3, 3)
+        assert bench.shown(0xFFFD) == [(i, i) for i in range(6)]
+
+    def test_as_they_are_done_without_order(self) -> None:
+        bench = Bench(order="done")
+        bench.tell(*range(8))
+        bench.offer(*range(4))
+        chains = bench.take()
+        for i in (2, 0, 3, 1):
+            bench.ring.complete(chains[i], i)
+            bench.ring.publish()
+        assert bench.shown(0) == [(2, 2), (0, 0), (3, 3), (1, 1)]
+
+    def test_whoever_goes_on_does_again_what_was_not_shown(self, ordered: Bench) -> None:
+        ordered.offer(*range(5))
+        chains = ordered.take()
+        for i in (0, 2, 4):
+            ordered.ring.complete(chains[i], i)
+        ordered.ring.publish()
+        del chains
+        again = ordered.device(ordered.ring.resume_at)
+        ordered.ring = again
+        assert [chain.head for chain in ordered.take()] == [1, 2, 3, 4]
+
+    def test_notes_and_order_exclude_each_other(self, noted: Bench) -> None:
+        with pytest.raises(ValueError, match="not shown in order"):
+            SplitRing(noted.space, 8, DESC, AVAIL, USED, ordered=True, inflight=noted.noted())
+        with pytest.raises(ValueError, match="8 requests in flight can be noted of a ring of 16"):
+            SplitRing(noted.space, 16, DESC, AVAIL, USED, inflight=noted.noted())
+
+
+class TestSettling:
+    def test_twice(self, ordered: Bench) -> None:
+        ordered.offer(0, 1)
+        first, second = ordered.take()
+        first.settle(3)
+        with pytest.raises(ValueError, match="completed before"):
+            first.settle(3)
+        with pytest.raises(ValueError, match="completed before"):
+            ordered.ring.complete(first, 3)
+        ordered.ring.complete(first)
+        with pytest.raises(ValueError, match="completed before"):
+            ordered.ring.complete(first)
+        ordered.ring.complete(second, 4)
+        with pytest.raises(ValueError, match="completed before"):
+            ordered.ring.complete(second)
+        assert (ordered.ring.outstanding, ordered.ring.unpublished) == (0, 2)
+        ordered.ring.publish()
+        assert ordered.shown(0) == [(0, 3), (1, 4)]
+
+    def test_not_at_all(self, ordered: Bench) -> None:
+        ordered.offer(0)
+        (chain,) = ordered.take()
+        with pytest.raises(ValueError, match="not settled"):
+            ordered.ring.complete(chain)
+        assert ordered.ring.outstanding == 1
+
+    @pytest.mark.parametrize("written", [ROOM + 1, 1 << 32, 1 << 63, 2**64 - 1])
+    def test_more_than_there_is_room_for(self, ordered: Bench, written: int) -> None:
+        ordered.offer(0)
+        (chain,) = ordered.take()
+        for attempt in (chain.settle, lambda n: ordered.ring.complete(chain, n)):
+            with pytest.raises(ValueError, match=f"{written} bytes written to a request with room"):
+                attempt(written)
+        chain.writable.write(b"still there")
+        ordered.ring.complete(chain, ROOM)
+
+    @pytest.mark.parametrize("written", [-1, 2**64, 1.0, "1", True])
+    def test_no_number_of_bytes(self, ordered: Bench, written: object) -> None:
+        ordered.offer(0)
+        (chain,) = ordered.take()
+        with pytest.raises((ValueError, TypeError, OverflowError)):
+            chain.settle(written)  # type: ignore[arg-type]
+        chain.settle(1)
+
+    def test_of_another_ring(self, ordered: Bench) -> None:
+        other = Bench()
+        other.tell(0)
+        ordered.offer(0)
+        other.offer(0)
+        (ours,), (theirs,) = ordered.take(), other.take()
+        theirs.settle(0)
+        with pytest.raises(ValueError, match="another ring"):
+            ordered.ring.complete(theirs)
+        with pytest.raises(ValueError, match="another ring"):
+            other.ring.complete(ours, 0)
+        assert (ordered.ring.outstanding, other.ring.outstanding) == (1, 1)
+        other.ring.complete(theirs)
+
+    def test_memory_is_given_back_before_the_ring_is_told(self, ordered: Bench) -> None:
+        ordered.offer(0)
+        (chain,) = ordered.take()
+        with pytest.raises(RuntimeError, match="would wait for itself"):
+            ordered.forget(0)
+        ordered.tell(0)
+        chain.settle(0)
+        ordered.forget(0)
+        with pytest.raises(ValueError, match="holds 0x0 bytes"):
+            chain.writable.write(b"too late")
+        ordered.ring.complete(chain)
+        ordered.ring.publish()
+        assert ordered.shown(0) == [(0, 0)]
+
+
+class TestOvertaking:
+    def test_those_behind_are_taken_first(self, noted: Bench) -> None:
+        noted.tell(1, 3)
+        noted.offer(0, 1, 2, 3)
+        chains, misses = noted.ring.pop()
+        assert [chain.head for chain in chains] == [1, 3]
+        assert [base for (base, _), _ in misses] == [noted.page(0), noted.page(2)]
+        assert (noted.ring.held_count, noted.ring.outstanding, noted.ring.next_avail) == (2, 4, 4)
+        progress = noted.ring.progress
+        noted.tell(2)
+        (second,), misses = noted.ring.pop()
+        assert second.head == 2
+        assert len(misses) == 1
+        assert noted.ring.progress == progress, "the oldest still waits"
+        noted.tell(0)
+        (first,) = noted.take()
+        assert noted.ring.progress != progress
+        for chain in (second, *chains, first):
+            noted.ring.complete(chain, chain.head)
+        noted.ring.publish()
+        assert noted.shown(0) == [(2, 2), (1, 1), (3, 3), (0, 0)]
+
+    def test_a_request_is_failed_wherever_it_is(self, noted: Bench) -> None:
+        noted.offer(0, 1, 2)
+        noted.ring.pop()
+        assert [noted.ring.lacking(i) is None for i in range(4)] == [False] * 3 + [True]
+        assert noted.ring.pop_faulty(3) is None
+        progress = noted.ring.progress
+        middle = noted.ring.pop_faulty(1)
+        assert middle is not None
+        assert (middle.head, noted.ring.held_count) == (1, 2)
+        assert middle.fault is not None
+        assert noted.ring.progress == progress
+        oldest = noted.ring.pop_faulty()
+        assert oldest is not None
+        assert (oldest.head, noted.ring.progress) == (0, progress + 1)
+        noted.ring.complete(middle, 0)
+        noted.ring.complete(oldest, 0)
+        noted.tell(2)
+        noted.ring.complete(noted.take()[0], 1)
+        noted.ring.publish()
+        assert noted.shown(0) == [(1, 0), (0, 0), (2, 1)]
+
+    def test_no_more_than_a_few_wait_at_a_time(self) -> None:
+        bench = Bench(128, order="noted")
+        bench.offer(*range(128))
+        bench.tell(*range(MAX_HELD + 1, 128))
+        chains = []
+        for _ in range(3):
+            taken, misses = bench.ring.pop(128)
+            chains += taken
+            assert len(misses) >= 1
+            assert bench.ring.held_count == MAX_HELD
+        # The next one finds no place to wait, so it and those behind it stay in the ring.
+        assert chains == []
+        assert bench.ring.next_avail == MAX_HELD
+        bench.tell(17)
+        (freed,), _ = bench.ring.pop(1)
+        assert freed.head == 17
+        chains, _ = bench.ring.pop(128)
+        assert [chain.head for chain in chains] == list(range(MAX_HELD + 1, 128))
+        assert bench.ring.held_count == MAX_HELD
+        bench.tell(*range(MAX_HELD + 1))
+        chains += bench.take()
+        for chain in [freed, *chains]:
+            bench.ring.complete(chain, chain.head % ROOM)
+        bench.ring.publish()
+        assert sorted(bench.shown(0)) == [(head, head % ROOM) for head in range(128)]
+        bench.close()
+
+    def test_a_full_ring_of_requests_that_wait(self, noted: Bench) -> None:
+        noted.offer(*range(8))
+        assert noted.ring.pop()[0] == []
+        assert noted.ring.held_count == 8
+        noted.offer(0)
+        with pytest.raises(QueueError, match="with 8 requests not given back"):
+            noted.ring.pop()
+        assert noted.ring.broken is not None
+
+    @pytest.mark.parametrize("ahead", [9, 0x7FFF, 0x8000, 0xFFFF])
+    def test_an_available_index_that_cannot_be(self, noted: Bench, ahead: int) -> None:
+        noted.offer(0, 1)
+        noted.ring.pop()
+        noted.set_avail_idx((2 + ahead) & 0xFFFF)
+        with pytest.raises(QueueError, match="runs ahead of a ring of 8"):
+            noted.ring.pop()
+
+    @pytest.mark.parametrize(
+        "descriptor",
+        [Desc(BUFFERS, 0, WRITE), Desc(2**64 - 8, 16, WRITE), Desc(0, 16, 4), Desc(0, 16, 1, 99)],
+    )
+    def test_a_descriptor_that_changes_while_its_request_waits(
+        self, noted: Bench, descriptor: Desc
+    ) -> None:
+        noted.offer(0, 1)
+        noted.ring.pop()
+        noted.put(1, descriptor)
+        with pytest.raises(QueueError):
+            noted.ring.pop()
+        with pytest.raises(QueueError):
+            noted.ring.lacking(0)
+
+    def test_a_head_that_is_offered_again_while_it_waits(self, noted: Bench) -> None:
+        noted.offer(0, 0, 0)
+        noted.ring.pop()
+        assert noted.ring.held_count == 3
+        noted.tell(0)
+        chains = noted.take()
+        for chain in chains:
+            noted.ring.complete(chain, 1)
+        noted.ring.publish()
+        assert noted.shown(0) == [(0, 1)] * 3
+        noted.ring = noted.device(0)
+        assert noted.take() == []
+        assert noted.ring.next_avail == 3
+
+
+class TestGoingOn:
+    """Another device's side of the ring, with the same region."""
+
+    def hold(self, noted: Bench) -> None:
+        noted.tell(1, 3)
+        noted.offer(0, 1, 2, 3)
+        chains, _ = noted.ring.pop()
+        noted.ring.complete(chains[1], 5)
+        noted.ring.publish()
+        for chain in chains:
+            if chain.head == 1:
+                chain.settle(0)
+
+    def test_what_was_in_flight_is_taken_first_and_in_order(self, noted: Bench) -> None:
+        self.hold(noted)
+        noted.offer(4)
+        noted.ring = noted.device(77)
+        assert noted.ring.resume_at == 77
+        noted.tell(*range(8))
+        assert [chain.head for chain in noted.take()] == [0, 1, 2, 4]
+        assert noted.ring.resume_at == 5
+
+    def test_it_may_still_lack_something(self, noted: Bench) -> None:
+        self.hold(noted)
+        noted.ring = noted.device(0)
+        (chain,), misses = noted.ring.pop()
+        assert chain.head == 1
+        assert len(misses) == 2
+        faulty = noted.ring.pop_faulty(1)
+        assert faulty is not None
+        assert faulty.head == 2
+
+    def test_more_than_may_be_overtaken(self) -> None:
+        bench = Bench(256, order="noted")
+        bench.tell(*range(256))
+        bench.offer(*range(200))
+        assert len(bench.ring.pop(200)[0]) == 200
+        bench.forget(*range(100))
+        bench.ring = bench.device(0)
+        chains, misses = bench.ring.pop()
+        assert [chain.head for chain in chains] == list(range(100, 200))
+        assert len(misses) == 100
+        assert bench.ring.held_count == 100
+        bench.offer(200, 201)
+        assert [chain.head for chain in bench.ring.pop()[0]] == [200, 201]
+        bench.tell(*range(100))
+        assert [chain.head for chain in bench.take()] == list(range(100))
+        bench.close()
+
+    def test_twice_in_a_row(self, noted: Bench) -> None:
+        self.hold(noted)
+        for _ in range(3):
+            noted.ring = noted.device(0)
+            noted.ring.pop()
+        noted.tell(*range(8))
+        assert sorted(chain.head for chain in noted.ring.pop()[0]) == [0, 2]
+        noted.ring = noted.device(0)
+        assert [chain.head for chain in noted.take()] == [0, 1, 2]
+
+    def test_heads_that_the_ring_does_not_have(self) -> None:
+        bench = Bench(16, order="noted")
+        small = Bench(8)
+        small.tell(*range(8))
+        bench.noted().recover(0)  # type: ignore[union-attr]
+        part = bench.noted()
+        assert part is not None
+        part.recover(0)
+        part.take(12)
+        ring = SplitRing(small.space, 8, DESC, AVAIL, USED, inflight=bench.noted())
+        small.offer(0)
+        with pytest.raises(QueueError, match="names descriptor 12 of 8"):
+            ring.pop()
+        assert ring.broken is not None
+        bench.close()
+
+    def test_more_in_flight_than_the_ring_has_entries(self) -> None:
+        bench, small = Bench(16, order="noted"), Bench(4)
+        part = bench.noted()
+        assert part is not None
+        part.recover(0)
+        for head in (3, 3, 2, 1, 0, 15, 14, 13):
+            part.take(head)
+        small.tell(*range(4))
+        small.set_avail_idx(4)
+        ring = SplitRing(small.space, 4, DESC, AVAIL, USED, inflight=bench.noted())
+        assert [chain.head for chain in ring.pop()[0]] == [3, 2, 1, 0]
+        small.set_avail_idx(5)
+        with pytest.raises(QueueError, match="runs ahead"):
+            ring.pop()
+        bench.close()
+
+    def test_more_in_flight_than_was_ever_offered(self, noted: Bench) -> None:
+        part = noted.noted()
+        assert part is not None
+        part.recover(0)
+        for head in range(5):
+            part.take(head)
+        noted.tell(*range(8))
+        noted.offer(0, 1)
+        noted.ring = noted.device(0)
+        with pytest.raises(QueueError, match="runs ahead"):
+            noted.ring.pop()

@@ -1,0 +1,226 @@
+"""Requests in any order, and devices that come and go, against a model of lists."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from guestio._core.chain import Chain
+from tests.virtio.rings import PAGE
+from tests.virtio.test_ring_order import AREAS, RW, Bench
+
+
+@dataclass
+class Request:
+    """What the model knows of a request.
+
+    Attributes:
+        head: Its descriptor.
+        turn: How many were offered before it.
+        chain: What the device was given, if it was taken.
+        written: With how much it was completed.
+    """
+
+    head: int
+    turn: int
+    chain: Chain | None = None
+    written: int | None = None
+
+
+class OrderMachine(RuleBasedStateMachine):
+    """A driver, a device, an IOMMU, and now and then the end of one of them.
+
+    The model keeps requests in lists: offered, held (overtaken), taken, and completed but not
+    shown. What is shown is compared with the used ring after every step.
+    """
+
+    SIZE = 8
+
+    @initialize(
+        order=st.sampled_from(("ordered", "done", "noted", "noted")),
+        base=st.sampled_from((0, 1, 0xFFFA, 0xFFFF)),
+    )
+    def start(self, order: str, base: int) -> None:
+        self.bench = Bench(self.SIZE, base=base, order=order)
+        self.offered: list[Request] = []
+        self.held: list[Request] = []
+        self.taken: list[Request] = []
+        self.shown = base
+        self.told: set[int] = set()
+        self.areas = True
+        self.turns = itertools.count()
+        self.free = list(range(self.SIZE))
+
+    def teardown(self) -> None:
+        if hasattr(self, "bench"):
+            self.bench.close()
+
+    @property
+    def noted(self) -> bool:
+        return self.bench.order == "noted"
+
+    heads = st.integers(0, SIZE - 1)
+
+    @rule(count=st.integers(1, SIZE))
+    def offer(self, count: int) -> None:
+        for _ in range(min(count, len(self.free))):
+            head = self.free.pop(0)
+            self.offered.append(Request(head, next(self.turns)))
+            self.bench.offer(head)
+
+    @rule(heads=st.sets(heads))
+    def tell(self, heads: set[int]) -> None:
+        self.bench.tell(*heads)
+        self.told |= heads
+
+    @rule(heads=st.sets(heads))
+    def forget(self, heads: set[int]) -> None:
+        # A revocation waits for requests that use the memory.
+        used = {each.head for each in self.taken if each.written is None}
+        self.bench.forget(*heads - used)
+        self.told -= heads - used
+
+    @rule()
+    def lose_areas(self) -> None:
+        self.bench.iotlb.invalidate_mapping(0, AREAS)
+        self.areas = False
+
+    @rule()
+    def find_areas(self) -> None:
+        self.bench.iotlb.set_mapping(0, 0, AREAS, RW)
+        self.areas = True
+
+    def expected(self) -> tuple[list[Request], list[Request]]:
+        """What is taken next, and what is held then."""
+        if not self.noted:
+            ready = list(itertools.takewhile(lambda each: each.head in self.told, self.offered))
+            return ready, []
+        waiting = self.held + self.offered
+        ready = [each for each in waiting if each.head in self.told]
+        return ready, [each for each in waiting if each.head not in self.told]
+
+    @rule()
+    def pop(self) -> None:
+        chains, misses = self.bench.ring.pop()
+        if not self.areas:
+            assert chains == []
+            assert misses != []
+            return
+        ready, held = self.expected()
+        assert [chain.head for chain in chains] == [each.head for each in ready]
+        lacking = held if self.noted else [e for e in self.offered if e.head not in self.told]
+        pages = {base for (base, length), _ in misses for base in range(base, base + length, PAGE)}
+        assert pages == {self.bench.page(each.head) for each in lacking}
+        for each, chain in zip(ready, chains, strict=True):
+            each.chain = chain
+            assert chain.fault is None
+        self.taken += ready
+        self.held = held
+        self.offered = [] if self.noted else self.offered[len(ready) :]
+
+    @rule(index=st.integers(0, 3))
+    def look(self, index: int) -> None:
+        found = self.bench.ring.lacking(index)
+        waiting = self.held if self.noted else self.offered[:1]
+        if not self.areas or index >= len(waiting):
+            assert found is None
+        else:
+            head = waiting[index].head
+            pages = [] if head in self.told else [self.bench.page(head)]
+            assert [base for (base, _), _ in found or []] == pages
+
+    @rule(index=st.integers(0, 3))
+    def fail(self, index: int) -> None:
+        chain = self.bench.ring.pop_faulty(index)
+        waiting = self.held if self.noted else self.offered
+        if not self.areas or index >= (len(waiting) if self.noted else min(len(waiting), 1)):
+            assert chain is None
+            return
+        assert chain is not None
+        each = waiting.pop(index)
+        assert chain.head == each.head
+        assert (chain.fault is None) == (each.head in self.told)
+        each.chain = chain
+        self.taken.append(each)
+
+    @precondition(lambda self: any(each.written is None for each in self.taken))
+    @rule(data=st.data(), early=st.booleans())
+    def complete(self, data: st.DataObject, early: bool) -> None:
+        each = data.draw(st.sampled_from([e for e in self.taken if e.written is None]))
+        assert each.chain is not None
+        each.written = data.draw(st.integers(0, each.chain.writable.total))
+        if early:
+            each.chain.settle(each.written)
+        self.bench.ring.complete(each.chain, None if early else each.written)
+        if self.bench.order != "ordered":
+            # In the order in which they are done, at the end of those done before.
+            self.taken.remove(each)
+            done = sum(other.written is not None for other in self.taken)
+            self.taken.insert(done, each)
+
+    @rule()
+    def publish(self) -> None:
+        found = self.bench.ring.publish()
+        pending = any(each.written is not None for each in self.taken)
+        if pending and not self.areas:
+            assert found is None
+            return
+        ready = list(itertools.takewhile(lambda each: each.written is not None, self.taken))
+        assert found is bool(ready)
+        assert self.bench.shown(self.shown) == [(each.head, each.written) for each in ready]
+        self.shown = (self.shown + len(ready)) & 0xFFFF
+        self.free += [each.head for each in ready]
+        self.taken = self.taken[len(ready) :]
+
+    @precondition(lambda self: self.bench.order != "done")
+    @rule(hint=st.integers(0, 0xFFFF), told=st.booleans())
+    def die(self, hint: int, told: bool) -> None:
+        """What was not shown is taken again; with notes, nobody has to say where to go on."""
+        base = self.bench.ring.resume_at if told or not self.noted else hint
+        if not self.noted:
+            assert base == self.shown
+        again = self.taken
+        if self.noted:
+            again = sorted(self.taken + self.held, key=lambda each: each.turn)
+        for each in self.taken:
+            each.chain = None
+        again = [Request(each.head, each.turn) for each in again]
+        self.taken = []
+        self.bench.ring = self.bench.device(base)
+        if self.noted:
+            self.held = again
+        else:
+            self.offered = again + self.offered
+
+    @invariant()
+    def counts(self) -> None:
+        if not hasattr(self, "bench"):
+            return
+        ring = self.bench.ring
+        assert self.bench.used_idx == self.shown
+        assert ring.unpublished == sum(each.written is not None for each in self.taken)
+        if self.bench.order == "ordered":
+            assert ring.resume_at == self.shown, "the used index says where to go on"
+        assert ring.broken is None
+
+
+@pytest.mark.slow
+def test_requests_in_any_order_and_devices_that_come_and_go() -> None:
+    run_state_machine_as_test(
+        OrderMachine,
+        settings=settings(
+            max_examples=100, stateful_step_count=40, deadline=None, derandomize=True
+        ),
+    )
