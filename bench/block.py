@@ -7,7 +7,8 @@ medians of the ratios within each round. `qemu-storage-daemon` has no support fo
 guestio is measured behind one.
 
 The image is kept in memory (/dev/shm), because it is the back ends that are measured: on a disk,
-what was written is written back meanwhile, and both of them wait for that.
+what was written is written back meanwhile, and both of them wait for that. `bench disk` is about
+that waiting.
 """
 
 from __future__ import annotations
@@ -48,15 +49,21 @@ class Case:
         server: Which program.
         iommu: What the load does about an IOMMU.
         poll_us: How long the back end polls before it sleeps; None for as it does by default.
+        io_threads: Threads of guestio's that wait for the disk; None for as it does by default.
+        aio: How `qemu-storage-daemon` reads files: threads or io_uring; None for its default.
     """
 
     server: Server
     iommu: str = "off"
     poll_us: int | None = None
+    io_threads: int | None = None
+    aio: str | None = None
 
     def __str__(self) -> str:
         polls = "" if self.poll_us is None else f" --poll-us {self.poll_us}"
-        return f"{self.server}{polls}"
+        threads = "" if self.io_threads is None else f" --io-threads {self.io_threads}"
+        aio = "" if self.aio is None else f" aio={self.aio}"
+        return f"{self.server}{polls}{threads}{aio}"
 
 
 QEMU = Case("qemu-storage-daemon")
@@ -183,22 +190,30 @@ def polls() -> bool:
 
 
 @contextlib.contextmanager
-def serving(case: Case, image: Path, socket: Path, cpu: int) -> Iterator[int]:
+def serving(case: Case, image: Path, socket: Path, cpu: int, queues: int = 1) -> Iterator[int]:
     """Run a back end on a CPU; its process id."""
     if case.server == "guestio":
         command = [sys.executable, "-m", "guestio", "blk", str(image), "--socket", str(socket)]
         if case.poll_us is not None:
             command += ["--poll-us", str(case.poll_us)]
+        if case.io_threads is not None:
+            command += ["--io-threads", str(case.io_threads)]
+        if queues > 1:
+            command += ["--num-queues", str(queues)]
     else:
         program = shutil.which("qemu-storage-daemon")
         if program is None:
             raise SystemExit("qemu-storage-daemon is missing: apt-get install qemu-utils")
+        aio = "" if case.aio is None else f",aio={case.aio}"
+        export = (
+            f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={socket},"
+            f"writable=on,num-queues={queues}"
+        )
         command = [
             program,
-            *("--blockdev", f"driver=file,node-name=file,filename={image}"),
+            *("--blockdev", f"driver=file,node-name=file,filename={image}{aio}"),
             *("--blockdev", "driver=raw,node-name=disk,file=file"),
-            "--export",
-            f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={socket},writable=on",
+            *("--export", export),
         ]
     process = subprocess.Popen(["taskset", "-c", str(cpu), *command], stderr=subprocess.DEVNULL)
     try:
@@ -285,7 +300,6 @@ def show(rows: Sequence[Row], console: Console) -> None:
             end_section=row is [r for r in rows if r.workload == row.workload][-1],
         )
     console.print(table)
-    _show_goals(rows, console)
 
 
 def _show_goals(rows: Sequence[Row], console: Console) -> None:
@@ -306,6 +320,15 @@ def _show_goals(rows: Sequence[Row], console: Console) -> None:
             "[green]reached[/]" if reached else "[bold red]not reached[/]",
         )
     console.print(table)
+
+
+def warn_if_busy(console: Console) -> None:
+    """Say so if others disturb what is about to be measured."""
+    if (load := os.getloadavg()[0]) > BUSY_LOAD:
+        console.print(
+            f"[bold]The machine is busy (load average {load:.1f}):[/] IOPS and p99 are those of "
+            "the machine; CPU time per request and p50 are the ones to look at."
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -332,16 +355,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not {LOAD_CPU, BACKEND_CPU} <= os.sched_getaffinity(0):
         parser.error(f"CPUs {LOAD_CPU} and {BACKEND_CPU} are needed")
     console = Console(stderr=given.json)
-    if (load := os.getloadavg()[0]) > BUSY_LOAD:
-        console.print(
-            f"[bold]The machine is busy (load average {load:.1f}):[/] IOPS and p99 are those of "
-            "the machine; CPU time per request and p50 are the ones to look at."
-        )
+    warn_if_busy(console)
     rows = run(workloads, rounds, seconds, given.directory, console.status)
     if given.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
         show(rows, console)
+        _show_goals(rows, console)
 
 
 if __name__ == "__main__":

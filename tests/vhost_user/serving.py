@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +18,8 @@ from guestio.addr import Permissions
 from guestio.errors import DeviceError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user import Backend, Frontend
+from guestio.vhost_user.frontend import PROTOCOL_FEATURES
+from guestio.vhost_user.messages import Inflight, ProtocolFeature
 from guestio.virtio.device import Device, DeviceId
 from guestio.virtio.driver import RingLayout
 from tests.virtio.rings import PAGE, WRITE, Desc, HandRing
@@ -149,7 +152,7 @@ class Mirror(Device):
         self.fail_error: Exception | None = None
         self.error: Exception | None = None
 
-    def process(self, queue: int, chain: Chain) -> int:
+    def process(self, queue: int, chain: Chain) -> int | Future[int]:
         source = chain.readable.read()
         self.seen.append((queue, source))
         if source.startswith(b"RAISE"):
@@ -188,6 +191,47 @@ class Mirror(Device):
         self.resets += 1
 
 
+class Later(Mirror):
+    """Answers requests that begin with LATE when it is told to.
+
+    Attributes:
+        begun: Those that wait for it: what they say, their memory and what was promised for it.
+    """
+
+    def __init__(self, queues: int = 2) -> None:
+        super().__init__(queues)
+        self.begun: dict[bytes, tuple[Chain, Future[int]]] = {}
+
+    def process(self, queue: int, chain: Chain) -> int | Future[int]:
+        source = chain.readable.read()
+        if source.startswith(b"LATE"):
+            promised: Future[int] = Future()
+            self.begun[source] = chain, promised
+            return promised
+        if source.startswith(b"FINISH"):
+            self.finish(source[6:])
+        return super().process(queue, chain)
+
+    def expect(self, *sources: bytes) -> None:
+        """Wait until requests have begun."""
+        until(lambda: set(sources) <= set(self.begun), f"{sources} did not begin")
+
+    def finish(self, source: bytes) -> None:
+        """Answer a request, in the calling thread."""
+        chain, promised = self.begun.pop(source)
+        chain.writable.write(source[::-1] + bytes([OK]))
+        promised.set_result(len(source) + 1)
+
+    def give_up(self) -> None:
+        """Fail what nobody answered, so that nobody waits for it."""
+        while self.begun:
+            self.begun.popitem()[1][1].cancel()
+
+    def promised(self, source: bytes) -> Future[int]:
+        """Take a request over that the test answers itself."""
+        return self.begun.pop(source)[1]
+
+
 class Shifted:
     """Memory at I/O virtual addresses that are the physical ones and a constant."""
 
@@ -212,6 +256,8 @@ class Driver:
         map_all: False to have nothing mapped but the rings.
         features: Virtio features beside VERSION_1.
         queue_options: More arguments for starting queues.
+        inflight: Whether to have the requests in flight noted; or where that was done already, as
+            from :attr:`region`, which stays the caller's then.
         frontend: More arguments for the front-end.
     """
 
@@ -227,6 +273,7 @@ class Driver:
         map_all: bool = True,
         features: int = 0,
         queue_options: dict[str, Any] | None = None,
+        inflight: bool | tuple[Inflight, int] = False,
         **frontend: Any,
     ) -> None:
         frontend.setdefault("timeout", WAIT)
@@ -235,15 +282,23 @@ class Driver:
         self.size = size
         self.handles: dict[int, FrontendQueue] = {}
         self.rings: dict[int, HandRing] = {}
+        self.region: tuple[Inflight, int] | None = None
+        self._keep_region = not isinstance(inflight, bool)
         self._options = queue_options or {}
+        protocol = PROTOCOL_FEATURES | (ProtocolFeature.INFLIGHT_SHMFD if inflight else 0)
         try:
             self.backing = Backing.memfd(self.SIZE)
             self.memory = GuestRegionCollection.from_regions([MmapRegion(0, self.backing)])
-            self.frontend.negotiate(VERSION_1 | features | (PLATFORM if iommu else 0))
+            self.frontend.negotiate(VERSION_1 | features | (PLATFORM if iommu else 0), protocol)
             self.features = self.frontend.features
             self.frontend.set_memory(self.memory)
             if iommu and map_all:
                 self.frontend.iotlb.map(IOVA, 0, self.SIZE, Permissions.READ_WRITE)
+            if isinstance(inflight, tuple):
+                self.region = inflight
+                self.frontend.set_inflight(*inflight)
+            elif inflight:
+                self.region = self.frontend.get_inflight(max(queues, 1), size)
             for index in range(queues):
                 self.add_queue(index)
         except BaseException:
@@ -252,6 +307,9 @@ class Driver:
 
     def close(self) -> None:
         self.frontend.close()
+        if self.region is not None and not self._keep_region:
+            os.close(self.region[1])
+        self.region = None
         self.handles.clear()
         self.rings.clear()
         self.frontend.iotlb.memory = None
