@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+import random
 import socket
 import threading
 import time
@@ -285,11 +286,12 @@ class Driver:
         self.region: tuple[Inflight, int] | None = None
         self._keep_region = not isinstance(inflight, bool)
         self._options = queue_options or {}
-        protocol = PROTOCOL_FEATURES | (ProtocolFeature.INFLIGHT_SHMFD if inflight else 0)
+        self._wanted = VERSION_1 | features | (PLATFORM if iommu else 0)
+        self._protocol = PROTOCOL_FEATURES | (ProtocolFeature.INFLIGHT_SHMFD if inflight else 0)
         try:
             self.backing = Backing.memfd(self.SIZE)
             self.memory = GuestRegionCollection.from_regions([MmapRegion(0, self.backing)])
-            self.frontend.negotiate(VERSION_1 | features | (PLATFORM if iommu else 0), protocol)
+            self.frontend.negotiate(self._wanted, self._protocol)
             self.features = self.frontend.features
             self.frontend.set_memory(self.memory)
             if iommu and map_all:
@@ -304,6 +306,19 @@ class Driver:
         except BaseException:
             self.close()
             raise
+
+    def reconnect(self, target: Path, base: int = 0, **frontend: Any) -> None:
+        """Go on with another back-end: the same memory, rings and notes of what is in flight."""
+        self.frontend.close()
+        self.frontend = Frontend(target, timeout=WAIT, connect_wait=WAIT, **frontend)
+        self.frontend.negotiate(self._wanted, self._protocol)
+        self.frontend.set_memory(self.memory)
+        if self.iommu:
+            self.frontend.iotlb.map(IOVA, 0, self.SIZE, Permissions.READ_WRITE)
+        if self.region is not None:
+            self.frontend.set_inflight(*self.region)
+        for index in self.rings:
+            self.start(index, base)
 
     def close(self) -> None:
         self.frontend.close()
@@ -420,6 +435,79 @@ class Driver:
         self.handles[index].kick()
         self.wait(index, number)
         return ring.used_entry(number)
+
+
+class Load:
+    """Keeps a queue busy, checks every answer, and that each comes once.
+
+    Args:
+        driver: Whose queue.
+        index: Which one.
+        seed: Of the choices made.
+
+    Attributes:
+        done: Requests answered so far.
+        failed: Those of them that the device could not serve.
+    """
+
+    SLOTS = 32
+
+    def __init__(self, driver: Driver, index: int, seed: int = 0) -> None:
+        self.driver, self.index = driver, index
+        self.done = self.failed = 0
+        self._rng = random.Random(seed)
+        self._number = 0
+        self._seen = driver.rings[index].used_idx
+        self._free = list(range(self.SLOTS))
+        self.pending: dict[int, bytes] = {}
+
+    def place(self, slot: int) -> int:
+        """Two pages of a slot: what is read, and what is written."""
+        return BUFFERS + (self.index * 64 + slot) * 2 * PAGE
+
+    def submit(self, count: int, word: bytes = b"") -> None:
+        """Begin requests, as many as there is room for."""
+        driver, ring = self.driver, self.driver.rings[self.index]
+        for _ in range(min(count, len(self._free))):
+            slot = self._free.pop(self._rng.randrange(len(self._free)))
+            source = word + b"%d.%d" % (self.index, self._number) * self._rng.randint(1, 9)
+            self._number += 1
+            place = self.place(slot)
+            driver.memory.write(place, source)
+            driver.memory.write(place + PAGE, bytes(len(source) + 1))
+            self.pending[2 * slot] = source
+            ring.offer(
+                ring.put_chain(
+                    2 * slot,
+                    Desc(driver.at(place), len(source)),
+                    Desc(driver.at(place + PAGE), len(source) + 1, WRITE),
+                )
+            )
+        driver.handles[self.index].kick()
+
+    def reap(self) -> None:
+        """Look at what was answered."""
+        ring = self.driver.rings[self.index]
+        while self._seen != ring.used_idx:
+            head, written = ring.used_entry(self._seen)
+            source = self.pending.pop(head)
+            self._seen = (self._seen + 1) & 0xFFFF
+            self._free.append(head // 2)
+            self.done += 1
+            answer = self.driver.memory.read(self.place(head // 2) + PAGE, len(source) + 1)
+            if answer[-1] == FAILED:
+                self.failed += 1
+            else:
+                assert (written, answer) == (len(source) + 1, source[::-1] + bytes([OK]))
+
+    def finish(self) -> None:
+        """Wait until everything is answered."""
+
+        def idle() -> bool:
+            self.reap()
+            return not self.pending
+
+        until(idle, f"{len(self.pending)} requests of queue {self.index} hang")
 
 
 def errors_of(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -1,0 +1,360 @@
+"""Behind an IOMMU, with a region for requests in flight: who lacks a translation keeps nobody.
+
+And nothing is lost or done twice, whoever stops, goes away or is killed meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guestio.addr import Permissions
+from guestio.vhost_user.iotlb_service import MissAction, MissAnswer, MissHook
+from guestio.vhost_user.messages import FrontendRequest, IotlbMessage
+from guestio.vhost_user.virtqueue import PATIENCE
+from tests.vhost_user.serving import (
+    BUFFERS,
+    FAILED,
+    OK,
+    WAIT,
+    Driver,
+    Later,
+    Load,
+    Serving,
+    errors_of,
+    nothing_left,
+    until,
+)
+from tests.virtio.rings import PAGE, WRITE, Desc
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 0.2
+HOLE = 0x180000
+"""Guest addresses from here on have translations of their own."""
+
+
+@pytest.fixture
+def device() -> Later:
+    return Later()
+
+
+@pytest.fixture(params=[False, True], ids=["one thread", "queue threads"])
+def serving(device: Later, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Serving]:
+    with Serving(device, tmp_path / "socket", queue_threads=request.param) as made:
+        yield made
+        device.give_up()
+
+
+@pytest.fixture
+def impatient(device: Later, tmp_path: Path) -> Iterator[Serving]:
+    """A back-end that waits only for a short while for an answer."""
+    with Serving(device, tmp_path / "socket", miss_timeout=TIMEOUT) as made:
+        yield made
+
+
+class Held(Driver):
+    """A driver of which some pages are translated only when the test says so."""
+
+    def __init__(self, path: Path, **options: object) -> None:
+        super().__init__(path, iommu=True, inflight=True, **options)  # type: ignore[arg-type]
+        self.run(0, b"warm")
+        self.actions: dict[int, MissAnswer] = {}
+        self._heads: list[int] = []
+        self.frontend.iotlb.miss_hook = self.hook
+
+    @property
+    def hook(self) -> MissHook:
+        """What decides about misses."""
+        return lambda message: self.actions.get(message.iova, MissAnswer())
+
+    def lack(self, number: int, action: MissAction, delay: float = 0.0) -> int:
+        """Say how a page of the test's is answered for; its guest address."""
+        place = HOLE + number * PAGE
+        self.actions[self.at(place)] = MissAnswer(action, delay)
+        return place
+
+    def read_from(self, place: int, head: int, data: bytes = b"held") -> int:
+        """Begin a request that reads there; its answer is kept near its head."""
+        ring = self.rings[0]
+        number = ring.offered
+        self.memory.write(place, data)
+        answer = self.answer(head)
+        self.memory.write(answer, bytes(len(data) + 1))
+        ring.offer(
+            ring.put_chain(
+                head,
+                Desc(self.at(place), len(data)),
+                Desc(self.at(answer), len(data) + 1, WRITE),
+            )
+        )
+        self.handles[0].kick()
+        return number
+
+    def answer(self, head: int) -> int:
+        """Where a request of :meth:`read_from` writes: in a page that is known."""
+        return self.buffer(0, 0) + PAGE + 64 * (head - 32)
+
+    def heads(self) -> list[int]:
+        """What was shown, in that order, after the first request."""
+        ring = self.rings[0]
+        for i in range(1 + len(self._heads), ring.used_idx):
+            self._heads.append(ring.used_entry(i)[0])
+        return self._heads
+
+    def warm(self, count: int) -> None:
+        """Run requests that lack nothing, one after the other."""
+        ring, place = self.rings[0], self.buffer(0, 0)
+        for _ in range(count):
+            before = self.heads().count(60)
+            self.memory.write(place, b"warm")
+            ring.offer(
+                ring.put_chain(60, Desc(self.at(place), 4), Desc(self.at(place) + PAGE, 5, WRITE))
+            )
+            self.handles[0].kick()
+            until(lambda before=before: self.heads().count(60) > before)
+
+
+class TestOvertaking:
+    def test_a_slow_translation_keeps_nobody(self, serving: Serving) -> None:
+        with Held(serving.path) as driver:
+            place = driver.lack(0, MissAction.IGNORE)
+            driver.read_from(place, 40)
+            driver.warm(5)
+            assert driver.heads() == [60] * 5
+            # Now it comes, although nobody asks again.
+            driver.actions.clear()
+            driver.frontend.iotlb.unmap((driver.at(place), PAGE))
+            driver.frontend.iotlb.map(driver.at(place), place, PAGE, Permissions.READ_WRITE)
+            _tell(driver, place)
+            until(lambda: driver.heads() == [60] * 5 + [40])
+            assert driver.memory.read(driver.answer(40), 5) == b"dleh" + bytes([OK])
+            assert serving.stats.failed_requests == 0
+
+    def test_one_that_never_comes_keeps_nobody(self, impatient: Serving) -> None:
+        with Held(impatient.path) as driver:
+            driver.read_from(driver.lack(0, MissAction.IGNORE), 40)
+            started = time.monotonic()
+            served = 0
+            while 40 not in driver.heads():
+                driver.warm(1)
+                served += 1
+                assert time.monotonic() < started + WAIT
+            assert time.monotonic() - started > TIMEOUT / 2
+            assert served > 10
+            assert driver.memory.read(driver.answer(40) + 4, 1) == bytes([FAILED])
+            assert impatient.stats.failed_requests == 1
+            assert impatient.stats.iotlb_timeouts == 1
+
+    def test_a_refusal_is_for_the_request_that_waits_for_it(self, serving: Serving) -> None:
+        with Held(serving.path) as driver:
+            slow = driver.lack(1, MissAction.ANSWER, 0.1)
+            driver.read_from(driver.lack(0, MissAction.REFUSE), 40)
+            driver.read_from(slow, 42)
+            driver.read_from(driver.lack(2, MissAction.REFUSE), 44)
+            driver.warm(3)
+            until(lambda: len(driver.heads()) == 6)
+            assert sorted(driver.heads()) == [40, 42, 44, 60, 60, 60]
+            assert serving.stats.failed_requests == 2
+            status = [driver.memory.read(driver.answer(head) + 4, 1)[0] for head in (40, 42, 44)]
+            assert status == [FAILED, OK, FAILED]
+
+    def test_two_that_lack_the_same_page(self, serving: Serving) -> None:
+        with Held(serving.path) as driver:
+            place = driver.lack(0, MissAction.REFUSE)
+            driver.read_from(place, 40)
+            driver.read_from(place, 42)
+            until(lambda: len(driver.heads()) == 2)
+            assert serving.stats.failed_requests == 2
+            driver.actions.clear()
+            driver.read_from(place, 40)
+            until(lambda: len(driver.heads()) == 3)
+            assert driver.memory.read(driver.answer(40), 5) == b"dleh" + bytes([OK])
+
+    def test_all_of_many_that_lack_something_are_asked_for(self, serving: Serving) -> None:
+        with Held(serving.path, size=256) as driver:
+            ring = driver.rings[0]
+            count = 100
+            for i in range(count):
+                place = driver.lack(i % 120, MissAction.ANSWER)
+                driver.memory.write(place, b"%4d" % i)
+                answer = BUFFERS + PAGE + 64 + 8 * i
+                ring.offer(
+                    ring.put_chain(
+                        2 * i, Desc(driver.at(place), 4), Desc(driver.at(answer), 5, WRITE)
+                    )
+                )
+            driver.handles[0].kick()
+            until(lambda: len(driver.heads()) == count)
+            assert sorted(driver.heads()) == list(range(0, 2 * count, 2))
+            for i in range(count):
+                answer = BUFFERS + PAGE + 64 + 8 * i
+                assert driver.memory.read(answer, 5) == (b"%4d" % i)[::-1] + bytes([OK])
+
+    def test_patience_ends_for_the_oldest(self, impatient: Serving) -> None:
+        """Every question is answered, and never with all that was asked for."""
+        with Held(impatient.path) as driver:
+            started = time.monotonic()
+            iotlb = driver.frontend.iotlb
+            for i in range(2):
+                place = HOLE + i * PAGE
+                iotlb.unmap((driver.at(place), PAGE))
+                iotlb.map(driver.at(place), place, 2, Permissions.READ_WRITE)
+                driver.read_from(place, 40 + 2 * i)
+            for count in (1, 2):
+                while len(driver.heads()) - driver.heads().count(60) < count:
+                    driver.warm(1)
+                    assert time.monotonic() < started + WAIT
+                assert time.monotonic() - started > count * PATIENCE * TIMEOUT / 2
+            assert [head for head in driver.heads() if head != 60] == [40, 42]
+            assert impatient.stats.failed_requests == 2
+
+    def test_late_answers_and_lacking_ones(self, device: Later, serving: Serving) -> None:
+        """A device that takes its time and a front-end that does."""
+        with Held(serving.path) as driver:
+            driver.read_from(driver.lack(0, MissAction.ANSWER, 0.05), 40)
+            number = driver.submit(0, b"LATE")
+            device.expect(b"LATE")
+            driver.warm(1)
+            until(lambda: 40 in driver.heads())
+            device.finish(b"LATE")
+            until(lambda: len(driver.heads()) == 3)
+            assert driver.result(0, number, 4) == (OK, b"ETAL")
+
+
+def _tell(driver: Driver, place: int) -> None:
+    """Have the back-end told a translation that it did not ask for just now."""
+    user = driver.frontend.user_address(place)
+    message = IotlbMessage.update(driver.at(place), PAGE, user, Permissions.READ_WRITE)
+    driver.frontend.request(FrontendRequest.IOTLB_MSG, message)
+
+
+class TestStopping:
+    def test_while_some_wait_and_going_on(self, serving: Serving) -> None:
+        with Held(serving.path) as driver:
+            for i in range(3):
+                driver.read_from(driver.lack(i, MissAction.IGNORE), 40 + 2 * i)
+            driver.warm(4)
+            assert driver.heads() == [60] * 4
+            base = driver.stop(0)
+            assert driver.rings[0].used_idx == 5
+            assert base == 8
+            driver.actions.clear()
+            driver.start(0, base)
+            driver.handles[0].kick()
+            until(lambda: len(driver.heads()) == 7)
+            assert driver.heads()[4:] == [40, 42, 44]
+            driver.warm(1)
+            assert serving.stats.failed_requests == 0
+
+    def test_again_and_again_under_load(self, serving: Serving) -> None:
+        with Held(serving.path) as driver:
+            rng = random.Random(3)
+            load = Load(driver, 0, seed=4)
+            driver.frontend.iotlb.miss_hook = lambda _: MissAnswer(
+                MissAction.ANSWER, rng.choice((0, 0, 0.002))
+            )
+            for _ in range(40):
+                load.submit(rng.randrange(1, 12))
+                page = driver.at(load.place(rng.randrange(load.SLOTS)))
+                driver.frontend.iotlb.invalidate((page, 2 * PAGE))
+                load.reap()
+                if rng.random() < 0.5:
+                    driver.start(0, driver.stop(0))
+                    driver.handles[0].kick()
+            load.finish()
+            assert load.done > 100
+            assert load.failed == 0
+
+    def test_another_back_end_in_this_process(self, device: Later, tmp_path: Path) -> None:
+        with (
+            nothing_left(),
+            Serving(device, tmp_path / "first") as first,
+            Serving(device, tmp_path / "second") as second,
+            Held(first.path) as driver,
+        ):
+            driver.read_from(driver.lack(0, MissAction.IGNORE), 40)
+            driver.read_from(driver.lack(1, MissAction.IGNORE), 42)
+            driver.warm(2)
+            driver.reconnect(second.path, base=0x1234)
+            driver.handles[0].kick()
+            until(lambda: len(driver.heads()) == 4)
+            assert driver.heads() == [60, 60, 40, 42]
+            assert driver.memory.read(driver.answer(42), 5) == b"dleh" + bytes([OK])
+            driver.warm(1)
+
+
+PROGRAM = """
+import sys
+from guestio.vhost_user import Backend
+from tests.vhost_user.serving import Mirror
+Backend(Mirror(), sys.argv[1], queue_threads=sys.argv[2] == "threads").serve()
+"""
+
+
+@contextlib.contextmanager
+def elsewhere(path: Path, mode: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A back-end in a process of its own."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [*sys.path, str(ROOT)])),
+    }
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, path, mode], env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(WAIT)
+
+
+class TestKilled:
+    @pytest.mark.parametrize("mode", ["one", "threads"])
+    @pytest.mark.parametrize("seed", range(2))
+    def test_another_goes_on(self, tmp_path: Path, mode: str, seed: int) -> None:
+        """Killed anywhere under load, with requests that wait; all are answered, each once."""
+        rng = random.Random(seed)
+        with contextlib.ExitStack() as stack:
+            paths = [tmp_path / f"socket {i}" for i in range(4)]
+            processes = [stack.enter_context(elsewhere(path, mode)) for path in paths]
+            for path in paths:
+                until(path.exists)
+            driver = stack.enter_context(
+                Driver(paths[0], queues=2, iommu=True, inflight=True, connect_wait=WAIT)
+            )
+            loads = [Load(driver, index, seed=seed + index) for index in range(2)]
+            for process, following in zip(processes, paths[1:], strict=False):
+                slow = {driver.at(loads[0].place(slot)) for slot in rng.sample(range(32), 4)}
+                driver.frontend.iotlb.miss_hook = lambda message, slow=slow: MissAnswer(
+                    MissAction.IGNORE if message.iova in slow else MissAction.ANSWER
+                )
+                enough = [load.done + rng.randrange(20, 60) for load in loads]
+                while any(load.done < most for load, most in zip(loads, enough, strict=True)):
+                    for load in loads:
+                        load.submit(rng.randrange(1, 5))
+                        load.reap()
+                    if len(loads[0].pending) == Load.SLOTS:
+                        break
+                process.send_signal(signal.SIGKILL)
+                process.wait(WAIT)
+                driver.reconnect(following, base=rng.getrandbits(16))
+                for index in range(2):
+                    driver.handles[index].kick()
+            for load in loads:
+                load.finish()
+            assert sum(load.done for load in loads) > 60
+            assert [load.failed for load in loads] == [0, 0]
+
+
+def test_nothing_is_logged_as_an_error(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    with Held(serving.path) as driver:
+        driver.read_from(driver.lack(0, MissAction.REFUSE), 40)
+        until(lambda: driver.heads() == [40])
+    assert errors_of(caplog) == []
