@@ -446,8 +446,10 @@ class Load:
         seed: Of the choices made.
 
     Attributes:
-        done: Requests answered so far.
-        failed: Those of them that the device could not serve.
+        offered: Requests begun so far.
+        done: Those of them that were answered.
+        failed: Those of these that the device could not serve.
+        pending: What the others say, by their heads.
     """
 
     SLOTS = 32
@@ -456,7 +458,7 @@ class Load:
         self.driver, self.index = driver, index
         self.done = self.failed = 0
         self._rng = random.Random(seed)
-        self._number = 0
+        self.offered = 0
         self._seen = driver.rings[index].used_idx
         self._free = list(range(self.SLOTS))
         self.pending: dict[int, bytes] = {}
@@ -470,8 +472,8 @@ class Load:
         driver, ring = self.driver, self.driver.rings[self.index]
         for _ in range(min(count, len(self._free))):
             slot = self._free.pop(self._rng.randrange(len(self._free)))
-            source = word + b"%d.%d" % (self.index, self._number) * self._rng.randint(1, 9)
-            self._number += 1
+            source = word + b"%d.%d" % (self.index, self.offered) * self._rng.randint(1, 9)
+            self.offered += 1
             place = self.place(slot)
             driver.memory.write(place, source)
             driver.memory.write(place + PAGE, bytes(len(source) + 1))
@@ -495,7 +497,7 @@ class Load:
             self._free.append(head // 2)
             self.done += 1
             answer = self.driver.memory.read(self.place(head // 2) + PAGE, len(source) + 1)
-            if answer[-1] == FAILED:
+            if answer[-1] == FAILED or (source.startswith(b"RAISE") and not any(answer)):
                 self.failed += 1
             else:
                 assert (written, answer) == (len(source) + 1, source[::-1] + bytes([OK]))
