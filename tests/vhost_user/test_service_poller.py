@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from guestio.vhost_user.poller import Poller
-from tests.vhost_user.serving import nothing_left
+from guestio.vhost_user.poller import Poller, PollerThread
+from tests.vhost_user.serving import WAIT, nothing_left, until
 
 
 @pytest.fixture
@@ -152,3 +152,98 @@ def test_closing() -> None:
         poller.close()
         poller.close()
         poller.wake()
+
+
+class TestThread:
+    @pytest.fixture
+    def failures(self) -> list[Exception]:
+        return []
+
+    @pytest.fixture
+    def thread(self, failures: list[Exception]) -> Iterator[PollerThread]:
+        made = PollerThread("test-poller", failures.append)
+        yield made
+        made.close()
+
+    def test_callbacks_run_in_it(self, thread: PollerThread, event: int) -> None:
+        names: list[str] = []
+        done = threading.Event()
+
+        def note() -> None:
+            names.append(threading.current_thread().name)
+            if len(names) == 3:
+                done.set()
+
+        thread.poller.again(note)
+        until(lambda: len(names) == 1)
+        thread.poller.add(event, note, edge=True)
+        os.eventfd_write(event, 1)
+        until(lambda: len(names) == 2)
+        thread.poller.again(lambda: thread.poller.set_timer("t", time.monotonic(), note))
+        assert done.wait(WAIT)
+        assert names == ["test-poller"] * 3
+
+    def test_work_of_many_threads(self, thread: PollerThread) -> None:
+        done: list[int] = []
+
+        def give(first: int) -> None:
+            for i in range(200):
+                thread.poller.again(lambda i=i: done.append(first + i))
+
+        givers = [threading.Thread(target=give, args=(1000 * i,)) for i in range(4)]
+        for giver in givers:
+            giver.start()
+        for giver in givers:
+            giver.join(WAIT)
+        until(lambda: len(done) == 800)
+        for i in range(4):
+            assert [n for n in done if n // 1000 == i] == list(range(1000 * i, 1000 * i + 200))
+
+    def test_removed_from_outside(self, thread: PollerThread, event: int) -> None:
+        calls: list[int] = []
+        thread.poller.add(event, lambda: calls.append(1), edge=True)
+        os.eventfd_write(event, 1)
+        until(lambda: calls)
+        thread.poller.remove(event)
+        before = len(calls)
+        os.eventfd_write(event, 1)
+        passed = threading.Event()
+        thread.poller.again(passed.set)
+        assert passed.wait(WAIT)
+        assert len(calls) == before
+
+    def test_what_raises_ends_nothing(
+        self, thread: PollerThread, failures: list[Exception]
+    ) -> None:
+        error = ValueError("wrong")
+
+        def fail() -> None:
+            raise error
+
+        passed = threading.Event()
+        thread.poller.again(fail)
+        thread.poller.again(passed.set)
+        assert passed.wait(WAIT)
+        assert failures == [error]
+
+    def test_closing_waits_for_what_it_does(self) -> None:
+        entered, go_on, left = threading.Event(), threading.Event(), threading.Event()
+
+        def work() -> None:
+            entered.set()
+            assert go_on.wait(WAIT)
+            left.set()
+
+        with nothing_left():
+            thread = PollerThread("test-poller", lambda _: None)
+            thread.poller.again(work)
+            assert entered.wait(WAIT)
+            closing = threading.Thread(target=thread.close)
+            closing.start()
+            closing.join(0.05)
+            assert closing.is_alive()
+            go_on.set()
+            closing.join(WAIT)
+            assert left.is_set()
+            thread.close()
+            thread.poller.again(work)

@@ -20,7 +20,7 @@ import pytest
 from guestio.addr import Permissions
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer, MissHook
 from guestio.vhost_user.messages import FrontendRequest, IotlbMessage
-from guestio.vhost_user.virtqueue import PATIENCE
+from guestio.vhost_user.translations import PATIENCE
 from tests.vhost_user.serving import (
     BUFFERS,
     FAILED,
@@ -131,9 +131,6 @@ class TestOvertaking:
             driver.warm(5)
             assert driver.heads() == [60] * 5
             # Now it comes, although nobody asks again.
-            driver.actions.clear()
-            driver.frontend.iotlb.unmap((driver.at(place), PAGE))
-            driver.frontend.iotlb.map(driver.at(place), place, PAGE, Permissions.READ_WRITE)
             _tell(driver, place)
             until(lambda: driver.heads() == [60] * 5 + [40])
             assert driver.memory.read(driver.answer(40), 5) == b"dleh" + bytes([OK])
