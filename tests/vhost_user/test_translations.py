@@ -288,8 +288,8 @@ def test_a_question_of_another_thread_is_asked_again_by_the_poller() -> None:
             marks.append(message.header.need_reply)
         assert marks == [False, True]
         rig.back.send(encode_ack(BackendRequest.IOTLB_MSG, 1))
+        until(lambda: rig.translations.refused(0) == {(0, 1)})
         assert rig.woken[0].wait(5)
-        assert rig.translations.refused(0) == {(0, 1)}
     finally:
         rig.close()
     assert rig.failures == []

@@ -11,6 +11,7 @@ from guestio import GuestioError, GuestRegionCollection, Iotlb, MmapRegion, Perm
 from guestio._core.access import AddressSpace
 from guestio.virtio import SplitRing
 from guestio.virtio.blk import BlockDevice
+from guestio.virtio.device import settled
 
 SIZE = 16
 DESC, AVAIL, USED, BUFFERS, TABLE = 0x0, 0x1000, 0x2000, 0x4000, 0x8000
@@ -64,7 +65,7 @@ def serve(ring: SplitRing, device: BlockDevice) -> None:
             chains = [] if chain is None else [chain]
         for chain in chains:
             answer = device.process if chain.fault is None else device.fail
-            ring.complete(chain, answer(0, chain))
+            ring.complete(chain, settled(answer(0, chain)))
         ring.publish()
         ring.enable_kicks()
 

@@ -55,9 +55,6 @@ cdef class Attended:
         kick: The eventfd that announces them, waited for by its edge.
         call: The eventfd to notify the driver with, or -1.
         waiter: Its number among those who wait for translations.
-
-    Attributes:
-        waits_since: Since when the oldest request that lacks a translation does, or 0.
     """
 
     cdef SplitRing ring
@@ -65,7 +62,8 @@ cdef class Attended:
     cdef int kick
     cdef int call
     cdef readonly int waiter
-    cdef readonly double waits_since
+    # Since when the oldest request that lacks a translation does, and which one that is.
+    cdef double waits_since
     cdef u64 waits_for
 
     def __init__(
@@ -214,7 +212,7 @@ cdef class Intake:
             misses = Misses()
             try:
                 served = queue.ring.run_turn(
-                    queue.server, REQUESTS, queue.call, True, chains, misses, &resting
+                    queue.server, REQUESTS, queue.call, True, False, chains, misses, &resting
                 )
             except GuestioError as error:
                 outcome = error

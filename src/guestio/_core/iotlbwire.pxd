@@ -8,6 +8,7 @@ from guestio._core.wire cimport READ_AHEAD, Message
 
 cdef class Traffic:
     cdef public u64 requests
+    cdef public u64 failed_requests
     cdef public u64 questions
     cdef public u64 updates
     cdef public u64 invalidations

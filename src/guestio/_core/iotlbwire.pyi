@@ -6,11 +6,13 @@ from guestio._core.questions import MissTable
 @disjoint_base
 class Traffic:
     requests: int
+    failed_requests: int
     questions: int
     updates: int
     invalidations: int
     def __init__(self) -> None: ...
     def count_requests(self, count: int) -> None: ...
+    def count_failed(self) -> None: ...
     def count_questions(self, questions: bytes) -> None: ...
 
 @disjoint_base

@@ -22,14 +22,19 @@ cdef class Traffic:
 
     Attributes:
         requests: Requests taken from queues.
+        failed_requests: Those of them that could not be served.
         questions: Questions asked, repeated ones included.
         updates: UPDATE messages applied.
         invalidations: INVALIDATE messages applied.
     """
 
     def count_requests(self, u64 count):
-        """Add requests; one step, whatever other threads do."""
+        """Add requests; as every count here, one step whatever other threads do."""
         self.requests += count
+
+    def count_failed(self):
+        """Add a request that could not be served."""
+        self.failed_requests += 1
 
     def count_questions(self, questions):
         """Add what ``MissTable.ask`` returned."""

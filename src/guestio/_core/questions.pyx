@@ -52,8 +52,8 @@ has it within a time slice, which is 3 to 4 ms in Linux. Only refusals take this
 mistakes of a driver.
 """
 
+cdef double LATE = REPEAT_AFTER
 cdef int LIMIT = MAX_OUTSTANDING
-cdef double PATIENCE = REPEAT_AFTER
 
 cdef enum:
     READ = 1
@@ -513,7 +513,7 @@ cdef class MissTable:
         cdef list ready = []
         self.hold()
         try:
-            if now < self.looked + PATIENCE:
+            if now < self.looked + LATE:
                 return b"", ready
             return self.repeat_late(now, ready), ready
         finally:
@@ -533,7 +533,7 @@ cdef class MissTable:
             if not question.open:
                 continue
             left -= 1
-            if not question.repeatable or now < question.asked + PATIENCE:
+            if not question.repeatable or now < question.asked + LATE:
                 continue
             if not is_awaited(question):
                 self.settle(slot, ready)
@@ -615,7 +615,7 @@ cdef class MissTable:
                 left -= 1
                 due = self.slots[slot].asked + self.time_limit
                 if self.slots[slot].repeatable:
-                    due = min(due, max(self.slots[slot].asked, self.looked) + PATIENCE)
+                    due = min(due, max(self.slots[slot].asked, self.looked) + LATE)
                 if first < 0 or due < first:
                     first = due
         if self.order_count and self.starving():
@@ -623,6 +623,27 @@ cdef class MissTable:
             if first < 0 or due < first:
                 first = due
         return first
+
+    def kept_waiting(self, double now):
+        """Those who wait for answers that are late.
+
+        Cost: O(questions).
+        """
+        cdef int16_t slot
+        cdef int left = self.open_count, word, waiter
+        cdef u64 waiting[WAITER_WORDS]
+        memset(waiting, 0, sizeof(waiting))
+        for slot in range(SLOTS):
+            if not left:
+                break
+            if self.slots[slot].open:
+                left -= 1
+                if now >= self.slots[slot].asked + LATE:
+                    for word in range(WAITER_WORDS):
+                        waiting[word] |= self.slots[slot].waiting[word]
+        return [
+            waiter for waiter in range(WAITERS) if waiting[waiter // 64] >> (waiter % 64) & 1
+        ]
 
     def awaited(self, waiter):
         """How many questions of a waiter are not settled."""

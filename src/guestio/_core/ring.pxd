@@ -52,8 +52,8 @@ cdef class SplitRing(RingAreas):
 
     cdef int waiting(self) except -1
     cdef int run_turn(
-        self, Server server, int limit, int call, bint rest, list chains, Misses misses,
-        bint *resting,
+        self, Server server, int limit, int call, bint rest, bint late, list chains,
+        Misses misses, bint *resting,
     ) except -1
     cdef int take(self, int limit, Server server, list chains, Misses misses) except -1
     cdef int take_held(self, Server server, list chains, Misses misses) except -1

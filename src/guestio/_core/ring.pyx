@@ -166,7 +166,9 @@ cdef class SplitRing(RingAreas):
             self.keep_nothing()
         return chains, list(misses)
 
-    def turn(self, Server server, int limit=LOOK_AHEAD, int call=-1, bint rest=False):
+    def turn(
+        self, Server server, int limit=LOOK_AHEAD, int call=-1, bint rest=False, bint late=False
+    ):
         """Serve the ring for one turn: all that can be done for it without leaving the core.
 
         What was completed before is shown; the available requests are taken, as by :meth:`pop`;
@@ -177,7 +179,10 @@ cdef class SplitRing(RingAreas):
             server: Serves requests; what it leaves is returned. None returns them all.
             limit: As for :meth:`pop`.
             call: Eventfd to notify the driver with, or -1.
-            rest: Whether to ask for an announcement of the next request if there is none now.
+            rest: Whether to ask for an announcement of the next request if there is none now. While
+                requests wait for translations there is no need: their answers are announcement
+                enough for those that may overtake them,
+            late: unless they are late.
 
         Returns:
             ``(chains, misses, served, resting)``: as from :meth:`pop`, but the misses as
@@ -191,12 +196,12 @@ cdef class SplitRing(RingAreas):
         cdef list chains = []
         cdef Misses misses = Misses()
         cdef bint resting
-        cdef int served = self.run_turn(server, limit, call, rest, chains, misses, &resting)
+        cdef int served = self.run_turn(server, limit, call, rest, late, chains, misses, &resting)
         return chains, misses, served, resting
 
     cdef int run_turn(
-        self, Server server, int limit, int call, bint rest, list chains, Misses misses,
-        bint *resting,
+        self, Server server, int limit, int call, bint rest, bint late, list chains,
+        Misses misses, bint *resting,
     ) except -1:
         """As :meth:`turn`; the requests served."""
         cdef int served = 0
@@ -213,7 +218,7 @@ cdef class SplitRing(RingAreas):
                         self.show_pending()
                     if chains or not rest:
                         resting[0] = False
-                    elif not misses.count or self.inflight is not None:
+                    elif not misses.count or (late and self.inflight is not None):
                         resting[0] = not self.more_after_request()
         finally:
             self.keep_nothing()

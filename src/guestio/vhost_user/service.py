@@ -102,6 +102,7 @@ class Service:
             self._bursts,
             self._translations,
             make_ring=self._make_ring,
+            tracked=lambda: self._inflight is not None,
             broken=self._broken,
             intake=None if queue_threads else self._translations.intake,
             poll_seconds=poll_us / 1e6,

@@ -18,7 +18,6 @@ class Statistics:
 
     Attributes:
         connections: Front-ends accepted.
-        failed_requests: Those of them that could not be served.
         queue_errors: Queues that stopped because their driver broke a rule.
         protocol_errors: Front-ends disconnected because they broke the protocol.
         dirty_pages: Pages of guest memory written; counted when a front-end goes, if tracked.
@@ -30,7 +29,6 @@ class Statistics:
     """
 
     connections: int = 0
-    failed_requests: int = 0
     queue_errors: int = 0
     protocol_errors: int = 0
     dirty_pages: int = 0
@@ -39,17 +37,16 @@ class Statistics:
     iotlb_timeouts: int = 0
     access_fails: int = 0
     traffic: Traffic = field(default_factory=Traffic, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-
-    def count_failed(self) -> None:
-        """Add a request that could not be served. From any thread."""
-        with self._lock:
-            self.failed_requests += 1
 
     @property
     def requests(self) -> int:
         """Requests taken from queues."""
         return self.traffic.requests
+
+    @property
+    def failed_requests(self) -> int:
+        """Those of them that could not be served."""
+        return self.traffic.failed_requests
 
     @property
     def iotlb_misses(self) -> int:

@@ -362,7 +362,10 @@ class Translations:
             self._poller.set_timer(self, deadline, self._look)
 
     def _look(self) -> None:
-        """Deal with questions that are late: ask again, and give up in the end."""
+        """Deal with questions that are late: ask again, and give up in the end.
+
+        Those who wait have a look themselves: others may overtake what they wait for.
+        """
         now = time.monotonic()
         with self._lock:
             late = self._misses.expired(now)
@@ -371,6 +374,6 @@ class Translations:
             again, unasked = self._misses.repeat(now)
             if again:
                 self._send_questions(again)
-            ready += unasked + self._misses.starved(now)
+            ready += unasked + self._misses.starved(now) + self._misses.kept_waiting(now)
         self._wake(ready)
         self._arm()

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from guestio._core.chain import Chain
 from guestio._core.intake import Attended, Intake
 from guestio._core.misses import Misses
-from guestio._core.questions import touched
+from guestio._core.questions import REPEAT_AFTER, touched
 from guestio._core.ring import SplitRing
 from guestio.addr import check_int
 from guestio.errors import DeviceError, GuestioError, ProtocolError
@@ -67,6 +67,7 @@ class QueueHost:
         bursts: Where to report what a guest may cause any number of times.
         translations: Whom to ask for what is missing.
         make_ring: Called with a queue that is set up; its ring, or None if it is not complete.
+        tracked: Whether requests in flight are noted, for whoever takes over after a crash.
         broken: Called from any thread with a queue that its driver ruined, and why.
         intake: Serves queues while nothing is to be decided; None if they have their own threads.
         poll_seconds: How long to look out for a request before sleeping.
@@ -77,6 +78,7 @@ class QueueHost:
     bursts: Bursts
     translations: Translations
     make_ring: Callable[[Virtqueue], SplitRing | None]
+    tracked: Callable[[], bool]
     broken: Callable[[Virtqueue, GuestioError], None]
     intake: Intake | None
     poll_seconds: float
@@ -193,7 +195,9 @@ class Virtqueue:
             self._leave()
             self._set_fd("kick", fd)
             self._polled = fd is None
-            if fd is None:
+            # What a back-end that is gone left in flight was announced to that one; see also
+            # libvhost-user, `vu_check_queue_inflights`.
+            if fd is None or self._host.tracked():
                 self._started = True
                 self.wake()
 
@@ -202,6 +206,10 @@ class Virtqueue:
         with self._lock:
             self._leave()
             self._set_fd("call", fd)
+            # A back-end that is gone may have shown requests and not come to say so; see also
+            # libvhost-user, `vu_set_vring_call_exec`.
+            if self._host.tracked():
+                signal(self._call)
             self.wake()
 
     def set_err(self, fd: int | None) -> None:
@@ -279,7 +287,7 @@ class Virtqueue:
             while self._settled:
                 ring.complete(self._settled.popleft())
             watching = host.poll_seconds and time.monotonic() < self._watch_until
-            outcome = ring.turn(host.device.server, TURN, call, not watching)
+            outcome = ring.turn(host.device.server, TURN, call, not watching, self._is_late())
             taken = self._conclude(ring, outcome)
             if taken is None:
                 return False
@@ -293,6 +301,10 @@ class Virtqueue:
             ):
                 return True
         return True
+
+    def _is_late(self) -> bool:
+        """Whether the translations that the queue waits for take so long that others are heard."""
+        return self._parked_at is not None and time.monotonic() - self._parked_at >= REPEAT_AFTER
 
     def _conclude(self, ring: SplitRing, outcome: Outcome) -> int | None:
         """Do what is left to do after a turn of the ring.
@@ -310,7 +322,6 @@ class Virtqueue:
                 self._watch_until = time.monotonic() + host.poll_seconds
         if missing:
             self._park(ring, missing)
-            # Where requests may be overtaken, those that come are taken meanwhile.
             return None if resting or ring.inflight is None else taken
         self._unpark()
         if not resting:
@@ -370,7 +381,7 @@ class Virtqueue:
         return self._fail(chain)
 
     def _fail(self, chain: Chain) -> int:
-        self._host.statistics.count_failed()
+        self._host.statistics.traffic.count_failed()
         try:
             return _plausible(self._host.device.fail(self.index, chain), chain)
         except GuestioError:
@@ -418,6 +429,7 @@ class Virtqueue:
 
     def _park(self, ring: SplitRing, missing: Misses) -> None:
         """Ask for what the queue lacks; a request that lacks what was refused fails instead."""
+        self._leave()
         now = time.monotonic()
         if self._parked_at is None or self._parked_for != ring.progress:
             self._parked_at, self._parked_for = now, ring.progress
