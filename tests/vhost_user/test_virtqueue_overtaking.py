@@ -247,8 +247,11 @@ class TestStopping:
             driver.actions.clear()
             driver.start(0, base)
             driver.handles[0].kick()
+            # What was asked before it stopped is not asked again so soon.
+            for i in range(3):
+                _tell(driver, HOLE + i * PAGE)
             until(lambda: len(driver.heads()) == 7)
-            assert driver.heads()[4:] == [40, 42, 44]
+            assert sorted(driver.heads()[4:]) == [40, 42, 44]
             driver.warm(1)
             assert serving.stats.failed_requests == 0
 
