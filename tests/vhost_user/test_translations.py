@@ -149,7 +149,7 @@ class Rig:
             assert time.monotonic() < deadline, f"{missing} is never told"
             self.woken[waiter].clear()
             self.translations.ask(waiter, missing)
-            while self.translations.awaited(waiter):
+            while self.translations._misses.awaited(waiter):
                 assert self.woken[waiter].wait(10), "nobody says that it may go on"
                 self.woken[waiter].clear()
         for iova in wanted:
@@ -166,7 +166,7 @@ class Rig:
             if i % 5 == 4:
                 self.translations.ask(waiter, [(IovaRange(1 << 40, 8), 1)])
                 self.translations.forget(waiter)
-                assert self.translations.awaited(waiter) == 0
+                assert self.translations._misses.awaited(waiter) == 0
 
     def close(self) -> None:
         self.stopping = True
@@ -239,7 +239,7 @@ def test_a_channel_that_another_thread_finds_gone_is_closed_by_the_poller(rig: R
         rig.translations.ask(0, [(IovaRange(i * PAGE, 8), 1)])
     until(lambda: channel.fileno() == -1)
     rig.translations.ask(1, [(IovaRange(0x100000, 8), 1)])
-    assert rig.translations.awaited(1) == 1
+    assert rig.translations._misses.awaited(1) == 1
     # With a new one everybody asks again.
     ours, theirs = socket.socketpair()
     with Channel(theirs, with_fds=False) as back:

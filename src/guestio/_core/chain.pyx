@@ -63,8 +63,11 @@ cdef class Chain:
         self.settled, self.written = True, count
         self.readable.close()
         self.writable.close()
+        # Whoever keeps the request does not keep the memory mapped.
+        self.readable.table = self.writable.table = None
         if self.tail is not None:
             self.tail.close()
+            self.tail.table = None
 
 
 cdef void hand_over(IoVector memory) noexcept:

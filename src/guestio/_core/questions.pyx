@@ -649,6 +649,11 @@ cdef class MissTable:
         """How many questions of a waiter are not settled."""
         return self.lacking[waiter_of(waiter)]
 
+    def is_open(self, iova, int access):
+        """Whether an answer about the page of an address and an access is still to come."""
+        cdef u64 page = as_address(iova, "iova") // PAGE_BYTES * PAGE_BYTES
+        return self.find(page, access) >= 0 or self.find(page, READ_WRITE) >= 0
+
     def reset(self):
         """Forget all questions, because no answer to them can be told from others any more.
 

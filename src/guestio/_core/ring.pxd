@@ -49,6 +49,7 @@ cdef class SplitRing(RingAreas):
     cdef u32 pending_count
     cdef u16 show_at
     cdef u64 work
+    cdef bint crowded     # the next request lacks something, and as many wait as may
 
     cdef int waiting(self) except -1
     cdef int run_turn(

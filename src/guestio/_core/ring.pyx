@@ -17,6 +17,8 @@ from guestio._core.chain cimport NOT_SERVED, Chain, Server, i64, new_chain
 from guestio._core.inflight cimport InflightQueue
 from guestio._core.misses cimport Misses
 
+from guestio.errors import QueueError
+
 cdef extern from * nogil:
     """
     #define full_barrier() __atomic_thread_fence(__ATOMIC_SEQ_CST)
@@ -130,7 +132,12 @@ cdef class SplitRing(RingAreas):
         self.next_used = self.load16(self.used, 2)
         if self.inflight is None:
             return 0
-        for head in self.inflight.recover(self.next_used):
+        try:
+            heads = self.inflight.recover(self.next_used)
+        except QueueError as error:
+            self.broken = str(error)
+            raise
+        for head in heads:
             if self.held_count < <int>self.size:
                 self.held[self.held_count] = head
                 self.held_count += 1
@@ -233,6 +240,7 @@ cdef class SplitRing(RingAreas):
         """Take requests into the list; the number of those that were served instead."""
         cdef int served = 0
         self.work = 0
+        self.crowded = False
         if not self.areas_ready(misses):
             return served
         if self.held_count:
@@ -276,6 +284,7 @@ cdef class SplitRing(RingAreas):
                 if misses.count:
                     continue
             elif lacks and self.held_count >= MAX_HELD:
+                self.crowded = True
                 break
             self.advance(head)
             if lacks:
@@ -532,13 +541,16 @@ cdef class SplitRing(RingAreas):
         Raises:
             ValueError: It was given back before, comes from another ring, or has less room.
         """
+        if chain.done:
+            raise ValueError(f"request {chain.head} was completed before")
         if chain.ring is not self:
             raise ValueError(f"request {chain.head} was taken from another ring")
         if written is not None:
             chain.settle(written)
-        elif not chain.settled or chain.done:
-            raise ValueError(f"request {chain.head} is not settled or was completed before")
-        chain.done = True
+        elif not chain.settled:
+            raise ValueError(f"request {chain.head} is not settled")
+        # Whoever keeps the request does not keep the ring, nor its memory.
+        chain.done, chain.ring = True, None
         self.finish(chain)
 
     cdef void finish(self, Chain chain) noexcept:
@@ -672,4 +684,4 @@ cdef class SplitRing(RingAreas):
         else:
             self.store16(self.used, 0, 0)
         full_barrier()
-        return self.held_count < MAX_HELD and self.load16(self.avail, 2) != self.next_avail
+        return not self.crowded and self.load16(self.avail, 2) != self.next_avail

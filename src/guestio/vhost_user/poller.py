@@ -43,8 +43,13 @@ class Poller:
         Raises:
             OSError: The descriptor cannot be waited for.
         """
-        self._epoll.register(fd, select.EPOLLIN | (select.EPOLLET if edge else 0))
+        # It may be found readable by the thread that waits before this returns.
         self._callbacks[fd] = callback
+        try:
+            self._epoll.register(fd, select.EPOLLIN | (select.EPOLLET if edge else 0))
+        except BaseException:
+            del self._callbacks[fd]
+            raise
 
     def remove(self, fd: int) -> None:
         """Stop waiting for ``fd``, before it is closed. Unknown ones are ignored."""
@@ -105,11 +110,10 @@ class Poller:
     def _run_timers(self) -> None:
         now = time.monotonic()
         for key, (when, callback) in list(self._timers.items()):
-            if when <= now and key in self._timers:
-                del self._timers[key]
+            if when <= now and self._timers.pop(key, None) is not None:
                 callback()
         # A cleared timer's time passes without consequence, and is forgotten here.
-        self._due = min((when for when, _ in self._timers.values()), default=math.inf)
+        self._due = min((when for when, _ in list(self._timers.values())), default=math.inf)
 
     def _woken(self) -> None:
         os.eventfd_read(self._wake)
@@ -133,7 +137,7 @@ class PollerThread:
         poller: What it runs.
     """
 
-    def __init__(self, name: str, failed: Callable[[Exception], None]) -> None:
+    def __init__(self, name: str, failed: Callable[[BaseException], None]) -> None:
         self.poller = Poller()
         self._failed = failed
         self._stopping = False
@@ -144,7 +148,7 @@ class PollerThread:
         while not self._stopping:
             try:
                 self.poller.run_once()
-            except Exception as error:
+            except BaseException as error:
                 self._failed(error)
 
     def close(self) -> None:

@@ -92,32 +92,37 @@ class Service:
         self._status = 0
         self._negotiated = 0
         self._bursts = Bursts()
-        self._threads = [
-            PollerThread(f"guestio-queue-{index}", self._thread_failed)
-            for index in range(device.num_queues if queue_threads else 0)
-        ]
-        host = QueueHost(
-            device,
-            statistics,
-            self._bursts,
-            self._translations,
-            make_ring=self._make_ring,
-            tracked=lambda: self._inflight is not None,
-            broken=self._broken,
-            intake=None if queue_threads else self._translations.intake,
-            poll_seconds=poll_us / 1e6,
-        )
-        self._queues = [
-            Virtqueue(index, host, self._threads[index].poller if queue_threads else poller)
-            for index in range(device.num_queues)
-        ]
-        self.features = device.features | offered
-        self.protocol_features = int(SUPPORTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD)
-        self.num_queues = device.num_queues
-        self.max_mem_slots = MAX_MEM_SLOTS
-        self._session = Session(self)
-        poller.add(channel.fileno(), self._receive)
-        poller.waiter = self._wait
+        self._threads: list[PollerThread] = []
+        with contextlib.ExitStack() as undo:
+            for index in range(device.num_queues if queue_threads else 0):
+                thread = PollerThread(f"guestio-queue-{index}", self._thread_failed)
+                undo.callback(thread.close)
+                self._threads.append(thread)
+            host = QueueHost(
+                device,
+                statistics,
+                self._bursts,
+                self._translations,
+                make_ring=self._make_ring,
+                tracked=lambda: self._inflight is not None,
+                broken=self._broken,
+                intake=None if queue_threads else self._translations.intake,
+                poll_seconds=poll_us / 1e6,
+            )
+            self._queues = [
+                Virtqueue(index, host, self._threads[index].poller if queue_threads else poller)
+                for index in range(device.num_queues)
+            ]
+            self.features = device.features | offered
+            self.protocol_features = int(
+                SUPPORTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD
+            )
+            self.num_queues = device.num_queues
+            self.max_mem_slots = MAX_MEM_SLOTS
+            self._session = Session(self)
+            poller.add(channel.fileno(), self._receive)
+            poller.waiter = self._wait
+            undo.pop_all()
 
     def _wait(self, epoll: int, seconds: float) -> list[int]:
         fds, outcomes = self._translations.wait(epoll, seconds)
@@ -193,11 +198,12 @@ class Service:
             if region.bitmap is not None:
                 self._stats.dirty_pages += region.bitmap.count()
 
-    def _thread_failed(self, error: Exception) -> None:
-        """A mistake in a queue's thread is dealt with like one in ours."""
+    def _thread_failed(self, error: BaseException) -> None:
+        """A mistake in a queue's thread is dealt with like one in ours, once for a front-end."""
 
         def fail() -> None:
-            raise error
+            if not self.closed:
+                raise error
 
         self._poller.again(fail)
 
@@ -325,13 +331,23 @@ class Service:
         return self._status
 
     def set_status(self, status: int) -> None:
-        """See :class:`SessionHandler`."""
+        """See :class:`SessionHandler`.
+
+        QEMU sets 0 at each stop, also when it only pauses the guest (`vhost_user_reset_status`),
+        so what is in flight is not forgotten.
+        """
         if status == 0:
-            self.reset_device()
+            self._reset()
         self._status = status
 
     def reset_device(self) -> None:
         """See :class:`SessionHandler`."""
+        self._reset()
+        if self._inflight is not None:
+            for index in range(min(len(self._queues), self._inflight.description.num_queues)):
+                self._inflight.queue(index).forget()
+
+    def _reset(self) -> None:
         self._reset_queues()
         self._status = 0
         self._device.reset()

@@ -63,7 +63,7 @@ Page = tuple[int, int]
 class Translations:
     """The IOTLB of a connection and the traffic that fills it.
 
-    Any thread may call :meth:`ask`, :meth:`refused`, :meth:`awaited`, :meth:`forget` and
+    Any thread may call :meth:`ask`, :meth:`refused`, :meth:`under_way`, :meth:`forget` and
     :meth:`report_access_fails`; the rest is for the poller's. The set of what a waiter was refused
     grows in the poller's thread while another one of the waiter's removes from it.
 
@@ -212,9 +212,9 @@ class Translations:
         # In one step, as two threads may be here.
         return self._refused.setdefault(waiter, set()) if refused is None else refused
 
-    def awaited(self, waiter: int) -> int:
-        """How many questions of a waiter are still open."""
-        return self._misses.awaited(waiter)
+    def under_way(self, where: IovaRange, access: int) -> bool:
+        """Whether an answer about the last page of a range is still to come."""
+        return self._misses.is_open(where.base + (where.length - 1), access)
 
     def forget(self, waiter: int) -> None:
         """Somebody does not wait any more."""
@@ -308,7 +308,7 @@ class Translations:
         self._poller.again(self._receive_replies)
 
     def _pass_on(self, refused: list[Question]) -> list[int]:
-        """Remember what was refused for those who asked; those of them who wait for nothing more.
+        """Remember what was refused for those who asked, and who they are.
 
         Under the lock since the questions were settled, or else somebody who was forgotten
         meanwhile would be told.
@@ -319,9 +319,7 @@ class Translations:
             for waiter in question.waiting:
                 self.intake.leave(waiter)
                 self.refused(waiter).add((question.iova, question.access))
-                # What else it asked for may still come.
-                if not self._misses.awaited(waiter):
-                    ready.append(waiter)
+                ready.append(waiter)
         return ready
 
     def _send_questions(self, questions: bytes) -> None:

@@ -322,13 +322,16 @@ class Virtqueue:
                 self._watch_until = time.monotonic() + host.poll_seconds
         if missing:
             self._park(ring, missing)
-            return None if resting or ring.inflight is None else taken
-        self._unpark()
+            # Where requests may be overtaken, those that come are taken meanwhile.
+            if ring.inflight is None:
+                return None
+        else:
+            self._unpark()
         if not resting:
             return taken
         if self._polled:
             self._poller.set_timer(self, time.monotonic() + POLL_INTERVAL, self._run)
-        elif host.intake is not None and not host.poll_seconds:
+        elif not missing and host.intake is not None and not host.poll_seconds:
             self._attend(host.intake, ring)
         return None
 
@@ -358,12 +361,12 @@ class Virtqueue:
         """Have requests processed; those that take time are completed later."""
         for chain in chains:
             answer = self._process(chain)
-            if isinstance(answer, int):
-                ring.complete(chain, answer)
-            else:
+            if isinstance(answer, Future):
                 chain.hand_over()
                 self._late.add(chain)
                 answer.add_done_callback(functools.partial(self._finish, chain))
+            else:
+                ring.complete(chain, answer)
 
     def _process(self, chain: Chain) -> int | Future[int]:
         """What the device says to a request; where it failed, what it says to that."""
@@ -398,19 +401,27 @@ class Virtqueue:
         The memory is given back here: a revocation of its translation may be waiting for it in the
         very thread that serves the queue.
         """
+        written = 0
         try:
-            written = _plausible(answer.result(), chain)
+            written = self._late_answer(chain, answer)
+        finally:
+            # Whatever a device raises, or did to its request, nobody waits for it for ever.
+            with contextlib.suppress(ValueError):
+                chain.settle(written)
+            self._settled.append(chain)
+            self.wake()
+            with self._late_change:
+                self._late.discard(chain)
+                self._late_change.notify_all()
+
+    def _late_answer(self, chain: Chain, answer: Future[int]) -> int:
+        try:
+            return _plausible(answer.result(), chain)
         except BaseException as error:
             self._host.bursts.report(
                 "queue %d: request failed: %s", self.index, str(error) or type(error).__name__
             )
-            written = self._fail(chain)
-        chain.settle(written)
-        self._settled.append(chain)
-        self.wake()
-        with self._late_change:
-            self._late.discard(chain)
-            self._late_change.notify_all()
+        return self._fail(chain)
 
     def _drain(self) -> None:
         """Wait for the requests that take time, and complete them."""
@@ -435,6 +446,9 @@ class Virtqueue:
             self._parked_at, self._parked_for = now, ring.progress
         if not self._give_up(ring, late=now - self._parked_at >= self._host.translations.patience):
             self._host.translations.ask(self.index, missing)
+        if ring.inflight is not None:
+            # Some may lack nothing any more while others still wait, or have come.
+            self._poller.set_timer(self, now + REPEAT_AFTER, self._run)
 
     def _unpark(self) -> None:
         self._parked_at = None
@@ -453,6 +467,8 @@ class Virtqueue:
         refused = self._host.translations.refused(self.index)
         if not refused and not late:
             return False
+        if len(refused) > MAX_REFUSED:
+            refused.clear()
         lacking = ring.missing()
         if lacking and (late or touched(lacking, refused)):
             self._host.bursts.report("queue %d: its ring has no translation", self.index)
@@ -460,34 +476,27 @@ class Virtqueue:
             self._started, self._parked_at = False, None
             return True
         for index in range(max(ring.held_count, 1)):
-            if self._give_up_one(ring, index, late=late and not index):
+            lacks = ring.lacking(index)
+            if lacks is None:
+                break
+            lost = touched(lacks, refused)
+            # The end of a request is the place of a block request's status: that may still come.
+            hopeless = lost and not self._host.translations.under_way(*lacks[-1])
+            if not lacks or hopeless or (late and not index):
+                refused -= lost
+                self._fail_lacking(ring, index)
                 return True
         return False
 
-    def _give_up_one(self, ring: SplitRing, index: int, *, late: bool) -> bool:
-        """Fail a request that waits for what was refused; whether there is nothing to ask for."""
-        translations = self._host.translations
-        refused = translations.refused(self.index)
-        lacking = ring.lacking(index)
-        if lacking is None:
-            return False
-        lost = touched(lacking, refused)
-        if lacking and not late:
-            if not lost:
-                return False
-            # What else it lacks may still come, the place of its status among it.
-            if translations.awaited(self.index):
-                return True
-        refused -= lost
-        if len(refused) > MAX_REFUSED:
-            refused.clear()
+    def _fail_lacking(self, ring: SplitRing, index: int) -> None:
+        """Fail a request that waits for what will not come."""
+        host = self._host
         chain = ring.pop_faulty(index)
         if chain is not None:
-            self._host.statistics.traffic.count_requests(1)
-            translations.report_access_fails(chain.access_fails)
+            host.statistics.traffic.count_requests(1)
+            host.translations.report_access_fails(chain.access_fails)
             self._begin(ring, [chain])
         self.wake()
-        return True
 
 
 def _plausible(written: int, chain: Chain) -> int:

@@ -93,7 +93,9 @@ class Device(ABC):
         """Answer a request whose memory cannot be reached, as far as that is possible.
 
         ``chain.readable`` and ``chain.writable`` hold what could be reached, ``chain.tail`` the
-        last byte that the driver wanted written. The default gives it back untouched.
+        last byte that the driver wanted written. The default gives it back untouched. For a request
+        that :meth:`process` answered with a future, this is called in the thread that finished it,
+        while other requests of the queue may be processed.
 
         Returns:
             How many bytes were written, as from :meth:`process`; at once.
