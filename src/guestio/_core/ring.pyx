@@ -186,10 +186,11 @@ cdef class SplitRing(RingAreas):
             server: Serves requests; what it leaves is returned. None returns them all.
             limit: As for :meth:`pop`.
             call: Eventfd to notify the driver with, or -1.
-            rest: Whether to ask for an announcement of the next request if there is none now. While
-                requests wait for translations there is no need: their answers are announcement
-                enough for those that may overtake them,
-            late: unless they are late.
+            rest: Whether to ask for an announcement of the next request if there is none now. Not
+                while requests wait for translations: those that come then are found when the
+                answers do.
+            late: The answers are late, so ask for an announcement in any case, if requests may be
+                overtaken.
 
         Returns:
             ``(chains, misses, served, resting)``: as from :meth:`pop`, but the misses as
