@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -200,6 +201,20 @@ def test_closing() -> None:
         poller.wake()
 
 
+class Lingering:
+    """An epoll that gives other threads a while after it has registered a descriptor."""
+
+    def __init__(self, epoll: select.epoll) -> None:
+        self._epoll = epoll
+
+    def register(self, fd: int, events: int) -> None:
+        self._epoll.register(fd, events)
+        time.sleep(0.02)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._epoll, name)
+
+
 class TestThread:
     @pytest.fixture
     def failures(self) -> list[Exception]:
@@ -229,14 +244,17 @@ class TestThread:
         assert done.wait(WAIT)
         assert names == ["test-poller"] * 3
 
-    def test_an_edge_that_was_there_before_its_descriptor(self, thread: PollerThread) -> None:
+    def test_an_edge_that_was_there_before_its_descriptor(
+        self, thread: PollerThread, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """It is found by the thread that waits while another one is still adding it."""
-        for _ in range(200):
-            seen, fd = threading.Event(), os.eventfd(1, os.EFD_NONBLOCK)
-            thread.poller.add(fd, seen.set, edge=True)
-            assert seen.wait(WAIT)
-            thread.poller.remove(fd)
-            os.close(fd)
+        monkeypatch.setattr(thread.poller, "_epoll", Lingering(thread.poller._epoll))
+        thread.poller.wake()
+        seen, fd = threading.Event(), os.eventfd(1, os.EFD_NONBLOCK)
+        thread.poller.add(fd, seen.set, edge=True)
+        assert seen.wait(WAIT)
+        thread.poller.remove(fd)
+        os.close(fd)
 
     def test_work_of_many_threads(self, thread: PollerThread) -> None:
         done: list[int] = []
