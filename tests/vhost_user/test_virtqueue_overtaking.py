@@ -296,11 +296,17 @@ class TestStopping:
 
     def test_by_a_reset_forgets_what_is_in_flight(self, serving: Serving) -> None:
         """The driver starts afresh, and what it had asked for is no request any more."""
-        with Held(serving.path) as driver:
-            driver.read_from(driver.lack(0, MissAction.IGNORE), 40)
+        with Driver(serving.path, iommu=True, inflight=True) as driver:
+            lost = driver.at(HOLE)
+            driver.frontend.iotlb.miss_hook = lambda message: MissAnswer(
+                MissAction.IGNORE if message.iova == lost else MissAction.ANSWER
+            )
+            ring = driver.rings[0]
+            ring.offer(ring.put_chain(40, Desc(lost, 8), Desc(driver.at(BUFFERS), 1, WRITE)))
+            driver.handles[0].kick()
             until(lambda: driver.frontend.iotlb.counts.ignored)
             driver.frontend.reset_device()
-            driver.actions.clear()
+            driver.frontend.iotlb.miss_hook = None
             driver.add_queue(0)
             assert driver.run(0, b"fresh") == (OK, b"hserf")
             assert driver.rings[0].used_idx == 1
