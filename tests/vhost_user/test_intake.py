@@ -1,32 +1,42 @@
-"""Waiting in the core: plain IOTLB traffic is dealt with there, all else comes back at once."""
+"""Waiting in the core: what is ordinary is dealt with there, all else comes back at once."""
 
 from __future__ import annotations
 
+import os
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from guestio._core.intake import Intake
+from guestio._core.blockio import BlockServer
+from guestio._core.intake import Attended, Intake
 from guestio._core.intervals import IntervalMap
 from guestio._core.iotlbwire import IotlbUpdater, Traffic
 from guestio._core.questions import PAGE, MissTable
 from guestio.addr import IovaRange, Permissions
+from guestio.errors import QueueError
 from guestio.iommu import Iotlb
 from guestio.vhost_user.messages import (
     BackendRequest,
     FrontendRequest,
     IotlbMessage,
+    IotlbType,
     encode_ack,
     encode_iotlb,
     encode_message,
 )
+from guestio.virtio.blk import S_OK, T_FLUSH, T_IN
+from tests.vhost_user.serving import WAIT
+from tests.virtio.rings import WRITE, Desc, Tables
 
 ACK = 20
 USER = 0x7F0000000000
+MEMORY, SIZE = 0x7E0000000000, 0x80000
+"""Where the front-end has all of the guest's memory."""
 INVALIDATE = encode_iotlb(
     FrontendRequest.IOTLB_MSG, IotlbMessage.invalidate(0, PAGE), need_reply=True
 )
@@ -36,14 +46,21 @@ UPDATE = encode_iotlb(
 
 
 class Rig:
-    """An intake over two socket pairs and a third that is somebody else's."""
+    """An intake over two socket pairs and a third that is somebody else's.
 
-    def __init__(self) -> None:
+    Args:
+        iotlb: What it keeps up to date.
+        patience: Seconds that a request may wait for translations in all.
+    """
+
+    def __init__(self, iotlb: Iotlb | None = None, patience: float = 20) -> None:
         users = IntervalMap()
         users.add(USER, PAGE, 0x8000, Permissions.READ_WRITE)
-        self.iotlb, self.misses, self.traffic = Iotlb(), MissTable(5), Traffic()
+        users.add(MEMORY, SIZE, 0, Permissions.READ_WRITE)
+        self.iotlb = Iotlb() if iotlb is None else iotlb
+        self.misses, self.traffic = MissTable(5), Traffic()
         updater = IotlbUpdater(self.iotlb, users, self.misses, self.traffic)
-        self.intake = Intake(updater, self.misses, 20)
+        self.intake = Intake(updater, self.misses, patience)
         self.pairs = [socket.socketpair() for _ in range(3)]
         (self.main, self.front), (self.back, self.service), (self.other, self.third) = self.pairs
         self.epoll = select.epoll()
@@ -149,3 +166,171 @@ def test_a_flood_does_not_keep_it(rig: Rig) -> None:
     while peer.is_alive():
         rig.wait(0.01)
     peer.join()
+
+
+WAITER = 3
+DESC, AVAIL, USED = 0x10000, 0x20000, 0x30000
+SOURCE, ANSWER = 0x40000, 0x50000
+RING = 512
+IMAGE = bytes(range(256)) * 2
+
+
+class Queue(Rig):
+    """An intake that attends a ring behind an IOMMU and serves it from an image of one sector.
+
+    The ring and the sources of requests are known; where their answers go has to be asked for.
+    """
+
+    def __init__(self, patience: float = 20) -> None:
+        self.tables = Tables(SIZE)
+        super().__init__(self.tables.iotlb, patience)
+        self.ring = self.tables.rig(size=RING, desc=DESC, avail=AVAIL, used=USED)
+        for known, length in ((DESC, 16 * RING), (AVAIL, 2 * RING), (USED, 8 * RING)):
+            self.tables.tell(known, length + 6)
+        self.tables.tell(SOURCE, PAGE)
+        self.tables.map(ANSWER, PAGE)
+        self.image = os.memfd_create("image")
+        os.write(self.image, IMAGE)
+        self.kick, self.call = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
+        self.epoll.register(self.kick, select.EPOLLIN | select.EPOLLET)
+        self.intake.back = self.back.fileno()
+        server = BlockServer(self.image, len(IMAGE))
+        self.intake.attend(Attended(self.ring.ring, server, self.kick, self.call, WAITER))
+        self.service.setblocking(False)
+
+    def put(self, kind: int, head: int = 0, room: int = len(IMAGE)) -> int:
+        """Lay a request out; its head."""
+        source = SOURCE + 16 * head
+        self.tables.write(source, struct.pack("<IIQ", kind, 0, 0))
+        return self.ring.put_chain(head, Desc(source, 16), Desc(ANSWER, room + 1, WRITE))
+
+    def announce(self, *heads: int) -> None:
+        """Make requests available and say so."""
+        self.ring.offer(*heads)
+        os.eventfd_write(self.kick, 1)
+
+    def tell(self, length: int) -> None:
+        """Answer about the first bytes of the page that answers are written to."""
+        user = MEMORY + self.tables.pages[ANSWER]
+        update = IotlbMessage.update(ANSWER, length, user, Permissions.READ_WRITE)
+        self.front.sendall(encode_iotlb(FrontendRequest.IOTLB_MSG, update, need_reply=True))
+        assert self.wait(0) == ([], [], b"")
+        assert len(self.front.recv(1000)) == ACK
+
+    def question(self) -> IotlbMessage | None:
+        """What was asked on the back-end channel."""
+        try:
+            return IotlbMessage.decode(self.service.recv(1000)[12:])
+        except BlockingIOError:
+            return None
+
+    def close(self) -> None:
+        super().close()
+        for fd in (self.image, self.kick, self.call):
+            os.close(fd)
+
+
+class TestAttendedQueue:
+    @pytest.fixture
+    def queue(self) -> Iterator[Queue]:
+        made = Queue()
+        yield made
+        made.close()
+
+    def test_is_served_without_coming_back(self, queue: Queue) -> None:
+        queue.tables.tell(ANSWER, PAGE)
+        head = queue.put(T_IN)
+        for lap in range(1, 4):
+            queue.tables.write(ANSWER, bytes(len(IMAGE)) + b"\xee")
+            queue.announce(head)
+            assert queue.wait(0) == ([], [], b"")
+            assert queue.tables.read(ANSWER, len(IMAGE) + 1) == IMAGE + bytes([S_OK])
+            assert queue.ring.used_entry(lap - 1) == (head, len(IMAGE) + 1)
+            assert queue.ring.used_idx == lap
+            assert os.eventfd_read(queue.call) == 1
+            assert queue.traffic.requests == lap
+        assert queue.question() is None
+
+    def test_what_its_server_leaves_comes_back_and_it_is_left(self, queue: Queue) -> None:
+        queue.tables.tell(ANSWER, PAGE)
+        queue.announce(queue.put(T_IN, 0), queue.put(T_FLUSH, 2, room=0))
+        fds, ready, _, _, outcomes = queue.intake.wait(queue.epoll.fileno(), 5)
+        assert (fds, ready) == ([], [])
+        ((waiter, outcome),) = outcomes
+        assert waiter == WAITER
+        assert isinstance(outcome, tuple)
+        (chain,), misses, served, resting = outcome
+        assert (chain.head, len(misses), served, resting) == (2, 0, 1, False)
+        assert queue.traffic.requests == 0, "whoever takes over counts the turn"
+        # Kicks are for whoever took over.
+        os.eventfd_write(queue.kick, 1)
+        assert queue.wait(5) == ([queue.kick], [], b"")
+        assert queue.intake.leave(WAITER) is None
+
+    def test_a_broken_ring_comes_back_as_its_error(self, queue: Queue) -> None:
+        queue.ring.set_avail_idx(0x1234)
+        os.eventfd_write(queue.kick, 1)
+        *_, outcomes = queue.intake.wait(queue.epoll.fileno(), 5)
+        ((waiter, error),) = outcomes
+        assert waiter == WAITER
+        assert isinstance(error, QueueError)
+        assert queue.intake.leave(WAITER) is None
+
+    def test_a_miss_is_asked_and_its_answer_goes_on_within(self, queue: Queue) -> None:
+        queue.announce(queue.put(T_IN))
+        assert queue.wait(0) == ([], [], b"")
+        question = queue.question()
+        assert question is not None
+        assert (question.type, question.iova) == (IotlbType.MISS, ANSWER)
+        assert question.perm == Permissions.WRITE
+        assert (queue.ring.used_idx, queue.traffic.questions) == (0, 1)
+        queue.tell(PAGE)
+        assert queue.ring.used_idx == 1
+        assert queue.tables.read(ANSWER, len(IMAGE) + 1) == IMAGE + bytes([S_OK])
+        assert queue.traffic.questions == 1
+
+    def test_a_question_that_nobody_would_look_after_comes_back(self, queue: Queue) -> None:
+        """The alarm is to be set first."""
+        queue.intake.look_after = 1
+        queue.announce(queue.put(T_IN))
+        *_, outcomes = queue.intake.wait(queue.epoll.fileno(), 5)
+        ((_, outcome),) = outcomes
+        assert isinstance(outcome, tuple)
+        assert [where for where, _ in outcome[1]] == [IovaRange(ANSWER, len(IMAGE) + 1)]
+        assert queue.question() is None
+
+    def test_patience_with_answers_that_never_fit(self) -> None:
+        patience = 0.05
+        queue = Queue(patience)
+        started = time.monotonic()
+        queue.announce(queue.put(T_IN))
+        questions = 0
+        while True:
+            *_, outcomes = queue.intake.wait(queue.epoll.fileno(), 0.001)
+            if outcomes:
+                break
+            if queue.question() is not None:
+                questions += 1
+                user = MEMORY + queue.tables.pages[ANSWER]
+                update = IotlbMessage.update(ANSWER, 2, user, Permissions.READ_WRITE)
+                queue.front.sendall(
+                    encode_iotlb(FrontendRequest.IOTLB_MSG, update, need_reply=True)
+                )
+            assert time.monotonic() - started < WAIT
+        assert time.monotonic() - started >= patience
+        assert questions > 1
+        ((waiter, outcome),) = outcomes
+        assert waiter == WAITER
+        assert isinstance(outcome, tuple)
+        chains, misses, served, _ = outcome
+        assert (chains, len(misses), served) == ([], 1, 0)
+        assert queue.intake.leave(WAITER) is None
+        queue.close()
+
+    def test_a_busy_one_comes_back_for_others_to_have_their_turn(self, queue: Queue) -> None:
+        queue.tables.tell(ANSWER, PAGE)
+        head = queue.put(T_IN)
+        queue.announce(*[head] * 300)
+        *_, outcomes = queue.intake.wait(queue.epoll.fileno(), 5)
+        assert outcomes == [(WAITER, None)]
+        assert queue.ring.used_idx == queue.traffic.requests == 256

@@ -14,6 +14,8 @@ from guestio._core.chain import Chain
 from guestio.addr import Permissions
 from guestio.errors import DeviceError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
+from guestio.vhost_user import Frontend
+from guestio.vhost_user.frontend import FrontendQueue
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.messages import FrontendRequest, IotlbMessage, VringAddr
 from tests.vhost_user.serving import (
@@ -21,6 +23,7 @@ from tests.vhost_user.serving import (
     FAILED,
     IOVA,
     OK,
+    VERSION_1,
     WAIT,
     Driver,
     Load,
@@ -149,6 +152,25 @@ class TestAtTheSameTime:
             load.finish()
         assert serving.stats.requests == sum(load.done for load in loads)
         assert serving.stats.failed_requests == sum(load.failed for load in loads) > 20
+
+
+class TestStart:
+    def test_requests_that_were_announced_before_the_kick_fd_came(
+        self, driver: Driver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The eventfd counts already when the back-end learns of it."""
+        made = FrontendQueue.__init__
+
+        def made_and_kicked(queue: FrontendQueue, *args: object, **options: object) -> None:
+            made(queue, *args, **options)  # type: ignore[arg-type]
+            queue.kick()
+
+        monkeypatch.setattr(FrontendQueue, "__init__", made_and_kicked)
+        for _ in range(50):
+            base = driver.stop(0)
+            number = driver.prepare(0, b"text")
+            driver.start(0, base)
+            driver.wait(0, number)
 
 
 class TestChanges:
@@ -322,6 +344,44 @@ class TestDevicesThatFail:
             assert errors_of(caplog) == ["serving failed"]
             serving.check_serves()
 
+    def test_in_two_queues_at_once(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """It is one mistake of one connection; the next one does not pay for the rest of it."""
+        device = MistakenTogether()
+        with (
+            Serving(device, tmp_path / "socket", queue_threads=True) as serving,
+            Driver(serving.path, queues=2) as driver,
+        ):
+            for index in range(2):
+                driver.run(index, b"text")
+            with Frontend(serving.path, timeout=WAIT) as following:
+                device.wrong = True
+                for index in range(2):
+                    driver.submit(index, b"text")
+                until(lambda: device.resets == 1)
+                device.wrong = False
+                following.negotiate(VERSION_1)
+            assert errors_of(caplog) == ["serving failed"]
+
+    def test_before_a_connection_is_set_up(self, tmp_path: Path) -> None:
+        device = Featureless()
+        with Serving(device, tmp_path / "socket", queue_threads=True) as serving:
+            device.wrong = True
+            with nothing_left(), serving.connect() as connected:
+                assert connected.recv(1) == b""
+                until(lambda: queue_threads() == [])
+            device.wrong = False
+            serving.check_serves()
+
+    @pytest.mark.parametrize("threads", [False, True], ids=["one thread", "queue threads"])
+    def test_one_that_leaves_takes_the_back_end_along(self, tmp_path: Path, threads: bool) -> None:
+        """A queue that nobody serves any more would be worse, as nobody would know."""
+        serving = Serving(Leaving(), tmp_path / "socket", queue_threads=threads)
+        with serving, Driver(serving.path) as driver:
+            driver.submit(0, b"LEAVE")
+            until(lambda: not serving.alive)
+            error, serving.error = serving.error, None
+            assert isinstance(error, SystemExit)
+
     def test_a_broken_ring_is_alone(self, driver: Driver, serving: Serving) -> None:
         driver.rings[0].set_avail_idx(0x1234)
         driver.handles[0].kick()
@@ -349,6 +409,45 @@ class Mistaken(Mirror):
     def server(self) -> None:  # type: ignore[override]
         if self.wrong:
             raise RuntimeError("there is none")
+
+
+class MistakenTogether(Mistaken):
+    """One that fails in two threads at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.barrier = threading.Barrier(2, timeout=WAIT)
+
+    @property
+    def server(self) -> None:  # type: ignore[override]
+        if self.wrong:
+            self.barrier.wait()
+        return super().server
+
+
+class Featureless(Mirror):
+    """A device whose features cannot be had."""
+
+    wrong = False
+
+    @property
+    def features(self) -> int:  # type: ignore[override]
+        if self.wrong:
+            raise RuntimeError("there are none")
+        return 0b101
+
+    @features.setter
+    def features(self, features: int) -> None:
+        assert features == 0b101
+
+
+class Leaving(Mirror):
+    """Ends its thread when it is told so."""
+
+    def process(self, queue: int, chain: Chain) -> int | Future[int]:
+        if chain.readable.read() == b"LEAVE":
+            raise SystemExit(3)
+        return super().process(queue, chain)
 
 
 class TestEnd:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -93,6 +94,52 @@ def test_a_timer_may_set_itself_and_clear_others(poller: Poller) -> None:
     assert calls == ["first", "later"]
 
 
+class Compared(float):
+    """A time that has another thread do something when it is compared with another time.
+
+    Attributes:
+        meanwhile: What is done, and at which comparison.
+    """
+
+    meanwhile: tuple[str, Callable[[], None]] | None = None
+
+    def _compared(self, how: str) -> None:
+        if self.meanwhile is not None and self.meanwhile[0] == how:
+            thread = threading.Thread(target=self.meanwhile[1])
+            thread.start()
+            thread.join(WAIT)
+
+    def __le__(self, other: float) -> bool:
+        self._compared("due")
+        return super().__le__(other)
+
+    def __lt__(self, other: float) -> bool:
+        self._compared("next")
+        return super().__lt__(other)
+
+
+@pytest.mark.parametrize("step", ["due", "next"])
+def test_timers_that_another_thread_clears_while_they_are_looked_through(
+    poller: Poller, step: str
+) -> None:
+    """Whether they are due or which one is next: they are gone then, and that is all."""
+    calls: list[str] = []
+    now = time.monotonic()
+    compared = Compared(now if step == "due" else now + 60)
+
+    def clear() -> None:
+        calls.append("clear")
+        poller.clear_timer("last")
+        poller.clear_timer("compared")
+
+    poller.set_timer("last", now + 60, lambda: calls.append("last"))
+    poller.set_timer("first", now, lambda: calls.append("first"))
+    poller.set_timer("compared", compared, lambda: calls.append("compared"))
+    compared.meanwhile = (step, clear)
+    poller.run_once()
+    assert calls == ["first", "clear"]
+
+
 def test_work_that_makes_more_work_lets_others_have_their_turn(poller: Poller, event: int) -> None:
     calls: list[str] = []
 
@@ -154,6 +201,20 @@ def test_closing() -> None:
         poller.wake()
 
 
+class Lingering:
+    """An epoll that gives other threads a while after it has registered a descriptor."""
+
+    def __init__(self, epoll: select.epoll) -> None:
+        self._epoll = epoll
+
+    def register(self, fd: int, events: int) -> None:
+        self._epoll.register(fd, events)
+        time.sleep(0.02)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._epoll, name)
+
+
 class TestThread:
     @pytest.fixture
     def failures(self) -> list[Exception]:
@@ -182,6 +243,18 @@ class TestThread:
         thread.poller.again(lambda: thread.poller.set_timer("t", time.monotonic(), note))
         assert done.wait(WAIT)
         assert names == ["test-poller"] * 3
+
+    def test_an_edge_that_was_there_before_its_descriptor(
+        self, thread: PollerThread, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is found by the thread that waits while another one is still adding it."""
+        monkeypatch.setattr(thread.poller, "_epoll", Lingering(thread.poller._epoll))
+        thread.poller.wake()
+        seen, fd = threading.Event(), os.eventfd(1, os.EFD_NONBLOCK)
+        thread.poller.add(fd, seen.set, edge=True)
+        assert seen.wait(WAIT)
+        thread.poller.remove(fd)
+        os.close(fd)
 
     def test_work_of_many_threads(self, thread: PollerThread) -> None:
         done: list[int] = []

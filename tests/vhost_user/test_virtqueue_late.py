@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from guestio.errors import DeviceError
@@ -278,6 +279,42 @@ class TestEnds:
             numbers = [driver.prepare(0, b"text") for _ in range(120)]
             driver.handles[0].kick()
             driver.wait(0, numbers[-1])
+
+    def test_numbers_of_another_library(self, device: Later, driver: Driver) -> None:
+        """At once or late, they are numbers."""
+        number = driver.submit(0, b"RETURN__import__('numpy').int64(3)")
+        driver.wait(0, number)
+        assert driver.rings[0].used_entry(number) == (2 * number, 3)
+        (number,) = begin(driver, device, b"LATE")
+        device.promised(b"LATE").set_result(np.int64(2))  # type: ignore[arg-type]
+        driver.wait(0, number)
+        assert driver.rings[0].used_entry(number) == (2 * number, 2)
+
+    def test_a_device_that_leaves_while_it_fails(self, device: Later, driver: Driver) -> None:
+        """Its thread is its own; the queue can be stopped, and goes on."""
+
+        def leave(queue: int, chain: object) -> int:
+            raise SystemExit(3)
+
+        (number,) = begin(driver, device, b"LATE")
+        device.fail = leave  # type: ignore[method-assign]
+        with pytest.raises(SystemExit):
+            device.promised(b"LATE").set_exception(RuntimeError("no"))
+        assert driver.stop(0) == 1
+        assert driver.rings[0].used_entry(number) == (2 * number, 0)
+        driver.start(0, 1)
+        assert driver.run(0, b"next") == mirrored(b"next")
+
+    def test_a_device_that_keeps_its_promise(self, device: Later, serving: Serving) -> None:
+        """What was promised and is done keeps nothing of the front-end's memory."""
+        with nothing_left():
+            driver = Driver(serving.path)
+            begin(driver, device, b"LATE")
+            promised = device.promised(b"LATE")
+            promised.set_result(0)
+            driver.wait(0, 0)
+            driver.close()
+        assert promised.done()
 
     def test_nothing_is_written_where_nothing_may_be(self, device: Later, driver: Driver) -> None:
         ring = driver.rings[0]

@@ -164,6 +164,45 @@ class TestOvertaking:
             status = [driver.memory.read(driver.answer(head) + 4, 1)[0] for head in (40, 42, 44)]
             assert status == [FAILED, OK, FAILED]
 
+    def test_an_answer_is_for_the_request_that_waits_for_it(self, serving: Serving) -> None:
+        with Held(serving.path) as driver:
+            driver.read_from(driver.lack(0, MissAction.IGNORE), 40)
+            driver.read_from(driver.lack(1, MissAction.ANSWER, 0.02), 42)
+            until(driver.heads)
+            assert driver.heads() == [42]
+            assert driver.memory.read(driver.answer(42), 5) == b"dleh" + bytes([OK])
+
+    def test_a_refusal_does_not_wait_for_other_answers(self, serving: Serving) -> None:
+        with Held(serving.path) as driver:
+            # Acknowledged in its turn, but the translation comes much later.
+            slow = driver.lack(0, MissAction.CLAIM)
+            driver.read_from(slow, 40)
+            driver.read_from(driver.lack(1, MissAction.REFUSE), 42)
+            until(driver.heads)
+            assert driver.heads() == [42]
+            assert driver.memory.read(driver.answer(42) + 4, 1) == bytes([FAILED])
+            _tell(driver, slow)
+            until(lambda: driver.heads() == [42, 40])
+            assert driver.memory.read(driver.answer(40), 5) == b"dleh" + bytes([OK])
+            assert serving.stats.failed_requests == 1
+
+    def test_after_a_refusal_others_are_asked_for(self, serving: Serving) -> None:
+        with Held(serving.path) as driver:
+            driver.read_from(driver.lack(0, MissAction.CLAIM), 40)
+            driver.read_from(driver.lack(1, MissAction.REFUSE), 42)
+            until(lambda: serving.stats.iotlb_refused == 1)
+            driver.read_from(driver.lack(2, MissAction.ANSWER), 44)
+            until(lambda: 44 in driver.heads())
+            assert 40 not in driver.heads()
+
+    def test_in_a_ring_that_is_looked_at_now_and_then(self, serving: Serving) -> None:
+        """Without a kick fd; it is still looked at while a request waits."""
+        with Held(serving.path, queue_options={"kick": False}) as driver:
+            driver.read_from(driver.lack(0, MissAction.IGNORE), 40)
+            until(lambda: driver.frontend.iotlb.counts.ignored)
+            driver.warm(3)
+            assert driver.heads() == [60] * 3
+
     def test_two_that_lack_the_same_page(self, serving: Serving) -> None:
         with Held(serving.path) as driver:
             place = driver.lack(0, MissAction.REFUSE)
@@ -254,6 +293,38 @@ class TestStopping:
             assert sorted(driver.heads()[4:]) == [40, 42, 44]
             driver.warm(1)
             assert serving.stats.failed_requests == 0
+
+    def test_by_a_reset_forgets_what_is_in_flight(self, serving: Serving) -> None:
+        """The driver starts afresh, and what it had asked for is no request any more."""
+        with Driver(serving.path, iommu=True, inflight=True) as driver:
+            lost = driver.at(HOLE)
+            driver.frontend.iotlb.miss_hook = lambda message: MissAnswer(
+                MissAction.IGNORE if message.iova == lost else MissAction.ANSWER
+            )
+            ring = driver.rings[0]
+            ring.offer(ring.put_chain(40, Desc(lost, 8), Desc(driver.at(BUFFERS), 1, WRITE)))
+            driver.handles[0].kick()
+            until(lambda: driver.frontend.iotlb.counts.ignored)
+            driver.frontend.reset_device()
+            driver.frontend.iotlb.miss_hook = None
+            driver.add_queue(0)
+            assert driver.run(0, b"fresh") == (OK, b"hserf")
+            assert driver.rings[0].used_idx == 1
+            assert not driver.handles[0].failed()
+
+    def test_by_a_status_of_0_does_not(self, serving: Serving) -> None:
+        """QEMU sets it at each stop, also when the guest is only paused and goes on afterwards.
+
+        See QEMU, hw/virtio/vhost-user.c, `vhost_user_reset_status`.
+        """
+        with Held(serving.path) as driver:
+            driver.read_from(driver.lack(0, MissAction.IGNORE), 40)
+            until(lambda: driver.frontend.iotlb.counts.ignored)
+            driver.frontend.set_status(0)
+            driver.actions.clear()
+            driver.start(0, 2)
+            until(lambda: driver.heads() == [40])
+            assert driver.memory.read(driver.answer(40), 5) == b"dleh" + bytes([OK])
 
     def test_again_and_again_under_load(self, serving: Serving) -> None:
         with Held(serving.path) as driver:

@@ -7,6 +7,7 @@ let that happen between any two steps.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -30,6 +31,8 @@ ROOM = 32
 """Bytes that each request has for an answer."""
 MAX_HELD = 64
 """Requests that may be overtaken at a time."""
+VERSION_AT = 8
+"""Where a queue's part of the region for requests in flight says its version."""
 
 
 class Bench(HandRing):
@@ -354,6 +357,19 @@ class TestOvertaking:
         assert sorted(bench.shown(0)) == [(head, head % ROOM) for head in range(128)]
         bench.close()
 
+    def test_one_that_comes_while_no_more_may_wait_is_noticed(self) -> None:
+        bench = Bench(2 * MAX_HELD, order="noted")
+        bench.offer(*range(MAX_HELD))
+        bench.ring.pop(2 * MAX_HELD)
+        assert bench.ring.held_count == MAX_HELD
+        bench.tell(100)
+        # Between the look at the ring and the wish for an announcement.
+        bench.offer(100)
+        assert bench.ring.enable_kicks() is True
+        (chain,), _ = bench.ring.pop()
+        assert chain.head == 100
+        bench.close()
+
     def test_a_full_ring_of_requests_that_wait(self, noted: Bench) -> None:
         noted.offer(*range(8))
         assert noted.ring.pop()[0] == []
@@ -459,6 +475,19 @@ class TestGoingOn:
         assert sorted(chain.head for chain in noted.ring.pop()[0]) == [0, 2]
         noted.ring = noted.device(0)
         assert [chain.head for chain in noted.take()] == [0, 1, 2]
+
+    def test_a_region_that_cannot_be_followed_breaks_the_ring(self, noted: Bench) -> None:
+        part = noted.noted()
+        assert part is not None
+        assert noted.region is not None
+        part.recover(0)
+        os.pwrite(noted.region.fd, (7).to_bytes(2, "little"), VERSION_AT)
+        noted.tell(*range(8))
+        noted.offer(0)
+        for _ in range(2):
+            with pytest.raises(QueueError, match="version"):
+                noted.ring.pop()
+        assert noted.ring.broken is not None
 
     def test_heads_that_the_ring_does_not_have(self) -> None:
         bench = Bench(16, order="noted")
