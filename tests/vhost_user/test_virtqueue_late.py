@@ -40,18 +40,6 @@ EXTRA = 0x4000_0000
 
 
 @pytest.fixture
-def device() -> Later:
-    return Later()
-
-
-@pytest.fixture(params=[False, True], ids=["one thread", "queue threads"])
-def serving(device: Later, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Serving]:
-    with Serving(device, tmp_path / "socket", queue_threads=request.param) as made:
-        yield made
-        device.give_up()
-
-
-@pytest.fixture
 def driver(serving: Serving) -> Iterator[Driver]:
     with Driver(serving.path, queues=2) as made:
         yield made

@@ -43,18 +43,6 @@ HOLE = 0x180000
 
 
 @pytest.fixture
-def device() -> Later:
-    return Later()
-
-
-@pytest.fixture(params=[False, True], ids=["one thread", "queue threads"])
-def serving(device: Later, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Serving]:
-    with Serving(device, tmp_path / "socket", queue_threads=request.param) as made:
-        yield made
-        device.give_up()
-
-
-@pytest.fixture
 def impatient(device: Later, tmp_path: Path) -> Iterator[Serving]:
     """A back-end that waits only for a short while for an answer."""
     with Serving(device, tmp_path / "socket", miss_timeout=TIMEOUT) as made:
