@@ -13,13 +13,13 @@ import pytest
 
 from guestio._core.intervals import IntervalMap
 from guestio._core.iotlbwire import IotlbUpdater, Traffic
+from guestio._core.misses import touched
 from guestio._core.questions import (
     MAX_OUTSTANDING,
     PAGE,
     REPEAT_AFTER,
     MissTable,
     Question,
-    touched,
 )
 from guestio.addr import IovaRange, Permissions
 from guestio.iommu import Iotlb

@@ -26,7 +26,7 @@ cdef class Chain:
     cdef bint settled
     cdef bint done
 
-    cdef void clear(self) noexcept
+    cdef int clear(self) except -1
 
 
 cdef Chain new_chain()

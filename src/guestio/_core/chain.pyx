@@ -25,7 +25,7 @@ cdef class Chain:
     def __init__(self):
         raise TypeError("chains come from a ring")
 
-    cdef void clear(self) noexcept:
+    cdef int clear(self) except -1:
         """Give its memory back and be ready for another request."""
         self.readable.release()
         self.writable.release()
@@ -33,6 +33,7 @@ cdef class Chain:
         self.settled = self.done = False
         if self.access_fails:
             self.access_fails = []
+        return 0
 
     def hand_over(self):
         """Let another thread use the memory: who revokes its translation waits for that thread.

@@ -1,11 +1,9 @@
 from collections.abc import Sequence
-from typing import Self
-
-from typing_extensions import disjoint_base
+from typing import Self, final
 
 from guestio._core.mapping import HostMapping
 
-@disjoint_base
+@final
 class InflightQueue:
     def __new__(cls, mapping: HostMapping, offset: int, size: int) -> Self: ...
     @property

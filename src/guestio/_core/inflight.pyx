@@ -63,6 +63,7 @@ def part_size(size):
 
 # The mapping must still be there when it is given back.
 @cython.no_gc_clear
+@cython.final
 cdef class InflightQueue:
     """Which requests of one split virtqueue were taken and not given back.
 

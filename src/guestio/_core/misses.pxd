@@ -3,6 +3,10 @@
 from guestio._core.border cimport u8, u64
 
 
+cdef enum:
+    PAGE_BYTES = 4096        # front-ends are asked for, and answer, a page at a time
+
+
 cdef struct Miss:
     # Inclusive, so that the last byte of the space is reachable.
     u64 first

@@ -64,3 +64,22 @@ cdef class Misses:
 
     def __repr__(self):
         return f"<Misses {list(self)}>"
+
+
+def touched(missing, known):
+    """Those of the ``known`` pages ``(iova, access)`` that ranges touch, as a set."""
+    cdef u64 iova, last
+    cdef set found = set()
+    if not known:
+        return found
+    for (base, length), access in missing:
+        last = base + (length - 1)
+        iova = <u64>base // PAGE_BYTES * PAGE_BYTES
+        while True:
+            page = (iova, access)
+            if page in known:
+                found.add(page)
+            if last - iova < PAGE_BYTES:
+                break
+            iova += PAGE_BYTES
+    return found

@@ -5,10 +5,10 @@ from libc.stdint cimport int16_t, uint16_t
 
 from guestio._core.border cimport u8, u64
 from guestio._core.misses cimport Misses
+from guestio._core.misses cimport PAGE_BYTES
 from guestio._core.wire cimport READ_AHEAD
 
 cdef enum:
-    PAGE_BYTES = 4096
     SLOTS = 1024             # twice the limit: questions still open, and those only unacknowledged
     WAITERS = 256            # as many as a front-end can name queues
     WAITER_WORDS = 4
@@ -86,3 +86,16 @@ cdef class MissTable:
     cdef int refuse(self, int16_t slot, list refused, list ready) except -1
     cdef object question(self, int16_t slot)
     cdef bytes messages(self, const int16_t *which, int count, bint acknowledged, bint repeated)
+
+
+cdef inline bint is_awaited(const Slot *question) noexcept nogil:
+    """Whether anybody needs the answer."""
+    cdef int word
+    for word in range(WAITER_WORDS):
+        if question.waiting[word]:
+            return True
+    return False
+
+
+cdef inline int hash_of(u64 iova, int access) noexcept nogil:
+    return <int>((((iova // PAGE_BYTES) * 4 + access) * <u64>0x9E3779B97F4A7C15) >> 54)

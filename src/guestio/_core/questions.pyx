@@ -22,7 +22,7 @@ from cpython.pythread cimport (
 from libc.string cimport memcpy, memset
 
 from guestio._core.border cimport Span, as_address, as_span
-from guestio._core.misses cimport Misses
+from guestio._core.misses cimport PAGE_BYTES, Misses
 from guestio._core.wire cimport (
     ACK_BYTES, FROM_BACKEND, HEADER_BYTES, MESSAGE_BYTES, MISS, NEED_REPLY, REPLY, VERSION,
     VERSION_MASK, Header, Message, look, put_message, take,
@@ -683,40 +683,8 @@ cdef class MissTable:
         self.let_go()
 
 
-cdef inline bint is_awaited(const Slot *question) noexcept:
-    """Whether anybody needs the answer."""
-    cdef int word
-    for word in range(WAITER_WORDS):
-        if question.waiting[word]:
-            return True
-    return False
-
-
 cdef int waiter_of(object waiter) except -1:
     cdef u64 number = as_address(waiter, "waiter")
     if number >= WAITERS:
         raise ValueError(f"waiter {number} is not below {WAITERS}")
     return <int>number
-
-
-cdef inline int hash_of(u64 iova, int access) noexcept:
-    return <int>((((iova // PAGE_BYTES) * 4 + access) * <u64>0x9E3779B97F4A7C15) >> 54)
-
-
-def touched(missing, known):
-    """Those of the ``known`` pages ``(iova, access)`` that ranges touch, as a set."""
-    cdef u64 iova, last
-    cdef set found = set()
-    if not known:
-        return found
-    for (base, length), access in missing:
-        last = base + (length - 1)
-        iova = <u64>base // PAGE_BYTES * PAGE_BYTES
-        while True:
-            page = (iova, access)
-            if page in known:
-                found.add(page)
-            if last - iova < PAGE_BYTES:
-                break
-            iova += PAGE_BYTES
-    return found

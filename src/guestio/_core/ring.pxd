@@ -68,7 +68,7 @@ cdef class SplitRing(RingAreas):
     cdef bint look(self, int head, Misses misses, bint lenient) except -1
     cdef int head_at(self, u16 position) except -1
     cdef Chain hand_out(self)
-    cdef void keep_nothing(self) noexcept
+    cdef int keep_nothing(self) except -1
     cdef void note_refused(self, Chain chain, Misses misses, size_t since)
     cdef void finish(self, Chain chain) noexcept
     cdef int show_pending(self) except -1

@@ -335,10 +335,11 @@ cdef class SplitRing(RingAreas):
         chains.append(self.hand_out())
         return 0
 
-    cdef void keep_nothing(self) noexcept:
+    cdef int keep_nothing(self) except -1:
         """Let go of what was only looked at: nobody else will, and a revocation waits for it."""
         if self.spare is not None:
             self.spare.clear()
+        return 0
 
     cdef int head_at(self, u16 position) except -1:
         return self.load16(self.avail, 4 + 2 * (position % self.size))

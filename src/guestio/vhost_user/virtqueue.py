@@ -28,8 +28,8 @@ from dataclasses import dataclass
 
 from guestio._core.chain import Chain
 from guestio._core.intake import Attended, Intake
-from guestio._core.misses import Misses
-from guestio._core.questions import REPEAT_AFTER, touched
+from guestio._core.misses import Misses, touched
+from guestio._core.questions import REPEAT_AFTER
 from guestio._core.ring import SplitRing
 from guestio.addr import check_int
 from guestio.errors import DeviceError, GuestioError, ProtocolError
