@@ -28,7 +28,7 @@ from tests.vhost_user.recording import RecordingHandler
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-WAIT = 5.0
+WAIT = 10.0
 
 
 def open_fds() -> list[str]:
@@ -46,7 +46,7 @@ def nothing_left() -> Iterator[None]:
     gc.collect()  # what others left in cycles may go at any moment
     before = open_fds(), threading.active_count()
     yield
-    deadline = time.monotonic() + 1
+    deadline = time.monotonic() + WAIT
     while (open_fds(), threading.active_count()) != before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert (open_fds(), threading.active_count()) == before

@@ -44,7 +44,6 @@ from tests.vhost_user.serving import (
     errors_of,
     memfd,
     nothing_left,
-    until,
 )
 from tests.virtio.rings import INDIRECT as INDIRECT_FLAG
 from tests.virtio.rings import NEXT, WRITE, Desc, table
@@ -420,7 +419,7 @@ def test_one_that_never_reads(served: Serving, caplog: pytest.LogCaptureFixture)
             pass
         raw.close()
         raw._fds.clear()
-        until(lambda: served.backend._is_done() or served.backend._service is None)
+        served.let_go()
     served.check_serves()
 
 

@@ -578,7 +578,7 @@ class TestDevices:
         except GuestioError:
             pass
         finally:
-            until(lambda: serving.backend._is_done() or serving.backend._service is None)
+            serving.let_go()
             setattr(device, what, original)
         serving.check_serves()
 
@@ -623,6 +623,6 @@ def test_queues_take_turns(serving: Serving, driver: Driver) -> None:
         started = time.monotonic()
         if rounds % 50 == 0:
             assert driver.run(1, b"turn") == (OK, b"nrut")
-            assert time.monotonic() - started < 1
+            assert time.monotonic() - started < 5
         rounds += 1
     assert serving.stats.requests > 100

@@ -115,7 +115,7 @@ def test_no_answer_in_time(pair: tuple[Exchange, Hand]) -> None:
     began = time.monotonic()
     with pytest.raises(NoAnswerError, match=r"did not answer GET_FEATURES for 0\.05 s"):
         ask(exchange)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     with pytest.raises(TimeoutError):
         ask(exchange)
     assert isinstance(exchange.failure, NoAnswerError)

@@ -40,6 +40,7 @@ from guestio.virtio.driver import DriverQueue, RingLayout
 from tests.vhost_user.disks import Disk, storage_daemon
 from tests.vhost_user.peer import WAIT, Hand, SessionPeer, nothing_left
 from tests.vhost_user.recording import DEVICE_FEATURES
+from tests.vhost_user.serving import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -304,7 +305,7 @@ class TestLifeTime:
         began = time.monotonic()
         with pytest.raises(FileNotFoundError):
             Frontend(tmp_path / "none", connect_wait=0.1)
-        assert 0.1 <= time.monotonic() - began < 2
+        assert 0.1 <= time.monotonic() - began < 10
 
     def test_waiting_until_somebody_listens(self, tmp_path: Path) -> None:
         path = tmp_path / "late"
@@ -520,8 +521,9 @@ class TestInflight:
         with Frontend(ours, timeout=WAIT) as frontend:
             syncs = [pool.submit(frontend.sync)]
             hand.expect(_F.GET_FEATURES)
+            until(lambda: frontend._exchange._reading)  # who reads expects no fd
             asked = pool.submit(frontend.get_inflight, 1, 16)
-            assert hand.silent()  # somebody reads who expects no fd
+            assert hand.silent()
             hand.ack(_F.GET_FEATURES)
             hand.expect(_F.GET_INFLIGHT_FD)
             syncs += [pool.submit(frontend.sync) for _ in range(2)]

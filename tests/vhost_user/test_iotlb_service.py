@@ -398,7 +398,7 @@ class TestHook:
             time.sleep(0.001)
         began = time.monotonic()
         rig.close()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 30
 
 
 class TestOtherRequests:
