@@ -53,12 +53,18 @@ TOP = 2**64
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """One back-end for all cases: none of them may be its end."""
     with Serving(Mirror(), tmp_path_factory.mktemp("hostile") / "socket") as made:
         made.check_serves()
         yield made
         made.check_serves()
+
+
+@pytest.fixture
+def served(shared: Serving) -> Serving:
+    shared.let_go()
+    return shared
 
 
 class Raw:
