@@ -293,7 +293,8 @@ SCENARIOS = {
         os.ftruncate(region.backing.fd, 3 * PAGE)
         assert done.wait(20)
         copier.join()
-        assert region.backing.vanished == 3 * PAGE
+        # The copy that noticed may have been past the new end already.
+        assert 3 * PAGE <= region.backing.vanished < SIZE
     """,
     "two mappings": """
         memory, region = fresh()
