@@ -43,7 +43,10 @@ setup(
         compiler_directives={
             "language_level": 3,
             "cdivision": True,
-            "embedsignature": False,
+            # Methods that Python itself makes check what they are called on; Cython's do not.
+            "binding": False,
+            "embedsignature": True,
+            "embedsignature.format": "clinic",
         },
     )
 )

@@ -99,6 +99,7 @@ cdef class MissTable:
         self.mutex = PyThread_allocate_lock()
         if self.mutex is NULL:
             raise MemoryError
+        self.clear()
 
     def __dealloc__(self):
         if self.mutex is not NULL:
@@ -106,7 +107,6 @@ cdef class MissTable:
 
     def __init__(self, time_limit):
         self.time_limit = time_limit
-        self.clear()
 
     cdef void hold(self) noexcept:
         """Keep other threads out. The GIL alone does not: making an object may let go of it."""
