@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import subprocess
 import sys
@@ -76,3 +77,10 @@ def test_a_subclass_forgets_to_prepare_it(made: type[Any]) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("made", CLASSES, ids=lambda made: made.__qualname__)
+def test_help_shows_what_a_method_takes(made: type[Any]) -> None:
+    for name, attribute in vars(made).items():
+        if isinstance(attribute, MethodDescriptorType) and not name.startswith("_"):
+            assert next(iter(inspect.signature(attribute).parameters)) == "self"

@@ -65,8 +65,7 @@ cdef enum:
     AVAIL_NO_INTERRUPT = 1
     USED_NO_NOTIFY = 1
     CHAIN_LIMIT = 1024    # descriptors of an indirect table in a ring smaller than this
-    LOOK_AHEAD = 64       # chains that are looked at while an earlier one waits for a translation
-    LOOK_AHEAD_WORK = 1 << 16   # descriptors and pieces of memory after which that ends as well
+    LOOK_AHEAD_WORK = 1 << 16   # descriptors and pieces of memory after which a look ends
     CHAIN_PIECES = 1 << 21      # more than 4 GiB in pages have
     LOOKS = 64                  # looks at a ring between two looks elsewhere
     PUBLISH_EACH = 8            # requests served in the core that the driver is shown at a time
@@ -145,7 +144,7 @@ cdef class SplitRing(RingAreas):
         self.next_avail = self.next_used + <u16>self.held_count
         return 0
 
-    def pop(self, int limit=LOOK_AHEAD):
+    def pop(self, int limit=64):
         """Take the available requests, as far as they can be translated.
 
         Requests are taken in the order in which the driver made them available. One that lacks
@@ -174,7 +173,7 @@ cdef class SplitRing(RingAreas):
         return chains, list(misses)
 
     def turn(
-        self, Server server, int limit=LOOK_AHEAD, int call=-1, bint rest=False, bint late=False
+        self, Server server, int limit=64, int call=-1, bint rest=False, bint late=False
     ):
         """Serve the ring for one turn: all that can be done for it without leaving the core.
 

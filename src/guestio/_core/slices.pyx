@@ -15,6 +15,7 @@ from guestio._core.raw cimport (
     store_atomic,
 )
 
+import guestio.addr  # named in full where a default is, for that is how signatures find it
 from guestio.addr import Ordering, Permissions, check_int
 from guestio.errors import (
     InvalidAddressError,
@@ -338,7 +339,7 @@ cdef class VolatileSlice:
             )
         return self.ptr + at[0]
 
-    def load(self, offset, width, ordering=Ordering.SEQ_CST):
+    def load(self, offset, width, ordering=guestio.addr.Ordering.SEQ_CST):
         """One atomic load of an unsigned, native-endian integer.
 
         Raises:
@@ -351,7 +352,7 @@ cdef class VolatileSlice:
         self.check_there(at, size, READ)
         return value
 
-    def store(self, offset, value, width, ordering=Ordering.SEQ_CST):
+    def store(self, offset, value, width, ordering=guestio.addr.Ordering.SEQ_CST):
         """One atomic store of an unsigned, native-endian integer; raises as :meth:`load`."""
         cdef int size = as_width(width), order = as_store_order(ordering)
         cdef u64 number = as_value(value, size)

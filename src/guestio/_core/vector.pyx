@@ -33,7 +33,8 @@ from guestio._core.slices cimport (
 
 import os
 
-from guestio.addr import Ordering, Permissions
+import guestio.addr
+from guestio.addr import Permissions
 from guestio.errors import (
     InvalidAddressError,
     MemoryVanishedError,
@@ -541,7 +542,7 @@ cdef class IoVector:
             )
         return self.vec[0].iov_base
 
-    def load(self, width, ordering=Ordering.SEQ_CST):
+    def load(self, width, ordering=guestio.addr.Ordering.SEQ_CST):
         """One atomic load; the vector must be one aligned fragment of ``width`` bytes."""
         cdef int size = as_width(width), order = as_load_order(ordering)
         cdef u64 value = load_atomic(self.atomic_at(size), size, order)
@@ -549,7 +550,7 @@ cdef class IoVector:
             raise self.gone(0, size)
         return value
 
-    def store(self, value, width, ordering=Ordering.SEQ_CST):
+    def store(self, value, width, ordering=guestio.addr.Ordering.SEQ_CST):
         """One atomic store; the vector must be one aligned fragment of ``width`` bytes."""
         cdef int size = as_width(width), order = as_store_order(ordering)
         cdef u64 number = as_value(value, size)
