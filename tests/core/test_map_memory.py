@@ -87,3 +87,15 @@ def test_a_map_that_keeps_changing_takes_no_more() -> None:
         sizes.append(resident())
     iotlb.check()
     assert sizes[-1] - sizes[0] < 4 * MIB
+
+
+def test_a_bounded_map_whose_entries_come_and_go_takes_no_more() -> None:
+    """As a device's behind an IOMMU whose driver maps and unmaps each request's memory."""
+    iotlb = Iotlb(64)
+    before = resident()
+    for start in range(0, 400_000 * PAGE, PAGE):
+        iotlb.set_mapping(start, 0, PAGE, RW)
+        iotlb.invalidate_mapping(start, PAGE)
+    iotlb.check()
+    assert resident() - before < MIB
+    assert iotlb.evictions == 0

@@ -26,7 +26,7 @@ cdef struct Queue:
 
 
 cdef void close_queue(Queue *queue) noexcept nogil
-cdef int make_room(Queue *queue, int inserts) except -1
+cdef int make_room(Queue *queue, const Tree *tree, int inserts) except -1
 cdef void enqueue(Queue *queue, u64 stamp, u64 first) noexcept nogil
 cdef size_t evict(Queue *queue, Tree *tree, Leases leases, size_t limit) noexcept
 cdef int add_pin(Queue *queue, Pin pin) except -1

@@ -18,10 +18,18 @@ cdef void close_queue(Queue *queue) noexcept nogil:
     free(queue.pins)
 
 
-cdef int make_room(Queue *queue, int inserts) except -1:
-    """Allocate ahead what so many insertions can need."""
+cdef int make_room(Queue *queue, const Tree *tree, int inserts) except -1:
+    """Allocate ahead what so many insertions can need.
+
+    Candidates of entries that are gone make room first, if they are the greater part: a map whose
+    entries come and go without ever being too many evicts nothing.
+    """
     cdef Waiting *grown
-    if queue.count + inserts > queue.room:
+    if queue.count + inserts <= queue.room:
+        return 0
+    if queue.count > 2 * tree.entries + 64:
+        rebuild(queue, tree)
+    else:
         grown = <Waiting *>realloc(queue.heap, (queue.room * 2 + 64) * sizeof(Waiting))
         if grown is NULL:
             PyErr_NoMemory()
@@ -81,8 +89,6 @@ cdef size_t evict(Queue *queue, Tree *tree, Leases leases, size_t limit) noexcep
     cdef Waiting oldest
     cdef size_t kept = 0, gone = 0
     cdef u64 last
-    if queue.count > 4 * tree.entries + 64:
-        rebuild(queue, tree)
     while tree.entries > limit and queue.count:
         oldest = dequeue(queue)
         at = floor_of(tree, oldest.first)

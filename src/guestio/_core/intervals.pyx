@@ -63,7 +63,8 @@ cdef class IntervalMap:
         evictions: Entries dropped to keep within the capacity.
         invalidations: Calls of :meth:`cut` and :meth:`clear`.
 
-    Memory: 50 to 65 bytes an entry, up to twice as much after removals.
+    Memory: 50 to 65 bytes an entry, up to twice as much after removals; with a capacity, up to 64
+    more.
     """
 
     def __cinit__(self, *, bint merge=True, capacity=None):
@@ -100,7 +101,7 @@ cdef class IntervalMap:
         try:
             reserve(&self.tree, inserts)
             if self.limit:
-                make_room(&self.queue, inserts)
+                make_room(&self.queue, &self.tree, inserts)
         except BaseException:
             pthread_rwlock_unlock(&self.lock)
             raise
