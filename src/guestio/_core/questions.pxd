@@ -1,11 +1,10 @@
 """C view of the questions in flight, for those who bring their answers."""
 
-from cpython.pythread cimport PyThread_type_lock
 from libc.stdint cimport int16_t, uint16_t
 
 from guestio._core.border cimport u8, u64
-from guestio._core.misses cimport Misses
-from guestio._core.misses cimport PAGE_BYTES
+from guestio._core.leases cimport pthread_mutex_t
+from guestio._core.misses cimport PAGE_BYTES, Misses
 from guestio._core.wire cimport READ_AHEAD
 
 cdef enum:
@@ -30,7 +29,7 @@ cdef struct Slot:
 
 
 cdef class MissTable:
-    cdef PyThread_type_lock mutex
+    cdef pthread_mutex_t mutex
     cdef double time_limit
     cdef Slot slots[SLOTS]
     cdef int16_t heads[SLOTS]

@@ -15,13 +15,13 @@ Each 256th question is acknowledged in any case, or else nobody would know that 
 them at all, and that there is room for more in the socket.
 """
 
-from cpython.pythread cimport (
-    NOWAIT_LOCK, WAIT_LOCK, PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock,
-    PyThread_release_lock,
-)
 from libc.string cimport memcpy, memset
 
 from guestio._core.border cimport Span, as_address, as_span
+from guestio._core.leases cimport (
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
+    pthread_mutex_unlock,
+)
 from guestio._core.misses cimport PAGE_BYTES, Misses
 from guestio._core.wire cimport (
     ACK_BYTES, FROM_BACKEND, HEADER_BYTES, MESSAGE_BYTES, MISS, NEED_REPLY, REPLY, VERSION,
@@ -96,26 +96,27 @@ cdef class MissTable:
     """
 
     def __cinit__(self):
-        self.mutex = PyThread_allocate_lock()
-        if self.mutex is NULL:
+        if pthread_mutex_init(&self.mutex, NULL):
             raise MemoryError
         self.clear()
 
     def __dealloc__(self):
-        if self.mutex is not NULL:
-            PyThread_free_lock(self.mutex)
+        pthread_mutex_destroy(&self.mutex)
 
     def __init__(self, time_limit):
         self.time_limit = time_limit
 
     cdef void hold(self) noexcept:
-        """Keep other threads out. The GIL alone does not: making an object may let go of it."""
-        if not PyThread_acquire_lock(self.mutex, NOWAIT_LOCK):
+        """Keep other threads out. The GIL alone does not: making an object may let go of it.
+
+        Python's own locks ask for the time even if there is nothing to wait for.
+        """
+        if pthread_mutex_trylock(&self.mutex):
             with nogil:
-                PyThread_acquire_lock(self.mutex, WAIT_LOCK)
+                pthread_mutex_lock(&self.mutex)
 
     cdef void let_go(self) noexcept:
-        PyThread_release_lock(self.mutex)
+        pthread_mutex_unlock(&self.mutex)
 
     cdef int clear(self) except -1:
         """Forget everything but the counts."""
@@ -238,7 +239,7 @@ cdef class MissTable:
                 wanted.add(span.first, span.last, access, False)
         self.hold()
         try:
-            return self.ask_all(who, wanted, now, acknowledged, skip)
+            return self.ask_all(who, wanted, now, acknowledged, skip or None)
         finally:
             self.let_go()
 
@@ -287,7 +288,7 @@ cdef class MissTable:
         """Ask for the pages of a range; False once there is no room."""
         cdef u64 iova = first // PAGE_BYTES * PAGE_BYTES
         while True:
-            if not skip or (iova, access) not in skip:
+            if skip is None or (iova, access) not in skip:
                 if not self.ask_page(waiter, iova, access, now, skip, fresh, count):
                     return False
             if last - iova < PAGE_BYTES:
@@ -299,7 +300,7 @@ cdef class MissTable:
     ) except -1:
         cdef int16_t slot = self.find(iova, access)
         cdef Slot *question
-        if slot < 0 and (not skip or (iova, READ_WRITE) not in skip):
+        if slot < 0 and (skip is None or (iova, READ_WRITE) not in skip):
             slot = self.find_wider(iova, access)
         if slot < 0:
             if not self.has_room(count[0], now):
