@@ -4,6 +4,7 @@ from guestio._core.bitmap cimport AtomicBitmap
 from guestio._core.border cimport Span, u64
 from guestio._core.intervals cimport IntervalMap
 from guestio._core.misses cimport Misses
+from guestio._core.tree cimport Cursor
 from guestio._core.vector cimport IoVector, RegionTable
 
 
@@ -17,7 +18,7 @@ cdef class AddressSpace:
     cdef int translate(
         self, IoVector out, u64 addr, u64 length, int access, Misses failed
     ) except -1
-    cdef bint walk(self, IoVector out, Span span, u64 wanted) except -1
+    cdef bint walk(self, IoVector out, Span span, u64 wanted, Cursor at) except -1
     cdef u64 append_physical(
         self, IoVector out, u64 addr, u64 target, u64 length, int access
     ) except? <u64>-1

@@ -14,7 +14,7 @@ from cpython.pyport cimport PY_SSIZE_T_MAX
 
 from guestio._core.border cimport as_access, as_address, as_span, u8
 from guestio._core.raw cimport READ, WRITE
-from guestio._core.tree cimport Cursor, Entry, floor_of, step
+from guestio._core.tree cimport Cursor, Entry, floor_of, is_gap, step
 
 from guestio._core import vector as _vector
 from guestio._core.slices import VolatileSlice
@@ -53,20 +53,26 @@ cdef class AddressSpace:
         cdef Span span = Span(addr, addr + (length - 1), False)
         cdef int count = out.count, leases = out.lease_count
         cdef u64 total = out.total
+        cdef Cursor at
         if self.iotlb is None:
             self.append_physical(out, addr, addr, length, access)
             return True
+        at = floor_of(&self.iotlb.tree, span.first)
+        if is_gap(&self.iotlb.tree, at, span.first, span.last):
+            # As for each new request of a driver that maps what it needs.
+            self.iotlb.misses += 1
+            failed.add(span.first, span.last, access, False)
+            return False
         out.push_lease(self.iotlb.leases, span.first, span.last)
-        if self.walk(out, span, access):
+        if self.walk(out, span, access, at):
             self.iotlb.hits += 1
             return True
         out.rewind(count, total, leases)
         self.iotlb.fails_of(span, access, failed)
         return False
 
-    cdef bint walk(self, IoVector out, Span span, u64 wanted) except -1:
-        """Append what a span translates to; False where it does not."""
-        cdef Cursor at = floor_of(&self.iotlb.tree, span.first)
+    cdef bint walk(self, IoVector out, Span span, u64 wanted, Cursor at) except -1:
+        """Append what a span translates to, from the floor of its start; False where it does not."""
         cdef Entry *entry
         cdef u64 x = span.first, last
         while at.leaf is not NULL and at.leaf.head.key[at.index] <= x:
@@ -130,7 +136,7 @@ cdef class AddressSpace:
             self.append_physical(out, span.first, span.first, span.last - span.first + 1, access)
         else:
             out.push_lease(self.iotlb.leases, span.first, span.last)
-            if not self.walk(out, span, access):
+            if not self.walk(out, span, access, floor_of(&self.iotlb.tree, span.first)):
                 return None
             self.iotlb.hits += not out.stop
         return None if out.stop else out

@@ -55,7 +55,7 @@ cdef class MissTable:
     cdef void let_go(self) noexcept
     cdef int clear(self) except -1
     cdef int16_t find(self, u64 iova, int access) noexcept
-    cdef int16_t find_wider(self, u64 iova, int access) noexcept
+    cdef int16_t find_wider(self, u64 iova) noexcept
     cdef int16_t open_slot(self, u64 iova, int access, double now) noexcept
     cdef void expect(self, int16_t slot) noexcept
     cdef int16_t expected_next(self) noexcept
@@ -96,5 +96,6 @@ cdef inline bint is_awaited(const Slot *question) noexcept nogil:
     return False
 
 
-cdef inline int hash_of(u64 iova, int access) noexcept nogil:
-    return <int>((((iova // PAGE_BYTES) * 4 + access) * <u64>0x9E3779B97F4A7C15) >> 54)
+cdef inline int hash_of(u64 iova) noexcept nogil:
+    """All questions about a page are in one chain, whatever their access."""
+    return <int>(((iova // PAGE_BYTES) * <u64>0x9E3779B97F4A7C15) >> 54)

@@ -138,21 +138,19 @@ cdef class MissTable:
 
     cdef int16_t find(self, u64 iova, int access) noexcept:
         """The open question about a page and access, or -1."""
-        cdef int16_t slot = self.heads[hash_of(iova, access)]
+        cdef int16_t slot = self.heads[hash_of(iova)]
         while slot >= 0 and (self.slots[slot].iova != iova or self.slots[slot].access != access):
             slot = self.slots[slot].next
         return slot
 
     cdef void enter(self, int16_t slot) noexcept:
         """Make an open question findable."""
-        cdef int at = hash_of(self.slots[slot].iova, self.slots[slot].access)
+        cdef int at = hash_of(self.slots[slot].iova)
         self.slots[slot].next = self.heads[at]
         self.heads[at] = slot
 
     cdef void unlink(self, int16_t slot) noexcept:
-        cdef int16_t *link = &self.heads[
-            hash_of(self.slots[slot].iova, self.slots[slot].access)
-        ]
+        cdef int16_t *link = &self.heads[hash_of(self.slots[slot].iova)]
         while link[0] != slot:
             link = &self.slots[link[0]].next
         link[0] = self.slots[slot].next
@@ -301,7 +299,7 @@ cdef class MissTable:
         cdef int16_t slot = self.find(iova, access)
         cdef Slot *question
         if slot < 0 and (skip is None or (iova, READ_WRITE) not in skip):
-            slot = self.find_wider(iova, access)
+            slot = self.find_wider(iova)
         if slot < 0:
             if not self.has_room(count[0], now):
                 self.starved_waiters[waiter // 64] |= <u64>1 << (waiter % 64)
@@ -315,20 +313,19 @@ cdef class MissTable:
             self.lacking[waiter] += 1
         return True
 
-    cdef int16_t find_wider(self, u64 iova, int access) noexcept:
+    cdef int16_t find_wider(self, u64 iova) noexcept:
         """A question for both accesses, made of one that is not sent yet if need be; or -1."""
-        cdef int16_t slot = self.find(iova, READ_WRITE)
-        cdef int other
-        if slot >= 0:
-            return slot
-        for other in range(READ, READ_WRITE):
-            slot = self.find(iova, other)
-            if slot >= 0 and self.slots[slot].fresh:
-                self.unlink(slot)
-                self.slots[slot].access = READ_WRITE
-                self.enter(slot)
-                return slot
-        return -1
+        cdef int16_t slot = self.heads[hash_of(iova)], fresh = -1
+        while slot >= 0:
+            if self.slots[slot].iova == iova:
+                if self.slots[slot].access == READ_WRITE:
+                    return slot
+                if self.slots[slot].fresh:
+                    fresh = slot
+            slot = self.slots[slot].next
+        if fresh >= 0:
+            self.slots[fresh].access = READ_WRITE
+        return fresh
 
     def answered(self, iova, size, int perm):
         """A translation of a range arrived.
@@ -358,14 +355,15 @@ cdef class MissTable:
         return 0
 
     cdef int answer_range(self, u64 first, u64 span, int perm, list ready) except -1:
-        cdef int access
-        cdef int16_t slot
+        cdef int16_t slot, following
         cdef u64 page = first // PAGE_BYTES * PAGE_BYTES
         if span < PAGE_BYTES:
-            for access in range(1, 4):
-                slot = self.find(page, access)
-                if slot >= 0:
+            slot = self.heads[hash_of(page)]
+            while slot >= 0:
+                following = self.slots[slot].next
+                if self.slots[slot].iova == page:
                     self.answer_one(slot, perm, ready)
+                slot = following
         else:
             for slot in range(SLOTS):
                 page = self.slots[slot].iova

@@ -363,6 +363,17 @@ cdef inline Cursor floor_of(const Tree *tree, u64 x) noexcept nogil:
     return at
 
 
+cdef inline bint is_gap(const Tree *tree, Cursor before, u64 first, u64 last) noexcept nogil:
+    """Whether no entry touches a range, given the :func:`floor_of` its first address. O(1)."""
+    if before.leaf is NULL:
+        before.leaf, before.index = tree.first_leaf, 0
+        return not before.leaf.head.count or before.leaf.head.key[0] > last
+    if before.leaf.entry[before.index].last >= first:
+        return False
+    step(&before)
+    return before.leaf is NULL or before.leaf.head.key[before.index] > last
+
+
 cdef inline Cursor ceiling_of(const Tree *tree, u64 x) noexcept nogil:
     """The entry that holds x, or the first one after it. O(log n)."""
     cdef Cursor at = floor_of(tree, x)
