@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guestio import Iotlb, IotlbFails, IovaRange, MappedRange, Permissions
+from guestio._core.access import AddressSpace, RegionTable
 
 NONE, R, W, RW = map(Permissions, range(4))
 TOP = 2**64
@@ -318,3 +319,38 @@ def test_what_a_batch_returns():
 def test_batches_of_another_shape_are_refused(starts, lengths):
     with pytest.raises(ValueError, match=r"dimension|lengths"):
         Iotlb().lookup_many(starts, lengths, R)
+
+
+def failures(call):
+    """What a call finds missing and forbidden."""
+    try:
+        call()
+    except IotlbFails as fails:
+        return fails.misses, fails.access_fails
+    return [], []
+
+
+@given(
+    st.sampled_from([0, 1 << 40, TOP - 12]),
+    st.lists(st.tuples(st.integers(0, 11), st.integers(1, 4), st.sampled_from([NONE, R, W, RW]))),
+    st.integers(0, 11),
+    st.integers(1, 12),
+    st.sampled_from([R, W]),
+)
+def test_an_access_lacks_what_a_lookup_says(start, mappings, offset, length, access):
+    """Accesses have a way of their own through the map, which does not stop at each entry."""
+    iotlb = Iotlb()
+    for at, size, perm in mappings:
+        iotlb.set_mapping(start + at, 1 << 20, min(size, 12 - at), perm)
+    length = min(length, 12 - offset)
+    space = AddressSpace(RegionTable([]), iotlb)
+
+    def look():
+        return failures(lambda: iotlb.lookup(start + offset, length, access))
+
+    def reach():
+        return failures(lambda: space.gather(start + offset, length, access))
+
+    expected = look()
+    assert reach() == expected
+    assert counted(iotlb, reach) == counted(iotlb, look)
