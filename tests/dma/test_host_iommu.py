@@ -12,10 +12,10 @@ from guestio import Backing, IovaRange, MmapRegion
 from guestio.dma import DmaError, DmaMapRequest, MappingType, RegionManager
 from guestio.testing.host_iommu import DmaFaultError, SimulatedBar, SimulatedHostIommu
 from tests.dma.common import PAGE
+from tests.vfio_lab.script import UNMAPPED
 
 BOTH = pytest.mark.parametrize("interface", ["type1", "iommufd"])
 MSI_WINDOW = 0xFEE00000
-UNMAPPED = 0x8000  # the kernel gives nobody an address this low unasked
 
 
 @pytest.fixture

@@ -21,3 +21,4 @@ cdef size_t as_size(object value, str name) except? <size_t>-1
 cdef int as_fd(object value) except -1
 cdef int as_access(object value, str name=*) except -1
 cdef object span_length(u64 first, u64 last)
+cdef object as_u64_array(object values, str name)

@@ -1,5 +1,7 @@
 """The border between Python numbers and C ones: each value is checked once, here."""
 
+import numpy as np
+
 from cpython.long cimport PyLong_AsLongAndOverflow
 
 from guestio.addr import ADDRESS_SPACE, check_address, check_int, check_range
@@ -64,3 +66,20 @@ cdef int as_fd(object value) except -1:
     if not 0 <= number < 1 << 31:
         raise ValueError(f"fd {number} is not a file descriptor")
     return number
+
+
+cdef object as_u64_array(object values, str name):
+    """An array of integers, a list of them or a single one as a contiguous ``uint64`` array."""
+    if isinstance(values, np.ndarray):
+        if values.ndim > 1:
+            raise ValueError(f"{name} must have one dimension, not {values.ndim}")
+        if values.dtype.kind not in "ui":
+            raise TypeError(f"{name} must be integers that fit in 64 bits, not {values.dtype}")
+        if values.dtype.kind == "i" and values.size and values.min() < 0:
+            raise ValueError(f"{name} must not be negative")
+        return np.ascontiguousarray(values, dtype=np.uint64).reshape(-1)
+    if isinstance(values, (str, bytes, bytearray)):
+        raise TypeError(f"{name} must be integers, not {type(values).__name__}")
+    if isinstance(values, (list, tuple)):
+        return np.array([as_address(value, name) for value in values], np.uint64)
+    return np.array([as_address(values, name)], np.uint64)

@@ -19,7 +19,7 @@ from cpython.ref cimport Py_INCREF
 from libc.stdint cimport UINT64_MAX
 
 from guestio._core.border cimport (
-    Span, as_access, as_address, as_size, as_span, span_length, u8, u32, u64,
+    Span, as_access, as_address, as_size, as_span, as_u64_array, span_length, u8, u32, u64,
 )
 from guestio._core.eviction cimport (
     Pin, add_pin, check_queue, close_queue, drop_pin, enqueue, evict, make_room,
@@ -683,19 +683,3 @@ cdef Piece piece_at(const Cursor *at) noexcept nogil:
 
 cdef inline bint joins(const Entry *a, const Entry *b) noexcept nogil:
     return a.delta == b.delta and a.perm == b.perm
-
-
-cdef object as_u64_array(object values, str name):
-    if isinstance(values, np.ndarray):
-        if values.ndim > 1:
-            raise ValueError(f"{name} must have one dimension, not {values.ndim}")
-        if values.dtype.kind not in "ui":
-            raise TypeError(f"{name} must be integers that fit in 64 bits, not {values.dtype}")
-        if values.dtype.kind == "i" and values.size and values.min() < 0:
-            raise ValueError(f"{name} must not be negative")
-        return np.ascontiguousarray(values, dtype=np.uint64).reshape(-1)
-    if isinstance(values, (str, bytes, bytearray)):
-        raise TypeError(f"{name} must be integers, not {type(values).__name__}")
-    if isinstance(values, (list, tuple)):
-        return np.array([as_address(value, name) for value in values], np.uint64)
-    return np.array([as_address(values, name)], np.uint64)
