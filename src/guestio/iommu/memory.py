@@ -14,7 +14,7 @@ from guestio.addr import IovaRange, MappedRange, Permissions
 from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails
 from guestio.iommu.iotlb import Iotlb
 from guestio.memory import GuestMemory, GuestRegionCollection
-from guestio.memory.access import Stop, held_slices, stop_of
+from guestio.memory.access import HeldSlices, Stop, stop_of
 
 
 class Iommu(ABC):
@@ -173,7 +173,7 @@ class IommuMemory(GuestMemory):
         Raises:
             CannotResolveError: Before the first slice, if the range does not translate.
         """
-        return held_slices(*self._gather(addr, length, access))
+        return HeldSlices(*self._gather(addr, length, access))
 
     def _gather(self, addr: int, length: int, access: Permissions) -> tuple[IoVector, Stop | None]:
         if not self._enabled:

@@ -371,7 +371,7 @@ class SliceMemory(GuestMemory):
         self, addr: int, length: int, access: Permissions = Permissions.READ
     ) -> Iterator[VolatileSlice]:
         """The part of the slice; see :meth:`GuestMemory.slices`."""
-        return held_slices(*self._gather(addr, length, access))
+        return HeldSlices(*self._gather(addr, length, access))
 
     def _gather(self, addr: int, length: int, access: Permissions) -> tuple[IoVector, Stop | None]:
         start, size = check_range(addr, length)
@@ -421,12 +421,32 @@ def _stop_error(vector: IoVector, addr: int, length: int) -> AccessError:
     return InvalidAddressError(at, rest, access, "no memory region is there", target=behind)
 
 
-def held_slices(vector: IoVector, stop: Stop | None) -> Iterator[VolatileSlice]:
-    """The slices of a vector, which is held while they are iterated; then the error, if any."""
-    with vector:
-        yield from vector.slices()
-    if stop is not None:
-        raise stop.take()
+class HeldSlices(Iterator[VolatileSlice]):
+    """The slices of a vector, which is held while they are iterated; then the error, if any.
+
+    Any thread may close it. It is no generator because CPython 3.11 crashes when a generator that
+    runs in one thread is closed by another.
+    """
+
+    __slots__ = ("_pieces", "_stop", "_vector")
+
+    def __init__(self, vector: IoVector, stop: Stop | None) -> None:
+        self._vector, self._stop = vector, stop
+        self._pieces = iter(vector.slices())
+
+    def __next__(self) -> VolatileSlice:
+        for piece in self._pieces:
+            return piece
+        stop, self._stop = self._stop, None
+        self.close()
+        if stop is not None:
+            raise stop.take()
+        raise StopIteration
+
+    def close(self) -> None:
+        """Give the vector back; there are no more slices, and no error."""
+        self._pieces, self._stop = iter(()), None
+        self._vector.close()
 
 
 def _shortfall(stop: Stop, addr: int, length: int, access: Permissions, done: int) -> AccessError:

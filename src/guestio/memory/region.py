@@ -18,7 +18,7 @@ from guestio.errors import (
     NoMemoryRegionError,
     UnsortedMemoryRegionsError,
 )
-from guestio.memory.access import GuestMemory, Stop, held_slices, stop_of
+from guestio.memory.access import GuestMemory, HeldSlices, Stop, stop_of
 from guestio.memory.backing import Backing
 
 
@@ -347,7 +347,7 @@ class GuestRegionCollection(GuestMemory):
         self, addr: int, length: int, access: Permissions = Permissions.READ
     ) -> Iterator[VolatileSlice]:
         """The memory of a range, region by region; see :meth:`GuestMemory.slices`."""
-        return held_slices(*self._gather(addr, length, access))
+        return HeldSlices(*self._gather(addr, length, access))
 
     def _gather(self, addr: int, length: int, access: Permissions) -> tuple[IoVector, Stop | None]:
         vector = self._space.gather(addr, length, access)
