@@ -209,7 +209,8 @@ def test_wrong_payload_size_closes(
     request_: int, payload: Payload, count: int, _calls: object, _own: object, need_reply: bool
 ) -> None:
     body = payload.encode()
-    for bad in {body + b"\0", body + bytes(8), body[:-1], body[:4]} - {body}:
+    longer = set() if request_ == F.SET_MEM_TABLE else {body + b"\0", body + bytes(8)}
+    for bad in longer | {body[:-1], body[:4]} - {body}:
         peer = Peer()
         before = peer.state()
         with pytest.raises(ProtocolError):
@@ -348,13 +349,42 @@ def test_own_bugs_are_not_hidden() -> None:
 def test_need_reply_is_ignored_until_reply_ack_is_negotiated() -> None:
     peer = Peer(negotiated=False)
     assert peer.send(F.SET_OWNER, need_reply=True) is None
+    assert peer.send(F.SET_PROTOCOL_FEATURES, U64(0), need_reply=True) is None
     reply_ack = U64(int(ProtocolFeature.REPLY_ACK))
-    assert peer.send(F.SET_PROTOCOL_FEATURES, reply_ack, need_reply=True) is None
+    assert peer.send(F.SET_PROTOCOL_FEATURES, reply_ack) is None
     assert peer.send(F.SET_OWNER, need_reply=True) == ACK
     assert peer.send(F.SET_PROTOCOL_FEATURES, U64(0), need_reply=True) == ACK
     assert peer.send(F.SET_OWNER, need_reply=True) is None
     with pytest.raises(ProtocolError, match="refused"):
         peer.send(F.SET_VRING_NUM, VringState(0, 3), need_reply=True)
+
+
+def test_the_message_that_negotiates_reply_ack_is_acknowledged_if_it_asks() -> None:
+    """User-mode Linux asks, and waits for the answer; libvhost-user and rust-vmm answer."""
+    peer = Peer(negotiated=False)
+    bits = int(ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG)
+    assert peer.send(F.SET_PROTOCOL_FEATURES, U64(bits), need_reply=True) == ACK
+    assert peer.session.protocol_features == bits
+    # A refusal negotiates nothing, so there is no acknowledgement that could say so.
+    peer = Peer(negotiated=False)
+    with pytest.raises(ProtocolError, match="never offered"):
+        peer.send(F.SET_PROTOCOL_FEATURES, U64(bits | 1 << 63), need_reply=True)
+    assert peer.session.protocol_features == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_memory_table_with_room_for_more_regions_is_read_as_far_as_it_counts(count: int) -> None:
+    """The room after the regions is never memory, and asks for no fds."""
+    regions = (LOW, HIGH)[:count]
+    peer = Peer()
+    body = MemoryTable(regions).encode() + replace(HIGH, guest_addr=1 << 40, size=4096).encode()
+    assert peer.send(F.SET_MEM_TABLE, body, count=count, need_reply=True) == ACK
+    assert peer.calls == [("set_memory_table", [(region, "fd") for region in regions])]
+    assert peer.session.regions == regions
+    peer = Peer()
+    with pytest.raises(ProtocolError, match=f"carries {count + 1} fds"):
+        peer.send(F.SET_MEM_TABLE, body, count=count + 1)
+    assert (peer.calls, peer.session.regions) == ([], ())
 
 
 @pytest.mark.parametrize("request_", [0, 6, 7, 19, 20, 23, 29, 33, 35, 45, 1000, 2**32 - 1])

@@ -380,7 +380,7 @@ def step(rng: random.Random, session: Session, handler: CheckingHandler, hostili
     """Send one message; False when the connection must be closed."""
     header, body, fds = next_message(rng, session, hostility)
     message = Message(header, body, [os.open("/dev/null", os.O_RDONLY) for _ in range(fds)])
-    owed = header.need_reply and session.protocol_features & ProtocolFeature.REPLY_ACK
+    negotiated = session.protocol_features
     try:
         reply = session.handle(message)
     except ProtocolError:
@@ -388,6 +388,8 @@ def step(rng: random.Random, session: Session, handler: CheckingHandler, hostili
         alive = False
     else:
         alive = True
+        negotiated |= session.protocol_features
+        owed = header.need_reply and negotiated & ProtocolFeature.REPLY_ACK
         assert (reply is not None) == bool(owed or header.request in OWN_REPLY)
     assert message.fd_count == 0
     handler.check(session)

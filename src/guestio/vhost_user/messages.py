@@ -6,9 +6,9 @@ front-end can be written on the same module; its docstring names the requests an
 belongs to. Requests not named anywhere have no payload.
 
 Decoding trusts nobody: a payload of any other size than the layout's, or whose inner counts
-disagree with it, raises `ProtocolError`. Encoding checks our own caller: a value that does not fit
-its field raises `ValueError`. What a value *means* (ring exists, region overlaps) is not judged
-here but in `guestio.vhost_user.session`.
+disagree with it, raises `ProtocolError`. Only a memory table may be longer than its count says.
+Encoding checks our own caller: a value that does not fit its field raises `ValueError`. What a
+value *means* (ring exists, region overlaps) is not judged here but in `guestio.vhost_user.session`.
 
 Payloads of protocol features that nothing here negotiates (crypto sessions, host notifiers, shared
 objects, shared-memory maps, device state transfer) are left as bytes.
@@ -444,19 +444,22 @@ class MemoryTable:
 
     @classmethod
     def decode(cls, payload: Readable) -> Self:
-        """Read a table that fills the payload exactly; raises `ProtocolError` otherwise."""
+        """Read as many regions as the table counts; raises `ProtocolError` if some are missing.
+
+        What follows them is not looked at: User-mode Linux always sends room for two regions.
+        """
         if len(payload) < _TABLE_HEAD.size:
             raise ProtocolError(f"memory table has {len(payload)} bytes, too short for its count")
         (count,) = _TABLE_HEAD.unpack_from(payload)
         if count > MAX_TABLE_REGIONS:
             raise ProtocolError(f"memory table of {count} regions, at most {MAX_TABLE_REGIONS}")
         body = memoryview(payload)[_TABLE_HEAD.size :]
-        if len(body) != count * _REGION.size:
+        size = count * _REGION.size
+        if len(body) < size:
             raise ProtocolError(
-                f"memory table of {count} regions has {len(body)} bytes of them, not "
-                f"{count * _REGION.size}"
+                f"memory table of {count} regions has {len(body)} bytes of them, not {size}"
             )
-        return cls(tuple(MemoryRegion(*fields) for fields in _REGION.iter_unpack(body)))
+        return cls(tuple(MemoryRegion(*fields) for fields in _REGION.iter_unpack(body[:size])))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ Three ways a message can be wrong:
   have a reply of their own, which would leave the front-end waiting for ever: `ProtocolError`.
 
 Acknowledgements follow the section "VHOST_USER_PROTOCOL_F_REPLY_ACK": NEED_REPLY counts if
-REPLY_ACK had been negotiated when the message came, and changes nothing for messages that have
-their own reply. IOTLB_MSG is one of those ("reply payload: u64"): it is always answered.
+REPLY_ACK had been negotiated when the message came, or is by the message itself (User-mode Linux
+waits for that answer), and changes nothing for messages that have their own reply. IOTLB_MSG is
+one of those ("reply payload: u64"): it is always answered.
 
 The front-end may repeat itself: QEMU negotiates again with other features each time a boot loader
 hands over to a kernel, and stops and starts rings freely. Memory survives all that, also
@@ -214,10 +215,10 @@ class Session:
             request = message.request
             if message.header.is_reply:
                 raise ProtocolError(f"{request_name(request)} came as a reply; we asked nothing")
-            acknowledge = message.header.need_reply and self.protocol_features & _REPLY_ACK
+            acknowledge = self._acknowledges(message)
             rule = self._RULES.get(request)
             if rule is None:
-                return self._unsupported(request, bool(acknowledge))
+                return self._unsupported(request, acknowledge)
             payload = rule.payload.decode(message.payload)
             allowed = rule.fds if isinstance(rule.fds, tuple) else rule.fds(payload)
             if message.fd_count not in allowed:
@@ -233,9 +234,13 @@ class Session:
                     self.last_refusal = error
                     return encode_ack(request, _REFUSED)
                 raise ProtocolError(f"{request_name(request)} refused: {error}") from error
-            if reply is None and acknowledge:
+            # Looked at again: the message may be the one that negotiates REPLY_ACK.
+            if reply is None and (acknowledge or self._acknowledges(message)):
                 return encode_ack(request, 0)
             return reply
+
+    def _acknowledges(self, message: Message) -> bool:
+        return message.header.need_reply and bool(self.protocol_features & _REPLY_ACK)
 
     def _unsupported(self, request: int, acknowledge: bool) -> bytes | None:
         if request in _UNSUPPORTED_WITH_REPLY:
