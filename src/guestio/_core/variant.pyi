@@ -1,0 +1,2 @@
+NAME: str
+CHECKS: bool

@@ -1,0 +1,26 @@
+"""Tests run against the build of the core that was asked for, and so do the programs they start."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import guestio
+from guestio._core import tree, variant
+
+ASKED = os.environ.get("GUESTIO_CORE", "normal")
+
+
+def test_this_is_the_core_that_was_asked_for() -> None:
+    assert ASKED == variant.NAME
+    assert variant.CHECKS == (ASKED != "normal")
+    assert Path(tree.__file__).parent == Path(variant.__file__).parent
+    assert Path(guestio.__file__).parent == Path(variant.__file__).parents[1]
+
+
+def test_so_do_programs() -> None:
+    program = "from guestio._core import variant; print(variant.NAME)"
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == f"{ASKED}\n"
