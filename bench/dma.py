@@ -4,6 +4,7 @@ Each operation on N mappings, with one to three targets that do nothing, in micr
 mapping at one target; beside it the same calls made directly, without regions, undo or records.
 
     ./run bench dma
+    ./run bench dma --growth                                 how costs grow with what is there
     ./run lab bench/dma.py --target type1                    on a real kernel
     ./run lab --kernel iommufd bench/dma.py --target iommufd
 
@@ -21,12 +22,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from guestio import Backing
+from guestio import Backing, GuestRegionCollection
 from guestio.dma import DmaMapRequest, DmaTarget, IommufdTarget, RegionManager, VfioType1Target
+from guestio.testing import RecordingTarget, SimulatedHostIommu
+from guestio.virtio.iommu import VirtioIommu, wire
 
 PAGE = 0x1000
 START = 0x1_0000_0000
 BEYOND = 0x100_0000_0000
+GROWTH = (128, 512, 2048, 8192)
 Series = dict[str, list[float]]
 
 
@@ -141,12 +145,85 @@ def report(targets: list[DmaTarget], count: int, runs: int) -> None:
         print(f"  {name:36}{mine:10.2f}{alone:14.2f}")
 
 
+def growth() -> None:
+    """Print microseconds for one operation while there are more and more of its kind."""
+    print(f"\n{'microseconds for one':44}" + "".join(f"{count:>10}" for count in GROWTH))
+    for name, measured in (
+        ("region: made, mapped, unmapped and closed", regions_growth),
+        ("mapping of a RecordingTarget", lambda n: mappings_growth(RecordingTarget(), n)),
+        ("mapping of a SimulatedHostIommu", lambda n: mappings_growth(SimulatedHostIommu(), n)),
+        ("MAP of a virtio-iommu, by regions of memory", map_growth),
+    ):
+        figures = [statistics.median(measured(count) for _ in range(3)) for count in GROWTH]
+        print(f"{name:44}" + "".join(f"{figure:10.2f}" for figure in figures))
+
+
+def regions_growth(count: int) -> float:
+    """With so many regions side by side."""
+    with Backing.memfd(PAGE) as memory:
+        manager = RegionManager()
+
+        def make_all() -> None:
+            for number in range(count):
+                region = manager.new_region("region", START + 2 * number * PAGE, PAGE)
+                region.add_mapping(0, PAGE, memory)
+                region.map()
+
+        def close_all() -> None:
+            for region in manager.regions:
+                region.unmap()
+                region.close()
+
+        return 1e6 / count * (timed(make_all) + timed(close_all))
+
+
+def mappings_growth(target: DmaTarget, count: int) -> float:
+    """With so many mappings at a target."""
+    with Backing.memfd(PAGE) as memory:
+        requests = [
+            DmaMapRequest(2 * number * PAGE, PAGE, memory.host_address, memory.fd)
+            for number in range(count)
+        ]
+
+        def map_all() -> None:
+            for request in requests:
+                target.map_dma(request)
+
+        def unmap_all() -> None:
+            for request in requests:
+                target.unmap_dma(request.start, request.size)
+
+        return 1e6 / count * (timed(map_all) + timed(unmap_all))
+
+
+def map_growth(count: int) -> float:
+    """With so many regions of guest memory, and a target."""
+    physical = GuestRegionCollection.from_ranges((2 * n * PAGE, PAGE) for n in range(count))
+    iommu = VirtioIommu(endpoints=[8])
+    iommu.endpoint(8).add_target(Nothing(), physical)
+    iommu.handle_request(wire.pack(wire.Attach(1, 8, 0, bytes(4))), 4)
+    requests = [
+        wire.pack(wire.Map(1, n * PAGE, n * PAGE + PAGE - 1, 2 * (n % count) * PAGE, 3))
+        for n in range(1000)
+    ]
+
+    def map_all() -> None:
+        for request in requests:
+            iommu.handle_request(request, 4)
+
+    return 1e6 / len(requests) * timed(map_all)
+
+
 def main() -> None:
     """See `./run bench dma --help`."""
     parser = argparse.ArgumentParser(prog="./run bench dma", description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=("nothing", "type1", "iommufd"), default="nothing")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--growth", action="store_true", help="show how costs grow")
     arguments = parser.parse_args()
+    if arguments.growth:
+        growth()
+        return
     if arguments.target == "nothing":
         for count, targets in ((1000, 1), (1000, 3), (10000, 1)):
             report([Nothing() for _ in range(targets)], count, arguments.runs)

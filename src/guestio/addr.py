@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 import operator
-from typing import NamedTuple, NewType, SupportsIndex
+import threading
+from typing import NamedTuple, NewType, SupportsFloat, SupportsIndex
 
 from guestio.errors import InvalidAddressError
 
@@ -136,6 +137,21 @@ def check_range(
     if first + size > ADDRESS_SPACE:
         raise InvalidAddressError(first, size, None, f"{name} + length passes 2**64")
     return first, size
+
+
+def check_seconds(value: SupportsFloat, name: str) -> float:
+    """Return ``value`` as a time in seconds that can be waited for.
+
+    Raises:
+        TypeError: not a number; booleans and text are refused.
+        ValueError: negative, not finite, or more than a thread can wait.
+    """
+    if isinstance(value, bool | str | bytes | bytearray) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    seconds = float(value)
+    if not 0 <= seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(f"{name} {seconds} is not in 0 to {threading.TIMEOUT_MAX:.0f} seconds")
+    return seconds
 
 
 def checked_add(addr: SupportsIndex, offset: SupportsIndex) -> int | None:

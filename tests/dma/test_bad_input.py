@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 
 from guestio import Backing, BackingError, GuestioError, MemoryRegionOverlapError, RegionError
@@ -263,6 +264,51 @@ def test_a_request_is_plain_data():
     assert request.end == 2**64
     assert request == DmaMapRequest(2**64 - PAGE, PAGE, kind=MappingType.DEVICE)
     assert len({request, request}) == 1
+
+
+TOP = 2**64
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "name"),
+    [
+        ({"start": -1}, ValueError, "start"),
+        ({"start": TOP}, ValueError, "start"),
+        ({"start": TOP - PAGE + 1}, ValueError, "start"),
+        ({"size": 0}, ValueError, "length"),
+        ({"size": -PAGE}, ValueError, "length"),
+        ({"size": TOP + 1}, ValueError, "start"),
+        ({"host_address": -1}, ValueError, "host_address"),
+        ({"host_address": TOP - 1}, ValueError, "host_address"),
+        ({"fd": -1}, ValueError, "fd"),
+        ({"file_offset": -1}, ValueError, "file_offset"),
+        ({"file_offset": TOP}, ValueError, "file_offset"),
+        ({"kind": "ram"}, TypeError, "kind"),
+        ({"kind": MappingType}, TypeError, "kind"),
+        *(
+            ({name: value}, TypeError, name)
+            for name in ("start", "size", "host_address", "fd", "file_offset")
+            for value in (True, 1.0, "1", b"1", np.float64(1), int)
+        ),
+        ({"start": None}, TypeError, "start"),
+        ({"size": None}, TypeError, "size"),
+        ({"file_offset": None}, TypeError, "file_offset"),
+    ],
+    ids=repr,
+)
+def test_a_request_that_makes_no_sense(bad, error, name):
+    with pytest.raises(error, match=name):
+        DmaMapRequest(**{"start": PAGE, "size": PAGE, **bad})
+
+
+def test_a_request_keeps_plain_integers():
+    """A numpy sum would wrap, or become a float."""
+    top = np.uint64(TOP - PAGE)
+    request = DmaMapRequest(top, np.int64(PAGE), np.uint64(PAGE), np.int32(3), np.uint8(0))
+    assert request == DmaMapRequest(TOP - PAGE, PAGE, PAGE, 3, 0)
+    assert request.end == TOP
+    numbers = (request.start, request.size, request.host_address, request.fd, request.file_offset)
+    assert [type(number) for number in numbers] == [int] * 5
 
 
 def test_a_failed_mapping_does_not_keep_the_memory_while_the_error_is_looked_at(manager, ram):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from guestio.dma.target import (
     DmaError,
@@ -19,12 +19,17 @@ from guestio.dma.target import (
     Journal,
     MappingType,
 )
+from guestio.errors import GuestioError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from guestio.dma.changes import Entry, Step
     from guestio.memory.backing import Backing
+
+
+DeviceFailures = Literal["record", "raise"]
+"""What a target's refusal of a mapping of kind ``DEVICE`` is: noted, or the operation's failure."""
 
 
 def keep(backing: Backing) -> memoryview:
@@ -101,10 +106,16 @@ class Ledger:
 
     Steps are carried out by one thread at a time; :meth:`stats` and :meth:`diff` may be called
     from any thread at any time.
+
+    Args:
+        target: The target.
+        device_failures: ``"record"`` to go on without a mapping of kind ``DEVICE`` that the target
+            refuses, ``"raise"`` to treat it like RAM.
     """
 
-    def __init__(self, target: DmaTarget) -> None:
+    def __init__(self, target: DmaTarget, device_failures: DeviceFailures = "record") -> None:
         self.target = target
+        self._records_failures = device_failures == "record"
         # Optional; see ReplacingDmaTarget.
         self._replace_dma: Callable[[DmaMapRequest, DmaMapRequest], None] | None = getattr(
             target, "replace_dma", None
@@ -154,7 +165,7 @@ class Ledger:
         """Ask the target to hold a mapping, unless it is broken.
 
         Raises:
-            DmaError: It refused memory of kind ``RAM``.
+            DmaError: It refused memory that it must hold, or it has a bug.
         """
         if self.broken is None:
             self._map(entry, journal)
@@ -172,7 +183,7 @@ class Ledger:
         except Exception as error:
             self._drop(request.start)
             self._count("map", failed=True)
-            if request.kind is not MappingType.DEVICE:
+            if not self._does_without(request, error):
                 raise _as_dma_error("map", request, error) from _cause(error)
             self._note_failure(FailedMapping(request, _without_stack(error)), journal)
             return
@@ -282,7 +293,7 @@ class Ledger:
         except Exception as error:
             view.release()
             self._count("replace", failed=True)
-            if new.request.kind is not MappingType.DEVICE:
+            if not self._does_without(new.request, error):
                 raise _as_dma_error("replace", new.request, error) from _cause(error)
             self.unmap(old, journal)
             self._note_failure(FailedMapping(new.request, _without_stack(error)), journal)
@@ -346,6 +357,18 @@ class Ledger:
             self.broken = DmaError(
                 error.operation, error.start, error.size, error.reason, errno=error.errno
             )
+
+    def _does_without(self, request: DmaMapRequest, error: Exception) -> bool:
+        """Whether an operation goes on although the target raised for a mapping.
+
+        Only a refusal counts, which is the kernel's or ours. Anything else (a TypeError, say) is a
+        bug of the target and says nothing about the mapping.
+        """
+        return (
+            self._records_failures
+            and request.kind is MappingType.DEVICE
+            and isinstance(error, (OSError, GuestioError))
+        )
 
     def _note_failure(self, failure: FailedMapping, journal: Journal) -> None:
         start = failure.request.start

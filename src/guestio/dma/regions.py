@@ -17,13 +17,14 @@ for itself. For the same reason a target must not wait for another thread's oper
 
 from __future__ import annotations
 
+import itertools
 import mmap
-from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING, NamedTuple, Self, SupportsIndex
+from bisect import bisect_left, bisect_right, insort
+from typing import TYPE_CHECKING, NamedTuple, Self, SupportsIndex, get_args
 
 from guestio.addr import check_int, check_range
 from guestio.dma.changes import Entry, Step, Turn, carry_out, meet, plan, raise_failures
-from guestio.dma.ledger import Ledger, TargetDiff, TargetStats, keep
+from guestio.dma.ledger import DeviceFailures, Ledger, TargetDiff, TargetStats, keep
 from guestio.dma.target import DmaError, DmaMapRequest, DmaTarget, MappingType
 from guestio.errors import MemoryRegionOverlapError, RegionError
 from guestio.memory.backing import Backing
@@ -73,8 +74,11 @@ class Region:
         size: int,
         priority: int,
         kind: MappingType,
+        number: int,
     ) -> None:
         self._manager = manager
+        # By age: of equal priorities, the lower number wins.
+        self._number = number
         self.name = name
         self.size = size
         self.priority = priority
@@ -372,13 +376,21 @@ class TargetHandle:
     Attributes:
         target: The target.
         needs_fd: Whether it can only hold memory that has a file.
+        device_failures: ``"record"`` or ``"raise"``, see :meth:`RegionManager.add_target`.
     """
 
-    def __init__(self, manager: RegionManager, target: DmaTarget, needs_fd: bool) -> None:
+    def __init__(
+        self,
+        manager: RegionManager,
+        target: DmaTarget,
+        needs_fd: bool,
+        device_failures: DeviceFailures,
+    ) -> None:
         self._manager = manager
         self.target = target
         self.needs_fd = needs_fd
-        self._ledger = Ledger(target)
+        self.device_failures = device_failures
+        self._ledger = Ledger(target, device_failures)
         self._closed = False
 
     @property
@@ -456,6 +468,42 @@ class TargetHandle:
         return f"<TargetHandle {self.target!r} {state}>"
 
 
+class _Places:
+    """Regions by place, so that those that meet a range are found without asking all others.
+
+    They are kept by size class, the number of bits of their size. A region of a class that meets
+    a range begins less than the class's largest size before it; as regions only overlap where one
+    contains the other, few of one class that begin there do not meet it.
+    """
+
+    def __init__(self) -> None:
+        self._classes: dict[int, list[tuple[int, int, Region]]] = {}
+
+    def add(self, region: Region) -> None:
+        """Enter a region where it is now."""
+        members = self._classes.setdefault(region.size.bit_length(), [])
+        insort(members, (region.start, region._number, region))
+
+    def remove(self, region: Region) -> None:
+        """Take a region out, before its place changes."""
+        bits = region.size.bit_length()
+        members = self._classes[bits]
+        del members[bisect_left(members, (region.start, region._number))]
+        if not members:
+            del self._classes[bits]
+
+    def meeting(self, start: int, size: int) -> list[Region]:
+        """The regions that share an address with a range."""
+        found = []
+        for bits, members in self._classes.items():
+            first = bisect_right(members, (start - (1 << bits) + 1,))
+            for at in range(first, bisect_left(members, (start + size,), first)):
+                region = members[at][2]
+                if region.end > start:
+                    found.append(region)
+        return found
+
+
 class RegionManager:
     """Regions of a guest's address space and the targets that follow them.
 
@@ -472,14 +520,17 @@ class RegionManager:
             raise ValueError(f"page_size {page_size} is not a power of two")
         self._page_size = page_size
         self._turn = Turn()
-        # Replaced as wholes, so that readers need no lock.
-        self._regions: tuple[Region, ...] = ()
+        # By age. Readers take a copy, which is one step, so that they need no lock.
+        self._regions: dict[int, Region] = {}
+        self._places = _Places()
+        self._numbers = itertools.count()
+        # Replaced as a whole, for the same reason.
         self._targets: tuple[TargetHandle, ...] = ()
 
     @property
     def regions(self) -> tuple[Region, ...]:
         """All open regions in the order in which they were made."""
-        return self._regions
+        return tuple(self._regions.copy().values())
 
     @property
     def targets(self) -> tuple[TargetHandle, ...]:
@@ -522,32 +573,48 @@ class RegionManager:
             raise ValueError(f"priority {rank} is not in [0, {MAX_PRIORITY}]")
         with self._turn:
             first, length = self._check_placement(start, size, rank)
-            region = Region(self, str(name), first, length, rank, kind)
-            self._regions = (*self._regions, region)
+            number = next(self._numbers)
+            region = Region(self, str(name), first, length, rank, kind, number)
+            self._places.add(region)
+            self._regions[number] = region
         return region
 
-    def add_target(self, target: DmaTarget, needs_fd: bool = False) -> TargetHandle:
+    def add_target(
+        self,
+        target: DmaTarget,
+        needs_fd: bool = False,
+        *,
+        device_failures: DeviceFailures = "record",
+    ) -> TargetHandle:
         """Make a target hold all active mappings, now and from now on.
 
         Args:
             target: Who to tell.
             needs_fd: Whether it can only hold memory that has a file. Mappings without one are
                 refused as long as it is registered.
+            device_failures: What happens when it refuses a mapping of kind ``DEVICE``, with a
+                :class:`~guestio.GuestioError` or an OSError: ``"record"`` goes on and lists it in
+                :meth:`TargetHandle.stats`, ``"raise"`` fails the operation, as for RAM. Any other
+                exception is a bug of the target and always fails the operation.
 
         Raises:
-            TypeError, ValueError: Not a target, or registered already.
+            TypeError, ValueError: Not a target, registered already, or a bad argument.
             DmaError: It refused a mapping, or a mapping has no file. It holds nothing then and
                 is not registered; only if it failed even to undo does it stay in
                 :attr:`targets`, broken.
         """
+        if isinstance(target, type):
+            raise TypeError(f"target must be an instance, not the class {target.__name__}")
         if not isinstance(target, DmaTarget):
-            raise TypeError(f"{type(target).__name__} has no map_dma and unmap_dma")
+            raise TypeError(f"target {type(target).__name__} has no map_dma and unmap_dma")
+        if device_failures not in get_args(DeviceFailures):
+            raise ValueError(f"device_failures {device_failures!r} is neither 'record' nor 'raise'")
         with self._turn:
             if any(handle.target is target for handle in self._targets):
                 raise ValueError("this target is registered already")
-            handle = TargetHandle(self, target, bool(needs_fd))
+            handle = TargetHandle(self, target, bool(needs_fd), device_failures)
             if needs_fd:
-                everything = [r._request(m) for r in self._regions for m in r.mappings]
+                everything = [r._request(m) for r in self.regions for m in r.mappings]
                 _check_fds(everything)
             try:
                 carry_out([Step(None, entry) for entry in self._truth()], [handle._ledger])
@@ -566,7 +633,7 @@ class RegionManager:
         """
         failures: list[DmaError] = []
         closers: list[Callable[[], None]] = [t.close for t in reversed(self._targets)]
-        closers += [r.close for r in reversed(self._regions)]
+        closers += [r.close for r in reversed(self.regions)]
         for close in closers:
             try:
                 close()
@@ -581,10 +648,11 @@ class RegionManager:
         self.close()
 
     def _truth(self) -> list[Entry]:
-        return [entry for region in self._regions if region._active for entry in region._entries()]
+        return [entry for region in self.regions if region._active for entry in region._entries()]
 
     def _remove(self, region: Region) -> None:
-        self._regions = tuple(r for r in self._regions if r is not region)
+        self._places.remove(region)
+        del self._regions[region._number]
 
     def _check_aligned(self, what: str, *numbers: int) -> None:
         if any(number % self._page_size for number in numbers):
@@ -601,8 +669,8 @@ class RegionManager:
         first, length = check_range(start, size, name="start", empty=False)
         self._check_aligned("region", first, length)
         end = first + length
-        for other in self._regions:
-            if other is moving or other.start >= end or other.end <= first:
+        for other in self._places.meeting(first, length):
+            if other is moving:
                 continue
             inside = other.start <= first and end <= other.end
             around = first <= other.start and other.end <= end
@@ -642,37 +710,44 @@ class RegionManager:
         def state(other: Region) -> tuple[int, bool]:
             return (place, mapped) if other is region else (other._start, other._mapped)
 
-        affected = [
-            other
-            for other in self._regions
-            if other is region
-            or meet(other.start, other.size, region._start, region.size)
-            or meet(other.start, other.size, place, region.size)
+        affected = {region._number: region}
+        for start_of in {region._start, place}:
+            for other in self._places.meeting(start_of, region.size):
+                affected[other._number] = other
+        active = {other: self._wins(other, state, region) for other in affected.values()}
+        # What stays active as it is has nothing to do with the targets.
+        changed = [
+            other for other, now in active.items() if other is region or now is not other._active
         ]
-        active = {other: self._wins(other, state) for other in affected}
-        before = [e for other in affected if other._active for e in other._entries()]
+        changed.sort(key=lambda other: other._number)
+        before = [e for other in changed if other._active for e in other._entries()]
         after = []
-        for other in affected:
+        for other in changed:
             if active[other]:
                 after += region._entries(place, allow) if other is region else other._entries()
         failures = self._carry_out(plan(before, after, make_first), onwards=onwards)
-        region._mapped, region._start, region._writable = mapped, place, allow
-        for other in affected:
+        if place != region._start:
+            self._places.remove(region)
+            region._start = place
+            self._places.add(region)
+        region._mapped, region._writable = mapped, allow
+        for other in changed:
             other._active = active[other]
         return failures
 
-    def _wins(self, region: Region, state: Callable[[Region], tuple[int, bool]]) -> bool:
+    def _wins(
+        self, region: Region, state: Callable[[Region], tuple[int, bool]], changing: Region
+    ) -> bool:
         start, mapped = state(region)
         if not mapped:
             return False
-        number = self._regions.index(region)
-        for index, other in enumerate(self._regions):
+        for other in {*self._places.meeting(start, region.size), changing}:
             there, counts = state(other)
             if not counts or not meet(start, region.size, there, other.size):
                 continue
             if other.priority > region.priority:
                 return False
-            if other.priority == region.priority and index < number:
+            if other.priority == region.priority and other._number < region._number:
                 return False
         return True
 

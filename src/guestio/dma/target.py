@@ -13,6 +13,7 @@ import errno as errno_names
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from guestio.addr import ADDRESS_SPACE, check_int, check_range
 from guestio.errors import GuestioError
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ class DmaError(GuestioError):
         super().__init__(f"cannot {operation} IOVA {start:#x}+{size:#x}: {reason}{code}")
 
 
+_OPTIONAL = frozenset({"host_address", "fd"})
+
+
 @dataclass(frozen=True, slots=True)
 class DmaMapRequest:
     """One mapping of I/O virtual addresses to host memory.
@@ -68,6 +72,9 @@ class DmaMapRequest:
         file_offset: Where in that file the memory begins, in bytes; 0 without a file.
         writable: Whether devices may write; they may always read.
         kind: What the memory is.
+
+    Raises:
+        TypeError, ValueError: The numbers do not hold to that, or ``kind`` is no MappingType.
     """
 
     start: int
@@ -77,6 +84,24 @@ class DmaMapRequest:
     file_offset: int = 0
     writable: bool = True
     kind: MappingType = MappingType.RAM
+
+    def __post_init__(self) -> None:
+        for name in ("start", "size", "host_address", "fd", "file_offset"):
+            value = getattr(self, name)
+            if value.__class__ is not int and (value is not None or name not in _OPTIONAL):
+                # Sums of numpy's integers, say, would wrap.
+                object.__setattr__(self, name, check_int(value, name))
+        if not 0 <= self.start < self.start + self.size <= ADDRESS_SPACE:
+            check_range(self.start, self.size, name="start", empty=False)
+        if not 0 <= self.file_offset <= ADDRESS_SPACE - self.size:
+            check_range(self.file_offset, self.size, name="file_offset")
+        host, fd = self.host_address, self.fd
+        if host is not None and not 0 <= host <= ADDRESS_SPACE - self.size:
+            check_range(host, self.size, name="host_address")
+        if fd is not None and fd < 0:
+            raise ValueError(f"fd {fd} is no file descriptor")
+        if self.kind.__class__ is not MappingType:
+            raise TypeError(f"kind must be a MappingType, not {type(self.kind).__name__}")
 
     @property
     def end(self) -> int:

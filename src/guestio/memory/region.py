@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -278,6 +278,14 @@ class GuestRegionCollection(GuestMemory):
         if index >= 0 and addr in self._regions[index]:
             return self._regions[index]
         return None
+
+    def regions_in(self, addr: int, length: int) -> tuple[MmapRegion, ...]:
+        """The regions that share an address with a range, ascending. O(log n + k)."""
+        start, size = check_range(addr, length)
+        first = bisect_right(self._starts, start)
+        if size and first and self._regions[first - 1].last_addr >= start:
+            first -= 1
+        return self._regions[first : bisect_left(self._starts, start + size)]
 
     def to_region_addr(self, addr: int) -> tuple[MmapRegion, int] | None:
         """The region that holds ``addr`` and the offset in it, or None."""

@@ -7,6 +7,7 @@ or unmapping what is not mapped exactly so, is an error.
 from __future__ import annotations
 
 import errno
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from guestio.dma import DmaError, DmaMapRequest
@@ -36,6 +37,8 @@ class RecordingTarget:
     def __init__(self) -> None:
         self.events: list[DmaEvent] = []
         self.held: dict[int, DmaMapRequest] = {}
+        # Ascending, so that a neighbour is found without looking at all.
+        self._starts: list[int] = []
 
     def map_dma(self, request: DmaMapRequest) -> None:
         """Hold a mapping.
@@ -43,10 +46,12 @@ class RecordingTarget:
         Raises:
             DmaError: Another one is there (``EEXIST``).
         """
-        for other in self.held.values():
-            if other.start < request.end and request.start < other.end:
-                reason = f"{other.start:#x}+{other.size:#x} is mapped there"
-                raise DmaError("map", request.start, request.size, reason, errno=errno.EEXIST)
+        after = bisect_left(self._starts, request.end)
+        other = self.held[self._starts[after - 1]] if after else None
+        if other is not None and request.start < other.end:
+            reason = f"{other.start:#x}+{other.size:#x} is mapped there"
+            raise DmaError("map", request.start, request.size, reason, errno=errno.EEXIST)
+        self._starts.insert(after, request.start)
         self.held[request.start] = request
         self.events.append(DmaEvent("map", request.start, request.size))
 
@@ -58,6 +63,7 @@ class RecordingTarget:
         """
         self._check_held("unmap", start, size)
         del self.held[start]
+        del self._starts[bisect_left(self._starts, start)]
         self.events.append(DmaEvent("unmap", start, size))
 
     def _check_held(self, call: Call, start: int, size: int) -> None:
