@@ -9,3 +9,40 @@ from __future__ import annotations
 
 STOP_TIMEOUT = 1.0
 """Seconds that a stop waits for requests that a device still holds; then they are disowned."""
+
+IOMMU_DOMAIN_MAPPINGS = 1 << 20
+"""Mappings of one domain of a virtio-iommu; a MAP beyond is answered with NOMEM."""
+IOMMU_TOTAL_MAPPINGS = 1 << 22
+"""Mappings of all domains of a virtio-iommu, those of each domain counted once more for every
+endpoint in it, which has a copy. About 50 bytes each. A MAP or ATTACH beyond is answered with
+NOMEM."""
+IOMMU_WAITING_REQUESTS = 256
+"""Requests of a virtio-iommu that wait for their answers. Its queue is not read on until one has
+been answered; a request that comes all the same is answered with NOMEM."""
+IOMMU_REQUESTS_PER_TURN = 256
+"""Requests of a virtio-iommu served before the caller's loop has its turn."""
+IOMMU_REVOKE_AFTER = 5.0
+"""Seconds that a client of exported memory has to release what the guest unmapped; then it is
+revoked. A Linux driver spins while it waits for the answer."""
+IOMMU_BYPASS_WAIT = 1.0
+"""Seconds that a change of a virtio-iommu's bypass mode waits for accesses that have begun; it
+takes effect later then."""
+IOMMU_FAULT_RATE = 1000.0
+"""Fault records a second that one endpoint of a virtio-iommu may cause in the long run; more faults
+are only counted."""
+IOMMU_FAULT_BURST = 1024
+"""Fault records that one endpoint may cause at once; more faults are only counted."""
+IOMMU_FAULT_RECORDS = 4096
+"""Fault records that wait for the guest's event queue; more faults are only counted."""
+IOMMU_RECORDS_PER_ACCESS = 16
+"""Fault records that one access causes, for the first pieces that it could not reach."""
+
+EXPORT_RANGES = 4096
+"""Different ranges that an export session holds; an export beyond is refused."""
+EXPORT_SESSIONS = 256
+"""Export sessions of one client in another process; one more is refused."""
+EXPORT_PIECES = 1 << 16
+"""Pieces of memory that one export to another process consists of; it is refused beyond."""
+EXPORT_BACKLOG = 1 << 20
+"""Bytes of answers that wait to be sent to such a client; nothing more is read from it until it has
+taken them."""

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from guestio import CannotResolveError, GuestRegionCollection, InvalidAddressError, Permissions
+from guestio.budgets import EXPORT_RANGES
 from guestio.iommu import (
     AddMapResult,
     BasicMemoryMapper,
@@ -19,7 +20,6 @@ from guestio.iommu import (
     MemoryMapper,
 )
 from guestio.iommu.events import all_of
-from guestio.iommu.mapper import MAX_EXPORTS
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 MAX = 2**64 - 1
@@ -211,13 +211,13 @@ class TestSeveralClients:
     def test_exports_are_limited(self):
         mapper = mapper_of((0, 0x10000, 0, RW))
         session = mapper.open_session()
-        for at in range(MAX_EXPORTS):
+        for at in range(EXPORT_RANGES):
             session.export(at, 1)
         with pytest.raises(ExportError, match="release some"):
-            session.export(MAX_EXPORTS, 1)
+            session.export(EXPORT_RANGES, 1)
         session.export(0, 1)
         session.release(1, 1)
-        session.export(MAX_EXPORTS, 1)
+        session.export(EXPORT_RANGES, 1)
 
     def test_stray_releases_are_counted(self, caplog):
         session = mapper_of((0, 1, 0, RW)).open_session()

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guestio import CannotResolveError, GuestRegionCollection, Permissions
+from guestio.budgets import EXPORT_BACKLOG, EXPORT_SESSIONS
 from guestio.iommu import (
     BasicMemoryMapper,
     ExportClient,
@@ -20,7 +21,7 @@ from guestio.iommu import (
     ExportServer,
     MappingInfo,
 )
-from guestio.iommu.remote import HEADER, HIGH_WATER, MAX_SESSIONS, Kind, Status, pack
+from guestio.iommu.remote import HEADER, Kind, Status, pack
 
 R, RW = Permissions.READ, Permissions.READ_WRITE
 WAIT = 10
@@ -369,12 +370,12 @@ class TestHostileClients:
             assert peer.receive()[1:3] == (status, 9)
 
     def test_sessions_are_limited(self):
-        with served({n: self.mapper() for n in range(MAX_SESSIONS + 1)}) as (sock, _):
+        with served({n: self.mapper() for n in range(EXPORT_SESSIONS + 1)}) as (sock, _):
             peer = Peer(sock)
-            for number in range(MAX_SESSIONS + 1):
+            for number in range(EXPORT_SESSIONS + 1):
                 sock.sendall(pack(Kind.START, 0, 1, number))
-            found = [peer.receive()[1] for _ in range(MAX_SESSIONS + 1)]
-        assert found == [0] * MAX_SESSIONS + [Status.NO_SESSION]
+            found = [peer.receive()[1] for _ in range(EXPORT_SESSIONS + 1)]
+        assert found == [0] * EXPORT_SESSIONS + [Status.NO_SESSION]
 
     def test_a_client_that_reads_nothing_is_not_read_from(self):
         entries = [(n * 16, 16, n * 32, RW) for n in range(4096)]
@@ -393,7 +394,7 @@ class TestHostileClients:
                     time.sleep(0.01)
             assert sent < 4 << 20
             # What waits to be sent is bounded, however much was asked for.
-            assert len(server._link._out) < HIGH_WATER + len(entries) * 64
+            assert len(server._link._out) < EXPORT_BACKLOG + len(entries) * 64
 
     def test_a_lookup_that_fails(self, caplog):
         ours, theirs = socket.socketpair()

@@ -211,7 +211,7 @@ def test_status_of_a_request_that_waits_is_written_where_it_belongs():
 
 
 def test_a_busy_driver_does_not_keep_the_loop(monkeypatch):
-    monkeypatch.setattr("guestio.virtio.iommu.queues.TURN", 4)
+    monkeypatch.setattr("guestio.virtio.iommu.queues.IOMMU_REQUESTS_PER_TURN", 4)
     guest = Guest()
     for _ in range(6):
         guest.send(attach(8, 1))

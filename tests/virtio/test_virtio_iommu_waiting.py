@@ -364,7 +364,7 @@ class TestBypass:
         assert session.exports == []
 
     def test_turned_off_while_this_thread_is_at_it(self, monkeypatch):
-        monkeypatch.setattr("guestio.virtio.iommu.device.BYPASS_WAIT", 0.05)
+        monkeypatch.setattr("guestio.virtio.iommu.device.IOMMU_BYPASS_WAIT", 0.05)
         iommu = VirtioIommu(endpoints=[8], bypass=True)
         memory = iommu.endpoint(8).memory(GuestRegionCollection.from_ranges([(0, 0x8000)]))
         with memory.gather(0, 1, Permissions.READ):

@@ -22,6 +22,7 @@ import enum
 import itertools
 import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,13 +37,11 @@ from guestio.addr import (
     check_int,
     check_range,
 )
+from guestio.budgets import EXPORT_RANGES
 from guestio.errors import CannotResolveError, GuestioError
 from guestio.iommu.events import Event, all_of
 
 _log = logging.getLogger(__name__)
-
-MAX_EXPORTS = 4096
-"""Different ranges that a session may hold at a time."""
 
 MapEntry = tuple[int, int, int, Permissions]
 """``(iova, size, gpa, prot)``; ``gpa + size`` may wrap where :meth:`add_range` let it."""
@@ -193,6 +192,7 @@ class ExportSession:
         self._closed = False
         self._resolved: Event | None = None
         self._timer: threading.Timer | None = None
+        self._ends = 0.0
 
     @property
     def broken(self) -> bool:
@@ -239,8 +239,8 @@ class ExportSession:
             if self.broken:
                 raise ExportError("broken export session: release everything and start a new one")
             first, length = check_range(iova, size, name="iova", empty=False)
-            if len(self._exports) >= MAX_EXPORTS and (first, length) not in self._exports:
-                raise ExportError(f"the session holds {MAX_EXPORTS} ranges; release some first")
+            if len(self._exports) >= EXPORT_RANGES and (first, length) not in self._exports:
+                raise ExportError(f"the session holds {EXPORT_RANGES} ranges; release some first")
             regions = self._mapper._resolve(first, length)
             self._exports[first, length] = self._exports.get((first, length), 0) + 1
             return regions
@@ -302,7 +302,8 @@ class ExportSession:
             self._broken = broken
             self._resolved = Event() if broken and held else None
         if broken:
-            self.fault.set()
+            # The client has its time anew: how much of it had passed is not known here.
+            self._announce()
 
     def close(self) -> None:
         """Release everything and leave the mapper. Calling it again does nothing."""
@@ -341,20 +342,30 @@ class ExportSession:
     def _announce(self) -> None:
         """Tell the client of a fault, and start its time; without the lock."""
         self.fault.set()
-        if self.time_limit is None:
-            return
-        timer = threading.Timer(self.time_limit, self._time_is_up)
+        if self.time_limit is not None:
+            self.hurry(self.time_limit)
+
+    def hurry(self, seconds: float) -> None:
+        """Revoke the session after so many seconds if it is in fault and holds memory still then.
+
+        A limit that ends earlier stays. Without a fault that is pending, nothing happens.
+        """
+        ends = time.monotonic() + seconds
+        timer = threading.Timer(seconds, self._time_is_up, (seconds,))
         timer.daemon = True
         with self._lock:
-            if self._resolved is None:
+            if self._resolved is None or (self._timer is not None and self._ends <= ends):
                 return
-            self._timer = timer
+            previous, self._timer, self._ends = self._timer, timer, ends
+        if previous is not None:
+            previous.cancel()
         timer.start()
 
-    def _time_is_up(self) -> None:
+    def _time_is_up(self, seconds: float) -> None:
         _log.warning(
-            "an export session did not release its memory within %s s; it is revoked",
-            self.time_limit,
+            "export session %d did not release its memory within %s s of a fault; it is revoked",
+            self.id,
+            seconds,
         )
         self.revoke()
 
@@ -494,9 +505,28 @@ class BasicMemoryMapper(MemoryMapper):
             broken = self._break_sessions(0, ADDRESS_SPACE)
         return _announce(broken)
 
-    def mappings(self, iova: int = 0, size: int = ADDRESS_SPACE) -> list[MapEntry]:
-        """The mappings that touch a range, unclipped: ``(iova, size, gpa, prot)``, ascending."""
-        return self._map.overlapping(iova, size)
+    def mappings(
+        self, iova: int = 0, size: int = ADDRESS_SPACE, *, limit: int | None = None
+    ) -> list[MapEntry]:
+        """The mappings that touch a range, unclipped: ``(iova, size, gpa, prot)``, ascending.
+
+        Args:
+            iova: First I/O virtual address.
+            size: Bytes.
+            limit: How many to list at most. Use it where a guest chooses the range.
+        """
+        if limit is None:
+            return self._map.overlapping(iova, size)
+        first, length = check_range(iova, size, name="iova")
+        found = self._map.overlapping(first, min(length, 1))
+        at = first
+        while length and len(found) < limit:
+            after = self._map.neighbours(at)[1]
+            if after is None or after[0] >= first + length:
+                break
+            found.append(after)
+            at = after[0] + after[1] - 1
+        return found[:limit]
 
     def is_free(self, iova: int, size: int) -> bool:
         """Whether nothing of a range is mapped. O(log n)."""

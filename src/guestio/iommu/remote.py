@@ -40,6 +40,7 @@ from collections.abc import Callable
 from typing import Final, Protocol, Self
 
 from guestio.addr import IovaRange, Permissions, check_int, check_range
+from guestio.budgets import EXPORT_BACKLOG, EXPORT_PIECES, EXPORT_SESSIONS
 from guestio.errors import CannotResolveError, ProtocolError
 from guestio.iommu.events import Event
 from guestio.iommu.mapper import ExportError, ExportSession, MemRegion
@@ -52,14 +53,8 @@ _PIECE: Final = struct.Struct("<QQQQ")
 
 MAX_REQUEST: Final = _RANGE.size
 """Largest body of a request, in bytes."""
-MAX_PIECES: Final = 65536
-"""Most pieces that one export may consist of."""
-MAX_ANSWER: Final = MAX_PIECES * _PIECE.size
+MAX_ANSWER: Final = EXPORT_PIECES * _PIECE.size
 """Largest body of an answer, in bytes."""
-MAX_SESSIONS: Final = 256
-"""Most sessions of one client."""
-HIGH_WATER: Final = 1 << 20
-"""Bytes waiting to be sent beyond which nothing more is read from the peer."""
 _TEXT: Final = 1024
 _LOW: Final = (1 << 64) - 1
 
@@ -192,10 +187,10 @@ class _Link:
                 self._ended = True
 
     def _step(self, selector: selectors.BaseSelector) -> None:
-        while len(self._out) < HIGH_WATER and (message := self._framing.take()) is not None:
+        while len(self._out) < EXPORT_BACKLOG and (message := self._framing.take()) is not None:
             self._deliver(*message)
         wanted = selectors.EVENT_WRITE if self._out else 0
-        if len(self._out) < HIGH_WATER:
+        if len(self._out) < EXPORT_BACKLOG:
             wanted |= selectors.EVENT_READ
         selector.modify(self._sock, wanted)
         for key, mask in selector.select():
@@ -291,8 +286,8 @@ class ExportServer:
         previous = self._sessions.get(endpoint)
         if previous is not None and previous.exports:
             raise ExportError("the previous export session is still active: it holds memory")
-        if previous is None and len(self._sessions) >= MAX_SESSIONS:
-            raise ExportError(f"{MAX_SESSIONS} sessions are open; end one first")
+        if previous is None and len(self._sessions) >= EXPORT_SESSIONS:
+            raise ExportError(f"{EXPORT_SESSIONS} sessions are open; end one first")
         session = source.open_session()
         if previous is not None:
             previous.close()
@@ -304,7 +299,7 @@ class ExportServer:
     @staticmethod
     def _export(session: ExportSession, iova: int, size: int) -> tuple[int, bytes]:
         regions = session.export(iova, size)
-        if len(regions) > MAX_PIECES:
+        if len(regions) > EXPORT_PIECES:
             session.release(iova, size)
             raise ExportError(f"the range is in {len(regions)} pieces; export less at a time")
         pieces = (

@@ -10,13 +10,25 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Self
 
-from guestio.addr import Permissions, check_int, check_range
+from guestio.addr import Permissions, check_int, check_range, check_seconds
+from guestio.budgets import (
+    IOMMU_BYPASS_WAIT,
+    IOMMU_DOMAIN_MAPPINGS,
+    IOMMU_FAULT_BURST,
+    IOMMU_FAULT_RATE,
+    IOMMU_FAULT_RECORDS,
+    IOMMU_REVOKE_AFTER,
+    IOMMU_TOTAL_MAPPINGS,
+    IOMMU_WAITING_REQUESTS,
+    STOP_TIMEOUT,
+)
 from guestio.dma import DmaTarget
 from guestio.errors import DeviceError
 from guestio.iommu.events import Event
 from guestio.memory import GuestRegionCollection
 from guestio.virtio.iommu import snapshot, wire
 from guestio.virtio.iommu.faults import FaultLog, FaultStats
+from guestio.virtio.iommu.programs import Program, target_key
 from guestio.virtio.iommu.requests import Keys, Pending, RequestQueue, Steps
 from guestio.virtio.iommu.space import Endpoint, ReservedRegion, TargetHandle
 from guestio.virtio.iommu.state import Limits, State
@@ -34,12 +46,6 @@ FEATURES: Final = (
     | wire.F_BYPASS_CONFIG
 )
 """What the device offers. PROBE is left out if ``probe_size`` is 0."""
-
-REVOKE_AFTER: Final = 5.0
-"""Seconds for clients to release memory. A Linux driver spins while it waits for an answer."""
-MAX_MAPPINGS: Final = 1 << 20
-BYPASS_WAIT: Final = 1.0
-"""Seconds that a change of bypass mode waits at most for accesses that have begun."""
 
 Reserved = Sequence[ReservedRegion]
 
@@ -62,8 +68,11 @@ class VirtioIommu:
             for all endpoints, or a mapping from endpoint ids to such lists.
         max_domains: Domains at a time; None for as many as endpoints.
         max_mappings: Mappings in each domain.
+        max_total_mappings: Mappings in all domains, where those of a domain count once more for
+            every endpoint in it, which has a copy.
         revoke_after: Seconds that clients of export sessions have to release memory that the guest
             unmapped; then it is taken from them. None to wait for ever.
+        stop_timeout: Seconds that they have when the device is reset.
         fault_rate: Fault records a second that an endpoint may cause in the long run.
         fault_burst: Fault records that it may cause at once.
         fault_capacity: Fault records that wait for the guest at most.
@@ -88,11 +97,13 @@ class VirtioIommu:
         reserved: Reserved | Mapping[int, Reserved] = (),
         *,
         max_domains: int | None = None,
-        max_mappings: int = MAX_MAPPINGS,
-        revoke_after: float | None = REVOKE_AFTER,
-        fault_rate: float = 1000.0,
-        fault_burst: int = 1024,
-        fault_capacity: int = 4096,
+        max_mappings: int = IOMMU_DOMAIN_MAPPINGS,
+        max_total_mappings: int = IOMMU_TOTAL_MAPPINGS,
+        revoke_after: float | None = IOMMU_REVOKE_AFTER,
+        stop_timeout: float = STOP_TIMEOUT,
+        fault_rate: float = IOMMU_FAULT_RATE,
+        fault_burst: int = IOMMU_FAULT_BURST,
+        fault_capacity: int = IOMMU_FAULT_RECORDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits = Limits(
@@ -100,9 +111,13 @@ class VirtioIommu:
             input_range=_inclusive(input_range, "input_range", U64),
             domain_range=_inclusive(domain_range, "domain_range", U32),
             probe_size=_checked(probe_size, "probe_size", 0, U32),
-            max_domains=None if max_domains is None else check_int(max_domains, "max_domains"),
-            max_mappings=check_int(max_mappings, "max_mappings"),
-            revoke_after=revoke_after,
+            max_domains=None if max_domains is None else _count(max_domains, "max_domains"),
+            max_mappings=_count(max_mappings, "max_mappings"),
+            max_total_mappings=_count(max_total_mappings, "max_total_mappings"),
+            revoke_after=None
+            if revoke_after is None
+            else check_seconds(revoke_after, "revoke_after"),
+            stop_timeout=check_seconds(stop_timeout, "stop_timeout"),
         )
         self._faults = FaultLog(fault_rate, fault_burst, fault_capacity, clock)
         self._requests = RequestQueue()
@@ -157,9 +172,9 @@ class VirtioIommu:
         """Whether unattached endpoints reach all of memory, untranslated. A reset keeps it.
 
         Setting it waits for requests that are being answered, and when it is turned off for
-        accesses that have begun, but no longer than `BYPASS_WAIT` seconds; it takes effect later
-        then. Memory that clients hold of unattached endpoints is revoked at once, since there is
-        no answer that could be delayed.
+        accesses that have begun, but no longer than `IOMMU_BYPASS_WAIT` seconds; it takes effect
+        later then. Memory that clients hold of unattached endpoints is revoked at once, since
+        there is no answer that could be delayed.
 
         Setting raises what a DMA target raised; nothing changed then.
         """
@@ -172,7 +187,7 @@ class VirtioIommu:
     def _set_idle(self, bypass: bool, features: int) -> None:
         work = self._state.switch_idle(bypass, features)
         pending = self._requests.submit(lambda: None, work, raises=True)
-        if pending.wait(BYPASS_WAIT):
+        if pending.wait(IOMMU_BYPASS_WAIT):
             pending.result()
 
     def handle_request(self, request: bytes, writable: int) -> bytes | Pending:
@@ -186,13 +201,16 @@ class VirtioIommu:
             What is to be written from the start of the device-writable part, ``b""`` for a
             zero-length answer; or :class:`Pending` if that must wait: for memory that is still in
             use or exported, or for an earlier request that waits and concerns the same domain,
-            endpoint or target.
+            endpoint or target. With `IOMMU_WAITING_REQUESTS` that wait, the answer is NOMEM.
         """
-        parsed = wire.parse(bytes(request[: wire.LONGEST_REQUEST]))
-        if parsed is None or writable < wire.TAIL_BYTES:
+        room = check_int(writable, "writable")
+        parsed = wire.parse(bytes(memoryview(request)[: wire.LONGEST_REQUEST]))
+        if parsed is None or room < wire.TAIL_BYTES:
             return b""
         if isinstance(parsed, wire.Probe):
-            return self._state.probe(parsed, writable)
+            return self._state.probe(parsed, room)
+        if self._requests.waiting >= IOMMU_WAITING_REQUESTS:
+            return wire.tail(wire.Status.NOMEM)
         pending = self._requests.submit(*self._state.plan(parsed))
         return pending.result() if pending.done else pending
 
@@ -208,14 +226,16 @@ class VirtioIommu:
     def reset(self) -> Pending | None:
         """Forget domains and attachments, as a device reset does; ``bypass`` and features stay.
 
-        Requests that have not begun are cancelled, fault records that wait are dropped.
+        Requests that have not begun are cancelled, fault records that wait are dropped. Clients
+        have ``stop_timeout`` seconds to release their memory, then they are revoked.
 
         Returns:
             None, or what to wait for before the driver is told that the reset is done: memory is
-            still in use or exported.
+            still exported, or in use by an access that has begun.
         """
         self._requests.cancel()
         self._faults.clear()
+        self._state.hurry()
         pending = self._requests.submit(lambda: None, self._state.reset())
         return None if pending.done else pending
 
@@ -274,12 +294,20 @@ class VirtioIommu:
     ) -> TargetHandle:
         """Have a DMA target hold what an endpoint may access; see :meth:`Endpoint.add_target`."""
         self.endpoint(endpoint)
+        if isinstance(target, type) or not isinstance(target, DmaTarget):
+            raise TypeError(f"target must have map_dma and unmap_dma, not be {target!r}")
+        _check_memory(physical)
         state = self._state
         self._run(
-            lambda: {("target", id(target)), *state.endpoint_keys(endpoint)},
+            lambda: {target_key(target), *state.endpoint_keys(endpoint)},
             state.add_target(endpoint, target, physical),
         )
         return TargetHandle(self, endpoint, state.programs[id(target)])
+
+    def change_memory(self, program: Program, physical: GuestRegionCollection) -> None:
+        """Have a target follow guest memory; see :meth:`TargetHandle.change_memory`."""
+        _check_memory(physical)
+        self._run(lambda: {program.key}, self._state.change_memory(program, physical))
 
     def remove_target(self, endpoint: int, target: DmaTarget) -> None:
         """Take an endpoint from a DMA target; see :meth:`TargetHandle.close`."""
@@ -348,14 +376,21 @@ class VirtioIommu:
 
         Args:
             data: The snapshot.
-            options: Arguments of the constructor that a snapshot does not hold: those for faults,
-                and the clock.
+            options: Arguments of the constructor. Those for faults and the clock are not in a
+                snapshot; others replace what the snapshot says.
 
         Raises:
             ValueError: The data is no snapshot, or contradicts itself.
         """
         try:
-            device = cls(**snapshot.settings(data), **options)
+            settings = snapshot.settings(data)
+            # By itself first, so that a bad option is told from a bad snapshot.
+            device = cls(**settings)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the snapshot is incomplete: {error!r}") from error
+        if options:
+            device = cls(**{**settings, **options})
+        try:
             for number, reserved in snapshot.endpoints(data):
                 device.add_endpoint(number, reserved)
             snapshot.fill(device._state, device._faults, data)
@@ -369,6 +404,15 @@ def _checked(value: int, name: str, first: int, last: int) -> int:
     if not first <= number <= last:
         raise ValueError(f"{name} {number:#x} is not in {first:#x}..{last:#x}")
     return number
+
+
+def _count(value: int, name: str) -> int:
+    return _checked(value, name, 0, U64)
+
+
+def _check_memory(physical: GuestRegionCollection) -> None:
+    if not isinstance(physical, GuestRegionCollection):
+        raise TypeError(f"physical must be a GuestRegionCollection, not {type(physical).__name__}")
 
 
 def _inclusive(pair: Sequence[int], name: str, limit: int) -> tuple[int, int]:

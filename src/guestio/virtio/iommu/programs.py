@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -74,7 +74,13 @@ class Program:
         self.current: Space | None = None
         self._held: dict[int, DmaMapRequest] = {}
         self._missing: dict[int, tuple[DmaMapRequest, str]] = {}
-        self._stuck: dict[int, tuple[DmaMapRequest, str]] = {}
+        # With the memory, which must stay as long as the target may reach it.
+        self._stuck: dict[int, tuple[DmaMapRequest, str, GuestRegionCollection]] = {}
+
+    @property
+    def key(self) -> Hashable:
+        """What a request names that touches it."""
+        return target_key(self.target)
 
     def stats(self) -> TargetStats:
         """What it holds and what it should."""
@@ -82,7 +88,7 @@ class Program:
             len(self._held),
             sum(request.size for request in list(self._held.values())),
             {start: why for start, (_, why) in self._missing.items()},
-            {start: why for start, (_, why) in self._stuck.items()},
+            {start: why for start, (_, why, _) in self._stuck.items()},
         )
 
     def requests(
@@ -114,10 +120,8 @@ class Program:
     def _split(
         self, iova: int, size: int, gpa: int, prot: Permissions, registers: bool
     ) -> Iterator[DmaMapRequest]:
-        for region in self.physical:
+        for region in self.physical.regions_in(gpa, size):
             first, end = max(gpa, region.start), min(gpa + size, region.start + region.size)
-            if first >= end:
-                continue
             inside = first - region.start
             file = region.file_offset
             yield DmaMapRequest(
@@ -174,9 +178,24 @@ class Program:
         self._take(self._all(), journal)
         self.add(wanted, journal)
 
+    def change_memory(self, physical: GuestRegionCollection, journal: Journal) -> None:
+        """Exchange what it holds for what the same mappings lead to in other memory.
+
+        What leads to the same place in both is not touched.
+        """
+        if self.current is None:
+            self.physical = physical
+            return
+        before, self.physical = self.physical, physical
+        journal.did(partial(setattr, self, "physical", before))
+        wanted = {r.start: r for r in self._requests_of(self.current, partly=True)}
+        present = {request.start: request for request in self._all()}
+        self._take([r for r in present.values() if wanted.get(r.start) != r], journal)
+        self.add([r for r in wanted.values() if present.get(r.start) != r], journal)
+
     def unstick(self, start: int = 0, end: int = ADDRESS_SPACE) -> None:
         """Take away what could not be taken away before; what the target raises comes through."""
-        for request, _ in list(self._stuck.values()):
+        for request, _, _ in list(self._stuck.values()):
             if request.start < end and start < request.end:
                 self.target.unmap_dma(request.start, request.size)
                 del self._stuck[request.start]
@@ -197,11 +216,13 @@ class Program:
             except Exception as error:
                 self._missing[request.start] = request, str(error)
 
-    def _requests_of(self, space: Space) -> list[DmaMapRequest]:
+    def _requests_of(self, space: Space, *, partly: bool = False) -> list[DmaMapRequest]:
         return [
             request
             for entry in space.mapper.mappings()
-            for request in self.requests(entry, entry[0] in space.mmio, partly=space.bypass)
+            for request in self.requests(
+                entry, entry[0] in space.mmio, partly=partly or space.bypass
+            )
         ]
 
     def _all(self) -> list[DmaMapRequest]:
@@ -213,7 +234,8 @@ class Program:
         self.unstick(request.start, request.end)
         try:
             self.target.map_dma(request)
-        except Exception as error:
+        except (OSError, GuestioError) as error:
+            # Anything else is a bug of the target.
             if request.kind is not MappingType.DEVICE:
                 raise
             self._missing[request.start] = request, str(error)
@@ -243,8 +265,13 @@ class Program:
 
     def _stick(self, request: DmaMapRequest, error: Exception) -> None:
         del self._held[request.start]
-        self._stuck[request.start] = request, str(error)
+        self._stuck[request.start] = request, str(error), self.physical
         _log.error("a DMA target did not give up %#x+%#x: %s", request.start, request.size, error)
+
+
+def target_key(target: DmaTarget) -> Hashable:
+    """What a request names that touches a target."""
+    return ("target", id(target))
 
 
 def undo(journal: Journal) -> None:

@@ -7,14 +7,15 @@ of the requests. Fault records go into the buffers of queue 1.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 from guestio._core.chain import Chain
 from guestio._core.ring import SplitRing
+from guestio.budgets import IOMMU_REQUESTS_PER_TURN, IOMMU_WAITING_REQUESTS
 from guestio.errors import AccessError
 from guestio.iommu.events import Event
 from guestio.virtio.iommu.device import VirtioIommu
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
 REQUEST_QUEUE: Final = 0
 EVENT_QUEUE: Final = 1
-
-TURN: Final = 256
-"""Requests served before somebody else of the loop has a turn."""
 
 
 class IommuQueues:
@@ -64,7 +62,8 @@ class IommuQueues:
         self._rings = requests, events
         self._notify = notify
         self._answers: deque[tuple[Chain, Pending]] = deque()
-        self._open = True
+        self._unanswered: dict[int, tuple[Chain, Pending]] = {}
+        self._tickets = itertools.count()
         self._watched: Event | None = None
         self.waiting = 0
         self.short_buffers = 0
@@ -124,7 +123,7 @@ class IommuQueues:
 
     def close(self) -> None:
         """Forget the rings, as a reset does: answers that come later go nowhere."""
-        self._open = False
+        self._unanswered.clear()
         self._answers.clear()
 
     def _serve_requests(self) -> None:
@@ -135,7 +134,11 @@ class IommuQueues:
                 chain, pending = self._answers.popleft()
                 self.waiting -= 1
                 self._complete(ring, chain, pending.result())
-            chains, misses = ring.pop()
+            if self.waiting >= IOMMU_WAITING_REQUESTS:
+                # An answer wakes us.
+                self._publish(REQUEST_QUEUE)
+                return
+            chains, misses = ring.pop(min(64, IOMMU_WAITING_REQUESTS - self.waiting))
             if misses and not chains:
                 # Its memory is guest physical, so what is missing now stays so.
                 faulty = ring.pop_faulty()
@@ -144,7 +147,7 @@ class IommuQueues:
                 self._serve_request(ring, chain)
             self._publish(REQUEST_QUEUE)
             served += len(chains)
-            if served >= TURN:
+            if served >= IOMMU_REQUESTS_PER_TURN:
                 self._rouse()
                 return
             if not chains and not self._answers and not ring.enable_kicks():
@@ -160,14 +163,26 @@ class IommuQueues:
             answer = self._iommu.handle_request(request, len(chain.writable))
         if isinstance(answer, Pending):
             self.waiting += 1
-            answer.add_callback(partial(self._answered, chain, answer))
+            answer.add_callback(self._waiter(chain, answer))
         else:
             self._complete(ring, chain, answer)
 
-    def _answered(self, chain: Chain, pending: Pending) -> None:
-        if self._open:
-            self._answers.append((chain, pending))
-            self._rouse()
+    def _waiter(self, chain: Chain, pending: Pending) -> Callable[[], None]:
+        """What is called when a request's answer has come.
+
+        An answer may never come. So it is only we who hold the request, whose memory would be in
+        use as long, and who let go of it when we close.
+        """
+        ticket = next(self._tickets)
+        self._unanswered[ticket] = chain, pending
+
+        def answered() -> None:
+            found = self._unanswered.pop(ticket, None)
+            if found is not None:
+                self._answers.append(found)
+                self._rouse()
+
+        return answered
 
     @staticmethod
     def _complete(ring: SplitRing, chain: Chain, answer: bytes) -> None:

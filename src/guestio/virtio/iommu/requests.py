@@ -39,7 +39,7 @@ class Pending(Event):
         super().__init__()
         self.cancelled = False
         self._answer = b""
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     @property
     def done(self) -> bool:
@@ -62,7 +62,7 @@ class Pending(Event):
         await super()._wait_async()
         return self.result()
 
-    def finish(self, answer: bytes, error: Exception | None = None) -> None:
+    def finish(self, answer: bytes, error: BaseException | None = None) -> None:
         """Give the answer. For the device."""
         self._answer, self._error = answer, error
         self.set()
@@ -109,6 +109,11 @@ class RequestQueue:
             self._jobs.append(job)
         self._run_ready()
         return job.pending
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no answer yet."""
+        return len(self._jobs)
 
     def alone(self, work: Callable[[], T]) -> T:
         """Do something while no request runs or waits; those that come meanwhile wait for it.
@@ -162,10 +167,14 @@ class RequestQueue:
             events = next(job.steps)
         except StopIteration as finished:
             self._finish(job, finished.value)
-        except Exception as error:
+        except BaseException as error:
+            # Whatever it was, nobody behind it may wait for a request that has ended.
             if not job.raises:
                 _log.exception("a virtio-iommu request failed; the guest is told of a device error")
             self._finish(job, tail(Status.DEVERR), error if job.raises else None)
+            if not isinstance(error, Exception):
+                self._run_ready()
+                raise
         else:
             combined = all_of(events)
             if combined is None:
@@ -177,7 +186,7 @@ class RequestQueue:
         self._advance(job)
         self._run_ready()
 
-    def _finish(self, job: _Job, answer: bytes, error: Exception | None = None) -> None:
+    def _finish(self, job: _Job, answer: bytes, error: BaseException | None = None) -> None:
         with self._lock:
             self._jobs.remove(job)
         job.pending.finish(answer, error)

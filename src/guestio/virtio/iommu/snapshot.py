@@ -88,7 +88,8 @@ def fill(state: State, faults: FaultLog, data: Mapping[str, Any]) -> None:
     for known in data["domains"]:
         if known["id"] in state.domains:
             raise ValueError(f"domain {known['id']} is there twice")
-        state.domains[known["id"]] = _space(known, state)
+        space = state.domains[known["id"]] = _space(known, state)
+        state.count(space.counted)
     for known in data["endpoints"]:
         endpoint = state.endpoints[known["id"]]
         if known["domain"] is not None:
@@ -96,7 +97,8 @@ def fill(state: State, faults: FaultLog, data: Mapping[str, Any]) -> None:
                 raise ValueError(f"endpoint {endpoint.id} is in a domain that does not exist")
             state.place(endpoint, state.domains[known["domain"]])
         for held in known["sessions"]:
-            session = endpoint.open_session(time_limit=held["time_limit"])
+            session = endpoint.open_session()
+            session.time_limit = held["time_limit"]
             session.restore([(iova, size) for iova, size in held["exports"]], held["broken"])
     if any(not space.endpoints for space in state.domains.values()):
         raise ValueError("a domain has no endpoint")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, cast
 
 from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions
+from guestio.budgets import IOMMU_RECORDS_PER_ACCESS
 from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails
 from guestio.iommu import DirtyMode, Iommu, IommuMemory, Iotlb
 from guestio.iommu.mapper import BasicMemoryMapper, ExportError, ExportSession, MemRegion
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 ReservedRegion = tuple[int, int, int]
 """``(first, last, subtype)`` of a reserved region, inclusive."""
 
-RECORDS_PER_ACCESS = 16
-"""Most fault records that one access can cause."""
-
 
 class Space:
     """Mappings and the endpoints that see them.
@@ -52,6 +50,11 @@ class Space:
         self.endpoints: list[Endpoint] = []
         if bypass:
             mapper.add_range(0, ADDRESS_SPACE, 0, Permissions.READ_WRITE)
+
+    @property
+    def counted(self) -> int:
+        """Mappings that the driver made here, which are limited."""
+        return 0 if self.id is None or self.bypass else len(self.mapper)
 
 
 class EndpointMemory(IommuMemory):
@@ -92,6 +95,10 @@ class Owner(Protocol):
 
     def remove_target(self, endpoint: int, target: DmaTarget) -> None:
         """Let a target go."""
+        ...
+
+    def change_memory(self, program: Program, physical: GuestRegionCollection) -> None:
+        """Have a target follow a change of guest memory."""
         ...
 
     def explain(self, endpoint: int, iova: int, length: int, access: Permissions) -> str:
@@ -162,7 +169,7 @@ class Endpoint(Iommu):
     ) -> None:
         """Report an access that failed; see :meth:`Iommu.resolve`."""
         pieces = [p for where in fails.access_fails for p in self._mapped_pieces(where)]
-        for piece in sorted(fails.misses + pieces)[:RECORDS_PER_ACCESS]:
+        for piece in sorted(fails.misses + pieces)[:IOMMU_RECORDS_PER_ACCESS]:
             self._report(piece, access)
         first = min(fails.misses + fails.access_fails)
         if self.space.id is None:
@@ -179,15 +186,17 @@ class Endpoint(Iommu):
         Accesses through :meth:`memory` report that themselves; this is for those who look up in the
         IOTLB, as a ring does. The range is unmapped throughout or forbidden throughout.
         """
-        for piece in (self._mapped_pieces(where) or [where])[:RECORDS_PER_ACCESS]:
+        for piece in (self._mapped_pieces(where) or [where])[:IOMMU_RECORDS_PER_ACCESS]:
             self._report(piece, access)
 
     def _mapped_pieces(self, where: IovaRange) -> list[IovaRange]:
-        """The parts of a range that are mappings of their own; the IOTLB may have joined them."""
+        """The first parts of a range that are mappings; the IOTLB may have joined them."""
         base, end = where.base, where.base + where.length
         return [
             IovaRange(max(start, base), min(start + size, end) - max(start, base))
-            for start, size, _, _ in self.space.mapper.mappings(*where)
+            for start, size, _, _ in self.space.mapper.mappings(
+                *where, limit=IOMMU_RECORDS_PER_ACCESS
+            )
         ]
 
     def _report(self, piece: IovaRange, access: Permissions) -> None:
@@ -308,6 +317,21 @@ class TargetHandle:
     def stats(self) -> TargetStats:
         """What the target holds and what it should."""
         return self._program.stats()
+
+    def change_memory(self, physical: GuestRegionCollection) -> None:
+        """Have the target follow a change of guest memory: RAM was plugged or unplugged.
+
+        Whatever leads to the same memory as before is not touched, so accesses to it go on. If
+        several endpoints share the target, this is done for all of them.
+
+        Args:
+            physical: Guest physical memory from now on. The old memory may be closed afterwards,
+                unless something is ``stuck`` at the target.
+
+        Raises:
+            Exception: What the target raised; it holds what it held before.
+        """
+        self._owner.change_memory(self._program, physical)
 
     def close(self) -> None:
         """Take the endpoint from the target, and everything if it was the last.

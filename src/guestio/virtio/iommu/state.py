@@ -10,12 +10,14 @@ begun is over and the last client has released it.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Generator, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from guestio.addr import ADDRESS_SPACE, Permissions
+from guestio.budgets import STOP_TIMEOUT
 from guestio.dma import DmaTarget, Journal
 from guestio.errors import DeviceError
 from guestio.iommu.events import Event
@@ -27,6 +29,8 @@ from guestio.virtio.iommu.programs import Program, Refused, status_of, undo
 from guestio.virtio.iommu.requests import Keys, Steps
 from guestio.virtio.iommu.space import Endpoint, Owner, ReservedRegion, Space
 from guestio.virtio.iommu.wire import Status
+
+_log = logging.getLogger(__name__)
 
 Waits = Generator[list[Event], None, None]
 """Work that may have to wait and may be refused."""
@@ -42,7 +46,9 @@ class Limits:
     probe_size: int
     max_domains: int | None
     max_mappings: int
+    max_total_mappings: int
     revoke_after: float | None
+    stop_timeout: float
 
     @property
     def granule(self) -> int:
@@ -60,10 +66,13 @@ class State:
         idle: What unattached endpoints see.
         bypass: Whether unattached endpoints reach all of memory.
         features: Feature bits that the driver accepted.
+        total_mappings: Mappings of all domains, and of each again for every endpoint in it, because
+            each endpoint has a copy.
     """
 
     def __init__(self, owner: Owner, limits: Limits) -> None:
         self.limits = limits
+        self.total_mappings = 0
         self.domains: dict[int, Space] = {}
         self.endpoints: dict[int, Endpoint] = {}
         self.programs: dict[int, Program] = {}
@@ -99,7 +108,7 @@ class State:
     def _domain_keys(self, number: int) -> set[Hashable]:
         space = self.domains.get(number)
         programs = _programs_of(space) if space is not None else ()
-        return {("domain", number), *map(_program_key, programs)}
+        return {("domain", number), *(program.key for program in programs)}
 
     def endpoint_keys(self, number: int) -> set[Hashable]:
         """What a request touches that moves an endpoint."""
@@ -107,7 +116,7 @@ class State:
         endpoint = self.endpoints.get(number)
         if endpoint is not None:
             keys.add(("domain", endpoint.space.id))
-            keys.update(map(_program_key, endpoint.programs))
+            keys.update(program.key for program in endpoint.programs)
         keys.discard(("domain", None))
         return keys
 
@@ -146,6 +155,8 @@ class State:
             for first, last, _ in endpoint.reserved
         ):
             raise Refused(Status.UNSUPP, "the domain maps what is reserved for the endpoint")
+        if not bypass and len(space.mapper):
+            self._check_total(len(space.mapper))
         self._register(endpoint, space)
         try:
             yield from self._move(endpoint, space)
@@ -187,6 +198,7 @@ class State:
             raise Refused(Status.INVAL, "something is mapped there")
         if len(space.mapper) >= self.limits.max_mappings:
             raise Refused(Status.NOMEM, f"the domain has {self.limits.max_mappings} mappings")
+        self._check_total(1 + len(space.endpoints))
         prot = Permissions(request.flags & (wire.MAP_F_READ | wire.MAP_F_WRITE))
         registers = bool(request.flags & wire.MAP_F_MMIO)
         with _all_or_nothing() as journal:
@@ -196,6 +208,7 @@ class State:
         if registers:
             space.mmio.add(start)
         space.mapper.add_range(start, size, phys, prot)
+        self.count(1 + len(space.endpoints))
         for endpoint in space.endpoints:
             endpoint.learn((start, size, phys, prot))
         yield from ()
@@ -208,19 +221,37 @@ class State:
         if end < start:
             raise Refused(Status.INVAL, f"the range {start:#x}..{end:#x} is inverted")
         size = end - start + 1
-        entries = space.mapper.mappings(start, size)
-        if entries and (entries[0][0] < start or sum(entries[-1][:2]) - 1 > end):
+        edges = space.mapper.mappings(start, 1) + space.mapper.mappings(end, 1)
+        if any(at < start or at + length - 1 > end for at, length, _, _ in edges):
             raise Refused(Status.RANGE, "a mapping would be split")
+        programs = _programs_of(space)
+        # The list may be as long as the quota, so it is only made where somebody needs it.
+        entries = space.mapper.mappings(start, size) if programs or space.mmio else []
         with _all_or_nothing() as journal:
-            for program in _programs_of(space):
+            for program in programs:
                 program.take(entries, space.mmio, journal)
         space.mmio.difference_update(entry[0] for entry in entries)
+        before = len(space.mapper)
         space.mapper.remove_map(start, size)
+        self.count((len(space.mapper) - before) * (1 + len(space.endpoints)))
         waits = space.mapper.pending_faults()
         for endpoint in space.endpoints:
             endpoint.iotlb.cut(start, size)
             waits += _draining(endpoint.iotlb, start, size)
         yield waits
+
+    def _check_total(self, more: int) -> None:
+        """Refuse what would have the domains and their endpoints' copies hold too many mappings."""
+        if self.total_mappings + more > self.limits.max_total_mappings:
+            raise Refused(
+                Status.NOMEM,
+                f"domains and endpoints hold {self.limits.max_total_mappings} mappings together",
+            )
+
+    def count(self, mappings: int) -> None:
+        """Note that domains and endpoints hold so many mappings more."""
+        with self._lock:
+            self.total_mappings += mappings
 
     def _domain(self, number: int) -> Space:
         space = self.domains.get(number)
@@ -246,8 +277,10 @@ class State:
     def _drop_empty(self, space: Space) -> None:
         """A domain without endpoints ceases to exist."""
         with self._lock:
-            if space.id is not None and not space.endpoints:
-                self.domains.pop(space.id, None)
+            if space.id is None or space.endpoints:
+                return
+            if self.domains.pop(space.id, None) is not None:
+                self.total_mappings -= space.counted
 
     def _move(self, endpoint: Endpoint, space: Space) -> Waits:
         """Have an endpoint see something else."""
@@ -264,6 +297,7 @@ class State:
             old.endpoints.remove(endpoint)
             space.endpoints.append(endpoint)
             endpoint.space = space
+            self.total_mappings += space.counted - old.counted
         self._drop_empty(old)
         moved = [session.move(space.mapper) for session in endpoint.sessions]
         waits = [event for event in moved if event is not None]
@@ -281,10 +315,17 @@ class State:
         for program in self.programs.values():
             program.restart(self.idle)
         waits = [event for endpoint in attached for event in self._leave(endpoint, self.idle)]
+        self.hurry()
         yield waits
         for endpoint in attached:
             endpoint.feed()
         return b""
+
+    def hurry(self) -> None:
+        """Give clients that must release memory no longer than a reset may take."""
+        for endpoint in list(self.endpoints.values()):
+            for session in endpoint.sessions:
+                session.hurry(self.limits.stop_timeout)
 
     def switch_idle(self, bypass: bool, features: int) -> Steps:
         """Change what unattached endpoints see, as ``bypass`` and an old feature bit say."""
@@ -346,6 +387,13 @@ class State:
         yield from ()
         return b""
 
+    def change_memory(self, program: Program, physical: GuestRegionCollection) -> Steps:
+        """Have a target follow a change of the memory behind the mappings."""
+        with _all_or_nothing(raises=True) as journal:
+            program.change_memory(physical, journal)
+        yield from ()
+        return b""
+
     def remove_target(self, number: int, target: DmaTarget) -> Steps:
         """Take an endpoint from a target."""
         endpoint = self.endpoints[number]
@@ -388,9 +436,9 @@ def _all_or_nothing(*, raises: bool = False) -> Iterator[Journal]:
         if raises:
             raise DeviceError(refused.text) from None
         raise
-    except Exception as error:
+    except BaseException as error:
         undo(journal)
-        if raises:
+        if raises or not isinstance(error, Exception):
             raise
         raise Refused(status_of(error), str(error)) from error
 
@@ -405,7 +453,15 @@ def _draining(iotlb: Iotlb, start: int, length: int) -> list[Event]:
     done = Event()
 
     def wait() -> None:
-        iotlb.drain(start, length)
+        if not iotlb.drain(start, length, STOP_TIMEOUT):
+            _log.error(
+                "an access to %#x+%#x that began before the guest took that away has not ended "
+                "for %s s: the guest waits for it",
+                start,
+                length,
+                STOP_TIMEOUT,
+            )
+            iotlb.drain(start, length)
         done.set()
 
     threading.Thread(target=wait, name="guestio-iommu-drain", daemon=True).start()
@@ -415,7 +471,3 @@ def _draining(iotlb: Iotlb, start: int, length: int) -> list[Event]:
 def _programs_of(space: Space) -> list[Program]:
     """The targets that are told of a domain's mappings, each once."""
     return list({id(p): p for endpoint in space.endpoints for p in endpoint.programs}.values())
-
-
-def _program_key(program: Program) -> Hashable:
-    return ("target", id(program.target))
