@@ -70,6 +70,7 @@ EXTENSIONS = [
         "chain",
         "driver",
         "eviction",
+        "foreign",
         "inflight",
         "intake",
         "intervals",

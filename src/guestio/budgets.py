@@ -46,3 +46,15 @@ EXPORT_PIECES = 1 << 16
 EXPORT_BACKLOG = 1 << 20
 """Bytes of answers that wait to be sent to such a client; nothing more is read from it until it has
 taken them."""
+
+CLOSE_GRACE = 0.02
+"""Seconds that closing a peer's descriptors is waited for, so that in the ordinary case they are
+closed afterwards. What takes longer goes on in its thread; nobody waits while there is such one."""
+
+MAX_CLOSERS = 256
+"""Threads that close descriptors of peers at the same time, in the whole process. Each takes one
+that blocks; the descriptors of further ones stay open until a thread has time."""
+
+MAX_PIPES = 64
+"""Pipes that are notified in place of an eventfd at a time, each by a thread, in the whole process;
+further ones are refused."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vhost_user.serving import Later, Serving
+from tests.vhost_user.serving import Later, Mirror, Serving, footprint, until
 
 
 @pytest.fixture
@@ -20,3 +20,26 @@ def serving(device: Later, tmp_path: Path, request: pytest.FixtureRequest) -> It
     with Serving(device, tmp_path / "socket", queue_threads=request.param) as made:
         yield made
         device.give_up()
+
+
+@pytest.fixture(scope="module")
+def shared_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """One back-end for all hostile cases of a module: none of them may be its end."""
+    with Serving(Mirror(), tmp_path_factory.mktemp("hostile") / "socket") as made:
+        made.check_serves()
+        yield made
+        made.check_serves()
+
+
+@pytest.fixture
+def survivor(shared_backend: Serving) -> Iterator[Serving]:
+    """A back-end for one hostile case.
+
+    Afterwards it is found unharmed: the next front-end is served in time, and no descriptor,
+    mapping or thread is left of the case.
+    """
+    shared_backend.let_go()
+    before = footprint()
+    yield shared_backend
+    shared_backend.check_serves()
+    until(lambda: footprint() == before, f"left behind: {before} {footprint()}")

@@ -661,8 +661,12 @@ class TestRegion:
         read_only = os.open(tmp_path / "region", os.O_RDONLY)
         pipe = os.pipe()
         try:
-            for fd in (read_only, *pipe):
-                with pytest.raises(BackingError, match="cannot map"):
+            for fd, why in (
+                (read_only, "cannot map"),
+                (pipe[0], "cannot be guest memory"),
+                (pipe[1], "cannot be guest memory"),
+            ):
+                with pytest.raises(BackingError, match=why):
                     InflightRegion.from_fd(self.GOOD, fd)
         finally:
             for fd in (read_only, *pipe):

@@ -14,6 +14,7 @@ from libc.string cimport memmove
 from guestio._core.areas cimport RingAreas
 from guestio._core.border cimport as_address, u8
 from guestio._core.chain cimport NOT_SERVED, Chain, Server, i64, new_chain
+from guestio._core.foreign cimport notify
 from guestio._core.inflight cimport InflightQueue
 from guestio._core.misses cimport Misses
 
@@ -29,13 +30,6 @@ cdef extern from * nogil:
     #define relax() ((void)0)
     #endif
     #include <poll.h>
-    #include <unistd.h>
-    static void add_one(int eventfd)
-    {
-        /* If that would wait, its owner has enough to do anyway. */
-        const uint64_t one = 1;
-        if (write(eventfd, &one, sizeof one)) {}
-    }
     static int readable(int fd)
     {
         /* An epoll descriptor keeps what is only looked at, edges included. */
@@ -52,7 +46,6 @@ cdef extern from * nogil:
     void relax()
     u64 now_ns()
     bint readable(int fd)
-    void add_one(int eventfd)
     void full_barrier()
 
 cdef enum:
@@ -233,7 +226,7 @@ cdef class SplitRing(RingAreas):
             self.notify_due = False
             if call >= 0:
                 with nogil:
-                    add_one(call)
+                    notify(call)
         return served
 
     cdef int take(self, int limit, Server server, list chains, Misses misses) except -1:

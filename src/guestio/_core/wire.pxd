@@ -11,6 +11,26 @@ cdef extern from "<sys/socket.h>" nogil:
     int MSG_NOSIGNAL
     int MSG_PEEK
 
+cdef extern from * nogil:
+    """
+    #include <string.h>
+    #include <sys/socket.h>
+    #include <sys/uio.h>
+    /* Only looks. 0 also if descriptors came along: what takes them must not let the kernel close
+       them in this thread, which may wait. */
+    static ssize_t look_at_bytes(int fd, void *buffer, size_t size)
+    {
+        struct iovec vec = {buffer, size};
+        struct msghdr message;
+        ssize_t got;
+        memset(&message, 0, sizeof message);
+        message.msg_iov = &vec, message.msg_iovlen = 1;
+        got = recvmsg(fd, &message, MSG_DONTWAIT | MSG_PEEK);
+        return message.msg_flags & MSG_CTRUNC ? 0 : got;
+    }
+    """
+    Py_ssize_t look_at_bytes(int fd, void *buffer, size_t size)
+
 cdef enum:
     # What is looked at in one go: more than a batch of requests causes.
     READ_AHEAD = 32768
@@ -53,9 +73,9 @@ cdef inline void put_message(u8 *at, const Header *header, const Message *messag
 cdef inline size_t look(int fd, u8 *buffer) noexcept nogil:
     """See what has arrived, up to READ_AHEAD, without taking it. 0 also if there is an error.
 
-    File descriptors stay with what they came with.
+    0 as well if file descriptors are with it, so that nothing is taken here that carries some.
     """
-    cdef Py_ssize_t size = c_recv(fd, buffer, READ_AHEAD, MSG_DONTWAIT | MSG_PEEK)
+    cdef Py_ssize_t size = look_at_bytes(fd, buffer, READ_AHEAD)
     return <size_t>size if size > 0 else 0
 
 

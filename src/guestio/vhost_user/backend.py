@@ -15,6 +15,7 @@ from typing import Literal, Self
 from guestio.addr import check_int
 from guestio.errors import DeviceError
 from guestio.vhost_user.channel import Channel
+from guestio.vhost_user.foreign import close_socket
 from guestio.vhost_user.poller import Poller
 from guestio.vhost_user.service import Service
 from guestio.vhost_user.statistics import Statistics
@@ -196,7 +197,8 @@ class Backend:
             self._service.close()
             self._service = None
         if self._listener.fileno() >= 0:
-            self._listener.close()
+            # Who waits to be accepted may have sent descriptors already.
+            close_socket(self._listener)
             self._poller.close()
             with contextlib.suppress(FileNotFoundError):
                 # Unless somebody else has taken its place.

@@ -14,15 +14,14 @@ Source: QEMU docs/interop/vhost-user.rst, "Message Specification" and "Communica
 from __future__ import annotations
 
 import array
-import contextlib
 import errno
-import os
 import select
 import socket
 import time
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 from guestio.errors import GuestioError, ProtocolError
+from guestio.vhost_user.foreign import check_channel, close_foreign, close_socket
 from guestio.vhost_user.messages import HEADER_SIZE, MAX_FDS, Header, request_name
 
 if TYPE_CHECKING:
@@ -33,7 +32,9 @@ SEND_TIMEOUT: Final = 5.0
 
 _READ_AHEAD: Final = 16384
 _FD_SIZE: Final = array.array("i").itemsize
-_FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * _FD_SIZE)
+# As many as one message may carry for the kernel (SCM_MAX_FD), and some room for what else it may
+# add: what does not fit the kernel closes in the thread that receives, and that may wait.
+_CONTROL_SPACE: Final = socket.CMSG_SPACE(253 * _FD_SIZE) + 256
 # Non-blocking per call: the peer may share the file description and could clear O_NONBLOCK.
 _RECV_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
 _SEND_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -87,7 +88,7 @@ class Message:
 
     def close(self) -> None:
         """Close the fds that nobody took. May be called again."""
-        _close_fds(self.take_fds())
+        close_foreign(self.take_fds())
 
     def __enter__(self) -> Self:
         return self
@@ -149,18 +150,18 @@ class Channel:
             ProtocolError: It is not a connected Unix stream socket.
         """
         try:
-            sock = socket.socket(fileno=fd)
-        except OSError as error:
-            os.close(fd)
-            raise ProtocolError(f"fd for a back-end channel is not a socket: {error}") from None
+            check_channel(fd)
+        except BaseException:
+            close_foreign([fd])
+            raise
+        sock = socket.socket(fileno=fd)
         try:
             sock.getpeername()
-            usable = (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError:
-            usable = False
-        if not usable:
-            sock.close()
-            raise ProtocolError("fd for a back-end channel is not a connected Unix stream socket")
+            close_socket(sock)
+            raise ProtocolError(
+                "the fd for a back-end channel is not a connected Unix stream socket"
+            ) from None
         return cls(sock, with_fds=with_fds, send_timeout=send_timeout)
 
     def fileno(self) -> int:
@@ -246,7 +247,7 @@ class Channel:
 
     def close(self) -> None:
         """Close the socket and the fds of an unfinished message. May be called again."""
-        self._socket.close()
+        close_socket(self._socket)
         self._drop_fds()
         self._buffer, self._start, self._header = b"", 0, None
 
@@ -277,14 +278,12 @@ class Channel:
         """Read once; raises `BlockingIOError` if nothing is there."""
         # Fds belong to the message whose header they came with, so where there may be some, a read
         # must not reach into the next message.
-        in_header = self._header is None
         wanted = HEADER_SIZE if self._header is None else HEADER_SIZE + self._header.size
         pending = self._buffer[self._start :]
         size = wanted - len(pending) if self.with_fds else _READ_AHEAD
-        space = _FD_SPACE if self.with_fds and in_header else 0
         self._check_open()
         try:
-            data, control, flags, _ = self._socket.recvmsg(size, space, _RECV_FLAGS)
+            data, control, flags, _ = self._socket.recvmsg(size, _CONTROL_SPACE, _RECV_FLAGS)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -297,6 +296,7 @@ class Channel:
 
     def _adopt(self, control: list[tuple[int, int, bytes]], flags: int) -> None:
         """Take over what came beside the bytes; nothing but up to `MAX_FDS` fds may have."""
+        known, beside = len(self._fds), not self.with_fds or self._header is not None
         strange = False
         for level, kind, data in control:
             rights = (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
@@ -306,10 +306,9 @@ class Channel:
                 self._fds.extend(fds)
             strange |= not rights
         if flags & socket.MSG_CTRUNC:
-            self._fail(
-                f"message carries fds beside its payload or on a channel without fds, or more than "
-                f"{MAX_FDS} of them, or more than this process may open"
-            )
+            self._fail("message carries more fds than this process may open")
+        if beside and len(self._fds) > known:
+            self._fail("message carries fds beside its payload or on a channel without fds")
         if strange:
             self._fail("message carries ancillary data other than fds")
         if len(self._fds) > MAX_FDS:
@@ -346,11 +345,4 @@ class Channel:
 
     def _drop_fds(self) -> None:
         fds, self._fds = self._fds, []
-        _close_fds(fds)
-
-
-def _close_fds(fds: Iterable[int]) -> None:
-    for fd in fds:
-        # An error at close (a network file system's) leaves the fd closed all the same.
-        with contextlib.suppress(OSError):
-            os.close(fd)
+        close_foreign(fds)

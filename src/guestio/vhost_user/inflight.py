@@ -17,6 +17,7 @@ from guestio._core.inflight import InflightQueue, part_size
 from guestio.addr import ADDRESS_SPACE
 from guestio.errors import ProtocolError
 from guestio.memory import Backing
+from guestio.vhost_user.foreign import check_memory
 from guestio.vhost_user.messages import Inflight
 
 _ALIGNMENT: Final = 64
@@ -81,6 +82,7 @@ class InflightRegion:
                 f"the region for requests in flight at offset {offset:#x}+{size:#x} is beyond the "
                 "end of any file"
             )
+        check_memory(fd)
         return cls(description, Backing.from_fd(fd, needed, offset))
 
     @property

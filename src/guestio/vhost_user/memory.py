@@ -10,6 +10,7 @@ from guestio._core.intervals import IntervalMap
 from guestio.addr import Permissions
 from guestio.errors import BackingError, InvalidAddressError
 from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
+from guestio.vhost_user.foreign import check_memory
 from guestio.vhost_user.messages import MemoryRegion
 
 MAX_FILE = 1 << 62
@@ -89,6 +90,7 @@ class SharedMemory:
                 f"{description.size:#x} bytes at offset {description.mmap_offset:#x} are beyond "
                 "the end of any file"
             )
+        check_memory(fd)
         backing = Backing.from_fd(fd, description.size, description.mmap_offset)
         bitmap = AtomicBitmap(description.size) if self._track_dirty else None
         return MmapRegion(description.guest_addr, backing, bitmap=bitmap)

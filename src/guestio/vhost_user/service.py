@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 
 from guestio._core.access import AddressSpace
 from guestio._core.ring import SplitRing
 from guestio.errors import DeviceError, GuestioError, ProtocolError
 from guestio.vhost_user.channel import Channel, PeerGoneError
+from guestio.vhost_user.foreign import close_foreign
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.memory import SharedMemory
 from guestio.vhost_user.messages import (
@@ -239,8 +239,7 @@ class Service:
         try:
             shared = self._shared.replaced(regions)
         finally:
-            for _, fd in regions:
-                os.close(fd)
+            close_foreign(fd for _, fd in regions)
         self._change_memory(shared)
 
     def add_memory_region(self, region: MemoryRegion, fd: int) -> None:
@@ -248,7 +247,7 @@ class Service:
         try:
             shared = self._shared.adding(region, fd)
         finally:
-            os.close(fd)
+            close_foreign([fd])
         self._change_memory(shared)
 
     def remove_memory_region(self, region: MemoryRegion) -> None:
@@ -274,7 +273,7 @@ class Service:
         try:
             region = InflightRegion.from_fd(inflight, fd)
         finally:
-            os.close(fd)
+            close_foreign([fd])
         self._set_inflight(region)
 
     def _set_inflight(self, region: InflightRegion | None) -> None:

@@ -27,12 +27,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from guestio._core.chain import Chain
+from guestio._core.foreign import drain_eventfd, notify_eventfd
 from guestio._core.intake import Attended, Intake
 from guestio._core.misses import Misses, touched
 from guestio._core.questions import REPEAT_AFTER
 from guestio._core.ring import SplitRing
 from guestio.addr import check_int
 from guestio.errors import DeviceError, GuestioError, ProtocolError
+from guestio.vhost_user.foreign import PipeNotifier, check_eventfd, close_foreign, is_pipe
 from guestio.vhost_user.messages import VringAddr
 from guestio.vhost_user.poller import Poller
 from guestio.vhost_user.statistics import Bursts, Statistics
@@ -107,6 +109,7 @@ class Virtqueue:
         self._late: set[Chain] = set()
         self._late_change = threading.Condition()
         self._settled: deque[Chain] = deque()
+        self._pipes: dict[int, PipeNotifier] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -225,19 +228,31 @@ class Virtqueue:
         if old is not None:
             self._poller.remove(old)
             if name == "kick":
-                _drain_kicks(old)
-            os.close(old)
+                drain_eventfd(old)
+            pipe = self._pipes.pop(old, None)
+            if pipe is None:
+                os.close(old)
+            else:
+                pipe.close()
         if fd is None:
             return
-        try:
-            os.set_blocking(fd, False)
-            if name == "kick":
-                self._poller.add(fd, functools.partial(self._kicked, fd), edge=True)
-        except OSError as error:
-            os.close(fd)
-            raise ProtocolError(
-                f"the {name} fd of queue {self.index} is unusable: {error.strerror}"
-            ) from error
+        if name == "call" and is_pipe(fd):
+            pipe = PipeNotifier(fd)
+            fd = pipe.fd
+            self._pipes[fd] = pipe
+        else:
+            try:
+                check_eventfd(fd, f"{name} fd of queue {self.index}")
+                if name == "kick":
+                    self._poller.add(fd, functools.partial(self._kicked, fd), edge=True)
+            except OSError as error:
+                close_foreign([fd])
+                raise ProtocolError(
+                    f"the {name} fd of queue {self.index} is unusable: {error.strerror}"
+                ) from error
+            except BaseException:
+                close_foreign([fd])
+                raise
         setattr(self, attribute, fd)
 
     def wake(self) -> None:
@@ -510,16 +525,6 @@ def _plausible(written: int, chain: Chain) -> int:
 
 
 def signal(fd: int | None) -> None:
-    """Add one to an eventfd; if that would wait, its owner has enough to do anyway."""
+    """Notify an eventfd, if there is one."""
     if fd is not None:
-        with contextlib.suppress(OSError):
-            os.eventfd_write(fd, 1)
-
-
-def _drain_kicks(fd: int) -> None:
-    """Take back what an eventfd counted, so that its owner does not see an old kick.
-
-    Without waiting, whatever its owner made of the file description meanwhile.
-    """
-    with contextlib.suppress(OSError):
-        os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+        notify_eventfd(fd)

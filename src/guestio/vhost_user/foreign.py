@@ -1,0 +1,179 @@
+"""Descriptors that a peer passes: which are accepted for what, and how they are closed.
+
+A descriptor is the peer's choice, and most kinds can keep whoever touches them waiting: a socket
+while it is closed, a FUSE file while it is asked for its size, a device while it is read. So what
+it is is found out without asking its driver or file system, only what cannot wait is accepted, and
+the rest is closed in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar, Final
+
+from guestio._core.foreign import close_aside, is_memory, socket_kind
+from guestio.budgets import CLOSE_GRACE, MAX_CLOSERS, MAX_PIPES
+from guestio.errors import BackingError, ProtocolError
+
+_ONE: Final = (1).to_bytes(8, "little")
+_EVENTFD: Final = "anon_inode:[eventfd]"
+_DISK_FILE_SYSTEMS: Final = frozenset(
+    {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "ramfs", "xfs", "zfs"}
+)
+
+
+def is_eventfd(fd: int) -> bool:
+    """Whether a descriptor is an eventfd. A file's name cannot pretend so: it begins with a /."""
+    return _name(fd) == _EVENTFD
+
+
+def is_pipe(fd: int) -> bool:
+    """Whether a descriptor is an end of a pipe that has no name."""
+    return _name(fd).startswith("pipe:[")
+
+
+def check_eventfd(fd: int, what: str) -> None:
+    """Refuse what is no eventfd.
+
+    Raises:
+        ProtocolError: It is something else.
+    """
+    if not is_eventfd(fd):
+        raise ProtocolError(
+            f"the {what} is {_name(fd) or 'unknown (is /proc mounted?)'}, not an eventfd"
+        )
+
+
+def check_memory(fd: int) -> None:
+    """Refuse what cannot be mapped without the risk of waiting for its file system or driver.
+
+    Raises:
+        BackingError: It is neither memory (memfd, tmpfs, hugetlbfs) nor a file on a disk.
+    """
+    if is_memory(fd):
+        return
+    kind = _file_system(fd)
+    if kind not in _DISK_FILE_SYSTEMS:
+        where = f"on a file system of type {kind}" if kind else "on no file system known here"
+        raise BackingError(
+            f"{_name(fd) or 'a descriptor'} {where} cannot be guest memory: use a memfd, or a file "
+            "in /dev/shm, on hugetlbfs or on a local disk"
+        )
+    # A disk's file system answers from its memory.
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise BackingError(f"{_name(fd)} cannot be guest memory: it is not a regular file")
+
+
+def check_channel(fd: int) -> None:
+    """Refuse what is no Unix stream socket.
+
+    Raises:
+        ProtocolError: It is something else.
+    """
+    if socket_kind(fd) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        raise ProtocolError(
+            f"the fd for a back-end channel is {_name(fd)}, not a connected Unix stream socket"
+        )
+
+
+class PipeNotifier:
+    """Passes notifications on to a pipe, which is what User-mode Linux wants instead of an eventfd.
+
+    A write to a pipe may wait for its other end, whatever flags it has, so a thread does it.
+
+    Args:
+        pipe: The pipe's end; it belongs to this object, also if that cannot be made.
+
+    Attributes:
+        fd: An eventfd to notify instead, until :meth:`close`.
+
+    Raises:
+        ProtocolError: Too many pipes are in use.
+    """
+
+    _alive: ClassVar[set[PipeNotifier]] = set()
+
+    def __init__(self, pipe: int) -> None:
+        if len(self._alive) >= MAX_PIPES:
+            close_foreign([pipe])
+            raise ProtocolError(f"{MAX_PIPES} pipes are notified already: use an eventfd")
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._closing = False
+        self._alive.add(self)
+        self._thread = threading.Thread(
+            target=self._run, args=(pipe,), name="guestio-pipe", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, pipe: int) -> None:
+        own = -1
+        try:
+            # A file description of our own: nobody else can make it one that waits for readers.
+            with contextlib.suppress(OSError):
+                own = os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.close(pipe)
+            while os.eventfd_read(self.fd) and not self._closing:
+                # One who is gone, or has not read any of what was written before, needs no more.
+                with contextlib.suppress(OSError):
+                    os.write(own, _ONE)
+        finally:
+            os.close(self.fd)
+            if own >= 0:
+                os.close(own)
+            self._alive.discard(self)
+
+    def close(self) -> None:
+        """Notify no more. Not waited for much: the pipe may be stuck."""
+        self._closing = True
+        os.eventfd_write(self.fd, 1)
+        self._thread.join(CLOSE_GRACE)
+
+
+def close_foreign(fds: Iterable[int]) -> None:
+    """Close descriptors of any kind without waiting for their owner."""
+    risky = []
+    for fd in fds:
+        if is_memory(fd) or is_eventfd(fd):
+            os.close(fd)
+        else:
+            risky.append(fd)
+    if risky:
+        close_aside(risky, CLOSE_GRACE, MAX_CLOSERS)
+
+
+def close_socket(sock: socket.socket) -> None:
+    """Hang up and close a socket; the descriptors of others that are queued in it may take time."""
+    if sock.fileno() < 0:
+        return
+    # The peer may have been faster, or it was not connected.
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    close_aside([sock.detach()], CLOSE_GRACE, MAX_CLOSERS)
+
+
+def _name(fd: int) -> str:
+    try:
+        return str(Path(f"/proc/self/fd/{fd}").readlink())
+    except OSError:
+        return ""
+
+
+def _file_system(fd: int) -> str | None:
+    """The type of the file system that a file is on, if this process can see it mounted."""
+    try:
+        about = Path(f"/proc/self/fdinfo/{fd}").read_text()
+        mounts = Path("/proc/self/mountinfo").read_text()
+    except OSError:
+        return None
+    mount = next((line[8:].strip() for line in about.splitlines() if line[:7] == "mnt_id:"), None)
+    for line in mounts.splitlines():
+        fields = line.split()
+        if fields[0] == mount:
+            return fields[fields.index("-") + 1]
+    return None

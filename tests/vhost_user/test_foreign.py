@@ -1,0 +1,385 @@
+"""Descriptors that a front-end passes may keep nobody waiting, whatever they are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from guestio._core import foreign as core
+from guestio.budgets import CLOSE_GRACE, MAX_CLOSERS
+from guestio.errors import BackingError, ProtocolError
+from guestio.vhost_user import foreign
+from guestio.vhost_user.messages import (
+    FrontendRequest,
+    MemoryRegion,
+    MemoryTable,
+    SingleMemoryRegion,
+    VringFd,
+    encode_message,
+)
+from tests.vhost_user.hostile import Lingering, Raw, closing_threads
+from tests.vhost_user.serving import (
+    OK,
+    SLACK,
+    WAIT,
+    Driver,
+    Mirror,
+    Serving,
+    errors_of,
+    footprint,
+    until,
+)
+
+F = FrontendRequest
+FULL = 2**64 - 2
+SOON = 0.5 * SLACK
+
+
+@pytest.fixture
+def lingering() -> Iterator[Lingering]:
+    made = Lingering()
+    yield made
+    made.end()
+    until(lambda: not closing_threads(), "closed for ever")
+
+
+class TestEventfds:
+    def test_a_full_one_that_waits(self) -> None:
+        """Its owner cleared O_NONBLOCK, and nobody reads it."""
+        fd = os.eventfd(0)
+        try:
+            os.eventfd_write(fd, FULL)
+            assert os.get_blocking(fd)
+            core.notify_eventfd(fd)
+            assert os.eventfd_read(fd) >= FULL
+        finally:
+            os.close(fd)
+
+    @pytest.mark.parametrize("flags", [0, os.EFD_NONBLOCK, os.EFD_SEMAPHORE])
+    def test_each_notification_counts(self, flags: int) -> None:
+        fd = os.eventfd(0, flags)
+        try:
+            for _ in range(1000):
+                core.notify_eventfd(fd)
+            total = 1000 if flags & os.EFD_SEMAPHORE else 1
+            assert sum(os.eventfd_read(fd) for _ in range(total)) == 1000
+        finally:
+            os.close(fd)
+
+    def test_from_many_threads(self) -> None:
+        fd = os.eventfd(0)
+        try:
+            threads = [
+                threading.Thread(target=lambda: [core.notify_eventfd(fd) for _ in range(2000)])
+                for _ in range(4)
+            ]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join()
+            assert os.eventfd_read(fd) == 8000
+        finally:
+            os.close(fd)
+
+    def test_in_a_child(self) -> None:
+        fd = os.eventfd(0)
+        try:
+            child = os.fork()
+            if not child:
+                core.notify_eventfd(fd)
+                os._exit(0)
+            os.waitpid(child, 0)
+            assert os.eventfd_read(fd) == 1
+        finally:
+            os.close(fd)
+
+    def test_what_is_none_is_left_alone(self) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        core.notify_eventfd(writer)
+        core.notify_eventfd(12345)
+        with pytest.raises(BlockingIOError):
+            os.read(reader, 1)
+        os.close(reader)
+        os.close(writer)
+
+    def test_draining_does_not_wait(self) -> None:
+        fd = os.eventfd(3)
+        core.drain_eventfd(fd)
+        core.drain_eventfd(fd)
+        os.set_blocking(fd, False)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(fd)
+        os.close(fd)
+
+
+class TestKinds:
+    def test_a_file_cannot_pretend_to_be_an_eventfd(self, tmp_path: Path) -> None:
+        path = tmp_path / "anon_inode:[eventfd]"
+        path.touch()
+        with path.open() as file, pytest.raises(ProtocolError, match="not an eventfd"):
+            foreign.check_eventfd(file.fileno(), "call fd")
+
+    @pytest.mark.parametrize("make", [lambda: os.memfd_create("x"), lambda: os.open("/", 0)])
+    def test_others_are_named(self, make: Callable[[], int]) -> None:
+        fd = make()
+        with pytest.raises(ProtocolError, match=r"the kick fd of queue 3 is /.*, not an eventfd"):
+            foreign.check_eventfd(fd, "kick fd of queue 3")
+        os.close(fd)
+
+    @pytest.mark.parametrize("path", ["/proc/self/status", "/sys/kernel/profiling", "/dev/null"])
+    def test_files_of_the_kernel_are_no_memory(self, path: str) -> None:
+        if not Path(path).exists():
+            pytest.skip(f"no {path}")
+        fd = os.open(path, os.O_RDONLY)
+        with pytest.raises(BackingError, match=f"{Path(path).name}.* cannot be guest memory"):
+            foreign.check_memory(fd)
+        os.close(fd)
+
+    def test_a_directory_on_a_disk_is_no_memory(self, tmp_path: Path) -> None:
+        fd = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(BackingError, match=r"not a regular file|file system"):
+            foreign.check_memory(fd)
+        os.close(fd)
+
+    def test_memory(self) -> None:
+        fd = os.memfd_create("x")
+        foreign.check_memory(fd)
+        os.close(fd)
+
+    def test_files_of_tmpfs(self) -> None:
+        path = Path("/dev/shm/guestio-test-foreign")
+        with path.open("w+b") as file:
+            path.unlink()
+            foreign.check_memory(file.fileno())
+
+    def test_the_kind_of_a_socket(self) -> None:
+        assert core.socket_kind(0) is None or os.isatty(0)
+        for family, kind in (
+            (socket.AF_UNIX, socket.SOCK_STREAM),
+            (socket.AF_UNIX, socket.SOCK_DGRAM),
+            (socket.AF_INET, socket.SOCK_STREAM),
+        ):
+            with socket.socket(family, kind) as sock:
+                assert core.socket_kind(sock.fileno()) == (family, kind)
+
+
+class TestClosing:
+    def test_what_closes_at_once_is_closed_afterwards(self) -> None:
+        before = footprint()
+        reader, writer = os.pipe()
+        foreign.close_foreign([reader, writer, os.memfd_create("x"), os.eventfd(0)])
+        until(lambda: footprint() == before)
+
+    def test_what_does_not_keeps_nobody(self, lingering: Lingering) -> None:
+        fds = [os.dup(lingering.sock.fileno()) for _ in range(3)]
+        lingering.forget()
+        started = time.monotonic()
+        foreign.close_foreign(fds)
+        foreign.close_foreign([os.open("/dev/null", os.O_RDONLY)])
+        assert time.monotonic() - started < 2 * CLOSE_GRACE + SOON
+        until(lambda: closing_threads() == 1)
+        # Its number is free already.
+        for fd in fds:
+            with pytest.raises(OSError):
+                os.fstat(fd)
+
+    def test_more_than_threads(self) -> None:
+        stuck = [Lingering() for _ in range(3)]
+        fds = []
+        for each in stuck:
+            fds.append(each.sock.detach())
+        assert core.close_aside(fds[:2], 0, 2) == 2
+        assert core.close_aside([fds[2]], 0, 2) == 3
+        os.fstat(fds[2])
+        stuck[0].end()
+        until(lambda: core.close_aside([], 0, 2) <= 2)
+        for each in stuck:
+            each.end()
+        until(lambda: not closing_threads())
+        with pytest.raises(OSError):
+            os.fstat(fds[2])
+
+    @pytest.mark.parametrize(("grace", "most"), [(-1, 1), (2, 1), (float("nan"), 1), (0, 0)])
+    def test_nonsense_is_refused_before_anything_is_closed(self, grace: float, most: int) -> None:
+        with pytest.raises(ValueError):
+            core.close_aside([0], grace, most)
+        os.fstat(0)
+        assert MAX_CLOSERS >= 1
+
+
+def give_as(request: int, payload: object = b"") -> Callable[[Raw, Lingering], None]:
+    def send(raw: Raw, fd: Lingering) -> None:
+        raw.negotiate()
+        fd.give_away(raw, request, payload)
+
+    return send
+
+
+def _beside_a_payload(raw: Raw, fd: Lingering) -> None:
+    message = encode_message(F.SET_FEATURES, bytes(8))
+    raw.send(message[:12])
+    raw.send(message[12:], [fd.sock.fileno()])
+    fd.forget()
+
+
+def _in_a_crowd(raw: Raw, fd: Lingering) -> None:
+    raw.send(encode_message(F.GET_FEATURES), [fd.sock.fileno()] * 253)
+    fd.forget()
+
+
+REGION = MemoryRegion(0, 0x1000, 0x10000, 0)
+LINGERING: dict[str, Callable[[Raw, Lingering], None]] = {
+    "kick": give_as(F.SET_VRING_KICK, VringFd(0, has_fd=True)),
+    "call": give_as(F.SET_VRING_CALL, VringFd(0, has_fd=True)),
+    "err": give_as(F.SET_VRING_ERR, VringFd(0, has_fd=True)),
+    "memory table": give_as(F.SET_MEM_TABLE, MemoryTable((REGION,))),
+    "memory region": give_as(F.ADD_MEM_REG, SingleMemoryRegion(REGION)),
+    "back-end channel": give_as(F.SET_BACKEND_REQ_FD),
+    "where none belongs": give_as(F.GET_FEATURES),
+    "with what is not known": give_as(99, b"what"),
+    "in front of an IOTLB message": give_as(F.IOTLB_MSG, bytes(32)),
+    "beside a payload": _beside_a_payload,
+    "many": _in_a_crowd,
+}
+
+
+@pytest.mark.parametrize("name", LINGERING)
+def test_a_socket_that_takes_long_to_close(
+    survivor: Serving, lingering: Lingering, name: str
+) -> None:
+    with Raw(survivor) as raw:
+        LINGERING[name](raw, lingering)
+        raw.sock.shutdown(socket.SHUT_WR)
+        assert raw.closed()
+    survivor.check_serves()
+    until(lambda: closing_threads() == 1, "it was not passed on")
+    lingering.end()
+
+
+def test_one_that_waits_to_be_accepted(tmp_path: Path) -> None:
+    fd = Lingering()
+    try:
+        with Serving(Mirror(), tmp_path / "socket") as serving, Raw(serving) as first:
+            first.request(F.GET_FEATURES)
+            first.sock.recv(100)
+            second = Raw(serving)
+            fd.give_away(second, F.GET_FEATURES)
+            serving.backend.stop()
+            serving._thread.join(WAIT)
+            started = time.monotonic()
+            serving.backend.close()
+            assert time.monotonic() - started < SOON
+            second.close()
+    finally:
+        fd.end()
+        until(lambda: not closing_threads())
+
+
+def test_a_full_call_eventfd(survivor: Serving) -> None:
+    """At its maximum and without O_NONBLOCK: a write would wait for ever."""
+    with Driver(survivor.path) as driver:
+        handle = driver.handles[0]
+        assert handle.call_fd is not None
+        assert driver.run(0, b"first") == (OK, b"tsrif")
+        handle.clear_call()
+        os.eventfd_write(handle.call_fd, FULL)
+        os.set_blocking(handle.call_fd, True)
+        assert driver.run(0, b"second") == (OK, b"dnoces")
+        driver.stop(0)
+
+
+def test_a_full_error_eventfd(survivor: Serving) -> None:
+    with Driver(survivor.path) as driver:
+        handle = driver.handles[0]
+        os.eventfd_write(handle.err_fd, FULL)
+        os.set_blocking(handle.err_fd, True)
+        broken = survivor.stats.queue_errors
+        driver.rings[0].set_avail_idx(5000)
+        handle.kick()
+        until(lambda: survivor.stats.queue_errors == broken + 1)
+        driver.frontend.sync()
+
+
+def test_a_kick_eventfd_that_waits(survivor: Serving) -> None:
+    """Whoever reads it when there is nothing in it waits for ever."""
+    with Driver(survivor.path) as driver:
+        handle = driver.handles[0]
+        assert handle.kick_fd is not None
+        os.set_blocking(handle.kick_fd, True)
+        os.eventfd_write(handle.kick_fd, FULL)
+        driver.frontend.sync()
+        os.eventfd_read(handle.kick_fd)
+        driver.stop(0)
+
+
+def test_the_connection_itself_as_call_fd(
+    survivor: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Held by the back-end, its end would never be seen."""
+    with Raw(survivor) as raw:
+        raw.request(F.SET_VRING_CALL, VringFd(0, has_fd=True), [raw.sock.fileno()])
+        assert raw.closed()
+    (line,) = errors_of(caplog)
+    assert "the call fd of queue 0 is socket:[" in line
+
+
+class TestPipes:
+    """User-mode Linux takes notifications from a pipe."""
+
+    def test_is_notified(self, survivor: Serving) -> None:
+        reader, writer = os.pipe()
+        with Driver(survivor.path) as driver:
+            _set_call(driver, writer)
+            assert driver.run(0, b"one") == (OK, b"eno")
+            assert os.read(reader, 100) == (1).to_bytes(8, "little")
+        os.close(reader)
+
+    def test_a_full_one_keeps_nobody(self, survivor: Serving) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(65536))
+        os.set_blocking(writer, True)
+        keep = os.dup(writer)
+        with Driver(survivor.path) as driver:
+            _set_call(driver, writer)
+            for _ in range(3):
+                assert driver.run(0, b"one") == (OK, b"eno")
+            os.set_blocking(keep, True)
+        os.close(reader)
+        os.close(keep)
+
+    def test_one_that_is_closed(self, survivor: Serving) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with Driver(survivor.path) as driver:
+            _set_call(driver, writer)
+            assert driver.run(0, b"one") == (OK, b"eno")
+
+    def test_not_too_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(foreign, "MAX_PIPES", 1)
+        before = footprint()
+        (one, first), (two, second) = os.pipe(), os.pipe()
+        notifier = foreign.PipeNotifier(first)
+        with pytest.raises(ProtocolError, match="1 pipes are notified already"):
+            foreign.PipeNotifier(second)
+        notifier.close()
+        os.close(one)
+        os.close(two)
+        until(lambda: footprint() == before)
+
+
+def _set_call(driver: Driver, fd: int) -> None:
+    """Have another descriptor notified of queue 0; it is closed here."""
+    driver.frontend.request(F.SET_VRING_CALL, VringFd(0, has_fd=True), [fd])
+    os.close(fd)
+    driver.frontend.sync()
