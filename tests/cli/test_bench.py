@@ -22,6 +22,7 @@ SCHEMA: dict[str, Any] = {
     "queue_size": int,
     "iommu": str,
     "granularity": str,
+    "acknowledge": str,
     "verify": bool,
     "polling": bool,
     "indirect": bool,

@@ -60,6 +60,31 @@ def verified(disk: Disk, seconds: float = 0.4, **plan: Any) -> LoadResult:
     return result
 
 
+class TestHowTheLoadIsMade:
+    """What the generator can be asked for, so that figures are comparable."""
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_batches_take_one_notification_each(self, tmp_path: Path, mode: Any) -> None:
+        with own_disk(tmp_path) as disk:
+            plan = LoadPlan(depth=16, iommu=mode, batches=True, span=SPAN)
+            with Load(disk.socket, plan, connect_wait=10) as load:
+                result = load.run_requests(16 * 20 + 5)
+        assert result.requests == 16 * 20 + 5
+        # A back-end that is still awake is not notified.
+        assert 0 < result.kicks <= 21
+        assert result.interrupts <= 21 + 1
+
+    @pytest.mark.parametrize("batches", [False, True])
+    def test_messages_that_are_acknowledged_one_by_one(self, tmp_path: Path, batches: bool) -> None:
+        with own_disk(tmp_path) as disk:
+            result = verified(
+                disk, iommu="strict", depth=8, acknowledge="each", batches=batches, indirect=False
+            )
+        assert result.requests > 10
+        assert result.invalidations > 2 * result.requests
+        assert result.refused == result.access_fails == 0
+
+
 class TestVerified:
     @pytest.mark.parametrize("kind", ["daemon", *MODES])
     def test_reads_return_what_was_written(self, tmp_path: Path, kind: str) -> None:

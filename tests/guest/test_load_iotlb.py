@@ -110,6 +110,29 @@ class TestMisses:
         assert (peer.iotlb.misses, peer.iotlb.updates, peer.iotlb.refused) == (1, 1, 0)
         assert peer.iotlb.quiet
 
+    def test_one_at_a_time_if_each_is_to_be_acknowledged(self) -> None:
+        peer = Peer(each=True)
+        for page in range(4):
+            peer.iotlb.map(page, HOST + page * PAGE, READ)
+            peer.ask(BASE + page * PAGE)
+        peer.iotlb.unmap(3, 1, 77)
+        kinds, done = [], []
+        for _ in range(4):
+            done += peer.iotlb.exchange()
+            done += peer.iotlb.exchange()
+            (message,) = peer.told()
+            kinds.append((message.type, (message.iova - BASE) // PAGE))
+            peer.acknowledge(0)
+        done += peer.iotlb.exchange()
+        assert peer.told() == []
+        assert kinds == [(IotlbType.INVALIDATE, 3)] + [
+            (IotlbType.UPDATE, page) for page in range(3)
+        ]
+        assert done == [77]
+        assert peer.answers() == [0, 0, 0, 1]
+        assert peer.iotlb.quiet
+        peer.close()
+
     def test_or_all_that_lies_in_a_row(self) -> None:
         peer = Peer(whole=True)
         for page, host, perm in ((0, 9, 1), (1, 10, 1), (2, 11, 1), (3, 12, 3), (4, 11, 1)):

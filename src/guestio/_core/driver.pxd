@@ -71,7 +71,8 @@ cdef void ring_close(Ring *ring) noexcept
 cdef void ring_add(Ring *ring, Desc *chain, u32 count, u32 token) noexcept nogil
 cdef bint ring_publish(Ring *ring) noexcept nogil
 cdef int ring_next(Ring *ring, u32 *token, u32 *written, Trouble *trouble) noexcept nogil
-cdef bint ring_arm(Ring *ring) noexcept nogil
+cdef bint ring_arm(Ring *ring, u32 count=*) noexcept nogil
+cdef bint ring_has(const Ring *ring, u32 count) noexcept nogil
 cdef void ring_quieten(Ring *ring) noexcept nogil
 cdef int fail(Trouble *trouble, int code, u64 a=*, u64 b=*, u64 c=*, u64 d=*) noexcept nogil
 cdef u64 *page_addresses(object addresses) except NULL

@@ -146,15 +146,20 @@ cdef int ring_next(Ring *ring, u32 *token, u32 *written, Trouble *trouble) noexc
     return 1
 
 
-cdef bint ring_arm(Ring *ring) noexcept nogil:
-    """Ask for an interrupt; whether there is something to take already."""
+cdef bint ring_arm(Ring *ring, u32 count=1) noexcept nogil:
+    """Ask for an interrupt once so many chains are finished; whether they are already."""
     if ring.event_idx:
-        ring_store16(page_at(ring.avail, 4 + 2 * ring.size), ring.collected)
+        ring_store16(page_at(ring.avail, 4 + 2 * ring.size), <u16>(ring.collected + count - 1))
     else:
         ring_store16(page_at(ring.avail, 0), 0)
     # Our wish is stored before we look at the device's index, and the device does the reverse.
     ring_barrier()
-    return ring_load16(page_at(ring.used, 2)) != ring.collected
+    return ring_has(ring, count)
+
+
+cdef bint ring_has(const Ring *ring, u32 count) noexcept nogil:
+    """Whether so many chains, or more, are finished and not taken."""
+    return <u16>(ring_load16(page_at(ring.used, 2)) - ring.collected) >= count
 
 
 cdef void ring_quieten(Ring *ring) noexcept nogil:

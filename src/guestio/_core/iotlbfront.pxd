@@ -33,6 +33,9 @@ cdef class IotlbFront:
     cdef readonly u64 base
     cdef readonly u64 pages
     cdef bint whole
+    cdef bint each
+    cdef size_t sending    # bytes left of a message that is sent by itself
+    cdef bint awaited      # all of it was sent, and it is not acknowledged
     cdef Stream front
     cdef Stream back
     cdef Expected *expected

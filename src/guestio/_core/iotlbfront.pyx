@@ -92,13 +92,15 @@ cdef class IotlbFront:
         whole: Whether an answer covers as much around the address as is mapped alike and lies in
             a row in this process, rather than one page.
         room: Invalidations that may be under way at a time.
+        each: Whether a message is sent only when the one before it was acknowledged, as QEMU does;
+            otherwise they are sent in bulk.
 
     Raises:
         ValueError: The window is empty, unaligned, or passes ``2**64``.
     """
 
     def __cinit__(
-        self, base, pages, int front, int back, *, bint whole=False, room=1024
+        self, base, pages, int front, int back, *, bint whole=False, room=1024, bint each=False
     ):
         cdef u64 start = as_address(base, "base")
         cdef size_t count = as_size(pages, "pages")
@@ -110,7 +112,7 @@ cdef class IotlbFront:
             raise ValueError(f"a window of {pages} pages with room for {room} invalidations")
         while capacity < most + MAX_ANSWERS:
             capacity *= 2
-        self.base, self.pages, self.whole = start, count, whole
+        self.base, self.pages, self.whole, self.each = start, count, whole, each
         self.mask, self.invalidations_room = capacity - 1, most
         self.table = <u64 *>calloc(count, sizeof(u64))
         self.expected = <Expected *>calloc(capacity, sizeof(Expected))
@@ -263,7 +265,7 @@ cdef class IotlbFront:
 
     cdef bint waiting_to_send(self) noexcept nogil:
         return (
-            self.front.unsent_start != self.front.unsent_end
+            (self.front.unsent_start != self.front.unsent_end and not self.awaited)
             or self.back.unsent_start != self.back.unsent_end
         )
 
@@ -304,6 +306,7 @@ cdef class IotlbFront:
         """The back-end acknowledged the oldest message that we sent."""
         cdef Expected oldest = self.expected[self.first & self.mask]
         self.first += 1
+        self.awaited = False
         if oldest.kind & KIND == SENT_INVALIDATE:
             self.invalidations_due -= 1
             self.invalidations += 1
@@ -402,15 +405,22 @@ cdef class IotlbFront:
 
     cdef int send(self, Stream *stream) noexcept nogil:
         cdef ssize_t sent
+        cdef size_t size
+        cdef bint alone = self.each and stream == &self.front
         while stream.unsent_start != stream.unsent_end and not self.trouble:
+            size = stream.unsent_end - stream.unsent_start
+            if alone:
+                if self.awaited:
+                    return 0
+                size = self.sending or sizeof(IotlbMessage)
             sent = c_send(
-                stream.fd,
-                stream.unsent + stream.unsent_start,
-                stream.unsent_end - stream.unsent_start,
-                MSG_DONTWAIT | MSG_NOSIGNAL,
+                stream.fd, stream.unsent + stream.unsent_start, size, MSG_DONTWAIT | MSG_NOSIGNAL
             )
             if sent >= 0:
                 stream.unsent_start += sent
+                if alone:
+                    self.sending = size - sent
+                    self.awaited = not self.sending
             elif errno == EAGAIN or errno == EINTR:
                 return 0
             elif errno == EPIPE or errno == ECONNRESET or errno == ENOTCONN:

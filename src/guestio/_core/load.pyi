@@ -30,6 +30,7 @@ class LoadDriver:
         separate: bool = False,
         indirect: bool = True,
         polling: bool = False,
+        batches: bool = False,
         verify: bool = False,
         timeout: int = ...,
         seed: int = 0,

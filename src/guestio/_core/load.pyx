@@ -16,7 +16,7 @@ from posix.unistd cimport close
 from guestio._core.border cimport as_address, as_size, u32, u64
 from guestio._core.driver cimport (
     FINE, GONE, NO_ROOM, RING_ERROR, STALLED, SYSTEM, UNASKED, IOTLB, Ring, Trouble, fail, ring_add,
-    ring_arm, ring_close, ring_next, ring_open, ring_publish, ring_quieten,
+    ring_arm, ring_close, ring_has, ring_next, ring_open, ring_publish, ring_quieten,
 )
 from guestio._core.iotlbfront cimport IotlbFront
 from guestio._core.requests cimport MOST_DESCS, RequestMaker, Slot, close_slot
@@ -117,6 +117,8 @@ cdef class LoadDriver:
         indirect: Whether VIRTIO_RING_F_INDIRECT_DESC was negotiated; then it is used.
         event_idx: Whether VIRTIO_RING_F_EVENT_IDX was negotiated.
         polling: Whether to look for completions without pause rather than to sleep.
+        batches: Whether to begin as many requests as fit at once, and the next only when all of
+            them are finished. Then what the device does for each does not depend on its speed.
         verify: Whether requests are laid out at random and contents are checked.
         timeout: Nanoseconds without any progress after which the device counts as stalled.
         seed: Of all choices, and of what is written.
@@ -137,6 +139,7 @@ cdef class LoadDriver:
     cdef bint translating
     cdef bint strict
     cdef bint polling
+    cdef bint batches
     cdef bint reuse_first
     cdef u64 timeout
     cdef u64 progress          # when something was finished or begun last
@@ -167,6 +170,7 @@ cdef class LoadDriver:
         bint separate=False,
         bint indirect=True,
         bint polling=False,
+        bint batches=False,
         bint verify=False,
         timeout=10_000_000_000,
         seed=0,
@@ -179,7 +183,7 @@ cdef class LoadDriver:
         self.iotlb, self.translating, self.strict = iotlb, iotlb is not None, strict
         # What was used last is in the cache. To verify, what was used first: whoever still writes
         # to the memory of a request that is over must not find the next one there.
-        self.polling, self.reuse_first = polling, verify
+        self.polling, self.batches, self.reuse_first = polling, batches, verify
         self.timeout = as_address(timeout, "timeout")
         self.progress = self.left = clock_ns()
         self.buckets = <u64 *>calloc(BUCKETS, sizeof(u64))
@@ -477,8 +481,12 @@ cdef class LoadDriver:
         cdef u32 i
         cdef bint ready = False
         for i in range(self.queue_count):
-            ready |= ring_arm(&self.queues[i].ring)
+            ready |= ring_arm(&self.queues[i].ring, self.wanted(&self.queues[i]))
         return ready
+
+    cdef u32 wanted(self, const Queue *queue) noexcept nogil:
+        """How many finished requests of a queue are worth a look."""
+        return max(queue.ring.outstanding, <u32>1) if self.batches else 1
 
     cdef Outcome look(self, int timeout) noexcept nogil:
         """Wait for the device and the sockets at most so many milliseconds."""
@@ -515,7 +523,7 @@ cdef class LoadDriver:
         cdef Queue *queue = &self.queues[number]
         cdef u64 now
         cdef u32 index
-        if queue.in_use >= queue.depth or not self.remaining:
+        if queue.in_use >= queue.depth or not self.remaining or (self.batches and queue.in_use):
             return False
         now = clock_ns()
         while (
@@ -557,6 +565,8 @@ cdef class LoadDriver:
         cdef u32 index, written
         cdef u64 now = 0
         cdef int found
+        if self.batches and not ring_has(&queue.ring, self.wanted(queue)):
+            return False
         while True:
             found = ring_next(&queue.ring, &index, &written, self.trouble_found)
             if found <= 0:

@@ -244,6 +244,7 @@ def describe(
         "queue_size": plan.entries,
         "iommu": plan.iommu,
         "granularity": plan.granularity,
+        "acknowledge": plan.acknowledge,
         "verify": plan.verify,
         "polling": plan.polling,
         "indirect": plan.indirect,
@@ -368,6 +369,14 @@ def _show(job: Job, result: LoadResult, cpu: float | None) -> None:
     default="page",
     show_default=True,
     help="What an answer to a miss covers: a page, or all that is contiguous.",
+)
+@click.option(
+    "--acknowledge",
+    type=click.Choice(["bulk", "each"]),
+    default="bulk",
+    show_default=True,
+    help="Behind an IOMMU: send translations and revocations in bulk, or each once the one before "
+    "it was acknowledged, as QEMU does.",
 )
 @click.option("--verify", is_flag=True, help="Check contents. OVERWRITES the disk.")
 @click.option(

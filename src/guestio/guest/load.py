@@ -226,6 +226,7 @@ class Load:
             separate=plan.separate_status,
             indirect=has_indirect,
             polling=plan.polling,
+            batches=plan.batches,
             verify=plan.verify,
             timeout=int(self._timeout * 1e9),
             seed=plan.seed,
@@ -291,6 +292,15 @@ class Load:
         self._driver.begin(read_percent=plan.read_percent, random=at_random)
         self._driver.reset_counts()
         return self._work(seconds, tick, lambda result: result.seconds / seconds)
+
+    def run_requests(self, count: int) -> LoadResult:
+        """Begin so many requests and finish them, and measure; raises as :meth:`run`."""
+        plan = self.plan
+        self._drain()
+        at_random = plan.workload.startswith("rand")
+        self._driver.begin(read_percent=plan.read_percent, random=at_random, limit=count)
+        self._driver.reset_counts()
+        return self._work(None, None, lambda result: result.requests / count)
 
     def fill(self, tick: Tick | None = None) -> LoadResult:
         """Write every block in use once, so that its contents are known; raises as :meth:`run`."""

@@ -25,6 +25,9 @@ Workload: TypeAlias = Literal["randread", "randwrite", "read", "write", "randrw"
 Granularity: TypeAlias = Literal["page", "whole"]
 """What an answer to an IOTLB miss covers: a page, as QEMU's, or all that lies in a row."""
 
+Acknowledge: TypeAlias = Literal["bulk", "each"]
+"""Whether IOTLB messages go out in bulk, or each once the one before it was acknowledged."""
+
 Row: TypeAlias = tuple[list[int], list[int], int]
 """Bytes in a row for the driver: its pages for the device and in this process, and where in the
 first of them it begins."""
@@ -62,6 +65,9 @@ class LoadPlan:
         iommu: How the IOMMU is used, see :data:`~guestio.guest.dma.IommuMode`.
         verify: Lay requests out at random and check contents; destroys what is on the disk.
         polling: Look for completions without pause, rather than sleep until notified.
+        batches: Begin ``depth`` requests at once, and the next only when all of them are finished.
+        acknowledge: Behind an IOMMU, whether translations are told and revoked in ``bulk``, or only
+            when the acknowledgement of the one before has come (``each``), as QEMU does.
         indirect: Use indirect tables where the device can.
         event_idx: Use notification suppression by index where the device can.
         contiguous: Have each request's data in one piece of physical memory.
@@ -84,6 +90,8 @@ class LoadPlan:
     iommu: IommuMode = "off"
     verify: bool = False
     polling: bool = False
+    batches: bool = False
+    acknowledge: Acknowledge = "bulk"
     indirect: bool = True
     event_idx: bool = True
     contiguous: bool = False
@@ -97,6 +105,7 @@ class LoadPlan:
             ("workload", self.workload, WORKLOADS),
             ("iommu", self.iommu, get_args(IommuMode)),
             ("granularity", self.granularity, get_args(Granularity)),
+            ("acknowledge", self.acknowledge, get_args(Acknowledge)),
         ):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
@@ -228,6 +237,7 @@ class LoadMemory:
             front,
             back,
             whole=self._plan.granularity == "whole",
+            each=self._plan.acknowledge == "each",
             room=16 * self._plan.depth * self._plan.queues + 16,
         )
         return self._iotlb
