@@ -123,6 +123,28 @@ class TestFollowing:
         assert target.ranges() == [(PAGE, PAGE)]
         assert target.held[PAGE].kind is MappingType.DEVICE
 
+    @pytest.mark.parametrize("other", [False, True])
+    def test_registers_do_not_outlive_their_mapping(self, iommu, physical, other):
+        """What is mapped later at the same place is memory, with and without a target."""
+        target = LedgerTarget()
+        send_all(iommu, attach(8, 1))
+        if other:
+            iommu.endpoint(8).add_target(target, physical)
+        send_all(iommu, page(1, flags=RW | MMIO), page(2, flags=RW | MMIO), unpage(1))
+        send_all(iommu, page(1))
+        state = iommu.snapshot()
+        assert [m[3] for m in state["domains"][0]["mappings"]] == [RW, RW | MMIO]
+        if not other:
+            iommu.endpoint(8).add_target(target, physical)
+        assert [target.held[n * PAGE].kind for n in (1, 2)] == [MappingType.RAM, MappingType.DEVICE]
+        # A whole range that goes takes its registers with it, and a reset everything.
+        send_all(iommu, unmap(1, 0, 2**64 - 1), page(2))
+        assert target.held[2 * PAGE].kind is MappingType.RAM
+        iommu.reset()
+        send_all(iommu, attach(8, 1), page(2))
+        assert target.held[2 * PAGE].kind is MappingType.RAM
+        assert [m[3] for m in iommu.snapshot()["domains"][0]["mappings"]] == [RW]
+
     def test_bypass_maps_all_memory(self, iommu, physical):
         target = LedgerTarget()
         iommu.endpoint(8).add_target(target, physical)

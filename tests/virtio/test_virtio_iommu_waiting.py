@@ -431,6 +431,47 @@ class TestSnapshot:
         assert status(pending.result(0)) is OK
         assert again.event_records() == iommu.event_records()
 
+    def test_sessions_of_every_kind(self):
+        """What a session holds, whether it is broken, and its own time limit survive."""
+        iommu, _, _ = held(revoke_after=7.0)
+        state = iommu.snapshot()
+        kinds = [
+            {"broken": broken, "time_limit": limit, "exports": exports}
+            for broken in (False, True)
+            for limit in (None, 7.0, 0.5, 3600.0)
+            for exports in ([], [[0, 16]], [[0, 16], [0, 16], [0x10, 0x800]])
+        ]
+        state["endpoints"][1]["sessions"] = kinds
+        again = VirtioIommu.restore(state)
+        assert again.snapshot() == state
+        sessions = again.endpoint(9).sessions
+        assert [s.broken for s in sessions] == [kind["broken"] for kind in kinds]
+        assert [s.fault.is_set for s in sessions] == [kind["broken"] for kind in kinds]
+        for session in sessions:
+            session.close()
+
+    def test_a_broken_session_has_its_time_limit_again(self):
+        iommu, _, _ = held(revoke_after=0.05)
+        state = iommu.snapshot()
+        (session,) = state["endpoints"][0]["sessions"]
+        session["broken"] = True
+        again = VirtioIommu.restore(state)
+        (restored,) = again.endpoint(8).sessions
+        assert restored.revoked.wait(10)
+        assert send(again, unmap(1, 0, PAGE - 1)) is OK
+
+    def test_settings_that_are_given_anew(self):
+        iommu, _, _ = held(max_mappings=5)
+        state = iommu.snapshot()
+        again = VirtioIommu.restore(state, revoke_after=2.5, max_mappings=9, fault_burst=3)
+        settings = again.snapshot()["settings"]
+        assert settings == {**state["settings"], "revoke_after": 2.5, "max_mappings": 9}
+        assert again.snapshot()["domains"] == state["domains"]
+        with pytest.raises(TypeError, match="nonsense"):
+            VirtioIommu.restore(state, nonsense=1)
+        with pytest.raises(ValueError, match="stop_timeout"):
+            VirtioIommu.restore(state, stop_timeout=-1)
+
     def test_not_while_requests_wait(self):
         iommu, endpoint, _ = held()
         pend(iommu, unmap(1, 0, PAGE - 1))

@@ -6,6 +6,7 @@ status or a zero-length answer and changes nothing.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Self
@@ -46,6 +47,8 @@ FEATURES: Final = (
     | wire.F_BYPASS_CONFIG
 )
 """What the device offers. PROBE is left out if ``probe_size`` is 0."""
+
+_log = logging.getLogger(__name__)
 
 Reserved = Sequence[ReservedRegion]
 
@@ -207,12 +210,16 @@ class VirtioIommu:
         parsed = wire.parse(bytes(memoryview(request)[: wire.LONGEST_REQUEST]))
         if parsed is None or room < wire.TAIL_BYTES:
             return b""
-        if isinstance(parsed, wire.Probe):
-            return self._state.probe(parsed, room)
-        if self._requests.waiting >= IOMMU_WAITING_REQUESTS:
-            return wire.tail(wire.Status.NOMEM)
-        pending = self._requests.submit(*self._state.plan(parsed))
-        return pending.result() if pending.done else pending
+        try:
+            if isinstance(parsed, wire.Probe):
+                return self._state.probe(parsed, room)
+            if self._requests.waiting >= IOMMU_WAITING_REQUESTS:
+                return wire.tail(wire.Status.NOMEM)
+            pending = self._requests.submit(*self._state.plan(parsed))
+            return pending.result() if pending.done else pending
+        except Exception:
+            _log.exception("a virtio-iommu request failed; the guest is told of a device error")
+            return wire.failure(parsed, room, self._limits.probe_size)
 
     def event_records(self, limit: int | None = None) -> list[FaultRecord]:
         """Take the fault records that wait for the event queue, oldest first, at most ``limit``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 from collections import deque
 from collections.abc import Callable
@@ -20,11 +21,13 @@ from guestio.errors import AccessError
 from guestio.iommu.events import Event
 from guestio.virtio.iommu.device import VirtioIommu
 from guestio.virtio.iommu.requests import Pending
-from guestio.virtio.iommu.wire import LONGEST_REQUEST, FaultRecord
+from guestio.virtio.iommu.wire import LONGEST_REQUEST, FaultRecord, Status, tail
 
 if TYPE_CHECKING:
     from guestio.memory import GuestRegionCollection
     from guestio.virtio.driver import RingLayout
+
+_log = logging.getLogger(__name__)
 
 REQUEST_QUEUE: Final = 0
 EVENT_QUEUE: Final = 1
@@ -160,7 +163,11 @@ class IommuQueues:
                 request = chain.readable.read(0, min(len(chain.readable), LONGEST_REQUEST))
             except AccessError:
                 request = b""
-            answer = self._iommu.handle_request(request, len(chain.writable))
+            try:
+                answer = self._iommu.handle_request(request, len(chain.writable))
+            except Exception:
+                _log.exception("a virtio-iommu request failed; the guest is told of a device error")
+                answer = tail(Status.DEVERR)
         if isinstance(answer, Pending):
             self.waiting += 1
             answer.add_callback(self._waiter(chain, answer))

@@ -157,6 +157,18 @@ def tail(status: int) -> bytes:
     return bytes((status, 0, 0, 0))
 
 
+def failure(request: Request, room: int, probe_size: int) -> bytes:
+    """The answer to a request that failed for a reason of the device's own.
+
+    Args:
+        request: The request.
+        room: How many device-writable bytes there are, `TAIL_BYTES` at least.
+        probe_size: As in the configuration space.
+    """
+    before = min(probe_size, room - TAIL_BYTES) if isinstance(request, Probe) else 0
+    return bytes(before) + tail(Status.DEVERR)
+
+
 def pack_config(
     page_size_mask: int,
     input_range: tuple[int, int],
