@@ -56,6 +56,7 @@ EXTENSIONS = [
     Extension(
         f"guestio._core.{name}",
         [f"src/guestio/_core/{name}.pyx"],
+        include_dirs=["src/guestio/_core"],
         depends=glob("src/guestio/_core/*.h"),
         define_macros=[("GUESTIO_CORE", f'"{CORE}"'), *((macro, None) for macro in macros)],
         extra_compile_args=["-O3", "-fno-strict-aliasing", "-Wno-unused-function", *flags],

@@ -14,8 +14,9 @@ cdef extern from * nogil:
     #define GUESTIO_SLABS
     #include <stdint.h>
     #include <sys/mman.h>
+    #include "capacity.h"
 
-    enum { SMALL_SLAB = 1 << 16, HUGE_SLAB = 1 << 21, HUGE_ABOVE = 1 << 23, SLAB_HEAD = 64 };
+    enum { SLAB_HEAD = 64 };
 
     /* At the start of its block. Slots from `fresh` on were never used. */
     typedef struct Slab {
@@ -55,6 +56,17 @@ cdef extern from * nogil:
             slab->next->prev = slab->prev;
     }
 
+    #ifdef GUESTIO_HEAP_SLABS
+    static Slab *map_slab(const Slabs *slabs, size_t slot_bytes)
+    {
+        (void)slabs;
+        Slab *slab = calloc(1, SLAB_HEAD + slot_bytes);
+        if (slab)
+            slab->bytes = (uint32_t)(SLAB_HEAD + slot_bytes);
+        return slab;
+    }
+    static void unmap_slab(Slab *slab) { free(slab); }
+    #else
     /* Memory of a size and alignment, of huge pages if possible; NULL if there is none. */
     static void *map_aligned(size_t bytes)
     {
@@ -72,16 +84,27 @@ cdef extern from * nogil:
         return start + before;
     }
 
+    static Slab *map_slab(const Slabs *slabs, size_t slot_bytes)
+    {
+        (void)slot_bytes;
+        int huge = slabs->bytes >= SLAB_HUGE_ABOVE;
+        Slab *slab = huge ? map_aligned(SLAB_HUGE)
+                          : mmap(NULL, SLAB_SMALL, PROT_READ | PROT_WRITE,
+                                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (!slab || slab == MAP_FAILED)
+            return NULL;
+        slab->bytes = huge ? SLAB_HUGE : SLAB_SMALL;
+        return slab;
+    }
+    static void unmap_slab(Slab *slab) { munmap(slab, slab->bytes); }
+    #endif
+
     /* Make room for more slots; -1 if there is no memory. */
     static int add_slab(Slabs *slabs, size_t slot_bytes)
     {
-        int huge = slabs->bytes >= HUGE_ABOVE;
-        Slab *slab = huge ? map_aligned(HUGE_SLAB)
-                          : mmap(NULL, SMALL_SLAB, PROT_READ | PROT_WRITE,
-                                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (!slab || slab == MAP_FAILED)
+        Slab *slab = map_slab(slabs, slot_bytes);
+        if (!slab)
             return -1;
-        slab->bytes = huge ? HUGE_SLAB : SMALL_SLAB;
         slab->slots = (uint32_t)((slab->bytes - SLAB_HEAD) / slot_bytes);
         slabs->room += slab->slots;
         slabs->bytes += slab->bytes;
@@ -93,6 +116,7 @@ cdef extern from * nogil:
     static void *take_slot(Slabs *slabs, size_t slot_bytes, unsigned *number)
     {
         Slab *slab = slabs->roomy;
+        GUESTIO_ASSERT(slabs->room && slab->used < slab->slots);
         void *slot = slab->returned;
         if (slot)
             slab->returned = *(void **)slot;
@@ -112,6 +136,7 @@ cdef extern from * nogil:
         Slabs *slabs, size_t slot_bytes, void *slot, unsigned number, size_t keep)
     {
         Slab *home = (Slab *)((char *)slot - number * slot_bytes - SLAB_HEAD);
+        GUESTIO_ASSERT(home->used && number < home->slots);
         if (home->used == home->slots) {
             unlink_slab(&slabs->full, home);
             link_slab(&slabs->roomy, home);
@@ -123,7 +148,7 @@ cdef extern from * nogil:
             unlink_slab(&slabs->roomy, home);
             slabs->room -= home->slots;
             slabs->bytes -= home->bytes;
-            munmap(home, home->bytes);
+            unmap_slab(home);
         }
     }
 
@@ -133,7 +158,7 @@ cdef extern from * nogil:
         for (int i = 0; i < 2; i++) {
             for (Slab *slab = lists[i]; slab;) {
                 Slab *next = slab->next;
-                munmap(slab, slab->bytes);
+                unmap_slab(slab);
                 slab = next;
             }
         }

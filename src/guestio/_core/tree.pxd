@@ -11,6 +11,7 @@ that.
 from libc.stdint cimport uint16_t
 
 from guestio._core.border cimport u8, u32, u64
+from guestio._core.capacity cimport TREE_FANOUT, TREE_LINE, TREE_MAX_HEIGHT
 from guestio._core.slabs cimport Slabs
 
 cdef extern from * nogil:
@@ -19,8 +20,9 @@ cdef extern from * nogil:
     #define GUESTIO_TREE
     #include <stddef.h>
     #include <stdint.h>
+    #include "capacity.h"
 
-    enum { LINE = 8, LINES = 8, NODE_CAPACITY = LINE * LINES, MAX_HEIGHT = 12, GROUP = 16 };
+    enum { LINE = TREE_LINE, LINES = TREE_LINE, NODE_CAPACITY = TREE_FANOUT };
 
     /* The head that leaves and inner nodes share, so that one search serves both. Unused keys are
        UINT64_MAX. In a leaf a key is an entry's first address; in an inner node key[i] bounds
@@ -97,10 +99,23 @@ cdef extern from * nogil:
         return rank_from(node, line_of(node, x), x);
     }
 
-    static void refresh_guide(Node *node)
+    /* GCC 12 computes the address of guide[i] from that of the key (ivopts), loses what it points
+       to, takes a function that does nothing else for one without an effect, and drops its calls
+       wherever they are not inlined. An atomic store is an effect in any case. */
+    INLINE void refresh_guide(Node *node)
     {
         for (int i = 0; i < LINES - 1; i++)
-            node->guide[i] = node->key[i * LINE + LINE - 1];
+            __atomic_store_n(&node->guide[i], node->key[i * LINE + LINE - 1], __ATOMIC_RELAXED);
+    }
+
+    /* Which child of an inner node x belongs to. The first key of an inner node is the bound that
+       its parent has for it, and 0 in the root, so no x that leads here is below it. */
+    INLINE unsigned child_from(const Node *node, unsigned line, uint64_t x)
+    {
+        unsigned n = rank_from(node, line, x);
+        GUESTIO_ASSERT(!node->is_leaf && n - 1 < node->count);
+        GUESTIO_ASSERT(node->key[n - 1] <= x && (n == node->count || x < node->key[n]));
+        return n - 1;
     }
 
     INLINE void stamp_entry(Entry *entry, uint64_t stamp)
@@ -162,13 +177,13 @@ cdef extern from * nogil:
         size_t n, uint64_t wanted, uint64_t stamp, uint64_t *target, uint8_t *status,
         uint64_t *counts)
     {
-        Node *at[GROUP];
-        uint64_t x[GROUP];
-        unsigned line[GROUP];
-        int rank[GROUP];
+        Node *at[TREE_GROUP];
+        uint64_t x[TREE_GROUP];
+        unsigned line[TREE_GROUP];
+        int rank[TREE_GROUP];
         size_t plain = 0;
-        for (size_t base = 0; base < n; base += GROUP) {
-            int group = n - base < GROUP ? (int)(n - base) : GROUP;
+        for (size_t base = 0; base < n; base += TREE_GROUP) {
+            int group = n - base < TREE_GROUP ? (int)(n - base) : TREE_GROUP;
             for (int i = 0; i < group; i++) {
                 x[i] = __atomic_load_n(&starts[base + i], __ATOMIC_RELAXED);
                 at[i] = root;
@@ -179,7 +194,7 @@ cdef extern from * nogil:
                     __builtin_prefetch(&at[i]->key[line[i] * LINE]);
                 }
                 for (int i = 0; i < group; i++) {
-                    at[i] = ((const Inner *)at[i])->child[rank_from(at[i], line[i], x[i]) - 1];
+                    at[i] = ((const Inner *)at[i])->child[child_from(at[i], line[i], x[i])];
                     __builtin_prefetch(at[i]->guide);
                 }
             }
@@ -219,7 +234,7 @@ cdef extern from * nogil:
     {
         unsigned line = line_of(node, x);
         __builtin_prefetch(&((const Inner *)node)->child[line * LINE]);
-        return rank_from(node, line, x) - 1;
+        return child_from(node, line, x);
     }
 
     WIDE static Leaf *find_leaf(Node *node, int height, uint64_t x, int *rank)
@@ -239,8 +254,8 @@ cdef extern from * nogil:
 
     /* The way down to where x belongs. */
     typedef struct Path {
-        Inner *node[MAX_HEIGHT];
-        int index[MAX_HEIGHT];
+        Inner *node[TREE_MAX_HEIGHT];
+        int index[TREE_MAX_HEIGHT];
     } Path;
 
     /* Also fetches what a change there moves, all lines at once. */
@@ -271,11 +286,6 @@ cdef extern from * nogil:
     }
     #endif
     """
-    enum:
-        NODE_CAPACITY
-        LINE
-        LINES
-
     ctypedef struct Node:
         u64 *guide
         u64 *key
@@ -320,6 +330,7 @@ cdef struct Tree:
     int height
     Leaf *first_leaf
     size_t entries
+    size_t reserved   # slots for nodes that the change under way may still take
     Slabs nodes
 
 
