@@ -329,6 +329,8 @@ class TestStopping:
                 if rng.random() < 0.5:
                     driver.start(0, driver.stop(0))
                     driver.handles[0].kick()
+                if rng.random() < 0.25:
+                    load.finish()
             load.finish()
             assert load.done > 100
             assert load.failed == 0

@@ -504,8 +504,8 @@ cdef class MissTable:
             now: The time.
 
         Returns:
-            ``(messages, ready)``: what to send, as bytes, and waiters that miss nothing any more
-            because nobody needs the answer.
+            ``(messages, ready)``: what to send, as bytes, and the waiters that could not ask for
+            want of room and may try again.
 
         Cost: O(questions).
         """
@@ -534,9 +534,7 @@ cdef class MissTable:
             left -= 1
             if not question.repeatable or now < question.asked + LATE:
                 continue
-            if not is_awaited(question):
-                self.settle(slot, ready)
-            elif quiet or question.number < self.reached:
+            if quiet or question.number < self.reached:
                 again[count] = slot
                 count += 1
         self.relieve(ready)
@@ -670,16 +668,29 @@ cdef class MissTable:
         return waiters
 
     def forget(self, waiter):
-        """Somebody does not wait any more."""
+        """End the waiting of one waiter; what only that one waited for is asked for anew next time.
+
+        An answer that comes later may say what was true when the question was asked.
+
+        Returns:
+            Others that could not ask for want of room and may try again.
+        """
         cdef int who = waiter_of(waiter)
         cdef int16_t slot
         cdef u64 others = ~(<u64>1 << (who % 64))
+        cdef list unused = [], ready = []
         self.hold()
-        self.starved_waiters[who // 64] &= others
-        self.lacking[who] = 0
-        for slot in range(SLOTS):
-            self.slots[slot].waiting[who // 64] &= others
-        self.let_go()
+        try:
+            self.starved_waiters[who // 64] &= others
+            self.lacking[who] = 0
+            for slot in range(SLOTS):
+                self.slots[slot].waiting[who // 64] &= others
+                if self.slots[slot].open and not is_awaited(&self.slots[slot]):
+                    self.settle(slot, unused)
+            self.relieve(ready)
+        finally:
+            self.let_go()
+        return ready
 
 
 cdef int waiter_of(object waiter) except -1:

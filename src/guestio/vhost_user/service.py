@@ -305,6 +305,8 @@ class Service:
 
     def set_vring_kick(self, index: int, fd: int | None) -> None:
         """See :class:`SessionHandler`."""
+        if not any(queue.live for queue in self._queues):
+            self._translations.forget_stale()
         self._queues[index].set_kick(fd)
 
     def set_vring_call(self, index: int, fd: int | None) -> None:

@@ -217,10 +217,24 @@ class Translations:
         return self._misses.is_open(where.base + (where.length - 1), access)
 
     def forget(self, waiter: int) -> None:
-        """Somebody does not wait any more."""
+        """Forget what a stopped queue waits for, and every translation.
+
+        QEMU forwards no invalidation between the stop of a queue and the next start, so what is
+        known now may be wrong then. The requests of queues that still run keep their leases, and
+        a revocation waits for these as before; only what they touch next is asked for anew.
+        """
         with self._lock:
-            self._misses.forget(waiter)
+            ready = self._misses.forget(waiter)
             self._refused.pop(waiter, None)
+        self.iotlb.clear()
+        self._wake(ready)
+
+    def forget_stale(self) -> None:
+        """Forget what was told while all queues were stopped; to be called before the first start.
+
+        An answer that was under way during the stop arrives after it.
+        """
+        self.iotlb.clear()
 
     def report_access_fails(self, fails: list[tuple[IovaRange, int]]) -> None:
         """Tell the front-end what was attempted and is not allowed, or some of it if it is much."""

@@ -129,6 +129,11 @@ class Virtqueue:
         self._ring: SplitRing | None = None
 
     @property
+    def live(self) -> bool:
+        """Whether the front-end may announce requests: it has set a kick, or asked for polling."""
+        return self._kick is not None or self._polled
+
+    @property
     def lock(self) -> threading.RLock:
         """Held while the queue is served or changed."""
         return self._lock
@@ -191,6 +196,7 @@ class Virtqueue:
             self._host.translations.forget(self.index)
             self._poller.clear_timer(self)
             self._set_fd("kick", None)
+            self._polled = False
 
     def set_kick(self, fd: int | None) -> None:
         """Set the eventfd that announces requests; None has the ring looked at now and then."""
