@@ -58,3 +58,6 @@ that blocks; the descriptors of further ones stay open until a thread has time."
 MAX_PIPES = 64
 """Pipes that are notified in place of an eventfd at a time, each by a thread, in the whole process;
 further ones are refused."""
+
+FRONTEND_QUESTIONS_PER_TURN = 1024
+"""Requests of a back-end that a front-end answers before its caller, or a stop, has its turn."""

@@ -25,12 +25,15 @@ changes. What a guest or a peer may cause is always a :class:`GuestioError`.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from guestio.addr import IovaRange, Permissions
+
+
+_E = TypeVar("_E", bound=BaseException)
 
 
 class GuestioError(Exception):
@@ -196,3 +199,15 @@ class ProtocolError(GuestioError):
 
 class DeviceError(GuestioError):
     """A device cannot be built from what it was given, or cannot do what it was asked."""
+
+
+def again(error: _E) -> _E:
+    """A copy of an error that is kept, to be raised once more.
+
+    The kept one would collect the traceback of each time, and keep alive whatever the functions in
+    it refer to.
+    """
+    made = type(error).__new__(type(error))
+    made.args = error.args
+    made.__dict__.update(error.__dict__)
+    return made

@@ -247,6 +247,77 @@ class TestRevocation:
         with pytest.raises(RefusedError, match="refused to forget"):
             call.result(WAIT)
 
+    @pytest.mark.parametrize("pipeline", [1, 2, 4])
+    @pytest.mark.parametrize("refused", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
+    def test_each_refusal_of_several_is_seen(
+        self,
+        make: Callable[..., Rig],
+        pool: ThreadPoolExecutor,
+        pipeline: int,
+        refused: tuple[int, ...],
+    ) -> None:
+        """Also of the middle one; and one that is refused does not keep the others from going."""
+        rig = make(pipeline=pipeline)
+        ranges = [(IOVA + n * PAGE, PAGE) for n in range(3)]
+        for iova, _ in ranges:
+            rig.service.map(iova, LOW, PAGE, RW)
+        call = pool.submit(rig.service.unmap, *ranges)
+        for number, (iova, _) in enumerate(ranges):
+            assert rig.hand.update(value=int(number in refused)).iova == iova
+        with pytest.raises(RefusedError) as caught:
+            call.result(WAIT)
+        named = [f"{iova:#x}" in str(caught.value) for iova, _ in ranges]
+        assert named == [number in refused for number in range(3)]
+        assert rig.service.counts.invalidations == 3 - len(refused)
+        assert len(rig.service.mappings) == 0
+
+    def test_bad_ranges_change_nothing(self, rig: Rig) -> None:
+        rig.service.map(IOVA, LOW, PAGE, RW)
+        for bad in ((IOVA, 0), (2**64 - 1, 2), (-1, 1), (IOVA, -1), (0, 2**64 + 1)):
+            for call in (rig.service.unmap, rig.service.invalidate):
+                with pytest.raises(ValueError):
+                    call((IOVA, PAGE), bad)
+        with pytest.raises(TypeError):
+            rig.service.unmap((IOVA, PAGE), (IOVA, 1.0))  # type: ignore[arg-type]
+        assert len(rig.service.mappings) == 1
+        assert rig.hand.silent()
+
+    @pytest.mark.parametrize("how", ["push", "miss"])
+    def test_no_invalidation_overtakes_an_update(
+        self, rig: Rig, pool: ThreadPoolExecutor, how: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An unmap that comes between looking up and sending waits until it is sent.
+
+        Otherwise the back-end would keep what it was told last.
+        """
+        rig.service.map(IOVA, LOW, PAGE, RW)
+        lock = ContendedLock()
+        rig.service._mapping = lock  # type: ignore[assignment]
+        unmapped: list[Any] = []
+        post = rig.service._post
+
+        def slow(messages: Any) -> Any:
+            if messages and messages[0].type == IotlbType.UPDATE and not unmapped:
+                unmapped.append(pool.submit(rig.service.unmap, (IOVA, PAGE)))
+                assert lock.wanted.wait(WAIT)
+                if lock.owner != threading.get_ident():
+                    # Nothing holds it up: then it is done before the update goes out.
+                    deadline = time.monotonic() + WAIT
+                    while rig.service.counts.invalidations == 0 and time.monotonic() < deadline:
+                        time.sleep(0.001)
+            return post(messages)
+
+        monkeypatch.setattr(rig.service, "_post", slow)
+        if how == "push":
+            pool.submit(rig.service.push, IOVA)
+        else:
+            rig.miss(IOVA)
+        assert [rig.hand.update().type for _ in range(2)] == [
+            IotlbType.UPDATE,
+            IotlbType.INVALIDATE,
+        ]
+        unmapped[0].result(WAIT)
+
     def test_an_invalidation_that_is_never_acknowledged(self, rig: Rig) -> None:
         rig.exchange.timeout = 0.05
         with pytest.raises(NoAnswerError, match="IOTLB_MSG"):
@@ -447,6 +518,25 @@ class TestOtherRequests:
         rig.hand.questions.close()
         time.sleep(0.02)
         assert rig.exchange.failure is None
+
+
+class ContendedLock:
+    """A lock that tells who has it, and when somebody else wants it."""
+
+    def __init__(self) -> None:
+        self.wanted = threading.Event()
+        self.owner = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if self.owner not in {0, threading.get_ident()}:
+            self.wanted.set()
+        self._lock.acquire()
+        self.owner = threading.get_ident()
+
+    def __exit__(self, *exc: object) -> None:
+        self.owner = 0
+        self._lock.release()
 
 
 class SlowTable(Iotlb):

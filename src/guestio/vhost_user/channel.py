@@ -20,7 +20,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
-from guestio.errors import GuestioError, ProtocolError
+from guestio.errors import GuestioError, ProtocolError, again
 from guestio.vhost_user.foreign import check_channel, close_foreign, close_socket
 from guestio.vhost_user.messages import HEADER_SIZE, MAX_FDS, Header, request_name
 
@@ -184,7 +184,7 @@ class Channel:
             ValueError: The channel is closed.
         """
         if self._failure is not None:
-            raise self._failure
+            raise again(self._failure)
         deadline = None if timeout is None else time.monotonic() + timeout
         while (message := self._next_message()) is None:
             try:
@@ -193,6 +193,16 @@ class Channel:
                 if timeout == 0 or not self._wait(select.POLLIN, deadline):
                     return None
         return message
+
+    def take_read(self) -> Message | None:
+        """The next message if all of it was read already, or None; raises as :meth:`recv`.
+
+        For a reader that must come to an end although the peer goes on sending: what has not been
+        read keeps the descriptor readable.
+        """
+        if self._failure is not None:
+            raise again(self._failure)
+        return self._next_message()
 
     @property
     def at_rest(self) -> bool:
@@ -217,7 +227,7 @@ class Channel:
             ValueError: More than `MAX_FDS` fds, or the channel is closed.
         """
         if self._failure is not None:
-            raise self._failure
+            raise again(self._failure)
         if len(fds) > MAX_FDS:
             raise ValueError(f"{len(fds)} fds in one message, at most {MAX_FDS}")
         self._check_open()
@@ -323,7 +333,7 @@ class Channel:
     def _fail(self, reason: str) -> NoReturn:
         self._drop_fds()
         self._failure = ProtocolError(reason)
-        raise self._failure
+        raise again(self._failure)
 
     def _raise_gone(self, error: OSError) -> NoReturn:
         if error.errno in _GONE:

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, NoReturn
 
-from guestio.errors import GuestioError, ProtocolError
+from guestio.errors import GuestioError, ProtocolError, again
 from guestio.vhost_user.channel import Channel, Message, PeerGoneError
 from guestio.vhost_user.messages import decode_ack, request_name
 
@@ -38,13 +38,15 @@ class Pending:
 
     Attributes:
         request: Code of the request that it answers.
+        with_fds: Whether it may carry fds.
         message: The reply, once it is there.
     """
 
-    __slots__ = ("message", "request")
+    __slots__ = ("message", "request", "with_fds")
 
-    def __init__(self, request: int) -> None:
+    def __init__(self, request: int, with_fds: bool = False) -> None:
         self.request = request
+        self.with_fds = with_fds
         self.message: Message | None = None
 
 
@@ -73,14 +75,20 @@ class Exchange:
     @property
     def failure(self) -> GuestioError | None:
         """What broke the connection, or None while it lives."""
-        return self._failure
+        return None if self._failure is None else again(self._failure)
 
     def fileno(self) -> int:
         """The socket's fd, -1 once closed."""
         return self._channel.fileno()
 
     def send(
-        self, request: int, data: bytes, fds: Sequence[int] = (), replies: int = 0
+        self,
+        request: int,
+        data: bytes,
+        fds: Sequence[int] = (),
+        replies: int = 0,
+        *,
+        with_fds: bool = False,
     ) -> list[Pending]:
         """Send whole messages of one kind and return what to wait for.
 
@@ -89,20 +97,24 @@ class Exchange:
             data: Their bytes.
             fds: File descriptors to send with the first byte; they stay the caller's.
             replies: How many replies there will be. Each must be waited for.
+            with_fds: Whether they may carry fds; only for :meth:`ask_for_fds`.
 
         Raises:
             GuestioError: The connection is broken.
         """
-        expected = [Pending(request) for _ in range(replies)]
+        expected = [Pending(request, with_fds) for _ in range(replies)]
         with self._sending:
             with self._state:
                 if self._failure is not None:
-                    raise self._failure
+                    raise again(self._failure)
                 self._pending.extend(expected)
             try:
                 self._channel.send(data, fds)
             except GuestioError as error:
                 self.fail(error)
+                raise
+            except OSError as error:
+                self.fail(GuestioError(f"cannot send to the peer: {error}"))
                 raise
         return expected
 
@@ -122,7 +134,7 @@ class Exchange:
                 if pending.message is not None:
                     return pending.message
                 if self._failure is not None:
-                    raise self._failure
+                    raise again(self._failure)
                 if self._reading or time.monotonic() >= deadline:
                     self._time_out(pending.request)
                 self._reading = True
@@ -145,7 +157,7 @@ class Exchange:
                     lambda: not self._reading or self._channel.with_fds, self.timeout
                 ):
                     self._time_out(request)
-            return self.wait(*self.send(request, data, replies=1))
+            return self.wait(*self.send(request, data, replies=1, with_fds=True))
         finally:
             with self._state:
                 self._fds_expected -= 1
@@ -159,7 +171,7 @@ class Exchange:
         """Break the connection: everybody who waits, and every later call, raises ``error``."""
         with self._state:
             if self._failure is None:
-                self._failure = error
+                self._failure = again(error)
             self._state.notify_all()
 
     def shut_down(self) -> None:
@@ -179,22 +191,31 @@ class Exchange:
         try:
             message = self._channel.recv(max(deadline - time.monotonic(), 0))
         except GuestioError as error:
-            failure = error
+            # Not the error itself: its traceback would refer to this frame, which refers to it.
+            failure = again(error)
+        except OSError as error:
+            failure = GuestioError(f"cannot read from the peer: {error}")
         finally:
             with self._state:
                 self._reading = False
                 if message is not None:
                     failure = self._deliver(message)
-                if self._failure is None:
+                if self._failure is None and failure is not None:
                     self._failure = failure
                 self._state.notify_all()
 
     def _deliver(self, message: Message) -> GuestioError | None:
         for pending in self._pending:
             if pending.request == message.request and message.header.is_reply:
+                if message.fd_count and not pending.with_fds:
+                    message.close()
+                    return ProtocolError(
+                        f"the reply to {request_name(message.request)} came with fds"
+                    )
                 self._pending.remove(pending)
                 pending.message = message
                 return None
+        message.close()
         return ProtocolError(f"{request_name(message.request)} came, which nobody waits for")
 
     def _time_out(self, request: int) -> NoReturn:
@@ -202,4 +223,4 @@ class Exchange:
             f"the peer did not answer {request_name(request)} for {self.timeout} s"
         )
         self._state.notify_all()
-        raise self._failure
+        raise again(self._failure)

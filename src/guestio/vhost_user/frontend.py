@@ -17,13 +17,17 @@ import select
 import socket
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Literal, Self
+from functools import partial
+from typing import TYPE_CHECKING, Final, Literal, Self, SupportsIndex
 
+from guestio.addr import check_int, check_seconds
+from guestio.dma import Journal
 from guestio.errors import GuestioError, InvalidAddressError, ProtocolError
 from guestio.memory import GuestRegionCollection, MmapRegion
 from guestio.vhost_user.exchange import Exchange, NoAnswerError, RefusedError
 from guestio.vhost_user.iotlb_service import IotlbService
 from guestio.vhost_user.messages import (
+    MAX_PAYLOAD_SIZE,
     MAX_TABLE_REGIONS,
     U64,
     VHOST_USER_F_PROTOCOL_FEATURES,
@@ -73,6 +77,9 @@ _F = FrontendRequest
 _USABLE: Final = PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD
 _PROTOCOL_BIT: Final = 1 << VHOST_USER_F_PROTOCOL_FEATURES
 _PLATFORM_BIT: Final = 1 << VIRTIO_F_ACCESS_PLATFORM
+_LAST_INDEX: Final = 0xFFFF
+_U32_MAX: Final = 0xFFFF_FFFF
+_U64_MAX: Final = (1 << 64) - 1
 _CONNECT_PAUSE: Final = 0.01
 
 
@@ -162,7 +169,10 @@ class Frontend:
         granularity: int | None = 4096,
         pipeline: int = 1,
     ) -> None:
-        self._exchange = Exchange(_connect(target, connect_wait), timeout)
+        limit = check_seconds(timeout, "timeout")
+        self._exchange = Exchange(
+            _connect(target, check_seconds(connect_wait, "connect_wait")), limit
+        )
         try:
             self.iotlb = IotlbService(
                 self._exchange, answer=answer, granularity=granularity, pipeline=pipeline
@@ -259,6 +269,8 @@ class Frontend:
         Raises:
             ProtocolError: An IOMMU is wanted and offered, but not what it needs on the wire.
         """
+        wanted = _checked(wanted, "wanted", _U64_MAX)
+        protocol = _checked(protocol, "protocol", _U64_MAX)
         if extra := protocol & ~_USABLE:
             raise ValueError(f"protocol features {extra:#x} cannot be used by this front-end")
         offered = self._ask(_F.GET_FEATURES)
@@ -280,8 +292,9 @@ class Frontend:
 
     def set_features(self, features: int) -> None:
         """Tell the back-end which virtio features are in use, as after a reset of the guest."""
-        self.request(_F.SET_FEATURES, U64(features | self._protocol_bit))
-        self.features = features
+        chosen = _checked(features, "features", _U64_MAX)
+        self.request(_F.SET_FEATURES, U64(chosen | self._protocol_bit))
+        self.features = chosen
 
     @property
     def iommu(self) -> bool:
@@ -314,6 +327,8 @@ class Frontend:
         Raises:
             RefusedError: The back-end has no such bytes.
         """
+        offset = _checked(offset, "offset", _U32_MAX)
+        size = _checked(size, "size", MAX_PAYLOAD_SIZE - 12)
         reply = self.request(_F.GET_CONFIG, Config(offset, bytes(size)), has_reply=True)
         if not reply:
             raise RefusedError(f"the back-end refused to read its config at {offset}+{size}")
@@ -326,7 +341,8 @@ class Frontend:
 
     def set_config(self, offset: int, data: bytes, flags: int = 0) -> None:
         """Write the configuration space; ``flags`` are `ConfigFlag` bits."""
-        self.request(_F.SET_CONFIG, Config(offset, data, flags))
+        offset = _checked(offset, "offset", _U32_MAX)
+        self.request(_F.SET_CONFIG, Config(offset, bytes(memoryview(data)), flags))
 
     def get_status(self) -> int:
         """The virtio device status the back-end has; needs STATUS."""
@@ -334,7 +350,7 @@ class Frontend:
 
     def set_status(self, status: int) -> None:
         """Tell the back-end the virtio device status; needs STATUS."""
-        self.request(_F.SET_STATUS, U64(status))
+        self.request(_F.SET_STATUS, U64(_checked(status, "status", 0xFF)))
 
     def reset_device(self) -> None:
         """Reset the device and forget all queues; needs RESET_DEVICE."""
@@ -401,7 +417,10 @@ class Frontend:
 
         Raises:
             ValueError: A region has no file.
+            RefusedError: The back-end refused; it has what it had before.
         """
+        if not isinstance(memory, GuestRegionCollection):
+            raise TypeError(f"memory must be a GuestRegionCollection, not {type(memory).__name__}")
         if slots is None:
             slots = bool(self.protocol_features & ProtocolFeature.CONFIGURE_MEM_SLOTS)
         if slots:
@@ -415,10 +434,25 @@ class Frontend:
     def _set_slots(self, memory: GuestRegionCollection) -> None:
         wanted = {_describe(region) for region in memory}
         present = {_describe(region) for region in self.iotlb.memory or ()}
-        for entry, _ in sorted(present - wanted, key=_by_address):
-            self.request(_F.REM_MEM_REG, SingleMemoryRegion(entry))
-        for entry, fd in sorted(wanted - present, key=_by_address):
+        going = [(False, each) for each in sorted(present - wanted, key=_by_address)]
+        coming = [(True, each) for each in sorted(wanted - present, key=_by_address)]
+        journal = Journal()
+        try:
+            # What goes first: its place may be needed.
+            for add, described in going + coming:
+                self._change_slot(add, described)
+                journal.did(partial(self._change_slot, not add, described))
+        except RefusedError as error:
+            for failure in journal.undo():
+                error.add_note(f"while undoing: {failure}")
+            raise
+
+    def _change_slot(self, add: bool, described: tuple[MemoryRegion, int]) -> None:
+        entry, fd = described
+        if add:
             self.request(_F.ADD_MEM_REG, SingleMemoryRegion(entry), [fd])
+        else:
+            self.request(_F.REM_MEM_REG, SingleMemoryRegion(entry))
 
     def user_address(self, gpa: int) -> int:
         """Where guest physical memory is in this process.
@@ -455,6 +489,7 @@ class Frontend:
         Raises:
             InvalidAddressError: The ring is not in shared memory.
         """
+        index, base = _checked(index, "index", 0xFF), _checked(base, "base", _LAST_INDEX)
         addresses = [layout.desc, layout.used, layout.avail]
         if not self.iommu:
             addresses = [self.user_address(gpa) for gpa in addresses]
@@ -482,18 +517,29 @@ class Frontend:
 
     def enable_queue(self, index: int, *, enable: bool) -> None:
         """Enable or disable a ring."""
+        index = _checked(index, "index", 0xFF)
         self.request(_F.SET_VRING_ENABLE, VringState(index, int(enable)))
 
     def stop_queue(self, index: int) -> int:
         """Stop a ring and return the available index it stopped at; its requests are finished."""
+        index = _checked(index, "index", 0xFF)
         reply = self.request(_F.GET_VRING_BASE, VringState(index, 0), has_reply=True)
         state = VringState.decode(reply)
         if state.index != index:
             raise ProtocolError(f"GET_VRING_BASE of ring {index} answered for {state.index}")
+        if state.num > _LAST_INDEX:
+            raise ProtocolError(f"ring {index} stopped at {state.num:#x}, which is no 16-bit index")
         queue = self._queues.pop(index, None)
         if queue is not None:
             queue.close()
         return state.num
+
+
+def _checked(value: SupportsIndex, name: str, last: int) -> int:
+    number = check_int(value, name)
+    if not 0 <= number <= last:
+        raise ValueError(f"{name} {number} is not in 0..{last}")
+    return number
 
 
 def _connect(target: str | os.PathLike[str] | socket.socket, wait: float) -> socket.socket:

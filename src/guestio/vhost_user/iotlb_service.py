@@ -16,6 +16,7 @@ behaves: hw/virtio/vhost.c (`vhost_device_iotlb_miss`), vhost-backend.c, vhost-u
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import socket
@@ -25,7 +26,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
-from guestio.addr import ADDRESS_SPACE, Permissions, check_address
+from guestio.addr import ADDRESS_SPACE, Permissions, check_address, check_int, check_range
+from guestio.budgets import FRONTEND_QUESTIONS_PER_TURN
 from guestio.errors import GuestioError, ProtocolError
 from guestio.iommu import Iotlb
 from guestio.vhost_user.channel import Channel, Message, PeerGoneError
@@ -41,6 +43,8 @@ from guestio.vhost_user.messages import (
 
 if TYPE_CHECKING:
     from guestio.memory import GuestRegionCollection
+
+_log = logging.getLogger(__name__)
 
 _F = FrontendRequest
 _FAILED: Final = 1
@@ -125,8 +129,11 @@ class IotlbService:
         granularity: int | None,
         pipeline: int,
     ) -> None:
-        if granularity is not None and (granularity < 1 or granularity & (granularity - 1)):
-            raise ValueError(f"granularity {granularity} is not a power of two")
+        if granularity is not None:
+            granularity = check_int(granularity, "granularity")
+            if granularity < 1 or granularity & (granularity - 1):
+                raise ValueError(f"granularity {granularity} is not a power of two")
+        pipeline = check_int(pipeline, "pipeline")
         if pipeline < 1:
             raise ValueError(f"pipeline {pipeline} must be at least 1")
         if answer not in {"thread", "caller"}:
@@ -188,24 +195,41 @@ class IotlbService:
         """Take translations of ``(iova, length)`` ranges away, from the back-end too.
 
         When this returns, the back-end has acknowledged that it does not use them any more.
+
+        Raises:
+            TypeError, ValueError: Bad numbers; nothing changed.
+            RefusedError: The back-end refused to forget some; :attr:`mappings` has none of them.
         """
+        checked = [check_range(*each, name="iova", empty=False) for each in ranges]
         with self._mapping:
-            for iova, length in ranges:
+            for iova, length in checked:
                 self.mappings.invalidate_mapping(iova, length)
-        self.invalidate(*ranges)
+        self.invalidate(*checked)
 
     def invalidate(self, *ranges: tuple[int, int]) -> None:
-        """Have the back-end forget translations; :attr:`mappings` stays, so it may ask again."""
-        for at in range(0, len(ranges), self._pipeline):
-            chunk = ranges[at : at + self._pipeline]
+        """Have the back-end forget translations; :attr:`mappings` stays, so it may ask again.
+
+        Raises:
+            TypeError, ValueError: Bad numbers; nothing was sent.
+            RefusedError: The back-end refused some; the others it has forgotten.
+        """
+        checked = [check_range(*each, name="iova", empty=False) for each in ranges]
+        refused = []
+        for at in range(0, len(checked), self._pipeline):
+            chunk = checked[at : at + self._pipeline]
             # The whole space is 2**64 bytes, which the wire, as QEMU fills it, carries as 0.
             expected = self._post(
                 [IotlbMessage.invalidate(iova, length % ADDRESS_SPACE) for iova, length in chunk]
             )
             statuses = [self._exchange.wait_ack(each) for each in expected]
-            self.counts.invalidations += len(chunk)
-            if any(statuses):
-                raise RefusedError(f"the back-end refused to forget one of {chunk}: {statuses}")
+            self.counts.invalidations += statuses.count(0)
+            refused += [
+                f"{iova:#x}+{length:#x} with {status:#x}"
+                for (iova, length), status in zip(chunk, statuses, strict=True)
+                if status
+            ]
+        if refused:
+            raise RefusedError(f"the back-end refused to forget {', '.join(refused[:16])}")
 
     def push(self, iova: int) -> bool:
         """Tell the back-end about a translation before it asks, as QEMU does for used rings.
@@ -244,7 +268,8 @@ class IotlbService:
         """Answer what the back-end has asked, without waiting for more.
 
         Returns:
-            How many requests there were.
+            How many requests there were. From `FRONTEND_QUESTIONS_PER_TURN` on there may be more;
+            then :meth:`fileno` is readable.
         """
         with self._serving:
             if self._channel is None:
@@ -253,15 +278,16 @@ class IotlbService:
 
     def _serve(self, channel: Channel) -> int:
         count = 0
-        while batch := self._take_requests(channel):
+        while batch := self._take_requests(channel, count >= FRONTEND_QUESTIONS_PER_TURN):
             count += len(batch)
             self._answer_requests(channel, batch)
         return count
 
-    def _take_requests(self, channel: Channel) -> list[Message]:
+    def _take_requests(self, channel: Channel, enough: bool) -> list[Message]:
+        """Requests to answer together; once there were enough, only what has been read already."""
         batch: list[Message] = []
         while len(batch) < self._pipeline:
-            message = channel.recv()
+            message = channel.take_read() if enough else channel.recv()
             if message is None:
                 break
             if message.header.is_reply:
@@ -324,6 +350,10 @@ class IotlbService:
         if not entries or self.memory is None:
             return None
         start, size, target, perm = entries[0]
+        # A guest may have mapped a range whose target passes the last address.
+        size = min(size, ADDRESS_SPACE - target)
+        if iova >= start + size:
+            return None
         region = self.memory.find_region(target + iova - start)
         granted = int(perm)
         if region is None or access & ~granted:
@@ -360,3 +390,8 @@ class IotlbService:
             return
         except GuestioError as error:
             self._exchange.fail(error)
+        except Exception as error:
+            # Nobody would be told otherwise, and the back-end would wait for its answers.
+            _log.exception("the thread that answers a back-end's IOTLB misses failed")
+            reason = f"IOTLB misses are not answered any more: {type(error).__name__}: {error}"
+            self._exchange.fail(GuestioError(reason))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from guestio.addr import Ordering, Permissions, check_int, check_range
-from guestio.errors import QueueError
+from guestio.errors import QueueError, again
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -236,7 +236,7 @@ class DriverQueue:
             AccessError: The table's memory is too short.
         """
         if self._broken is not None:
-            raise self._broken
+            raise again(self._broken)
         count = len(readable) + len(writable)
         if not 0 < count <= self._size:
             raise ValueError(f"a chain of {count} buffers; the ring has {self._size} descriptors")
@@ -318,20 +318,20 @@ class DriverQueue:
                 first. The queue is of no more use then, until :meth:`reset`.
         """
         if self._broken is not None:
-            raise self._broken
+            raise again(self._broken)
         ready = self._ready()
         if ready > self._outstanding:
             self._broken = QueueError(
                 f"the used index is {ready} entries past {self._collected}, with only "
                 f"{self._outstanding} chains outstanding"
             )
-            raise self._broken
+            raise again(self._broken)
         done: list[Completion] = []
         try:
             for _ in range(ready if limit is None else min(ready, limit)):
                 done.append(self._collect_one())  # noqa: PERF401 - what precedes an error is kept
         except QueueError as error:
-            self._broken = error
+            self._broken = again(error)
             if not done:
                 raise
         return done
