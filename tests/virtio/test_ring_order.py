@@ -16,6 +16,7 @@ from guestio._core.access import AddressSpace
 from guestio._core.chain import Chain
 from guestio._core.inflight import InflightQueue
 from guestio._core.ring import SplitRing
+from guestio._core.variant import CAPACITIES
 from guestio.addr import Permissions
 from guestio.errors import QueueError
 from guestio.iommu import Iotlb
@@ -29,7 +30,7 @@ AREAS = 0x40000
 BUFFERS = 0x100000
 ROOM = 32
 """Bytes that each request has for an answer."""
-MAX_HELD = 64
+MAX_HELD = CAPACITIES["RING_HELD"]
 """Requests that may be overtaken at a time."""
 VERSION_AT = 8
 """Where a queue's part of the region for requests in flight says its version."""

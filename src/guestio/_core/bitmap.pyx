@@ -7,6 +7,7 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 from guestio._core.border cimport Span, as_address, as_span, u64
+from guestio._core.capacity cimport HARVEST_WORDS
 
 from guestio.errors import InvalidAddressError
 
@@ -91,9 +92,6 @@ cdef extern from * nogil:
     void peek_words(const u64 *word, u64 *seen, size_t n)
     u64 list_pages(const u64 *seen, size_t n, u64 first, u64 *page)
     int count_bits(u64 bits)
-
-cdef enum:
-    CHUNK_WORDS = 1024  # words that are harvested at a time, through the cache
 
 
 cdef inline u64 word_mask(u64 index, u64 first, u64 last) noexcept nogil:
@@ -305,7 +303,7 @@ cdef class AtomicBitmap:
 
     cdef object pages_in(self, u64 first, u64 last, bint clear):
         """The dirty ones of the pages ``first`` to ``last``, inclusive."""
-        cdef u64 taken[CHUNK_WORDS]
+        cdef u64 taken[HARVEST_WORDS]
         cdef u64 at = first >> 6, end = (last >> 6) + 1, total = 0
         cdef size_t words, room = 0
         cdef u64 *page = NULL
@@ -315,7 +313,7 @@ cdef class AtomicBitmap:
             with nogil:
                 pthread_rwlock_rdlock(&self.lock)
                 while at < end:
-                    words = min(end - at, <u64>CHUNK_WORDS)
+                    words = min(end - at, <u64>HARVEST_WORDS)
                     if total + 64 * words > room:
                         room = 2 * (total + 64 * words)
                         grown = <u64 *>realloc(page, room * sizeof(u64))

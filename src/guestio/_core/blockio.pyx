@@ -14,6 +14,7 @@ ext4 and tmpfs refuse RWF_NOWAIT for buffered writes (EOPNOTSUPP).
 from libc.errno cimport EAGAIN, EINTR, EOPNOTSUPP, errno
 
 from guestio._core.border cimport as_size, u8, u32, u64
+from guestio._core.capacity cimport IOV_BATCH
 from guestio._core.chain cimport NOT_SERVED, Chain, Server, i64
 from guestio._core.vector cimport IoVector, iovec
 
@@ -27,7 +28,6 @@ cdef extern from "<endian.h>" nogil:
     u64 le64toh(u64)
 
 cdef enum:
-    IOV_BATCH = 1024
     SECTOR = 512
     T_IN = 0
     T_OUT = 1

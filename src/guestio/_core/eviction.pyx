@@ -9,6 +9,7 @@ from cpython.exc cimport PyErr_NoMemory
 from libc.stdlib cimport free, realloc
 
 from guestio._core.border cimport u32, u64
+from guestio._core.capacity cimport EVICTION_FIRST, GUESTIO_ASSERT
 from guestio._core.leases cimport Leases
 from guestio._core.tree cimport Cursor, Leaf, Tree, erase_entry, floor_of
 
@@ -27,13 +28,13 @@ cdef int make_room(Queue *queue, const Tree *tree, int inserts) except -1:
     cdef Waiting *grown
     if queue.count + inserts <= queue.room:
         return 0
-    if queue.count > 2 * tree.entries + 64:
+    if queue.count > 2 * tree.entries + EVICTION_FIRST:
         rebuild(queue, tree)
     else:
-        grown = <Waiting *>realloc(queue.heap, (queue.room * 2 + 64) * sizeof(Waiting))
+        grown = <Waiting *>realloc(queue.heap, (queue.room * 2 + EVICTION_FIRST) * sizeof(Waiting))
         if grown is NULL:
             PyErr_NoMemory()
-        queue.heap, queue.room = grown, queue.room * 2 + 64
+        queue.heap, queue.room = grown, queue.room * 2 + EVICTION_FIRST
     return 0
 
 

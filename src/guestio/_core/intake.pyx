@@ -10,6 +10,9 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno
 
 from guestio._core.border cimport u64
+from guestio._core.capacity cimport (
+    LOOP_EVENTS, LOOP_QUEUE_TURNS, LOOP_REQUESTS, LOOP_TURNS,
+)
 from guestio._core.chain cimport Server
 from guestio._core.iotlbwire cimport IotlbUpdater
 from guestio._core.misses cimport Misses
@@ -38,12 +41,6 @@ cdef extern from * nogil:
     }
     """
     double now_seconds()
-
-cdef enum:
-    EVENTS = 32
-    TURN = 64     # times that descriptors are served before somebody else has a turn
-    REQUESTS = 64     # that are taken from a queue at a time
-    QUEUE_TURNS = 4   # of a busy queue, before another
 
 
 cdef class Attended:
@@ -140,18 +137,18 @@ cdef class Intake:
         Raises:
             OSError: ``epfd`` cannot be waited for.
         """
-        cdef epoll_event events[EVENTS]
+        cdef epoll_event events[LOOP_EVENTS]
         cdef int count, rounds, timeout = -1
         cdef double until = 0
         cdef list fds = [], ready = [], outcomes = []
         if seconds >= 0:
             timeout = <int>min(seconds * 1000 + 0.999, 1e9)
             until = now_seconds() + seconds
-        for rounds in range(TURN):
+        for rounds in range(LOOP_TURNS):
             # A handler that ran during the last round may want this thread to stop.
             PyErr_CheckSignals()
             with nogil:
-                count = epoll_wait(epfd, events, EVENTS, timeout)
+                count = epoll_wait(epfd, events, LOOP_EVENTS, timeout)
             if count < 0:
                 if errno != EINTR:
                     raise OSError(errno, "waiting for descriptors failed")
@@ -208,11 +205,11 @@ cdef class Intake:
         cdef bint resting = False
         cdef int served, turns
         cdef object outcome = None
-        for turns in range(QUEUE_TURNS):
+        for turns in range(LOOP_QUEUE_TURNS):
             misses = Misses()
             try:
                 served = queue.ring.run_turn(
-                    queue.server, REQUESTS, queue.call, True, False, chains, misses, &resting
+                    queue.server, LOOP_REQUESTS, queue.call, True, False, chains, misses, &resting
                 )
             except GuestioError as error:
                 outcome = error

@@ -18,6 +18,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove, memset
 
 from guestio._core.border cimport as_access, as_address, as_size
+from guestio._core.capacity cimport LOAD_ANSWERS, LOAD_PAYLOAD, LOAD_READ_AHEAD
 
 cdef extern from "sys/socket.h" nogil:
     ssize_t c_recv "recv"(int fd, void *buffer, size_t size, int flags)
@@ -39,9 +40,6 @@ cdef enum:
     IOTLB_UPDATE = 2
     IOTLB_INVALIDATE = 3
     IOTLB_ACCESS_FAIL = 4
-    MAX_PAYLOAD = 4096
-    READ_AHEAD = 16384
-    MAX_ANSWERS = 2048           # misses under way at a time; the rest stays in the socket
 
 # What is expected, in the order of what was sent. Below SENT nothing was sent: a request that is
 # answered in its turn without asking the back-end anything.
@@ -110,7 +108,7 @@ cdef class IotlbFront:
             raise ValueError(f"a window of {pages} pages at {base:#x}")
         if count > 1 << 40 or most > 1 << 20:
             raise ValueError(f"a window of {pages} pages with room for {room} invalidations")
-        while capacity < most + MAX_ANSWERS:
+        while capacity < most + LOAD_ANSWERS:
             capacity *= 2
         self.base, self.pages, self.whole, self.each = start, count, whole, each
         self.mask, self.invalidations_room = capacity - 1, most
@@ -172,7 +170,7 @@ cdef class IotlbFront:
             ValueError: It is not mapped, or there is no room.
         """
         cdef u64 number = as_address(page, "page")
-        if number >= self.pages or not self.table[number] or self.answers >= MAX_ANSWERS:
+        if number >= self.pages or not self.table[number] or self.answers >= LOAD_ANSWERS:
             raise ValueError(f"page {page} cannot be pushed")
         self.tell(number, SENT_PUSH)
 
@@ -351,7 +349,7 @@ cdef class IotlbFront:
                 if (
                     header.flags & VERSION_MASK != VERSION
                     or header.flags & REPLY
-                    or header.size > MAX_PAYLOAD
+                    or header.size > LOAD_PAYLOAD
                     or header.request >> (32 - REQUEST_SHIFT)
                 ):
                     return self.fail(FRONT_PROTOCOL, header.request)
@@ -370,7 +368,7 @@ cdef class IotlbFront:
         # Whoever does not read our answers is not given more of them.
         return self.answers + (
             (self.back.unsent_end - self.back.unsent_start) // sizeof(Ack)
-        ) >= MAX_ANSWERS
+        ) >= LOAD_ANSWERS
 
     cdef int answer(self, u32 request, u32 flags, const u8 *payload, u32 size) noexcept nogil:
         cdef IotlbBody body
@@ -436,7 +434,7 @@ cdef class IotlbFront:
         cdef ssize_t got = c_recv(
             stream.fd,
             stream.received + stream.received_end,
-            READ_AHEAD - stream.received_end,
+            LOAD_READ_AHEAD - stream.received_end,
             MSG_DONTWAIT,
         )
         if got > 0:
@@ -453,7 +451,7 @@ cdef class IotlbFront:
 
 cdef int _open(Stream *stream, int fd, size_t room) except -1:
     stream.fd, stream.room = fd, room
-    stream.received = <u8 *>calloc(1, READ_AHEAD)
+    stream.received = <u8 *>calloc(1, LOAD_READ_AHEAD)
     stream.unsent = <u8 *>calloc(1, room)
     if stream.received == NULL or stream.unsent == NULL:
         raise MemoryError

@@ -1,9 +1,10 @@
 """C view of IOTLB traffic in bulk."""
 
 from guestio._core.border cimport Span, u8, u64
+from guestio._core.capacity cimport READ_AHEAD
 from guestio._core.intervals cimport IntervalMap
 from guestio._core.questions cimport MissTable
-from guestio._core.wire cimport READ_AHEAD, Message
+from guestio._core.wire cimport Message
 
 
 cdef class Traffic:

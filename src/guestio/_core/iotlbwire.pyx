@@ -13,7 +13,7 @@ from guestio._core.questions cimport MissTable
 from guestio._core.tree cimport Cursor, Entry, floor_of
 from guestio._core.wire cimport (
     ACK_BYTES, FROM_FRONTEND, HEADER_BYTES, INVALIDATE, MESSAGE_BYTES, MSG_DONTWAIT, MSG_NOSIGNAL,
-    READ_AHEAD, REPLY, UPDATE, VERSION, VERSION_MASK, Header, Message, c_send, look, take,
+    REPLY, UPDATE, VERSION, VERSION_MASK, Header, Message, c_send, look, take,
 )
 
 

@@ -15,6 +15,7 @@ from libc.stdint cimport UINT64_MAX
 from libc.stdlib cimport free, realloc
 
 from guestio._core.border cimport Span, u64
+from guestio._core.capacity cimport GUESTIO_ASSERT, LEASES_FIRST
 
 cdef extern from "<time.h>" nogil:
     enum:
@@ -55,16 +56,16 @@ cdef class Leases:
         cdef Lease *grown
         pthread_mutex_lock(&self.mutex)
         if self.free_slot < 0:
-            grown = <Lease *>realloc(self.slot, (self.slots * 2 + 16) * sizeof(Lease))
+            grown = <Lease *>realloc(self.slot, (self.slots * 2 + LEASES_FIRST) * sizeof(Lease))
             if grown is NULL:
                 pthread_mutex_unlock(&self.mutex)
                 PyErr_NoMemory()
             self.slot = grown
-            for slot in range(self.slots, self.slots * 2 + 16):
+            for slot in range(self.slots, self.slots * 2 + LEASES_FIRST):
                 self.slot[slot].serial = 0
                 self.slot[slot].next_free = self.free_slot
                 self.free_slot = slot
-            self.slots = self.slots * 2 + 16
+            self.slots = self.slots * 2 + LEASES_FIRST
         slot = self.free_slot
         self.free_slot = self.slot[slot].next_free
         self.serial += 1

@@ -14,6 +14,9 @@ from libc.string cimport memset
 from posix.unistd cimport close
 
 from guestio._core.border cimport as_address, as_size, u32, u64
+from guestio._core.capacity cimport (
+    LOAD_EVENTS, LOAD_SPINS, LOAD_SPINS_TRANSLATING, LOAD_TURNS,
+)
 from guestio._core.driver cimport (
     FINE, GONE, NO_ROOM, RING_ERROR, STALLED, SYSTEM, UNASKED, IOTLB, Ring, Trouble, fail, ring_add,
     ring_arm, ring_close, ring_has, ring_next, ring_open, ring_publish, ring_quieten,
@@ -67,10 +70,6 @@ cdef enum:
     ON_ERROR = 1
     ON_FRONT = 2
     ON_BACK = 3
-    EVENTS = 16
-    SPINS = 64                 # looks at the rings between two looks at the sockets
-    SPINS_TRANSLATING = 4
-    TURNS = 16                 # turns with something to do, after which sockets are looked at too
     NAP_MS = 100
 
 cdef enum Outcome:
@@ -423,7 +422,7 @@ cdef class LoadDriver:
             if self.turn():
                 moved = True
                 turns += 1
-                if turns % TURNS:
+                if turns % LOAD_TURNS:
                     continue
                 if self.translating and self.look(0) == SIGNAL:
                     return SIGNAL
@@ -436,7 +435,7 @@ cdef class LoadDriver:
             elif self.polling:
                 spin_pause()
                 spins += 1
-                if spins % (SPINS_TRANSLATING if self.translating else SPINS):
+                if spins % (LOAD_SPINS_TRANSLATING if self.translating else LOAD_SPINS):
                     continue
                 if self.look(0) == SIGNAL:
                     return SIGNAL
@@ -490,8 +489,8 @@ cdef class LoadDriver:
 
     cdef Outcome look(self, int timeout) noexcept nogil:
         """Wait for the device and the sockets at most so many milliseconds."""
-        cdef epoll_event events[EVENTS]
-        cdef int i, count = epoll_wait(self.epoll, events, EVENTS, timeout)
+        cdef epoll_event events[LOAD_EVENTS]
+        cdef int i, count = epoll_wait(self.epoll, events, LOAD_EVENTS, timeout)
         cdef u32 what, queue
         if count < 0:
             if errno == EINTR:

@@ -24,11 +24,13 @@ cdef extern from * nogil:
     #include <sys/vfs.h>
     #include <unistd.h>
 
-    enum { CHUNK = 256, HUGETLBFS = 0x958458f6 };
+    #include "capacity.h"
+
+    enum { HUGETLBFS = 0x958458f6 };
 
     /* A list that only grows, because the handler walks it without a lock. */
     typedef struct Chunk {
-        Spot spot[CHUNK];
+        Spot spot[SPOTS_IN_CHUNK];
         struct Chunk *next;
     } Chunk;
 
@@ -53,7 +55,7 @@ cdef extern from * nogil:
         uintptr_t at = (uintptr_t)info->si_addr;
         if (info->si_code == BUS_ADRERR) {
             for (Chunk *c = &first_chunk; c; c = __atomic_load_n(&c->next, __ATOMIC_ACQUIRE)) {
-                for (int i = 0; i < CHUNK; i++) {
+                for (int i = 0; i < SPOTS_IN_CHUNK; i++) {
                     Spot *s = &c->spot[i];
                     uintptr_t start = __atomic_load_n(&s->start, __ATOMIC_ACQUIRE);
                     if (!start || at < start || at >= s->end)
@@ -92,7 +94,7 @@ cdef extern from * nogil:
     {
         Chunk *c = &first_chunk;
         for (;;) {
-            for (int i = 0; i < CHUNK; i++) {
+            for (int i = 0; i < SPOTS_IN_CHUNK; i++) {
                 Spot *s = &c->spot[i];
                 if (s->start)
                     continue;

@@ -8,6 +8,7 @@ from cpython.exc cimport PyErr_NoMemory
 from libc.stdlib cimport free, realloc
 
 from guestio._core.border cimport span_length
+from guestio._core.capacity cimport GUESTIO_ASSERT, MISSES_FIRST
 
 from guestio.addr import IovaRange
 from guestio.errors import IotlbFails
@@ -26,10 +27,10 @@ cdef class Misses:
         """Add a range; ``refused`` if it is mapped, but not for the access. O(1) amortised."""
         cdef Miss *item
         if self.count == self.room:
-            item = <Miss *>realloc(self.item, (2 * self.room + 16) * sizeof(Miss))
+            item = <Miss *>realloc(self.item, (2 * self.room + MISSES_FIRST) * sizeof(Miss))
             if item is NULL:
                 PyErr_NoMemory()
-            self.item, self.room = item, 2 * self.room + 16
+            self.item, self.room = item, 2 * self.room + MISSES_FIRST
         self.item[self.count] = Miss(first, last, <u8>access, refused)
         self.count += 1
         return 0

@@ -7,6 +7,7 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
 from guestio._core.border cimport span_length, u64
+from guestio._core.capacity cimport PIECES_INSIDE
 
 cdef extern from "Python.h":
     ctypedef struct PyTypeObject:
@@ -24,10 +25,6 @@ cdef enum:
     MISS = 1
     ACCESS_FAIL = 2
     FRAGMENTED = 3
-
-
-cdef enum:
-    PIECES_INSIDE = 8
 
 
 cdef struct Piece:

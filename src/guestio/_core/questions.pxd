@@ -3,12 +3,11 @@
 from libc.stdint cimport int16_t, uint16_t
 
 from guestio._core.border cimport u8, u64
+from guestio._core.capacity cimport QUESTION_BITS, QUESTION_SLOTS, READ_AHEAD
 from guestio._core.leases cimport pthread_mutex_t
 from guestio._core.misses cimport PAGE_BYTES, Misses
-from guestio._core.wire cimport READ_AHEAD
 
 cdef enum:
-    SLOTS = 1024             # twice the limit: questions still open, and those only unacknowledged
     WAITERS = 256            # as many as a front-end can name queues
     WAITER_WORDS = 4
 
@@ -31,10 +30,10 @@ cdef struct Slot:
 cdef class MissTable:
     cdef pthread_mutex_t mutex
     cdef double time_limit
-    cdef Slot slots[SLOTS]
-    cdef int16_t heads[SLOTS]
+    cdef Slot slots[QUESTION_SLOTS]
+    cdef int16_t heads[QUESTION_SLOTS]
     cdef int16_t free_slot
-    cdef int16_t order[SLOTS]     # a circle of the questions whose acknowledgement is to come
+    cdef int16_t order[QUESTION_SLOTS]     # a circle of the questions whose acknowledgement is to come
     cdef uint16_t order_first
     cdef int order_count
     cdef int under_way            # messages that no acknowledgement has spoken for yet
@@ -98,4 +97,4 @@ cdef inline bint is_awaited(const Slot *question) noexcept nogil:
 
 cdef inline int hash_of(u64 iova) noexcept nogil:
     """All questions about a page are in one chain, whatever their access."""
-    return <int>(((iova // PAGE_BYTES) * <u64>0x9E3779B97F4A7C15) >> 54)
+    return <int>(((iova // PAGE_BYTES) * <u64>0x9E3779B97F4A7C15) >> (64 - QUESTION_BITS))

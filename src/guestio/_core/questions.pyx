@@ -11,13 +11,14 @@ translation was only late. A front-end deals with messages in their order (QEMU:
 hw/virtio/vhost-user.c, which goes on only when its UPDATE was acknowledged). So as long as answers
 come, what was asked after the last answered question is not late, but waits for its turn.
 
-Each 256th question is acknowledged in any case, or else nobody would know that the front-end reads
-them at all, and that there is room for more in the socket.
+Each QUESTION_BATCH-th question (256th) is acknowledged in any case, or else nobody would know that
+the front-end reads them at all, and that there is room for more in the socket.
 """
 
 from libc.string cimport memcpy, memset
 
 from guestio._core.border cimport Span, as_address, as_span
+from guestio._core.capacity cimport GUESTIO_ASSERT, QUESTION_BATCH, QUESTION_SLOTS
 from guestio._core.leases cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
     pthread_mutex_unlock,
@@ -37,7 +38,7 @@ cdef extern from * nogil:
 PAGE = PAGE_BYTES
 """Front-ends answer a page at a time, so that is how they are asked."""
 
-MAX_OUTSTANDING = SLOTS // 2
+MAX_OUTSTANDING = QUESTION_SLOTS // 2
 """Questions in flight at a time.
 
 All of them, each asked twice, fit in a socket's buffer, so asking does not wait; unless nearly each
@@ -58,9 +59,6 @@ cdef int LIMIT = MAX_OUTSTANDING
 cdef enum:
     READ = 1
     READ_WRITE = 3
-    # Messages of which one is acknowledged: half of all, so that there is room again before the
-    # last of many is answered.
-    BATCH = 256
 
 
 cdef class Question:
@@ -123,9 +121,9 @@ cdef class MissTable:
         cdef int i
         memset(self.slots, 0, sizeof(self.slots))
         memset(self.lacking, 0, sizeof(self.lacking))
-        for i in range(SLOTS):
+        for i in range(QUESTION_SLOTS):
             self.heads[i] = -1
-            self.slots[i].next = i + 1 if i + 1 < SLOTS else -1
+            self.slots[i].next = i + 1 if i + 1 < QUESTION_SLOTS else -1
         self.free_slot = 0
         self.order_first, self.order_count, self.open_count = 0, 0, 0
         self.under_way, self.unmarked = 0, 0
@@ -172,13 +170,13 @@ cdef class MissTable:
     cdef void expect(self, int16_t slot) noexcept:
         """Await an acknowledgement; it speaks for all messages since the last one before it."""
         self.slots[slot].expected, self.slots[slot].batch = True, <int16_t>self.unmarked
-        self.order[(self.order_first + self.order_count) % SLOTS] = slot
+        self.order[(self.order_first + self.order_count) % QUESTION_SLOTS] = slot
         self.order_count += 1
         self.unmarked = 0
 
     cdef int16_t expected_next(self) noexcept:
         """Await the next acknowledgement no more; whose it was. There must be one."""
-        cdef int16_t slot = self.order[self.order_first % SLOTS]
+        cdef int16_t slot = self.order[self.order_first % QUESTION_SLOTS]
         self.order_first += 1
         self.order_count -= 1
         self.under_way -= self.slots[slot].batch
@@ -195,7 +193,7 @@ cdef class MissTable:
         """Expect no acknowledgement any more of questions that were settled long ago."""
         cdef Slot *question
         while self.order_count:
-            question = &self.slots[self.order[self.order_first % SLOTS]]
+            question = &self.slots[self.order[self.order_first % QUESTION_SLOTS]]
             if question.open or now - question.asked < self.time_limit:
                 break
             self.release(self.expected_next())
@@ -242,7 +240,7 @@ cdef class MissTable:
             self.let_go()
 
     cdef bytes ask_all(self, int waiter, Misses wanted, double now, bint acknowledged, skip):
-        cdef int16_t fresh[SLOTS]
+        cdef int16_t fresh[QUESTION_SLOTS]
         cdef int count = 0
         cdef size_t i
         for i in range(wanted.count):
@@ -271,7 +269,7 @@ cdef class MissTable:
             if acknowledged:
                 self.under_way += 1
                 self.unmarked += 1
-                question.repeatable = not repeated and self.unmarked < BATCH
+                question.repeatable = not repeated and self.unmarked < QUESTION_BATCH
                 if not question.repeatable:
                     self.expect(which[i])
                     header.flags = VERSION | NEED_REPLY
@@ -365,7 +363,7 @@ cdef class MissTable:
                     self.answer_one(slot, perm, ready)
                 slot = following
         else:
-            for slot in range(SLOTS):
+            for slot in range(QUESTION_SLOTS):
                 page = self.slots[slot].iova
                 if self.slots[slot].open and (
                     page + (PAGE_BYTES - 1) >= first and page <= first + span
@@ -519,13 +517,13 @@ cdef class MissTable:
             self.let_go()
 
     cdef bytes repeat_late(self, double now, list ready):
-        cdef int16_t again[SLOTS]
+        cdef int16_t again[QUESTION_SLOTS]
         cdef int16_t slot
         cdef int count = 0, left = self.open_count
         cdef bint quiet = self.reached == self.reached_before
         cdef Slot *question
         self.looked, self.reached_before = now, self.reached
-        for slot in range(SLOTS):
+        for slot in range(QUESTION_SLOTS):
             if not left:
                 break
             question = &self.slots[slot]
@@ -565,7 +563,7 @@ cdef class MissTable:
         cdef list unused = []
         cdef int16_t slot
         cdef int left = self.open_count
-        for slot in range(SLOTS):
+        for slot in range(QUESTION_SLOTS):
             if not left:
                 break
             if not self.slots[slot].open:
@@ -605,7 +603,7 @@ cdef class MissTable:
         cdef int16_t slot
         cdef int left = self.open_count
         cdef double first = -1, due
-        for slot in range(SLOTS):
+        for slot in range(QUESTION_SLOTS):
             if not left:
                 break
             if self.slots[slot].open:
@@ -616,7 +614,7 @@ cdef class MissTable:
                 if first < 0 or due < first:
                     first = due
         if self.order_count and self.starving():
-            due = self.slots[self.order[self.order_first % SLOTS]].asked + self.time_limit
+            due = self.slots[self.order[self.order_first % QUESTION_SLOTS]].asked + self.time_limit
             if first < 0 or due < first:
                 first = due
         return first
@@ -630,7 +628,7 @@ cdef class MissTable:
         cdef int left = self.open_count, word, waiter
         cdef u64 waiting[WAITER_WORDS]
         memset(waiting, 0, sizeof(waiting))
-        for slot in range(SLOTS):
+        for slot in range(QUESTION_SLOTS):
             if not left:
                 break
             if self.slots[slot].open:
@@ -683,7 +681,7 @@ cdef class MissTable:
         try:
             self.starved_waiters[who // 64] &= others
             self.lacking[who] = 0
-            for slot in range(SLOTS):
+            for slot in range(QUESTION_SLOTS):
                 self.slots[slot].waiting[who // 64] &= others
                 if self.slots[slot].open and not is_awaited(&self.slots[slot]):
                     self.settle(slot, unused)

@@ -135,4 +135,3 @@ cdef extern from * nogil:
 cdef enum:
     READ = 1
     WRITE = 2
-    HOLD_GIL_UP_TO = 65536  # a copy of this size takes 2 us, about what handing the GIL over costs

@@ -26,10 +26,6 @@ cdef struct Completed:
     bint done
 
 
-cdef enum:
-    MAX_HELD = 64         # requests that wait for a translation while others overtake them
-
-
 cdef class SplitRing(RingAreas):
     cdef readonly bint indirect
     cdef readonly bint ordered

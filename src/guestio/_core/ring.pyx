@@ -13,6 +13,9 @@ from libc.string cimport memmove
 
 from guestio._core.areas cimport RingAreas
 from guestio._core.border cimport as_address, u8
+from guestio._core.capacity cimport (
+    RING_HELD, RING_LOOK_WORK, RING_LOOKS, RING_PUBLISH_EACH,
+)
 from guestio._core.chain cimport NOT_SERVED, Chain, Server, i64, new_chain
 from guestio._core.foreign cimport notify
 from guestio._core.inflight cimport InflightQueue
@@ -58,10 +61,7 @@ cdef enum:
     AVAIL_NO_INTERRUPT = 1
     USED_NO_NOTIFY = 1
     CHAIN_LIMIT = 1024    # descriptors of an indirect table in a ring smaller than this
-    LOOK_AHEAD_WORK = 1 << 16   # descriptors and pieces of memory after which a look ends
     CHAIN_PIECES = 1 << 21      # more than 4 GiB in pages have
-    LOOKS = 64                  # looks at a ring between two looks elsewhere
-    PUBLISH_EACH = 8            # requests served in the core that the driver is shown at a time
 
 cdef u64 CHAIN_BYTES = <u64>1 << 32
 
@@ -246,7 +246,7 @@ cdef class SplitRing(RingAreas):
     cdef int take_held(self, Server server, list chains, Misses misses) except -1:
         """Take those of the overtaken requests that lack nothing any more."""
         cdef int at = 0, head, served = 0
-        while at < self.held_count and self.work < LOOK_AHEAD_WORK and self.current():
+        while at < self.held_count and self.work < RING_LOOK_WORK and self.current():
             head = self.held[at]
             if not self.look(head, misses, False):
                 at += 1
@@ -266,7 +266,7 @@ cdef class SplitRing(RingAreas):
         cdef u16 at = self.next_avail
         cdef int head, left = min(self.waiting(), limit), served = 0
         cdef bint lacks
-        while left > 0 and self.work < LOOK_AHEAD_WORK and self.current():
+        while left > 0 and self.work < RING_LOOK_WORK and self.current():
             left -= 1
             head = self.head_at(at)
             lacks = not self.look(head, misses, False)
@@ -276,7 +276,7 @@ cdef class SplitRing(RingAreas):
             if self.inflight is None:
                 if misses.count:
                     continue
-            elif lacks and self.held_count >= MAX_HELD:
+            elif lacks and self.held_count >= RING_HELD:
                 self.crowded = True
                 break
             self.advance(head)
@@ -321,7 +321,7 @@ cdef class SplitRing(RingAreas):
                 chain.clear()
                 chain.written = <u64>written
                 self.finish(chain)
-                if self.pending_count >= PUBLISH_EACH and self.reachable():
+                if self.pending_count >= RING_PUBLISH_EACH and self.reachable():
                     self.show_pending()
                 return 1
         chains.append(self.hand_out())
@@ -653,7 +653,7 @@ cdef class SplitRing(RingAreas):
             return False
         while self.load16(self.avail, 2) == self.next_avail:
             looks += 1
-            if looks % LOOKS == 0 and (now_ns() >= until or readable(other)):
+            if looks % RING_LOOKS == 0 and (now_ns() >= until or readable(other)):
                 return False
             relax()
         return True

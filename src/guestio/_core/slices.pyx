@@ -10,9 +10,9 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memmove, memset
 
 from guestio._core.border cimport Span, as_span, u8, u64
+from guestio._core.capacity cimport HOLD_GIL_UP_TO
 from guestio._core.raw cimport (
-    HOLD_GIL_UP_TO, READ, WRITE, copy_from_guest, copy_to_guest, exchange_atomic, load_atomic,
-    store_atomic,
+    READ, WRITE, copy_from_guest, copy_to_guest, exchange_atomic, load_atomic, store_atomic,
 )
 
 import guestio.addr  # named in full where a default is, for that is how signatures find it

@@ -1,2 +1,3 @@
 NAME: str
 CHECKS: bool
+CAPACITIES: dict[str, int]

@@ -1,5 +1,7 @@
 """Which build of the core this is: tests must not take one for another."""
 
+from guestio._core cimport capacity
+
 cdef extern from *:
     """
     #ifdef GUESTIO_CHECKS
@@ -13,3 +15,15 @@ cdef extern from *:
 
 NAME: str = GUESTIO_CORE.decode()
 CHECKS: bool = bool(CHECKED)
+CAPACITIES: dict[str, int] = {
+    "TREE_FANOUT": capacity.TREE_FANOUT,
+    "HOLD_GIL_UP_TO": capacity.HOLD_GIL_UP_TO,
+    "IOV_BATCH": capacity.IOV_BATCH,
+    "QUESTION_SLOTS": capacity.QUESTION_SLOTS,
+    "READ_AHEAD": capacity.READ_AHEAD,
+    "RING_HELD": capacity.RING_HELD,
+    "RING_LOOK_WORK": capacity.RING_LOOK_WORK,
+    "RING_PUBLISH_EACH": capacity.RING_PUBLISH_EACH,
+    "LOOP_REQUESTS": capacity.LOOP_REQUESTS,
+    "LOAD_ANSWERS": capacity.LOAD_ANSWERS,
+}

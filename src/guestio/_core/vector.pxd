@@ -2,6 +2,7 @@
 
 from guestio._core.bitmap cimport AtomicBitmap
 from guestio._core.border cimport u8, u64
+from guestio._core.capacity cimport VECTOR_INSIDE
 from guestio._core.leases cimport Leases
 from guestio._core.mapping cimport Spot
 
@@ -30,10 +31,6 @@ cdef struct Origin:
     int region        # in the table of the vector; -1 for a slice of its own
 
 
-cdef enum:
-    INSIDE = 4        # fragments and leases that need no memory of their own
-
-
 cdef class RegionTable:
     cdef int count
     cdef u64 *first
@@ -51,9 +48,9 @@ cdef class IoVector:
     cdef iovec *vec
     cdef Origin *origin
     cdef u64 *addr
-    cdef iovec vec_inside[INSIDE]
-    cdef Origin origin_inside[INSIDE]
-    cdef u64 addr_inside[INSIDE]
+    cdef iovec vec_inside[VECTOR_INSIDE]
+    cdef Origin origin_inside[VECTOR_INSIDE]
+    cdef u64 addr_inside[VECTOR_INSIDE]
     cdef readonly int count
     cdef int capacity
     cdef readonly u64 total
@@ -68,7 +65,7 @@ cdef class IoVector:
     cdef list slices_held
     cdef Leases leases
     cdef int *lease
-    cdef int lease_inside[INSIDE]
+    cdef int lease_inside[VECTOR_INSIDE]
     cdef int lease_count
     cdef int lease_capacity
     cdef object guard

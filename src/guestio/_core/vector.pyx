@@ -22,10 +22,11 @@ from libc.string cimport memcpy, memset
 from guestio._core.border cimport (
     Span, as_access, as_address, as_fd, as_size, as_span, u8, u64,
 )
+from guestio._core.capacity cimport HOLD_GIL_UP_TO, IOV_BATCH, VECTOR_INSIDE
 from guestio._core.mapping cimport HostMapping
 from guestio._core.raw cimport (
-    HOLD_GIL_UP_TO, READ, WRITE, copy_from_guest, copy_to_guest, exchange_atomic, load_atomic,
-    store_atomic, touch_pages,
+    READ, WRITE, copy_from_guest, copy_to_guest, exchange_atomic, load_atomic, store_atomic,
+    touch_pages,
 )
 from guestio._core.slices cimport (
     VolatileSlice, as_load_order, as_store_order, as_value, as_width,
@@ -50,9 +51,6 @@ cdef extern from "<sys/uio.h>" nogil:
     Py_ssize_t pwritev(int, iovec *, int, long)
     Py_ssize_t readv(int, iovec *, int)
     Py_ssize_t writev(int, iovec *, int)
-
-cdef enum:
-    IOV_BATCH = 1024       # IOV_MAX of Linux
 
 
 # What is given back when these go, mappings and leases, must still be there then.
@@ -140,7 +138,7 @@ cdef class IoVector:
 
     def __cinit__(self):
         self.vec, self.origin, self.addr = self.vec_inside, self.origin_inside, self.addr_inside
-        self.lease, self.capacity, self.lease_capacity = self.lease_inside, INSIDE, INSIDE
+        self.lease, self.capacity, self.lease_capacity = self.lease_inside, VECTOR_INSIDE, VECTOR_INSIDE
 
     @staticmethod
     def of_slices(slices, access):

@@ -3,6 +3,7 @@
 from libc.string cimport memcpy
 
 from guestio._core.border cimport u8, u32, u64
+from guestio._core.capacity cimport READ_AHEAD
 
 cdef extern from "<sys/socket.h>" nogil:
     Py_ssize_t c_recv "recv"(int, void *, size_t, int)
@@ -32,8 +33,6 @@ cdef extern from * nogil:
     Py_ssize_t look_at_bytes(int fd, void *buffer, size_t size)
 
 cdef enum:
-    # What is looked at in one go: more than a batch of requests causes.
-    READ_AHEAD = 32768
     HEADER_BYTES = 12
     MESSAGE_BYTES = HEADER_BYTES + 32
     ACK_BYTES = HEADER_BYTES + 8
