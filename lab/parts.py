@@ -1,8 +1,11 @@
 """The guest kernel: found in a cache, or fetched once from the machine's own Debian mirror.
 
-Debian 12's own kernel has no virtio-iommu driver, so the newest one of the backports suite is
-taken. Nothing is installed and the system's apt configuration stays as it is: apt works on
-private lists below the cache directory, and the package is only unpacked.
+Suites are tried in turn, the machine's own stable one first, and the first kernel that has the
+drivers the lab needs is taken: what is in the package decides, not its version. (Debian 12's own
+has no virtio-iommu, the one of its backports has; Debian 13's has.) Some suites split a kernel
+into several packages; all of them are fetched. Nothing is installed and the system's apt
+configuration stays as it is: apt works on private lists below the cache directory, and packages
+are only unpacked.
 
 The cache is `$GUESTIO_LAB_CACHE`, or `~/.cache/guestio-lab`. It may be filled beforehand and
 shared between processes: fetching takes a file lock, and a kernel appears under its final name
@@ -22,13 +25,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-OLDEST_KERNEL = (6, 12)
 CLOUD = "cloud-amd64"
 FULL = "amd64"
+# Modules, or built-in drivers, that make a kernel of each flavour fit for the lab.
+_NEEDED_BY_ALL = ("virtio_pci", "virtio_blk", "virtio_rng", "virtio_iommu")
+NEEDED = {
+    CLOUD: _NEEDED_BY_ALL,
+    FULL: (*_NEEDED_BY_ALL, "9pnet_virtio", "9p", "overlay", "vfio_iommu_type1", "vfio_pci"),
+}
+# A kernel package is data and serves on every release; the keys of later releases are in every
+# release's keyring.
+KERNEL_SUITES = ("{codename}", "{codename}-backports", "trixie")
 
 Progress = Callable[[str], None]
 
@@ -59,8 +70,23 @@ class Kernel:
 
     @property
     def image(self) -> Path:
-        """The compressed kernel that QEMU's `-kernel` takes."""
-        return self.root / "boot" / f"vmlinuz-{self.release}"
+        """The compressed kernel that QEMU's `-kernel` takes; of User-mode Linux, the program."""
+        places = (
+            self.root / "boot" / f"vmlinuz-{self.release}",
+            # Where packages that are split in image and modules have it.
+            self.root / "usr/lib/modules" / self.release / "vmlinuz",
+            self.root / "usr/bin/linux.uml",
+        )
+        return next((place for place in places if place.is_file()), places[0])
+
+    def lacks(self, names: Iterable[str]) -> list[str]:
+        """Those of the named modules that are neither built in nor in the package."""
+        try:
+            built_in, files = self._drivers()
+        except PartsError:
+            return list(names)
+        there = built_in | files.keys()
+        return [name for name in names if name.replace("-", "_") not in there]
 
     def modules(self, names: Iterable[str]) -> list[KernelModule]:
         """Modules in the order they must be inserted, each after what it depends on.
@@ -75,21 +101,7 @@ class Kernel:
         Raises:
             PartsError: A module is neither built in nor in the package.
         """
-        # Packages of a merged-/usr system unpack to usr/lib, older ones to lib.
-        tree = next(
-            (
-                path
-                for prefix in ("usr/lib", "lib")
-                if (path := self.root / prefix / "modules" / self.release).is_dir()
-            ),
-            None,
-        )
-        if tree is None:
-            raise PartsError(f"no modules of kernel {self.release} below {self.root}")
-        built_in = {
-            _module_name(Path(line)) for line in (tree / "modules.builtin").read_text().split()
-        }
-        files = {_module_name(path): path for path in (tree / "kernel").rglob("*.ko*")}
+        built_in, files = self._drivers()
         ordered: dict[str, KernelModule] = {}
 
         def visit(name: str) -> None:
@@ -108,6 +120,17 @@ class Kernel:
         for name in names:
             visit(name)
         return list(ordered.values())
+
+    def _drivers(self) -> tuple[set[str], dict[str, Path]]:
+        """Names of what is built in, and the files of the modules."""
+        # Packages of a merged-/usr system unpack to usr/lib, older ones to lib.
+        for prefix in ("usr/lib", "lib", "usr/lib/uml"):
+            tree = self.root / prefix / "modules" / self.release
+            if (tree / "modules.builtin").is_file():
+                lines = (tree / "modules.builtin").read_text().split()
+                files = {_module_name(path): path for path in (tree / "kernel").rglob("*.ko*")}
+                return {_module_name(Path(line)) for line in lines}, files
+        raise PartsError(f"no modules of kernel {self.release} below {self.root}")
 
 
 def cache_directory() -> Path:
@@ -158,7 +181,7 @@ def debian_source(suite: str, codename: str, apt: Path = Path("/etc/apt")) -> st
     """A deb822 source for `suite`, with the mirror and keys the machine uses for its release.
 
     Args:
-        suite: The suite wanted, such as `bookworm-backports`.
+        suite: The suite wanted, such as `bookworm-backports`; or several, with blanks between.
         codename: The release whose own source is the model.
         apt: Apt's configuration directory.
 
@@ -206,12 +229,15 @@ def _version(release: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", release))
 
 
+def flavour_of(release: str) -> str:
+    """The flavour in a release's name: `6.12.95+deb12-cloud-amd64`, `6.1.0-56-amd64`."""
+    return re.sub(r"^[\w.+~]+-(\d+-)?", "", release)
+
+
 def _newest(cache: Path, flavour: str) -> Kernel | None:
     kernels = [Kernel(path.name, path) for path in (cache / "kernels").glob("[0-9]*")]
     usable = [
-        entry
-        for entry in kernels
-        if entry.release.partition("-")[2] == flavour and entry.image.is_file()
+        entry for entry in kernels if flavour_of(entry.release) == flavour and entry.image.is_file()
     ]
     return max(usable, key=lambda entry: _version(entry.release), default=None)
 
@@ -253,34 +279,78 @@ def _fetch_kernel(cache: Path, flavour: str, tell: Progress, *, refetch: bool) -
 def _fetch_into(kernels: Path, flavour: str, work: Path, tell: Progress) -> Kernel:
     release_name = codename()
     tried: list[str] = []
-    # A release's own suite serves where it has no backports, or none yet.
-    for suite in (f"{release_name}-backports", release_name):
-        apt = PrivateApt(work / suite, suite, release_name)
+    for suite in dict.fromkeys(name.format(codename=release_name) for name in KERNEL_SUITES):
         try:
+            apt = PrivateApt(work / suite, suite, release_name)
             tell(f"reading the package list of {suite}")
             apt.update()
-            package = apt.kernel_package(f"linux-image-{flavour}")
-            release = package.removeprefix("linux-image-")
-            if _version(release) < OLDEST_KERNEL:
-                raise PartsError(f"its newest kernel is {release}")
-            target = kernels / release
-            if not target.exists():
-                tell(f"downloading {package}")
-                deb = apt.download(package)
-                tell("unpacking")
-                run(["dpkg-deb", "-x", str(deb), str(work / "root")])
-                kernels.mkdir(exist_ok=True)
-                (work / "root").rename(target)
-            return Kernel(release, target)
+            release, packages = kernel_packages(f"linux-image-{flavour}", apt.show)
+            kernel = Kernel(release, kernels / release)
+            if not kernel.image.is_file():
+                kernel = _unpack_kernel(release, apt.download(packages, tell), work / suite)
+            lacking = kernel.lacks(NEEDED[flavour])
+            if lacking:
+                raise PartsError(f"kernel {release} has no {', '.join(lacking)}")
+            return _kept(kernel, kernels)
         except PartsError as error:
             tried.append(f"  {suite}: {error}")
-    wanted = ".".join(map(str, OLDEST_KERNEL))
     raise PartsError(
-        f"no guest kernel of at least {wanted} to be had from this machine's Debian mirror "
-        f"(linux-image-{flavour}):\n" + "\n".join(tried) + "\nWith network access, "
-        "`python -m lab.parts` fetches it; a filled cache can be copied from another machine "
-        "and named by GUESTIO_LAB_CACHE."
+        f"no guest kernel to be had from this machine's Debian mirror (linux-image-{flavour}):\n"
+        + "\n".join(tried)
+        + "\nWith network access, `python -m lab.parts` fetches it; a filled cache can be copied "
+        "from another machine and named by GUESTIO_LAB_CACHE."
     )
+
+
+def _unpack_kernel(release: str, debs: Iterable[Path], work: Path) -> Kernel:
+    for deb in debs:
+        run(["dpkg-deb", "-x", str(deb), str(work / "root")])
+    kernel = Kernel(release, work / "root")
+    if not kernel.image.is_file():
+        raise PartsError(f"the packages of kernel {release} have no {kernel.image.name}")
+    return kernel
+
+
+def _kept(kernel: Kernel, kernels: Path) -> Kernel:
+    target = kernels / kernel.release
+    if kernel.root != target:
+        kernels.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # was made when split packages were not known
+        kernel.root.rename(target)
+    return Kernel(kernel.release, target)
+
+
+def kernel_packages(meta: str, show: Callable[[str], str]) -> tuple[str, list[str]]:
+    """Which packages make up the kernel that a meta package stands for.
+
+    Args:
+        meta: Such as `linux-image-amd64`.
+        show: Returns a package's record, as `apt-cache show` prints it.
+
+    Returns:
+        The kernel's release, and the names of its packages: the one that the meta package depends
+        on and what that depends on of the same release (image, modules, files for both).
+
+    Raises:
+        PartsError: The meta package depends on no kernel.
+    """
+    found = [name for name in _dependencies(show(meta)) if re.match(r"linux-image-\d", name)]
+    if not found:
+        raise PartsError(f"{meta} depends on no kernel")
+    release = found[0].removeprefix("linux-image-")
+    packages: list[str] = []
+    while found:
+        name = found.pop()
+        if name not in packages:
+            packages.append(name)
+            found += [n for n in _dependencies(show(name)) if n.endswith(f"-{release}")]
+    return release, packages
+
+
+def _dependencies(record: str) -> list[str]:
+    """Names of all packages that a record depends on, alternatives included."""
+    fields = re.findall(r"^(?:Pre-)?Depends: (.*(?:\n[ \t].*)*)", record, re.MULTILINE)
+    return re.findall(r"(?:^|[,|])\s*([a-z0-9][a-z0-9.+~-]*)", ",".join(fields))
 
 
 class PrivateApt:
@@ -319,21 +389,38 @@ class PrivateApt:
         listing = run(["apt-cache", *self._options, "search", "--names-only", pattern])
         return [line.split(" ", 1)[0] for line in listing.splitlines()]
 
-    def kernel_package(self, meta: str) -> str:
-        """Name of the kernel package that the suite's meta package stands for."""
-        record = run(["apt-cache", *self._options, "show", "--no-all-versions", meta])
-        match = re.search(r"^Depends:.*?\b(linux-image-\d[\w.+~-]*)", record, re.MULTILINE)
-        if match is None:
-            raise PartsError(f"{meta} depends on no kernel")
-        return match.group(1)
+    def show(self, package: str) -> str:
+        """A package's record."""
+        return run(["apt-cache", *self._options, "show", "--no-all-versions", package])
 
-    def download(self, package: str) -> Path:
-        """Fetch and authenticate one package; returns the .deb."""
-        run(["apt-get", *self._options, "-qq", "download", package], cwd=self._directory)
+    def download(self, packages: Sequence[str], tell: Progress) -> list[Path]:
+        """Fetch and authenticate packages; returns the .debs."""
+        tell(f"downloading {' '.join(packages)}")
+        run(["apt-get", *self._options, "-qq", "download", *packages], cwd=self._directory)
         debs = list(self._directory.glob("*.deb"))
-        if len(debs) != 1:
-            raise PartsError(f"apt-get download {package} left {len(debs)} packages")
-        return debs[0]
+        if len(debs) != len(packages):
+            raise PartsError(
+                f"apt-get download {' '.join(packages)} left {len(debs)} packages in "
+                f"{self._directory}"
+            )
+        return debs
+
+    def download_closure(self, packages: Sequence[str], target: str, tell: Progress) -> list[Path]:
+        """Fetch packages with everything that they need on a machine that has nothing.
+
+        Args:
+            packages: What is wanted.
+            target: The suite whose versions are preferred.
+            tell: Told what is done.
+        """
+        tell(f"downloading {' '.join(packages)} of {target} and what they need")
+        empty = self._directory / "status"
+        empty.touch()
+        settings = (f"Dir::State::status={empty}", "Debug::NoLocking=1")
+        options = [option for setting in settings for option in ("-o", setting)]
+        command = ["apt-get", *self._options, *options, "-qq", "-y", "--no-install-recommends"]
+        run([*command, "--download-only", "-t", target, "install", *packages])
+        return list((self._directory / "archives").glob("*.deb"))
 
 
 def run(command: list[str], cwd: Path | None = None) -> str:

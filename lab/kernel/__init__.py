@@ -143,8 +143,8 @@ def _fetch_source(work: Path, progress: Progress) -> Path:
             package = max(names, key=_numbers, default="linux-source-0")
             if _numbers(package) < OLDEST_SOURCE:
                 raise PartsError(f"its newest source is {package}")
-            progress(f"downloading {package} (165 MB)")
-            deb = apt.download(package)
+            progress("fetching the kernel's source (165 MB)")
+            [deb] = apt.download([package], progress)
             run(["dpkg-deb", "-x", str(deb), str(work / "package")])
             deb.unlink()
             (archive,) = (work / "package/usr/src").glob("linux-source-*.tar.xz")
