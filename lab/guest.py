@@ -14,6 +14,7 @@ QEMU is killed on every way out of `Guest.run` and of a `RunningGuest` used as a
 and by the kernel when the thread that started it dies.
 """
 
+import contextlib
 import enum
 import functools
 import os
@@ -30,7 +31,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from lab.initramfs import Initramfs
-from lab.parts import PartsError, kernel, require_program
+from lab.parts import Kernel, PartsError, kernel, require_program
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TAIL_LINES = 40
@@ -300,6 +301,10 @@ class Guest:
         """Start the guest and return at once; use the result as a context manager."""
         return RunningGuest(self, directory)
 
+    def booted_kernel(self) -> Kernel:
+        """What boots."""
+        return kernel()
+
     def initramfs(self) -> bytes:
         """The root file system the guest boots with."""
         root = Initramfs()
@@ -314,7 +319,7 @@ class Guest:
             for program in script.programs:
                 package = {"mke2fs": "e2fsprogs", "e2fsck": "e2fsprogs"}.get(program, program)
                 root.add_program(f"/lab/bin/{program}", Path(require_program(program, package)))
-        modules = kernel().modules(wanted)
+        modules = self.booted_kernel().modules(wanted)
         for module in modules:
             root.add_file(f"/lab/modules/{module.name}.ko", module.data)
         root.add_file("/lab/modules.list", _lines(module.name for module in modules))
@@ -349,7 +354,7 @@ class Guest:
             *self.viommu.arguments,
             *devices,
             *self.qemu_args,
-            *("-kernel", str(kernel().image), "-initrd", str(directory / "initramfs")),
+            *("-kernel", str(self.booted_kernel().image), "-initrd", str(directory / "initramfs")),
             *("-append", " ".join(append.split())),
         ]
 
@@ -375,6 +380,7 @@ class RunningGuest:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                start_new_session=True,
             )
 
     @property
@@ -415,6 +421,7 @@ class RunningGuest:
         except subprocess.TimeoutExpired:
             self._qemu.kill()
             self._qemu.wait()
+        self._end_helpers()
         return self._result()
 
     def __enter__(self) -> Self:
@@ -429,8 +436,14 @@ class RunningGuest:
         if self._qemu.poll() is None:
             self._qemu.kill()
         self._qemu.wait()
+        self._end_helpers()
         (self._directory / "initramfs").unlink(missing_ok=True)
         self._temporary.cleanup()
+
+    def _end_helpers(self) -> None:
+        # User-mode Linux has helper processes, which do not notice that it is gone.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._qemu.pid, signal.SIGKILL)
 
     def _log(self, name: str) -> str:
         data = (self._directory / f"{name}.log").read_bytes()
