@@ -6,11 +6,11 @@
 #   RELOAD_WAYS    in turn: "module" removes and inserts the module while readers and writers come
 #                  to an end, "unbind" takes the device from the driver amid requests ("module unbind")
 #   RELOAD_BLOCKS  4 KiB blocks of each area (64): a writer's, a reader's
-#   RELOAD_CANARY  KiB of memory that is filled and checked between the lives (2048)
+#   RELOAD_CANARY  KiB of memory that is filled and checked between the lives (1024)
 #   RELOAD_JOBS    writers, and readers (2)
 # Writer i has blocks [i * RELOAD_BLOCKS, (i + 1) * RELOAD_BLOCKS); readers those after the writers.
 : "${DISK:=/dev/vda}" "${RELOADS:=10}" "${RELOAD_WAYS:=module unbind}" "${RELOAD_BLOCKS:=64}"
-: "${RELOAD_CANARY:=2048}" "${RELOAD_JOBS:=2}"
+: "${RELOAD_CANARY:=1024}" "${RELOAD_JOBS:=2}"
 set -eu
 name=${DISK##*/}
 device=$(readlink -f "/sys/block/$name/device")

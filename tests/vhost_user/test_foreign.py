@@ -331,19 +331,28 @@ def test_the_connection_itself_as_call_fd(
     assert "the call fd of queue 0 is socket:[" in line
 
 
-class TestPipes:
-    """User-mode Linux takes notifications from a pipe."""
+def socket_pair() -> tuple[int, int]:
+    one, two = socket.socketpair()
+    return one.detach(), two.detach()
 
-    def test_is_notified(self, survivor: Serving) -> None:
-        reader, writer = os.pipe()
+
+class TestPipes:
+    """User-mode Linux takes notifications from a socket pair; others from a pipe."""
+
+    @pytest.mark.parametrize("make", [os.pipe, socket_pair])
+    def test_is_notified(self, survivor: Serving, make: Callable[[], tuple[int, int]]) -> None:
+        reader, writer = make()
         with Driver(survivor.path) as driver:
             _set_call(driver, writer)
             assert driver.run(0, b"one") == (OK, b"eno")
             assert os.read(reader, 100) == (1).to_bytes(8, "little")
         os.close(reader)
 
-    def test_a_full_one_keeps_nobody(self, survivor: Serving) -> None:
-        reader, writer = os.pipe()
+    @pytest.mark.parametrize("make", [os.pipe, socket_pair])
+    def test_a_full_one_keeps_nobody(
+        self, survivor: Serving, make: Callable[[], tuple[int, int]]
+    ) -> None:
+        reader, writer = make()
         os.set_blocking(writer, False)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -358,12 +367,30 @@ class TestPipes:
         os.close(reader)
         os.close(keep)
 
-    def test_one_that_is_closed(self, survivor: Serving) -> None:
-        reader, writer = os.pipe()
+    @pytest.mark.parametrize("make", [os.pipe, socket_pair])
+    def test_one_that_is_closed(
+        self, survivor: Serving, make: Callable[[], tuple[int, int]]
+    ) -> None:
+        reader, writer = make()
         os.close(reader)
         with Driver(survivor.path) as driver:
             _set_call(driver, writer)
             assert driver.run(0, b"one") == (OK, b"eno")
+
+    def test_sockets_that_have_names_are_none(self, tmp_path: Path) -> None:
+        """A front-end's own connection, its listener, a datagram pair, and one without a peer."""
+        pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+            listener.bind(str(tmp_path / "socket"))
+            assert not foreign.is_pipe(client.fileno())
+            listener.listen()
+            client.connect(str(tmp_path / "socket"))
+            accepted, _ = listener.accept()
+            for sock in (listener, client, accepted, *pair):
+                assert not foreign.is_pipe(sock.fileno())
+            accepted.close()
+        for sock in pair:
+            sock.close()
 
     def test_not_too_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(foreign, "MAX_PIPES", 1)

@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -34,8 +34,21 @@ def is_eventfd(fd: int) -> bool:
 
 
 def is_pipe(fd: int) -> bool:
-    """Whether a descriptor is an end of a pipe that has no name."""
-    return _name(fd).startswith("pipe:[")
+    """Whether a descriptor is an end of a pipe that has no name, or of a `socketpair(2)`.
+
+    The front-end's end of its own connection is not: the path that it connected to is its peer's
+    name. Held here, its hang-up would never be seen.
+    """
+    if _name(fd).startswith("pipe:["):
+        return True
+    if socket_kind(fd) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        return False
+    # A duplicate, so that closing it is never the last close.
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        try:
+            return not sock.getpeername() and not sock.getsockname()
+        except OSError:
+            return False
 
 
 def check_eventfd(fd: int, what: str) -> None:
@@ -83,12 +96,13 @@ def check_channel(fd: int) -> None:
 
 
 class PipeNotifier:
-    """Passes notifications on to a pipe, which is what User-mode Linux wants instead of an eventfd.
+    """Passes notifications on to what User-mode Linux wants instead of an eventfd.
 
-    A write to a pipe may wait for its other end, whatever flags it has, so a thread does it.
+    That is one end of a socket pair (`os_pipe` in its arch/um/os-Linux/file.c), or a pipe. A write
+    may wait for the other end, whatever flags it has, so a thread does it.
 
     Args:
-        pipe: The pipe's end; it belongs to this object, also if that cannot be made.
+        pipe: The end; it belongs to this object, also if that cannot be made.
 
     Attributes:
         fd: An eventfd to notify instead, until :meth:`close`.
@@ -112,20 +126,29 @@ class PipeNotifier:
         self._thread.start()
 
     def _run(self, pipe: int) -> None:
+        if socket_kind(pipe) is not None:
+            with socket.socket(fileno=pipe) as sock:
+                self._pass_on(lambda: sock.send(_ONE, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL))
+            return
         own = -1
         try:
             # A file description of our own: nobody else can make it one that waits for readers.
             with contextlib.suppress(OSError):
                 own = os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             os.close(pipe)
+            self._pass_on(lambda: os.write(own, _ONE))
+        finally:
+            if own >= 0:
+                os.close(own)
+
+    def _pass_on(self, write: Callable[[], int]) -> None:
+        try:
             while os.eventfd_read(self.fd) and not self._closing:
                 # One who is gone, or has not read any of what was written before, needs no more.
                 with contextlib.suppress(OSError):
-                    os.write(own, _ONE)
+                    write()
         finally:
             os.close(self.fd)
-            if own >= 0:
-                os.close(own)
             self._alive.discard(self)
 
     def close(self) -> None:
