@@ -7,7 +7,7 @@ its own below build/variants; what is installed is always the normal core.
 
 import os
 import sys
-from glob import glob
+from pathlib import Path
 from typing import NamedTuple
 
 from Cython.Build import cythonize
@@ -57,7 +57,7 @@ EXTENSIONS = [
         f"guestio._core.{name}",
         [f"src/guestio/_core/{name}.pyx"],
         include_dirs=["src/guestio/_core"],
-        depends=glob("src/guestio/_core/*.h"),
+        depends=[str(header) for header in Path("src/guestio/_core").glob("*.h")],
         define_macros=[("GUESTIO_CORE", f'"{CORE}"'), *((macro, None) for macro in macros)],
         extra_compile_args=["-O3", "-fno-strict-aliasing", "-Wno-unused-function", *flags],
         extra_link_args=[flag for flag in flags if flag.startswith("-fsanitize=")],

@@ -1,5 +1,7 @@
 """What holds for every test."""
 
+import contextlib
+import ctypes
 import gc
 
 import pytest
@@ -15,3 +17,11 @@ def pytest_report_header() -> str:
 def _no_garbage_of_others() -> None:
     """Let go of what earlier modules left in cycles: tests here count fds and mappings."""
     gc.collect()
+
+
+def pytest_sessionfinish() -> None:
+    """Look for memory that nothing refers to any more; the report goes to a file."""
+    if "asan" in variant.NAME:
+        gc.collect()
+        with contextlib.suppress(AttributeError):  # a runtime without it
+            ctypes.CDLL(None).__lsan_do_recoverable_leak_check()

@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 
 from guestio import Iotlb, Permissions
+from guestio._core import variant
+
+pytestmark = pytest.mark.skipif(
+    "asan" in variant.NAME, reason="the sanitizer keeps memory that was given back for a while"
+)
 
 RW = Permissions.READ_WRITE
 PAGE = 4096

@@ -13,7 +13,7 @@ ASKED = os.environ.get("GUESTIO_CORE", "normal")
 
 def test_this_is_the_core_that_was_asked_for() -> None:
     assert ASKED == variant.NAME
-    assert variant.CHECKS == (ASKED != "normal")
+    assert variant.CHECKS is (ASKED != "normal")
     assert Path(tree.__file__).parent == Path(variant.__file__).parent
     assert Path(guestio.__file__).parent == Path(variant.__file__).parents[1]
 

@@ -42,9 +42,12 @@ def mapped(name):
 
 def run(code, *fds):
     """Run code in a process of its own; its exit status (negative: the signal) and output."""
+    # Where there is a sanitizer, a signal must still be what ends the process.
+    options = f"{os.environ.get('ASAN_OPTIONS', '')}:handle_segv=0"
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, fds)],
         pass_fds=fds,
+        env={**os.environ, "ASAN_OPTIONS": options},
         capture_output=True,
         text=True,
         timeout=60,

@@ -287,8 +287,9 @@ cdef class VolatileSlice:
         """Set exactly ``length`` bytes to ``value``."""
         cdef int byte = as_value(value, 1)
         cdef size_t at, n = self.clip(offset, length, WRITE, &at)
-        with nogil:
-            memset(self.ptr + at, byte, n)
+        if n:  # a slice of nothing has no address
+            with nogil:
+                memset(self.ptr + at, byte, n)
         self.finish_write(at, n)
         check_whole(n, offset, length, WRITE)
 
