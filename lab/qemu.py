@@ -1,0 +1,104 @@
+"""QEMU of trixie-backports, whatever the machine's own release is: 11.1.3 or newer.
+
+It brings what older ones lack: `vhost-user-test-device-pci`, and in its `qemu-img` and `qemu-io` a
+vhost-user-blk front-end that is not QEMU's (libblkio). Packages and everything they need are
+fetched once, 50 MB, and unpacked to `qemu/` in the lab's cache with a starter for each program;
+nothing is installed, and programs run with the libraries that came with them.
+
+    python -m lab.qemu             fetch it if need be; print the path for GUESTIO_LAB_QEMU
+"""
+
+import argparse
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from lab.parts import PartsError, PrivateApt, Progress, cache_directory, codename, locked, run
+
+SUITE = "trixie-backports"
+PACKAGES = ("qemu-system-x86", "qemu-utils", "qemu-block-extra")
+PROGRAMS = ("qemu-system-x86_64", "qemu-img", "qemu-io", "qemu-storage-daemon")
+FIRMWARE = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
+LIBRARIES = "usr/lib/x86_64-linux-gnu"
+
+
+def new_qemu(program: str = "qemu-system-x86_64", progress: Progress | None = None) -> Path:
+    """The starter of a program of the cached QEMU, which is fetched if there is none.
+
+    Safe to call from several processes at once: one fetches, the others wait for it.
+
+    Args:
+        program: One of `PROGRAMS`.
+        progress: Called with one line of text per step that takes time.
+
+    Raises:
+        PartsError: It is not to be had.
+    """
+    tell = progress or _ignore
+    home = cache_directory() / "qemu"
+    starter = home / SUITE / program
+    if not starter.is_file():
+        with locked(home, tell):
+            if not starter.is_file():
+                _fetch(home, tell)
+    return starter
+
+
+def _ignore(_line: str) -> None:
+    pass
+
+
+def _fetch(home: Path, tell: Progress) -> None:
+    for leftover in home.glob("fetching-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix="fetching-", dir=home))
+    try:
+        apt = PrivateApt(work / "apt", f"{SUITE.partition('-')[0]} {SUITE}", codename())
+        tell(f"reading the package lists of {SUITE}")
+        apt.update()
+        debs = apt.download_closure(PACKAGES, SUITE, tell)
+        tell(f"unpacking {len(debs)} packages")
+        made = work / "made"
+        made.mkdir()
+        for deb in debs:
+            run(["dpkg-deb", "-x", str(deb), str(made / "root")])
+        for program in PROGRAMS:
+            starter = made / program
+            starter.write_text(_starter(program))
+            starter.chmod(0o755)
+        run([str(made / PROGRAMS[0]), "--version"])
+        shutil.rmtree(home / SUITE, ignore_errors=True)
+        made.rename(home / SUITE)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _starter(program: str) -> str:
+    firmware = [f'-L "$root/{path}"' for path in FIRMWARE]
+    options = " ".join(firmware) if program.startswith("qemu-system") else ""
+    return (
+        "#!/bin/sh\n"
+        'root=$(dirname "$(readlink -f "$0")")/root\n'
+        f'export QEMU_MODULE_DIR="$root/{LIBRARIES}/qemu"\n'
+        'exec "$root/usr/lib64/ld-linux-x86-64.so.2" '
+        f'--argv0 "$0" --library-path "$root/{LIBRARIES}" '
+        f'"$root/usr/bin/{shlex.quote(program)}" {options} "$@"\n'
+    )
+
+
+def main() -> int:
+    """Fetch QEMU and print the path of its starter."""
+    argparse.ArgumentParser(prog="python -m lab.qemu", description=main.__doc__).parse_args()
+    try:
+        path = new_qemu(progress=lambda line: print(line, file=sys.stderr))
+    except PartsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
