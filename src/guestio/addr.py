@@ -116,7 +116,12 @@ def check_access(value: SupportsIndex) -> Permissions:
 
 
 def check_range(
-    start: SupportsIndex, length: SupportsIndex, *, name: str = "addr", empty: bool = True
+    start: SupportsIndex,
+    length: SupportsIndex,
+    *,
+    name: str = "addr",
+    length_name: str = "length",
+    empty: bool = True,
 ) -> tuple[int, int]:
     """Return ``(start, length)`` as ints whose sum is at most ``2**64``.
 
@@ -124,6 +129,7 @@ def check_range(
         start: First address.
         length: Bytes.
         name: What to call ``start`` in an error.
+        length_name: What to call ``length``.
         empty: Whether a length of 0 is acceptable.
 
     Raises:
@@ -131,12 +137,27 @@ def check_range(
         ValueError: out of range, or empty where that is not acceptable.
         InvalidAddressError: the sum passes ``2**64``; it is a ValueError too.
     """
-    first, size = check_address(start, name), check_int(length, "length")
+    first, size = check_address(start, name), check_int(length, length_name)
     if size < 0 or (size == 0 and not empty):
-        raise ValueError(f"length {size} must be {'>= 0' if empty else 'greater than 0'}")
+        raise ValueError(f"{length_name} {size} must be {'>= 0' if empty else 'greater than 0'}")
     if first + size > ADDRESS_SPACE:
-        raise InvalidAddressError(first, size, None, f"{name} + length passes 2**64")
+        raise InvalidAddressError(first, size, None, f"{name} + {length_name} passes 2**64")
     return first, size
+
+
+def check_flag(value: bool | int, name: str) -> bool:
+    """Return ``value``, true or false, as a bool; 0 and 1 will do, and numpy's.
+
+    Raises:
+        TypeError: neither a boolean nor an integer.
+        ValueError: another integer.
+    """
+    if value is True or value is False:
+        return value
+    number = int(value) if type(value).__name__ in {"bool", "bool_"} else check_int(value, name)
+    if number not in {0, 1}:
+        raise ValueError(f"{name} {number} is neither 0 nor 1")
+    return bool(number)
 
 
 def check_seconds(value: SupportsFloat, name: str) -> float:
@@ -146,11 +167,11 @@ def check_seconds(value: SupportsFloat, name: str) -> float:
         TypeError: not a number; booleans and text are refused.
         ValueError: negative, not finite, or more than a thread can wait.
     """
-    if isinstance(value, bool | str | bytes | bytearray) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    if isinstance(value, bool | str | bytes | type) or not isinstance(value, SupportsFloat):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     seconds = float(value)
     if not 0 <= seconds <= threading.TIMEOUT_MAX:
-        raise ValueError(f"{name} {seconds} is not in 0 to {threading.TIMEOUT_MAX:.0f} seconds")
+        raise ValueError(f"{name} {seconds} is not in 0 to {threading.TIMEOUT_MAX:.0f}")
     return seconds
 
 

@@ -22,7 +22,7 @@ import mmap
 from bisect import bisect_left, bisect_right, insort
 from typing import TYPE_CHECKING, NamedTuple, Self, SupportsIndex, get_args
 
-from guestio.addr import check_int, check_range
+from guestio.addr import ADDRESS_SPACE, check_flag, check_int, check_range
 from guestio.dma.changes import Entry, Step, Turn, carry_out, meet, plan, raise_failures
 from guestio.dma.ledger import DeviceFailures, Ledger, TargetDiff, TargetStats, keep
 from guestio.dma.target import DmaError, DmaMapRequest, DmaTarget, MappingType
@@ -215,7 +215,7 @@ class Region:
         """
         with self._manager._turn:
             self._check_open()
-            self._manager._change(self, mapped=True, writable=bool(writable))
+            self._manager._change(self, mapped=True, writable=check_flag(writable, "writable"))
 
     def unmap(self) -> None:
         """Make the region not count; what it covered becomes active.
@@ -286,7 +286,7 @@ class Region:
             raise ValueError(f"region {self.name!r} is closed")
 
     def _checked_part(self, offset: SupportsIndex, size: SupportsIndex) -> tuple[int, int]:
-        first, length = check_range(offset, size, name="offset", empty=False)
+        first, length = check_range(offset, size, name="offset", length_name="size", empty=False)
         self._manager._check_aligned("mapping", first, length)
         if first + length > self.size:
             raise ValueError(
@@ -305,7 +305,7 @@ class Region:
         first, length = self._checked_part(offset, size)
         if not isinstance(backing, Backing):
             raise TypeError(f"backing must be a Backing, not {type(backing).__name__}")
-        skip, _ = check_range(backing_offset, length, name="backing_offset")
+        skip, _ = check_range(backing_offset, length, name="backing_offset", length_name="size")
         if backing.closed:
             raise ValueError(f"the backing for {first:#x}+{length:#x} is closed")
         if skip + length > backing.size:
@@ -321,7 +321,7 @@ class Region:
                     f"mapping {first:#x}+{length:#x} overlaps {there.offset:#x}+{there.size:#x} "
                     f"in region {self.name!r}; remove that one first"
                 )
-        return SubMapping(first, length, backing, skip, bool(writable))
+        return SubMapping(first, length, backing, skip, check_flag(writable, "writable"))
 
     def _contained(self, first: int, end: int) -> list[SubMapping]:
         found = []
@@ -516,9 +516,10 @@ class RegionManager:
     """
 
     def __init__(self, page_size: int = mmap.PAGESIZE) -> None:
-        if check_int(page_size, "page_size") <= 0 or page_size & (page_size - 1):
-            raise ValueError(f"page_size {page_size} is not a power of two")
-        self._page_size = page_size
+        page = check_int(page_size, "page_size")
+        if not 0 < page < ADDRESS_SPACE or page & (page - 1):
+            raise ValueError(f"page_size {page} is not a power of two of 64 bits")
+        self._page_size = page
         self._turn = Turn()
         # By age. Readers take a copy, which is one step, so that they need no lock.
         self._regions: dict[int, Region] = {}
@@ -566,6 +567,8 @@ class RegionManager:
             TypeError, ValueError: Bad numbers, or not aligned to pages.
             MemoryRegionOverlapError: It would cover a part of a region.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, not {type(name).__name__}")
         if not isinstance(kind, MappingType):
             raise TypeError(f"kind must be a MappingType, not {type(kind).__name__}")
         rank = check_int(priority, "priority")
@@ -574,7 +577,7 @@ class RegionManager:
         with self._turn:
             first, length = self._check_placement(start, size, rank)
             number = next(self._numbers)
-            region = Region(self, str(name), first, length, rank, kind, number)
+            region = Region(self, name, first, length, rank, kind, number)
             self._places.add(region)
             self._regions[number] = region
         return region
@@ -607,12 +610,13 @@ class RegionManager:
             raise TypeError(f"target must be an instance, not the class {target.__name__}")
         if not isinstance(target, DmaTarget):
             raise TypeError(f"target {type(target).__name__} has no map_dma and unmap_dma")
-        if device_failures not in get_args(DeviceFailures):
+        needs_fd = check_flag(needs_fd, "needs_fd")
+        if not isinstance(device_failures, str) or device_failures not in get_args(DeviceFailures):
             raise ValueError(f"device_failures {device_failures!r} is neither 'record' nor 'raise'")
         with self._turn:
             if any(handle.target is target for handle in self._targets):
                 raise ValueError("this target is registered already")
-            handle = TargetHandle(self, target, bool(needs_fd), device_failures)
+            handle = TargetHandle(self, target, needs_fd, device_failures)
             if needs_fd:
                 everything = [r._request(m) for r in self.regions for m in r.mappings]
                 _check_fds(everything)
@@ -666,7 +670,7 @@ class RegionManager:
         priority: int,
         moving: Region | None = None,
     ) -> tuple[int, int]:
-        first, length = check_range(start, size, name="start", empty=False)
+        first, length = check_range(start, size, name="start", length_name="size", empty=False)
         self._check_aligned("region", first, length)
         end = first + length
         for other in self._places.meeting(first, length):

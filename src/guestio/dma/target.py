@@ -13,7 +13,7 @@ import errno as errno_names
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from guestio.addr import ADDRESS_SPACE, check_int, check_range
+from guestio.addr import ADDRESS_SPACE, check_flag, check_int, check_range
 from guestio.errors import GuestioError
 
 if TYPE_CHECKING:
@@ -92,16 +92,17 @@ class DmaMapRequest:
                 # Sums of numpy's integers, say, would wrap.
                 object.__setattr__(self, name, check_int(value, name))
         if not 0 <= self.start < self.start + self.size <= ADDRESS_SPACE:
-            check_range(self.start, self.size, name="start", empty=False)
+            check_range(self.start, self.size, name="start", length_name="size", empty=False)
         if not 0 <= self.file_offset <= ADDRESS_SPACE - self.size:
-            check_range(self.file_offset, self.size, name="file_offset")
+            check_range(self.file_offset, self.size, name="file_offset", length_name="size")
         host, fd = self.host_address, self.fd
         if host is not None and not 0 <= host <= ADDRESS_SPACE - self.size:
-            check_range(host, self.size, name="host_address")
+            check_range(host, self.size, name="host_address", length_name="size")
         if fd is not None and fd < 0:
             raise ValueError(f"fd {fd} is no file descriptor")
         if self.kind.__class__ is not MappingType:
             raise TypeError(f"kind must be a MappingType, not {type(self.kind).__name__}")
+        object.__setattr__(self, "writable", check_flag(self.writable, "writable"))
 
     @property
     def end(self) -> int:

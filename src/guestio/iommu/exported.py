@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Protocol, Self
 
-from guestio.addr import ADDRESS_SPACE, Permissions
+from guestio.addr import ADDRESS_SPACE, Permissions, check_range
 from guestio.errors import InvalidAddressError
 from guestio.iommu.events import Event
 from guestio.iommu.iotlb import Iotlb
@@ -68,6 +68,11 @@ class ExportedRegion:
     def __init__(
         self, exporter: Exporter, iova: int, size: int, physical: GuestRegionCollection
     ) -> None:
+        if not isinstance(physical, GuestRegionCollection):
+            raise TypeError(
+                f"physical must be a GuestRegionCollection, not {type(physical).__name__}"
+            )
+        iova, size = check_range(iova, size, name="iova", length_name="size", empty=False)
         self._exporter = exporter
         self._range = iova, size
         self._lock = threading.Lock()

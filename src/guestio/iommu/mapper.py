@@ -27,15 +27,18 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self, SupportsIndex
 
 from guestio._core.intervals import IntervalMap
 from guestio.addr import (
     ADDRESS_SPACE,
     IovaRange,
     Permissions,
+    check_address,
+    check_flag,
     check_int,
     check_range,
+    check_seconds,
 )
 from guestio.budgets import EXPORT_RANGES
 from guestio.errors import CannotResolveError, GuestioError
@@ -71,11 +74,23 @@ class MappingInfo:
     prot: Permissions
 
     def __post_init__(self) -> None:
-        check_range(self.iova, self.size, name="iova", empty=False)
-        check_range(self.gpa, self.size, name="gpa", empty=False)
-        if not 0 <= check_int(self.prot, "prot") <= Permissions.READ_WRITE:
-            raise ValueError(f"prot {self.prot} is not a combination of READ and WRITE")
-        object.__setattr__(self, "prot", Permissions(self.prot))
+        iova, size = check_range(self.iova, self.size, name="iova", length_name="size", empty=False)
+        gpa, _ = check_range(self.gpa, size, name="gpa", length_name="size")
+        # As plain integers: sums of numpy's may wrap.
+        for name, value in (("iova", iova), ("size", size), ("gpa", gpa)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "prot", _check_prot(self.prot))
+
+
+def _check_prot(prot: SupportsIndex) -> Permissions:
+    number = check_int(prot, "prot")
+    if not 0 <= number <= Permissions.READ_WRITE:
+        raise ValueError(f"prot {number} is not a combination of READ and WRITE")
+    return Permissions(number)
+
+
+def _check_limit(time_limit: float | None) -> float | None:
+    return None if time_limit is None else check_seconds(time_limit, "time_limit")
 
 
 class MemRegion(NamedTuple):
@@ -238,7 +253,7 @@ class ExportSession:
         with self._lock:
             if self.broken:
                 raise ExportError("broken export session: release everything and start a new one")
-            first, length = check_range(iova, size, name="iova", empty=False)
+            first, length = check_range(iova, size, name="iova", length_name="size", empty=False)
             if len(self._exports) >= EXPORT_RANGES and (first, length) not in self._exports:
                 raise ExportError(f"the session holds {EXPORT_RANGES} ranges; release some first")
             regions = self._mapper._resolve(first, length)
@@ -253,7 +268,7 @@ class ExportSession:
         Raises:
             TypeError, ValueError: Bad numbers; a size of 0 is a range that is not held.
         """
-        key = check_range(iova, size, name="iova")
+        key = check_range(iova, size, name="iova", length_name="size")
         with self._lock:
             count = self._exports.get(key, 0)
             if count > 1:
@@ -296,7 +311,11 @@ class ExportSession:
         Raises:
             TypeError, ValueError: Bad numbers; nothing changed.
         """
-        held = Counter(check_range(iova, size, name="iova", empty=False) for iova, size in exports)
+        held = Counter(
+            check_range(iova, size, name="iova", length_name="size", empty=False)
+            for iova, size in exports
+        )
+        broken = check_flag(broken, "broken")
         with self._lock:
             self._exports.update(held)
             self._broken = broken
@@ -350,6 +369,7 @@ class ExportSession:
 
         A limit that ends earlier stays. Without a fault that is pending, nothing happens.
         """
+        seconds = check_seconds(seconds, "seconds")
         ends = time.monotonic() + seconds
         timer = threading.Timer(seconds, self._time_is_up, (seconds,))
         timer.daemon = True
@@ -383,6 +403,8 @@ class ExportSession:
         Raises:
             ValueError: The mappers are not siblings.
         """
+        if not isinstance(mapper, BasicMemoryMapper):
+            raise TypeError(f"mapper must be a BasicMemoryMapper, not {type(mapper).__name__}")
         if mapper._lock is not self._lock:
             raise ValueError("sessions move between sibling mappers only")
         with self._lock:
@@ -430,8 +452,10 @@ class BasicMemoryMapper(MemoryMapper):
         if not 0 < check_int(mask, "mask") < ADDRESS_SPACE:
             raise ValueError(f"mask {mask:#x} names no page size in 64 bits")
         self._mask = mask
+        if sibling is not None and not isinstance(sibling, BasicMemoryMapper):
+            raise TypeError(f"sibling must be a BasicMemoryMapper, not {type(sibling).__name__}")
+        self.time_limit = _check_limit(time_limit)
         self._id = next(self._ids)
-        self.time_limit = time_limit
         # A session may move between siblings because one lock guards them all.
         self._lock: threading.Lock = threading.Lock() if sibling is None else sibling._lock
         self._map = IntervalMap(merge=False)
@@ -461,6 +485,8 @@ class BasicMemoryMapper(MemoryMapper):
 
     def add_map(self, info: MappingInfo) -> AddMapResult:
         """Add a mapping, or refuse it if any of its range is mapped. O(log n)."""
+        if not isinstance(info, MappingInfo):
+            raise TypeError(f"info must be a MappingInfo, not {type(info).__name__}")
         return self.add_range(info.iova, info.size, info.gpa, info.prot)
 
     def add_range(self, iova: int, size: int, gpa: int, prot: Permissions) -> AddMapResult:
@@ -472,7 +498,14 @@ class BasicMemoryMapper(MemoryMapper):
         Raises:
             TypeError, ValueError: Bad numbers, or a size of 0; nothing changed.
         """
-        added = self._map.add(iova, size, gpa, prot)
+        try:
+            added = self._map.add(iova, size, gpa, prot)
+        except (TypeError, ValueError):
+            # Once more, with the names that the caller knows.
+            check_range(iova, size, name="iova", length_name="size", empty=False)
+            check_address(gpa, "gpa")
+            _check_prot(prot)
+            raise
         return AddMapResult.OK if added else AddMapResult.OVERLAP
 
     def remove_map(self, iova: int, size: int) -> RemoveMapResult:
@@ -487,7 +520,7 @@ class BasicMemoryMapper(MemoryMapper):
 
         Cost: O((k + 1) log n + exports) for k mappings removed.
         """
-        first, length = check_range(iova, size, name="iova", empty=False)
+        first, length = check_range(iova, size, name="iova", length_name="size", empty=False)
         with self._lock:
             if self._map.take(first, length) is None:
                 return RemoveMapResult(overlap=True)
@@ -516,8 +549,11 @@ class BasicMemoryMapper(MemoryMapper):
             limit: How many to list at most. Use it where a guest chooses the range.
         """
         if limit is None:
-            return self._map.overlapping(iova, size)
-        first, length = check_range(iova, size, name="iova")
+            return self._map.overlapping(*check_range(iova, size, name="iova", length_name="size"))
+        first, length = check_range(iova, size, name="iova", length_name="size")
+        limit = check_int(limit, "limit")
+        if limit < 0:
+            raise ValueError(f"limit {limit} must be >= 0")
         found = self._map.overlapping(first, min(length, 1))
         at = first
         while length and len(found) < limit:
@@ -530,7 +566,7 @@ class BasicMemoryMapper(MemoryMapper):
 
     def is_free(self, iova: int, size: int) -> bool:
         """Whether nothing of a range is mapped. O(log n)."""
-        first, length = check_range(iova, size, name="iova", empty=False)
+        first, length = check_range(iova, size, name="iova", length_name="size", empty=False)
         after = self._map.neighbours(first)[1]
         return not self._map.overlapping(first, 1) and (after is None or after[0] >= first + length)
 
@@ -541,7 +577,8 @@ class BasicMemoryMapper(MemoryMapper):
             time_limit: Seconds the client has to release everything after a fault before it is
                 revoked; None takes the mapper's.
         """
-        session = ExportSession(self, self.time_limit if time_limit is None else time_limit)
+        limit = self.time_limit if time_limit is None else _check_limit(time_limit)
+        session = ExportSession(self, limit)
         with self._lock:
             self._sessions.add(session)
         return session

@@ -39,7 +39,7 @@ import threading
 from collections.abc import Callable
 from typing import Final, Protocol, Self
 
-from guestio.addr import IovaRange, Permissions, check_int, check_range
+from guestio.addr import IovaRange, Permissions, check_int, check_range, check_seconds
 from guestio.budgets import EXPORT_BACKLOG, EXPORT_PIECES, EXPORT_SESSIONS
 from guestio.errors import CannotResolveError, ProtocolError
 from guestio.iommu.events import Event
@@ -228,6 +228,9 @@ class ExportServer:
     """
 
     def __init__(self, sock: socket.socket, lookup: Callable[[int], Exports | None]) -> None:
+        _check_socket(sock)
+        if not callable(lookup):
+            raise TypeError(f"lookup must be callable, not {type(lookup).__name__}")
         self._lookup = lookup
         self._link = _Link(sock, MAX_REQUEST, self._serve)
         self._sessions: dict[int, ExportSession] = {}
@@ -336,8 +339,9 @@ class ExportClient:
     """
 
     def __init__(self, sock: socket.socket, *, timeout: float = 10.0) -> None:
+        _check_socket(sock)
+        self._timeout = check_seconds(timeout, "timeout")
         self.lost = Event()
-        self._timeout = timeout
         self._lock = threading.Lock()
         self._tags = itertools.count(1)
         self._calls: dict[int, _Call] = {}
@@ -450,7 +454,7 @@ class RemoteMapper:
 
     def export(self, iova: int, size: int) -> list[MemRegion]:
         """As :meth:`ExportSession.export`; :class:`ExportError` too if the connection is lost."""
-        body = _pack_range(*check_range(iova, size, name="iova", empty=False))
+        body = _pack_range(*check_range(iova, size, name="iova", length_name="size", empty=False))
         answer = self._client._call(Kind.EXPORT, self.endpoint, body).answer
         if len(answer) % _PIECE.size:
             raise ProtocolError(f"an answer of {len(answer)} bytes is no list of pieces")
@@ -467,7 +471,7 @@ class RemoteMapper:
         Raises:
             ExportError: There is no session, or the connection is lost.
         """
-        body = _pack_range(*check_range(iova, size, name="iova"))
+        body = _pack_range(*check_range(iova, size, name="iova", length_name="size"))
         if threading.current_thread() is self._client._thread:
             self._client._begin(Kind.RELEASE, self.endpoint, body)
         else:
@@ -480,6 +484,11 @@ class RemoteMapper:
             ExportError: There is no session, or the connection is lost.
         """
         self._client._call(Kind.END, self.endpoint)
+
+
+def _check_socket(sock: socket.socket) -> None:
+    if not isinstance(sock, socket.socket):
+        raise TypeError(f"sock must be a socket, not {type(sock).__name__}")
 
 
 def _pack_range(iova: int, size: int) -> bytes:

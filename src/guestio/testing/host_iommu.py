@@ -25,7 +25,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions, check_range
+from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions, check_int, check_range
 from guestio.dma.iommufd import map_ioas, unmap_ioas
 from guestio.dma.vfio import IommuInfo, map_type1, unmap_type1
 from guestio.errors import AccessError
@@ -201,8 +201,15 @@ class SimulatedHostIommu:
         locked_limit: int | None = None,
         linux: tuple[int, int] = (7, 2),
     ) -> None:
-        if interface not in {"type1", "iommufd"}:
+        if interface not in ("type1", "iommufd"):
             raise ValueError(f"interface {interface!r} is neither 'type1' nor 'iommufd'")
+        page = check_int(page_size, "page_size")
+        if not 0 < page < ADDRESS_SPACE or page & (page - 1):
+            raise ValueError(f"page_size {page} is not a power of two of 64 bits")
+        if check_int(entries, "entries") < 0:
+            raise ValueError(f"entries {entries} must be >= 0")
+        if locked_limit is not None and check_int(locked_limit, "locked_limit") < 0:
+            raise ValueError(f"locked_limit {locked_limit} must be >= 0")
         self.interface = interface
         self.calls = 0
         self._page = page_size

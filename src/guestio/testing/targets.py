@@ -10,6 +10,7 @@ import errno
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from guestio.addr import check_int
 from guestio.dma import DmaError, DmaMapRequest
 
 if TYPE_CHECKING:
@@ -114,6 +115,9 @@ class FailAfter(ReplacingTarget):
         replacing: bool = False,
     ) -> None:
         super().__init__()
+        for name, value in (("n", n), ("times", 0 if times is None else times)):
+            if check_int(value, name) < 0:
+                raise ValueError(f"{name} {value} must be >= 0")
         self.remaining = n
         self.failures = 0
         self._calls = frozenset(calls)

@@ -33,6 +33,8 @@ class MemoryTableTarget:
     """
 
     def __init__(self, frontend: Frontend) -> None:
+        if not isinstance(frontend, Frontend):
+            raise TypeError(f"frontend must be a Frontend, not {type(frontend).__name__}")
         self._frontend = frontend
         self._shared: dict[int, MmapRegion] = {}
         self._unshared: dict[int, DmaMapRequest] = {}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, Self
+from typing import Any, Final, Self, SupportsIndex
 
-from guestio.addr import Permissions, check_int, check_range, check_seconds
+from guestio.addr import Permissions, check_flag, check_int, check_range, check_seconds
 from guestio.budgets import (
     IOMMU_BYPASS_WAIT,
     IOMMU_DOMAIN_MAPPINGS,
@@ -122,11 +122,20 @@ class VirtioIommu:
             else check_seconds(revoke_after, "revoke_after"),
             stop_timeout=check_seconds(stop_timeout, "stop_timeout"),
         )
-        self._faults = FaultLog(fault_rate, fault_burst, fault_capacity, clock)
+        if not callable(clock):
+            raise TypeError(f"clock must be callable, not {type(clock).__name__}")
+        self._faults = FaultLog(
+            check_seconds(fault_rate, "fault_rate"),
+            _checked(fault_burst, "fault_burst", 1, U32),
+            _checked(fault_capacity, "fault_capacity", 1, U32),
+            clock,
+        )
         self._requests = RequestQueue()
         self._state = State(self, self._limits)
         accepted = self.offered_features if features is None else _bits(features)
-        self._set_idle(_flag(bypass), accepted)
+        if isinstance(endpoints, str | bytes) or not isinstance(endpoints, Iterable):
+            raise TypeError(f"endpoints must be numbers, not {type(endpoints).__name__}")
+        self._set_idle(check_flag(bypass, "bypass"), accepted)
         for number in endpoints:
             regions = reserved.get(number, ()) if isinstance(reserved, Mapping) else reserved
             self.add_endpoint(number, regions)
@@ -185,7 +194,7 @@ class VirtioIommu:
 
     @bypass.setter
     def bypass(self, value: bool | int) -> None:
-        self._set_idle(_flag(value), self._state.features)
+        self._set_idle(check_flag(value, "bypass"), self._state.features)
 
     def _set_idle(self, bypass: bool, features: int) -> None:
         work = self._state.switch_idle(bypass, features)
@@ -223,7 +232,7 @@ class VirtioIommu:
 
     def event_records(self, limit: int | None = None) -> list[FaultRecord]:
         """Take the fault records that wait for the event queue, oldest first, at most ``limit``."""
-        return self._faults.take(limit)
+        return self._faults.take(None if limit is None else _count(limit, "limit"))
 
     @property
     def event_arrival(self) -> Event:
@@ -257,7 +266,7 @@ class VirtioIommu:
         Raises:
             ValueError: There is none.
         """
-        found = self._state.endpoints.get(number)
+        found = self._state.endpoints.get(check_int(number, "endpoint"))
         if found is None:
             raise ValueError(f"endpoint {number} does not exist")
         return found
@@ -268,7 +277,7 @@ class VirtioIommu:
         Raises:
             ValueError: It exists, or the reserved regions are wrong.
         """
-        _checked(number, "endpoint", 0, U32)
+        number = _checked(number, "endpoint", 0, U32)
         regions = _regions(reserved)
         room = self._limits.probe_size
         if room and len(regions) * wire.RESV_MEM_BYTES > room:
@@ -286,7 +295,7 @@ class VirtioIommu:
         Raises:
             ValueError: There is none, or a DMA target belongs to it; close that first.
         """
-        self.endpoint(number)
+        number = self.endpoint(number).id
         state = self._state
         pending = self._requests.submit(
             lambda: state.endpoint_keys(number), state.remove_endpoint(number), raises=True
@@ -300,7 +309,7 @@ class VirtioIommu:
         self, endpoint: int, target: DmaTarget, physical: GuestRegionCollection
     ) -> TargetHandle:
         """Have a DMA target hold what an endpoint may access; see :meth:`Endpoint.add_target`."""
-        self.endpoint(endpoint)
+        endpoint = self.endpoint(endpoint).id
         if isinstance(target, type) or not isinstance(target, DmaTarget):
             raise TypeError(f"target must have map_dma and unmap_dma, not be {target!r}")
         _check_memory(physical)
@@ -318,7 +327,7 @@ class VirtioIommu:
 
     def remove_target(self, endpoint: int, target: DmaTarget) -> None:
         """Take an endpoint from a DMA target; see :meth:`TargetHandle.close`."""
-        self.endpoint(endpoint)
+        endpoint = self.endpoint(endpoint).id
         state = self._state
         self._run(lambda: state.endpoint_keys(endpoint), state.remove_target(endpoint, target))
 
@@ -327,12 +336,14 @@ class VirtioIommu:
 
     def report(self, record: FaultRecord) -> None:
         """Have a fault reported to the guest. It is not if the endpoint is gone."""
+        if not isinstance(record, FaultRecord):
+            raise TypeError(f"record must be a FaultRecord, not {type(record).__name__}")
         if record.endpoint in self._state.endpoints:
             self._faults.add(record)
 
     def fault_stats(self, endpoint: int) -> FaultStats:
         """What became of an endpoint's faults."""
-        return self._faults.stats(endpoint)
+        return self._faults.stats(check_int(endpoint, "endpoint"))
 
     def explain(
         self, endpoint: int, iova: int, length: int = 1, access: Permissions = Permissions.READ
@@ -389,6 +400,8 @@ class VirtioIommu:
         Raises:
             ValueError: The data is no snapshot, or contradicts itself.
         """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"data must be a snapshot, not {type(data).__name__}")
         try:
             settings = snapshot.settings(data)
             # By itself first, so that a bad option is told from a bad snapshot.
@@ -423,32 +436,37 @@ def _check_memory(physical: GuestRegionCollection) -> None:
 
 
 def _inclusive(pair: Sequence[int], name: str, limit: int) -> tuple[int, int]:
-    first, last = pair
-    _checked(last, name, _checked(first, name, 0, limit), limit)
-    return first, last
-
-
-def _flag(value: bool | int) -> bool:
-    if value not in {0, 1}:
-        raise ValueError(f"bypass {value!r} is neither 0 nor 1")
-    return bool(value)
+    try:
+        low, high = pair
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a pair of first and last, not {pair!r}") from None
+    first = _checked(low, name, 0, limit)
+    return first, _checked(high, name, first, limit)
 
 
 def _bits(features: int | Iterable[int]) -> int:
-    if isinstance(features, int):
+    if isinstance(features, SupportsIndex):
         return _checked(features, "features", 0, U64)
+    if isinstance(features, str | bytes) or not isinstance(features, Iterable):
+        raise TypeError(f"features must be a number or bit numbers, not {type(features).__name__}")
     bits = 0
     for bit in features:
-        bits |= 1 << _checked(bit, "feature bit", 0, 63)
+        bits |= 1 << _checked(bit, "features: bit", 0, 63)
     return bits
 
 
 def _regions(reserved: Reserved) -> list[ReservedRegion]:
     """Reserved regions, checked and ascending."""
     found: list[ReservedRegion] = []
-    for first, last, subtype in sorted(reserved):
-        _inclusive((first, last), "reserved region", U64)
-        _checked(subtype, "subtype", 0, 255)
+    try:
+        triples = sorted((first, last, subtype) for first, last, subtype in reserved)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"reserved must be (first, last, subtype) triples, not {reserved!r}"
+        ) from None
+    for low, high, kind in triples:
+        first, last = _inclusive((low, high), "reserved region", U64)
+        subtype = _checked(kind, "reserved subtype", 0, 255)
         if found and found[-1][1] >= first:
             raise ValueError(f"reserved regions overlap at {first:#x}")
         found.append((first, last, subtype))

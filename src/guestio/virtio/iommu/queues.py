@@ -60,6 +60,11 @@ class IommuQueues:
         events: SplitRing,
         notify: Callable[[int], None],
     ) -> None:
+        _check(iommu, "iommu", VirtioIommu)
+        _check(requests, "requests", SplitRing)
+        _check(events, "events", SplitRing)
+        if not callable(notify):
+            raise TypeError(f"notify must be callable, not {type(notify).__name__}")
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._iommu = iommu
         self._rings = requests, events
@@ -95,6 +100,7 @@ class IommuQueues:
             event_idx: VIRTIO_F_EVENT_IDX was negotiated.
             indirect: VIRTIO_F_INDIRECT_DESC was negotiated.
         """
+        _check(iommu, "iommu", VirtioIommu)
         rings = [
             SplitRing(
                 memory._space,
@@ -247,3 +253,8 @@ class IommuQueues:
     def __del__(self) -> None:
         if self._wake >= 0:
             os.close(self._wake)
+
+
+def _check(value: object, name: str, wanted: type) -> None:
+    if not isinstance(value, wanted):
+        raise TypeError(f"{name} must be a {wanted.__name__}, not {type(value).__name__}")

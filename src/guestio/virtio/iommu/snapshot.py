@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from guestio.addr import Permissions
+from guestio.addr import Permissions, check_seconds
 from guestio.iommu.mapper import AddMapResult
 from guestio.virtio.iommu import wire
 from guestio.virtio.iommu.faults import FaultLog, FaultStats
@@ -98,7 +98,8 @@ def fill(state: State, faults: FaultLog, data: Mapping[str, Any]) -> None:
             state.place(endpoint, state.domains[known["domain"]])
         for held in known["sessions"]:
             session = endpoint.open_session()
-            session.time_limit = held["time_limit"]
+            limit = held["time_limit"]
+            session.time_limit = None if limit is None else check_seconds(limit, "time_limit")
             session.restore([(iova, size) for iova, size in held["exports"]], held["broken"])
     if any(not space.endpoints for space in state.domains.values()):
         raise ValueError("a domain has no endpoint")

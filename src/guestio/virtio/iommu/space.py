@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, cast
 
-from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions
+from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions, check_access, check_range
 from guestio.budgets import IOMMU_RECORDS_PER_ACCESS
 from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails
 from guestio.iommu import DirtyMode, Iommu, IommuMemory, Iotlb
@@ -158,6 +158,10 @@ class Endpoint(Iommu):
             bitmap: Where writes are marked by I/O virtual address.
             dirty: Which bitmaps writes are marked in, as in :class:`~guestio.IommuMemory`.
         """
+        if not isinstance(physical, GuestRegionCollection):
+            raise TypeError(
+                f"physical must be a GuestRegionCollection, not {type(physical).__name__}"
+            )
         return EndpointMemory(physical, self, True, bitmap, dirty=dirty)
 
     def resolve(
@@ -186,6 +190,8 @@ class Endpoint(Iommu):
         Accesses through :meth:`memory` report that themselves; this is for those who look up in the
         IOTLB, as a ring does. The range is unmapped throughout or forbidden throughout.
         """
+        where = IovaRange(*check_range(*where, name="where"))
+        access = check_access(access)
         for piece in (self._mapped_pieces(where) or [where])[:IOMMU_RECORDS_PER_ACCESS]:
             self._report(piece, access)
 
