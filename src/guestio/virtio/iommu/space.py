@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions, check_access, check_range
 from guestio.budgets import IOMMU_RECORDS_PER_ACCESS
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 ReservedRegion = tuple[int, int, int]
 """``(first, last, subtype)`` of a reserved region, inclusive."""
+
+
+FEED_BATCH: Final = 4096
+"""Mappings listed at a time: a list of all of a domain's would take more memory than they do."""
 
 
 class Space:
@@ -294,8 +298,12 @@ class Endpoint(Iommu):
 
     def feed(self) -> None:
         """Put every mapping of its space into the empty IOTLB. For the device."""
-        for entry in self.space.mapper.mappings():
-            self.learn(entry)
+        at = 0
+        while at < ADDRESS_SPACE:
+            entries = self.space.mapper.mappings(at, ADDRESS_SPACE - at, limit=FEED_BATCH)
+            for entry in entries:
+                self.learn(entry)
+            at = entries[-1][0] + entries[-1][1] if entries else ADDRESS_SPACE
 
     def explain(self, iova: int, length: int = 1, access: Permissions = Permissions.READ) -> str:
         """Say in a few lines what an access would meet, and why."""
