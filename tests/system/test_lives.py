@@ -6,9 +6,11 @@ User-mode Linux lives such lives in a second, so it lives many. `./run lab-reloa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 UML_RELOADS = 40
 QEMU_RELOADS = 5
 BOOTS = 3
+SUSPEND_TIMES = 10
 PATTERN_AT = 3 * MIB + 512
 
 # Counts boots in the disk's first sector, and boots again until there were enough.
@@ -36,6 +39,30 @@ boots=$((boots + 1))
 printf '%02d' "$boots" | dd of=/dev/vda bs=512 conv=sync,notrunc oflag=direct status=none
 echo "FACT boots=$boots"
 [ "$boots" -ge {BOOTS} ] || reboot -f
+"""
+
+# Suspends while a writer checks what it wrote; the host wakes it by a signal.
+SUSPENDS = f"""
+touch /tmp/load
+writer() {{
+    while [ -e /tmp/load ]; do
+        dd if=/dev/urandom of=/tmp/new bs=4096 count=32 status=none
+        dd if=/tmp/new of=/dev/vda bs=4096 oflag=direct conv=notrunc status=none || return 1
+        dd if=/dev/vda bs=4096 count=32 iflag=direct status=none >/tmp/back || return 1
+        cmp /tmp/new /tmp/back || return 1
+    done
+}}
+writer &
+asleep=0
+while [ "$asleep" -lt {SUSPEND_TIMES} ]; do
+    usleep 30000
+    # Woken too early it does not fall asleep.
+    echo freeze >/sys/power/state 2>/dev/null && asleep=$((asleep + 1))
+done
+rm /tmp/load
+wait $! || exit 1
+echo "FACT suspends=$asleep"
+echo "FACT written=$(sha256sum </tmp/new | cut -d' ' -f1)"
 """
 
 READS_FOR_EVER = """
@@ -127,6 +154,28 @@ def test_a_guest_that_is_killed_makes_room_for_the_next(
     result = following.run(tmp_path / "next").check()
     assert result.facts["sha256"] == hashlib.sha256(image.read_bytes()).hexdigest()
     assert re.findall(r"front-end (\d+) gone", log.read_text())[0] == "1"
+
+
+def test_user_mode_linux_suspends_under_load(
+    uml: Kernel, disk: tuple[Path, VhostUserDisk, Path], tmp_path: Path
+) -> None:
+    """The driver resets the device and sets it up again amid requests."""
+    image, served_disk, log = disk
+    guest = UmlGuest(disks=[served_disk], scripts=[Script("suspends", SUSPENDS)])
+    with guest.boot(tmp_path / "guest") as running:
+        running.wait_for("GUEST-BEGIN suspends")
+        end = time.monotonic() + 60
+        report = tmp_path / "guest/report.log"
+        while "FACT suspends=" not in report.read_text() and time.monotonic() < end:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(running.pid, signal.SIGUSR1)
+            time.sleep(0.05)
+        result = running.wait().check()
+    assert int(result.facts["suspends"]) == SUSPEND_TIMES
+    written = image.read_bytes()[: 32 * 4096]
+    assert hashlib.sha256(written).hexdigest() == result.facts["written"]
+    assert "disconnected" not in log.read_text()
+    assert "stopped" not in log.read_text()
 
 
 def test_user_mode_linux_reloads_its_driver(uml: Kernel, tmp_path: Path) -> None:
