@@ -549,6 +549,19 @@ class TestSilence:
             assert hand.used() == 2
             assert impatient.stats.failed_requests == 0
 
+    def test_a_front_end_that_accepts_an_iommu_and_has_none(
+        self, impatient: Serving, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """User-mode Linux does. No address of its own leads anywhere, for all it shares."""
+        with Naive(impatient.path) as hand:
+            before = bytes(hand.whole.read(0x30000, 0x1000))
+            hand.submit()
+            until(lambda: any("its ring has no translation" in m for m in warnings_of(caplog)))
+            assert hand.whole.read(0x30000, 0x1000) == before
+            assert impatient.stats.requests == 0
+        with Driver(impatient.path, iommu=True) as driver:
+            assert driver.run(0, b"next") == (OK, b"txen")
+
     def test_acknowledgements_that_nobody_asked_for(self, impatient: Serving) -> None:
         with Hand(impatient.path) as hand:
             hand.back.send(encode_ack(1, 0) * 5000)
@@ -948,7 +961,8 @@ class Hand:
 
     def close(self) -> None:
         self.frontend.close()
-        self.back.close()
+        if self.back is not None:
+            self.back.close()
         os.close(self.kick)
         del self.whole
         for part in self.parts:
@@ -960,3 +974,13 @@ class Hand:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Naive(Hand):
+    """One that accepted an IOMMU, has none, and goes on with addresses of its own."""
+
+    def at(self, offset: int) -> int:
+        return self.user(offset)
+
+    def new_channel(self) -> None:
+        """There is nobody to ask."""
