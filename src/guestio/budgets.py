@@ -37,6 +37,10 @@ IOMMU_FAULT_RECORDS = 4096
 IOMMU_RECORDS_PER_ACCESS = 16
 """Fault records that one access causes, for the first pieces that it could not reach."""
 
+ENDPOINT_ANSWER_TIMEOUT = 5.0
+"""Seconds that a device behind a virtio-iommu in this process has for a request that it answers
+later; then its queue serves no more, because the request's memory cannot be taken from it."""
+
 EXPORT_RANGES = 4096
 """Different ranges that an export session holds; an export beyond is refused."""
 EXPORT_SESSIONS = 256

@@ -1,13 +1,15 @@
 """A queue of a device behind an endpoint, with a real block device on it."""
 
 import struct
+from concurrent.futures import Future
 
 import pytest
 
-from guestio import GuestRegionCollection, Permissions, QueueError
+from guestio import DeviceError, GuestRegionCollection, Permissions, QueueError
 from guestio.virtio.blk import S_IOERR, S_OK, T_IN, T_OUT, BlockDevice
 from guestio.virtio.driver import DriverQueue, RingLayout
 from guestio.virtio.iommu import EndpointQueue, VirtioIommu
+from tests.arguments import refused
 from tests.virtio.iommu_driver import PAGE, R, W, attach, map_, send_all, unmap
 
 RING_IOVA, RING = 0x40000000, 0x8000
@@ -176,3 +178,115 @@ def test_a_busy_driver_does_not_keep_the_loop(image):
     assert rig.queue.serve() is True
     rig.queue._notify = rig.interrupts.clear
     assert rig.queue.serve() is False
+
+
+class Answering(BlockDevice):
+    """A disk whose answers to reads the test decides."""
+
+    answer = None
+
+    def process(self, queue, chain):
+        return self.answer(chain)
+
+    def fail(self, queue, chain):
+        chain.writable.write(bytes([S_IOERR]), len(chain.writable) - 1)
+        return len(chain.writable)
+
+
+def cancelled(chain):
+    future = Future()
+    future.cancel()
+    return future
+
+
+def finished(error=None, result=None):
+    future = Future()
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+    return future
+
+
+def raising(error):
+    raise error
+
+
+MISTAKES = {
+    "raises": lambda chain: 1 / 0,
+    "raises ours": lambda chain: raising(DeviceError("no")),
+    "none": lambda chain: None,
+    "negative": lambda chain: -1,
+    "too many": lambda chain: len(chain.writable) + 1,
+    "true": lambda chain: True,
+    "float": lambda chain: 513.0,
+    "cancelled": cancelled,
+    "raises later": lambda chain: finished(ZeroDivisionError("later")),
+    "none later": lambda chain: finished(result=None),
+    "out of time by itself": lambda chain: finished(TimeoutError("its own")),
+}
+
+
+class TestMistakesOfTheDevice:
+    @pytest.fixture
+    def rig(self, image):
+        made = Rig(image)
+        made.disk.__class__ = Answering
+        yield made.map()
+        made.disk.close()
+
+    @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+    def test_the_driver_sees_a_failure(self, rig, caplog, mistake):
+        rig.disk.answer = mistake
+        for at in (0, 2048):
+            rig.add(T_IN, 3, at)
+        assert rig.go() == [(S_IOERR, 0), (S_IOERR, 2048)]
+        assert rig.queue.failed == 2
+        (line,) = [r for r in caplog.records if r.name.startswith("guestio.virtio.iommu")]
+        assert "Answering.process" in line.getMessage()
+
+    def test_nonsense_is_named(self, rig, caplog):
+        rig.disk.answer = lambda chain: None
+        rig.add(T_IN, 3)
+        rig.go()
+        assert "Answering.process returned None; return the number of bytes written" in caplog.text
+
+    def test_a_fail_that_raises_too(self, rig):
+        rig.disk.answer = lambda chain: 1 / 0
+        rig.disk.fail = lambda queue, chain: 1 / 0
+        rig.add(T_IN, 3)
+        assert rig.go() == [(0xFF, 0)]
+        assert rig.queue.failed == 2
+
+    def test_an_answer_that_never_comes(self, rig):
+        """The queue ends, in bounded time; the request's memory stays the device's."""
+        rig.queue._answer_timeout = 0.02
+        late = Future()
+        rig.disk.answer = lambda chain: late
+        rig.add(T_IN, 3)
+        for _ in range(2):
+            with pytest.raises(DeviceError, match=r"Answering.process .* queue 0 .* not done"):
+                rig.go()
+        late.set_result(513)
+        assert rig.driver.collect() == []
+
+    def test_an_answer_that_comes_later(self, rig):
+        rig.disk.answer = lambda chain: finished(result=1)
+        rig.add(T_IN, 3)
+        assert rig.go() == [(0xFF, 0)]
+        assert rig.queue.failed == 0
+
+    def test_nonsense_in_the_arguments(self, rig):
+        memory, layout = rig.iommu.endpoint(8).memory(rig.physical), RingLayout.contiguous(0, SIZE)
+        refused(
+            lambda: (
+                lambda device, index, notify: EndpointQueue(device, index, memory, layout, notify)
+            ),
+            {"device": rig.disk, "index": 0, "notify": [].append},
+            may=[("notify", int)],
+        )
+        for bad in (1, 2**64):
+            with pytest.raises(ValueError, match="index"):
+                EndpointQueue(rig.disk, bad, memory, layout, [].append)
+        with pytest.raises(TypeError, match="Answering"):
+            EndpointQueue(Answering, 0, memory, layout, [].append)

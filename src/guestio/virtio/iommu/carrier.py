@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Final
 
 from guestio._core.chain import Chain
 from guestio._core.ring import SplitRing
-from guestio.addr import IovaRange, Permissions
-from guestio.errors import GuestioError
-from guestio.virtio.device import settled
+from guestio.addr import IovaRange, Permissions, check_int, check_seconds
+from guestio.budgets import ENDPOINT_ANSWER_TIMEOUT
+from guestio.errors import AccessError, DeviceError
+from guestio.virtio.device import Device
 
 if TYPE_CHECKING:
-    from guestio.virtio.device import Device
     from guestio.virtio.driver import RingLayout
     from guestio.virtio.iommu.space import EndpointMemory
+
+_log = logging.getLogger(__name__)
 
 TURN: Final = 64
 """Looks at the ring before somebody else of the loop has a turn."""
@@ -26,7 +30,8 @@ class EndpointQueue:
     The driver maps the ring before it sets the queue up, like any buffer. A request whose memory
     is not mapped, or not for this access, is reported to the guest as a fault and failed; if it is
     the ring itself, the queue waits for the next announcement. What the device answers later is
-    waited for. One thread at a time.
+    waited for, up to a limit. A request whose processing raises, is cancelled or returns nonsense
+    is failed towards the driver. One thread at a time.
 
     Args:
         device: The device.
@@ -36,6 +41,12 @@ class EndpointQueue:
         notify: Called when the driver wants to hear of finished requests.
         event_idx: VIRTIO_F_EVENT_IDX was negotiated.
         indirect: VIRTIO_F_INDIRECT_DESC was negotiated.
+        answer_timeout: Seconds that the device has for a request that it answers later. Its memory
+            cannot be taken from it then, so the queue is of no more use.
+
+    Attributes:
+        failed: Requests that were failed towards the driver because of the device; the first is
+            logged.
     """
 
     def __init__(
@@ -48,9 +59,20 @@ class EndpointQueue:
         *,
         event_idx: bool = False,
         indirect: bool = False,
+        answer_timeout: float = ENDPOINT_ANSWER_TIMEOUT,
     ) -> None:
+        if not isinstance(device, Device):
+            raise TypeError(f"device must be a Device, not {device!r}")
+        number = check_int(index, "index")
+        if not 0 <= number < device.num_queues:
+            raise ValueError(f"index {number} is not in 0..{device.num_queues - 1}")
+        if not callable(notify):
+            raise TypeError(f"notify must be callable, not {type(notify).__name__}")
+        self._answer_timeout = check_seconds(answer_timeout, "answer_timeout")
+        self.failed = 0
+        self._stuck: tuple[Chain, Future[int]] | None = None
         self._device = device
-        self._index = index
+        self._index = number
         self._endpoint = memory.endpoint
         self._notify = notify
         self._ring = SplitRing(
@@ -71,7 +93,10 @@ class EndpointQueue:
 
         Raises:
             QueueError: The driver broke a rule of its queue; the device needs a reset.
+            DeviceError: The device did not answer a request in time. The queue serves no more.
         """
+        if self._stuck is not None:
+            raise self._no_answer()
         ring = self._ring
         reported: set[tuple[IovaRange, int]] = set()
         for _ in range(TURN):
@@ -93,12 +118,65 @@ class EndpointQueue:
         return True
 
     def _process(self, chain: Chain) -> int:
-        if chain.fault is None:
-            try:
-                return settled(self._device.process(self._index, chain))
-            except GuestioError:
-                pass  # its memory went away meanwhile
-        return self._device.fail(self._index, chain)
+        method = "process"
+        try:
+            if chain.fault is None:
+                try:
+                    answer = self._device.process(self._index, chain)
+                    return self._written(method, chain, self._await(chain, answer))
+                except AccessError:
+                    pass  # its memory went away meanwhile
+                except Exception as error:
+                    if self._stuck is not None:
+                        raise
+                    self._note(method, error)
+            method = "fail"
+            return self._written(method, chain, self._device.fail(self._index, chain))
+        except Exception as error:
+            if self._stuck is not None:
+                raise
+            self._note(method, error)
+            return 0
+
+    def _await(self, chain: Chain, answer: int | Future[int]) -> int:
+        if not isinstance(answer, Future):
+            return answer
+        try:
+            return answer.result(self._answer_timeout)
+        except CancelledError:
+            raise DeviceError("the future was cancelled") from None
+        except TimeoutError:
+            if answer.done():
+                raise
+            self._stuck = chain, answer
+            raise self._no_answer() from None
+
+    def _no_answer(self) -> DeviceError:
+        return DeviceError(
+            f"{type(self._device).__name__}.process returned a future for a request of queue "
+            f"{self._index} that is not done after {self._answer_timeout} s"
+        )
+
+    def _written(self, method: str, chain: Chain, written: int) -> int:
+        room = len(chain.writable)
+        if type(written) is not int or not 0 <= written <= room:
+            raise DeviceError(
+                f"{type(self._device).__name__}.{method} returned {written!r}; return the number "
+                f"of bytes written, here 0 to {room}"
+            )
+        return written
+
+    def _note(self, method: str, error: Exception) -> None:
+        self.failed += 1
+        if self.failed == 1:
+            _log.error(
+                "%s.%s failed for a request of queue %d, whose driver is told; more of its kind "
+                "are only counted",
+                type(self._device).__name__,
+                method,
+                self._index,
+                exc_info=error,
+            )
 
     def _publish(self, reported: set[tuple[IovaRange, int]]) -> None:
         wanted = self._ring.publish()
