@@ -25,6 +25,7 @@ changes. What a guest or a peer may cause is always a :class:`GuestioError`.
 from __future__ import annotations
 
 import errno
+from operator import index
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class AccessError(GuestioError):
         target: int | None = None,
         region: object | None = None,
     ) -> None:
+        # Callers may have numpy's integers, whose sums wrap or become floats.
+        addr, length = index(addr), index(length)
         self.addr = addr
         self.length = length
         self.access = access

@@ -6,6 +6,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack
+from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -94,6 +95,7 @@ class GuestMemory(ABC):
 
     def _gather(self, addr: int, length: int, access: Permissions) -> tuple[IoVector, Stop | None]:
         """As much of a range as there is, and why it is not all."""
+        addr, length = check_int(addr, "addr"), check_int(length, "length")
         found: list[VolatileSlice] = []
         got = 0
         stop: Stop | None = None
@@ -412,7 +414,7 @@ def stop_of(vector: IoVector, addr: int, length: int) -> Stop | None:
 def _stop_error(vector: IoVector, addr: int, length: int) -> AccessError:
     at, target = vector.stop_addr, vector.stop_target
     behind = None if at == target else target
-    rest = addr + length - at
+    rest = index(addr) + index(length) - at
     access = Permissions(vector.access)
     if vector.stop_region is not None:
         return PermissionDeniedError(

@@ -290,7 +290,7 @@ class GuestRegionCollection(GuestMemory):
     def to_region_addr(self, addr: int) -> tuple[MmapRegion, int] | None:
         """The region that holds ``addr`` and the offset in it, or None."""
         region = self.find_region(addr)
-        return None if region is None else (region, addr - region.start)
+        return None if region is None else (region, check_int(addr, "addr") - region.start)
 
     @property
     def last_addr(self) -> int:
@@ -303,7 +303,7 @@ class GuestRegionCollection(GuestMemory):
 
     def check_address(self, addr: int) -> int | None:
         """``addr`` if a region holds it, else None."""
-        return addr if self.address_in_range(addr) else None
+        return check_int(addr, "addr") if self.address_in_range(addr) else None
 
     def checked_offset(self, base: int, offset: int) -> int | None:
         """``base + offset`` if a region holds that address, else None.
