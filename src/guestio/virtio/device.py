@@ -124,3 +124,14 @@ class Device(ABC):
 
     def close(self) -> None:
         """Release what the device holds of the host. Calling it again does nothing."""
+
+
+def settled(answer: int | Future[int]) -> int:
+    """What :meth:`Device.process` answered, waited for if it comes later.
+
+    For a carrier of queues that has nobody else to serve meanwhile.
+
+    Raises:
+        GuestioError: Whatever the future ended with.
+    """
+    return answer.result() if isinstance(answer, Future) else answer
