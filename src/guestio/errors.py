@@ -1,4 +1,6 @@
-"""The exception tree; every error that guestio raises on purpose is one of these.
+"""The exception tree: everything that guestio raises on purpose is a GuestioError.
+
+Those that any part may raise are here. Those of one part are defined there, which is said below.
 
     GuestioError
     ├── AccessError                 an access to guest memory was refused
@@ -7,7 +9,8 @@
     │   ├── MisalignedError         an atomic access off its natural alignment
     │   ├── PartialAccessError      some bytes moved, then the access failed
     │   ├── MemoryVanishedError     the file behind the memory was truncated
-    │   └── CannotResolveError      an IOMMU could not translate
+    │   ├── CannotResolveError      an IOMMU could not translate
+    │   └── DmaFaultError           testing.host_iommu: a simulated device's access was not mapped
     ├── IotlbFails                  a lookup missed; lists every missing and forbidden sub-range
     ├── RegionError                 a collection of regions would be invalid
     │   ├── NoMemoryRegionError
@@ -16,7 +19,16 @@
     ├── BackingError                host memory could not be made or adopted
     ├── QueueError                  the driver broke the rules of its virtqueue
     ├── ProtocolError               a peer broke the vhost-user protocol
-    └── DeviceError                 a device cannot be built or cannot do what it was asked
+    ├── DeviceError                 a device cannot be built or cannot do what it was asked
+    ├── DmaError                    dma.target: a DMA target refused or failed
+    ├── ReentrantCallError          dma.changes: a DMA target called its manager back
+    ├── ExportError                 iommu.mapper: memory cannot be exported, or no more
+    ├── Refused                     virtio.iommu.programs: a request's status; stays inside
+    ├── PeerGoneError               vhost_user.channel: the connection ended
+    ├── RefusedError                vhost_user.exchange: the back-end refused a request
+    ├── NoAnswerError               vhost_user.exchange: the back-end did not answer in time
+    ├── BlkError                    guest.blkqueue: a disk answered a request with an error
+    └── CorruptionError             guest.load: a disk returned other data than was written
 
 Misuse by the caller of the API is ``TypeError`` or ``ValueError`` and raises before anything
 changes. What a guest or a peer may cause is always a :class:`GuestioError`.

@@ -18,6 +18,7 @@ from guestio import (
     MappedRange,
     Permissions,
 )
+from guestio._core.intervals import IntervalMap
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 SHORT = 0.05
@@ -72,6 +73,11 @@ REVOCATIONS = {
     "everything": lambda t: t.invalidate_all(),
     "moved": lambda t: t.set_mapping(0x1800, 0x9000, 0x1000, RW),
     "restricted": lambda t: t.set_mapping(0x1000, 0x4000, 0x2000, R),
+    # By inheritance; whatever they are asked for, they wait.
+    "cut": lambda t: t.cut(0x1000, 0x1000, drain=False),
+    "cleared": lambda t: t.clear(drain=False),
+    "taken": lambda t: t.take(0, 0x10000),
+    "overwritten": lambda t: t.overwrite(0x1800, 0x1000, 0x9000, RW, drain=False),
 }
 HOLDERS = {
     "guard": lambda m: m.iommu.translate(0x1400, 0x800, RW),
@@ -92,7 +98,7 @@ def test_a_revocation_waits_for_its_users(memory, how, holder):
     except IotlbFails:
         pass
     else:
-        assert how == "moved"
+        assert how in ("moved", "overwritten")
         assert found == [MappedRange(0x47FF, 1), MappedRange(0x9000, 1)]
     held.close()
     assert revocation.returns()
@@ -112,6 +118,20 @@ def test_a_revocation_waits_for_its_users(memory, how, holder):
 def test_what_takes_nothing_away_does_not_wait(memory, change):
     with memory.iommu.translate(0x1400, 0x800, RW):
         assert Background(lambda: change(memory.iommu.iotlb)).returns()
+
+
+def test_an_empty_iotlb_is_one():
+    assert Iotlb()
+    assert not len(Iotlb())
+
+
+@pytest.mark.parametrize("limit", [float("nan"), -1, -0.001, float("-inf")])
+def test_a_time_limit_is_a_time(memory, limit):
+    with memory.iommu.translate(0x1000, 0x10, R), pytest.raises(ValueError, match="timeout"):
+        memory.iommu.iotlb.drain(0x1000, 1, limit)
+    with pytest.raises(TypeError, match="timeout"):
+        memory.iommu.iotlb.drain(0x1000, 1, "1")
+    assert memory.iommu.iotlb.drain(0x1000, 1, float("inf"))
 
 
 def test_more_permissions_do_not_wait():
@@ -150,7 +170,7 @@ def test_users_of_what_is_mapped_afterwards_are_not_waited_for(memory):
     """Else a stream of new users could keep a revocation waiting for ever."""
     iotlb = memory.iommu.iotlb
     first = iotlb.guard(0x1000, 0x10, R)
-    iotlb.cut(0x1000, 0x1000)
+    IntervalMap.cut(iotlb, 0x1000, 0x1000)
     waiting = Background(lambda: iotlb.drain(0x1000, 0x1000))
     assert waiting.waits()
     iotlb.set_mapping(0x1000, 0x7000, 0x1000, R)

@@ -97,7 +97,8 @@ def test_objects_in_place():
     assert not np.frombuffer(part, "<u4", count=1, offset=1).flags.aligned
     with pytest.raises(MisalignedError):
         part.load(1, 4)
-    assert bitmap.dirty_pages().tolist() == list(range(0x100, 0x104))
+    # What was written through a buffer is known when that is released: it may be all of the slice.
+    assert bitmap.dirty_pages().tolist() == list(range(0x100, 0x110))
 
 
 def test_bytes_of_an_object_as_a_slice():
@@ -111,12 +112,21 @@ def test_bytes_of_an_object_as_a_slice():
     assert view.bitmap is None
 
 
-def test_writes_past_the_methods_are_not_marked():
-    """Through a buffer or an address; whoever does that marks by himself."""
+def test_writes_through_a_buffer_are_marked_when_it_is_released():
+    """Writes through an address are not; whoever does that marks by himself."""
     memory, (bitmap,) = tracked((0x4000, 0x1000))
     part = memory.whole_slice(0x4100, 16, W)
-    memoryview(part)[0] = 1
-    np.frombuffer(part, np.uint64)[1] = 2
+    with memoryview(part) as view:
+        view[0] = 1
+        assert bitmap.count() == 0
+    assert bitmap.dirty_pages(clear=True).tolist() == list(range(0x100, 0x110))
+    np.frombuffer(part.subslice(8, 8), np.uint64)[0] = 2
+    assert bitmap.dirty_pages(clear=True).tolist() == list(range(0x108, 0x110))
+    # What can only read marks nothing.
+    assert bytes(memory.whole_slice(0x4100, 16, R))[:1] == b"\x01"
+    assert part.read(0, 1) == b"\x01"
+    memory.write(0x4800, part.subslice(0, 1))
+    assert bitmap.dirty_pages(clear=True).tolist() == [0x800]
     ctypes.memset(part.host_address, 3, 1)
     assert memory.read(0x4100, 1) == b"\x03"
     assert bitmap.count() == 0

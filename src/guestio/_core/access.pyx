@@ -2,8 +2,9 @@
 
 An :class:`AddressSpace` puts a translation in front of physical memory. What it finds is an
 :class:`~guestio._core.vector.IoVector`: host memory, held against revocation until it is closed.
-Looking a translation up and taking the lease on it is one step: the GIL is held and no Python
-object is made in between.
+Looking a translation up and taking the lease on it is one step: the GIL is held, and in between no
+Python object is made and none goes. Either may run any code, which may let other threads run: the
+collector's, or a finaliser.
 """
 
 from cpython.buffer cimport (
@@ -51,9 +52,11 @@ cdef class AddressSpace:
         to ``failed`` and ``out`` is as it was. The range is not empty and stays below 2**64.
         """
         cdef Span span = Span(addr, addr + (length - 1), False)
-        cdef int count = out.count, leases = out.lease_count
-        cdef u64 total = out.total
+        cdef int count, leases
+        cdef u64 total
         cdef Cursor at
+        out.adopt(self.regions, self.bitmap)
+        count, leases, total = out.count, out.lease_count, out.total
         if self.iotlb is None:
             self.append_physical(out, addr, addr, length, access)
             return True
@@ -92,9 +95,7 @@ cdef class AddressSpace:
     cdef u64 append_physical(
         self, IoVector out, u64 addr, u64 target, u64 length, int access
     ) except? <u64>-1:
-        return out.append_region(
-            self.regions, addr, target, length, access, self.bitmap, self.mark_regions
-        )
+        return out.append_region(addr, target, length, access, self.mark_regions)
 
     def gather(self, addr, length, access):
         """Open a range of memory.
@@ -132,6 +133,7 @@ cdef class AddressSpace:
             return out
         if span.last - span.first >= <u64>PY_SSIZE_T_MAX:
             return None
+        out.adopt(self.regions, self.bitmap)
         if self.iotlb is None:
             self.append_physical(out, span.first, span.first, span.last - span.first + 1, access)
         else:
@@ -197,6 +199,7 @@ cdef class AddressSpace:
         cdef u64 at, size, left
         as_span(addr, length, &span, True)
         out.access, out.start = as_access(access), span.first
+        out.adopt(self.regions, self.bitmap)
         at, left = span.first, 0 if span.empty else span.last - span.first + 1
         for base, piece in ranges:
             size = as_address(piece, "length")

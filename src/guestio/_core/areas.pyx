@@ -151,7 +151,10 @@ cdef class RingAreas:
 
     def rebind(self, AddressSpace space not None):
         """Go on in other memory; requests that were taken keep what they have."""
+        # The memory of before goes at the end of this, when nothing refers to it any more.
+        before = self.space, self.desc, self.avail, self.used
         self.space, self.resolved = space, False
+        self.desc, self.avail, self.used = IoVector(), IoVector(), IoVector()
 
 
 cdef inline u8 *locate(IoVector area, u64 offset, u64 size) noexcept nogil:

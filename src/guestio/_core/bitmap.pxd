@@ -24,9 +24,9 @@ cdef class AtomicBitmap:
     cdef int grow(self, u64 byte_size) except -1
     cdef int pages_of(self, object start, object length, u64 *first, u64 *last) except -1
     cdef object snapshot(self, bint clear)
-    cdef object pages_in(self, u64 first, u64 last, bint clear)
-    cdef u64 take_chunk(
-        self, u64 at, size_t words, u64 first, u64 last, bint clear, u64 *taken, u64 *page
+    cdef object pages_in(self, u64 first, u64 last, bint clear, u64 group)
+    cdef void take_chunk(
+        self, u64 at, size_t words, u64 first, u64 last, bint clear, u64 *taken
     ) noexcept nogil
 
 

@@ -81,6 +81,30 @@ cdef extern from * nogil:
         }
         return (uint64_t)(at - page);
     }
+
+    /* As list_pages, in groups of pages: each group once, ascending, across calls by `next`, the
+       first group that was not listed yet. */
+    static uint64_t list_groups(const uint64_t *seen, size_t n, uint64_t first, uint64_t pages,
+                                uint64_t *next, uint64_t *group)
+    {
+        uint64_t *at = group;
+        for (size_t i = 0; i < n; i++) {
+            uint64_t bits = seen[i], word = first + 64 * i;
+            while (bits) {
+                uint64_t number = (word + (uint64_t)__builtin_ctzll(bits)) / pages;
+                if (number >= *next) {
+                    *at++ = number;
+                    *next = number + 1;
+                }
+                /* The rest of the group says nothing new. */
+                uint64_t left = (number + 1) * pages - word;
+                if (left >= 64)
+                    break;
+                bits &= ~(uint64_t)0 << left;
+            }
+        }
+        return (uint64_t)(at - group);
+    }
     #define count_bits(bits) __builtin_popcountll(bits)
     """
     void set_bits(u64 *word, u64 bits)
@@ -91,6 +115,9 @@ cdef extern from * nogil:
     void take_words(u64 *word, u64 *taken, size_t n)
     void peek_words(const u64 *word, u64 *seen, size_t n)
     u64 list_pages(const u64 *seen, size_t n, u64 first, u64 *page)
+    u64 list_groups(
+        const u64 *seen, size_t n, u64 first, u64 pages, u64 *next, u64 *group
+    )
     int count_bits(u64 bits)
 
 
@@ -279,7 +306,7 @@ cdef class AtomicBitmap:
         Raises:
             ValueError: Neither page size divides the other; nothing was cleared.
 
-        Cost: O(pages / 64 + dirty pages) at memory speed; the GIL is released.
+        Cost: O(pages / 64 + pages listed) at memory speed; the GIL is released.
         """
         cdef u64 first = 0, last = 0, begin = as_address(start, "start")
         cdef u64 unit = self.page_size if page_size is None else as_address(page_size, "page_size")
@@ -291,20 +318,18 @@ cdef class AtomicBitmap:
             length = (1 << 64) - begin
         if not self.pages_of(start, length, &first, &last):
             return np.zeros(0, np.uint64)
-        found = self.pages_in(first, last, clear)
-        if unit == self.page_size:
+        found = self.pages_in(first, last, clear, max(unit // self.page_size, 1))
+        if unit >= self.page_size:
             return found
-        if unit > self.page_size:
-            return np.unique(found // np.uint64(unit // self.page_size))
         parts = np.arange(self.page_size // unit, dtype=np.uint64)
         finer = (found[:, None] * np.uint64(len(parts)) + parts).reshape(-1)
         end = min(begin + length, self.byte_size)
         return finer[(finer >= begin // unit) & (finer <= (end - 1) // unit)]
 
-    cdef object pages_in(self, u64 first, u64 last, bint clear):
-        """The dirty ones of the pages ``first`` to ``last``, inclusive."""
+    cdef object pages_in(self, u64 first, u64 last, bint clear, u64 group):
+        """The dirty ones of the pages ``first`` to ``last``, inclusive, in groups of so many."""
         cdef u64 taken[HARVEST_WORDS]
-        cdef u64 at = first >> 6, end = (last >> 6) + 1, total = 0
+        cdef u64 at = first >> 6, end = (last >> 6) + 1, total = 0, next = 0, begin, stop
         cdef size_t words, room = 0
         cdef u64 *page = NULL
         cdef u64 *grown = NULL
@@ -320,7 +345,11 @@ cdef class AtomicBitmap:
                         if grown is NULL:
                             break
                         page = grown
-                    total += self.take_chunk(at, words, first, last, clear, taken, page + total)
+                    self.take_chunk(at, words, first, last, clear, taken)
+                    if group == 1:
+                        total += list_pages(taken, words, at << 6, page + total)
+                    else:
+                        total += list_groups(taken, words, at << 6, group, &next, page + total)
                     at += words
                 pthread_rwlock_unlock(&self.lock)
             if grown is NULL:
@@ -331,19 +360,20 @@ cdef class AtomicBitmap:
                 memcpy(&view[0], page, total * sizeof(u64))
             return result
         except BaseException:
-            # Nothing that was taken may be lost.
+            # Nothing that was taken may be lost; of a group it is not known which pages they were.
             for at in range(total if clear else 0):
-                set_bits(&self.word[page[at] >> 6], <u64>1 << (page[at] & 63))
+                begin = max(page[at] * group, first)
+                stop = min(page[at] * group + (group - 1), last)
+                self.mark(begin * self.page_size, (stop - begin) * self.page_size + 1)
             raise
         finally:
             free(page)
 
-    cdef u64 take_chunk(
-        self, u64 at, size_t words, u64 first, u64 last, bint clear, u64 *taken, u64 *page
+    cdef void take_chunk(
+        self, u64 at, size_t words, u64 first, u64 last, bint clear, u64 *taken
     ) noexcept nogil:
-        """List the dirty pages of some words, if they are asked for; how many they are."""
+        """Take or look at some words, as far as their pages are asked for."""
         cdef size_t head = 0, tail = words
-        cdef u64 total
         if not clear:
             peek_words(&self.word[at], taken, words)
             taken[0] &= word_mask(at, first, last)
@@ -356,7 +386,6 @@ cdef class AtomicBitmap:
                 tail -= 1
                 taken[tail] = take_bits(&self.word[at + tail], word_mask(at + tail, first, last))
             take_words(&self.word[at + head], taken + head, tail - head)
-        return list_pages(taken, words, at << 6, page)
 
     def count(self):
         """How many pages are dirty."""
@@ -376,6 +405,10 @@ cdef class AtomicBitmap:
 
     def __len__(self):
         return self.pages
+
+    def __bool__(self):
+        """True, whatever it covers: the length is a number of pages."""
+        return True
 
 
 cdef class BitmapSlice:

@@ -96,19 +96,20 @@ cdef class BlockServer(Server):
 
     cdef i64 answer(self, Chain chain, bint wait) except -2:
         cdef Header header
-        cdef IoVector data = chain.writable
-        cdef u64 start = 0, length
+        cdef IoVector answer = chain.writable, data = answer
+        cdef u64 start = 0, length, last
         cdef u8 status = S_OK
         cdef bint reading
         cdef int outcome
-        if chain.readable.total < sizeof(Header) or not chain.writable.total:
+        if chain.readable.total < sizeof(Header) or not answer.total:
             return NOT_SERVED
+        last = answer.total - 1
         chain.readable.transfer(<u8 *>&header, 0, sizeof(Header), False)
         header.kind, header.sector = le32toh(header.kind), le64toh(header.sector)
         if header.kind > T_OUT or chain.readable.vanished(0, sizeof(Header)):
             return NOT_SERVED
         reading = header.kind == T_IN
-        length = chain.writable.total - 1
+        length = last
         if not reading:
             data, start, length = chain.readable, sizeof(Header), chain.readable.total - sizeof(Header)
         if length % SECTOR or header.sector > self.size // SECTOR or (
@@ -122,13 +123,12 @@ cdef class BlockServer(Server):
             if outcome == FAILED:
                 status = S_IOERR
                 self.errors += 1
-        start = chain.writable.total - 1
-        chain.writable.transfer(&status, start, 1, True)
-        chain.writable.mark(start, 1)
-        if chain.writable.vanished(0, start + 1):
+        answer.transfer(&status, last, 1, True)
+        answer.mark(last, 1)
+        if answer.vanished(last, 1):
             return 0
-        if not start or (reading and status == S_OK):
-            return <i64>(start + 1)
+        if not last or (reading and status == S_OK):
+            return <i64>(last + 1)
         return 0
 
     cdef int move(
@@ -136,12 +136,17 @@ cdef class BlockServer(Server):
     ) noexcept:
         """Move a window from or to the file; fewer bytes than asked for is an error of either.
 
-        If a read would wait, the part of it that is there was moved, and will be again.
+        If a read would wait, the part of it that is there was moved, and will be again. Memory
+        whose file was truncated fails the request, whichever side of the call found that out: what
+        stands in for it is not the guest's, and must not reach the image as if it were.
         """
         cdef iovec batch[IOV_BATCH]
         cdef u64 done = 0
         cdef Py_ssize_t moved
         cdef int n, error, outcome = MOVED, flags = 0 if wait else RWF_NOWAIT
+        if not to_guest and data.vanished(start, length):
+            return FAILED
+        data.enter()
         while done < length:
             n = data.window_batch(start + done, length - done, batch)
             with nogil:
@@ -163,4 +168,7 @@ cdef class BlockServer(Server):
         if to_guest:
             # After a failure it is unknown how much of the rest was written.
             data.mark(start, length)
+        if outcome == MOVED and data.vanished(start, length):
+            outcome = FAILED
+        data.leave()
         return outcome

@@ -18,6 +18,9 @@ cdef struct Span:
 cdef u64 as_address(object value, str name=*) except? <u64>-1
 cdef int as_span(object start, object length, Span *out, bint may_be_empty) except -1
 cdef size_t as_size(object value, str name) except? <size_t>-1
+cdef double as_seconds(object value, str name, double most) except -1
+cdef double as_moment(double value, str name) except? -1
+cdef int as_milliseconds(double seconds) noexcept nogil
 cdef int as_fd(object value) except -1
 cdef int as_access(object value, str name=*) except -1
 cdef object span_length(u64 first, u64 last)

@@ -1,5 +1,7 @@
 """The border between Python numbers and C ones: each value is checked once, here."""
 
+from math import inf
+
 import numpy as np
 
 from cpython.long cimport PyLong_AsLongAndOverflow
@@ -40,6 +42,35 @@ cdef size_t as_size(object value, str name) except? <size_t>-1:
     if not 0 <= value < 1 << 63:
         raise ValueError(f"{name} {value} is not in [0, 2**63)")
     return value
+
+
+cdef double as_seconds(object value, str name, double most) except -1:
+    """A time from 0 to ``most``; the conversion of anything else to an integer is undefined in C."""
+    cdef double number
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    try:
+        number = value
+    except OverflowError:
+        number = inf
+    if not 0 <= number <= most:
+        upto = "or more" if most == inf else f"to {most:g}"
+        raise ValueError(f"{name} must be 0 {upto} seconds, not {value}")
+    return number
+
+
+cdef double as_moment(double value, str name) except? -1:
+    """A point in time, which may be infinitely far away, but must be one."""
+    if value != value:
+        raise ValueError(f"{name} must be a time in seconds, not {value}")
+    return value
+
+
+cdef int as_milliseconds(double seconds) noexcept nogil:
+    """A time to wait, rounded up, as system calls want it: at most 11 days; 0 if it is over."""
+    if not seconds > 0:
+        return 0
+    return <int>(seconds * 1000 + 0.999) if seconds < 1e6 else 1_000_000_000
 
 
 cdef int as_access(object value, str name="access") except -1:

@@ -27,6 +27,7 @@ cdef class Chain:
     cdef bint done
 
     cdef int clear(self) except -1
+    cdef bint in_use(self) noexcept
 
 
 cdef Chain new_chain()

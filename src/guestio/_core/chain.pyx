@@ -29,11 +29,16 @@ cdef class Chain:
         """Give its memory back and be ready for another request."""
         self.readable.release()
         self.writable.release()
+        cdef IoVector tail = self.tail
         self.tail = self.fault = None
         self.settled = self.done = False
         if self.access_fails:
             self.access_fails = []
         return 0
+
+    cdef bint in_use(self) noexcept:
+        """Whether a call is moving its data without the GIL."""
+        return self.readable.users or self.writable.users
 
     def hand_over(self):
         """Let another thread use the memory: who revokes its translation waits for that thread.
@@ -47,9 +52,12 @@ cdef class Chain:
             hand_over(self.tail)
 
     def settle(self, written):
-        """Give the memory back, with the number of bytes written to it; nobody may touch it any more.
+        """Give the memory back, with the number of bytes written to it.
 
-        The request is complete once its ring is told so as well, by ``complete``. Any thread.
+        The request is complete once its ring is told so as well, by ``complete``. Any thread. The
+        memory may not be touched any more. A thread that is copying at this moment nevertheless
+        finishes with memory that is kept for it, and revocations wait for it; but the driver may
+        see the request as complete already.
 
         Raises:
             ValueError: It was settled before, or has less room.
@@ -62,13 +70,11 @@ cdef class Chain:
                 f"{count} bytes written to a request with room for {self.writable.total}"
             )
         self.settled, self.written = True, count
+        # What was written through buffers of its slices is marked dirty by this.
         self.readable.close()
         self.writable.close()
-        # Whoever keeps the request does not keep the memory mapped.
-        self.readable.table = self.writable.table = None
         if self.tail is not None:
             self.tail.close()
-            self.tail.table = None
 
 
 cdef void hand_over(IoVector memory) noexcept:

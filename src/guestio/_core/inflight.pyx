@@ -99,11 +99,11 @@ cdef class InflightQueue:
         self.desc = <DescState *>(self.region + 1)
         self.size = size
         self.mapping = mapping
-        mapping.exports += 1
+        mapping.tables += 1
 
     def __dealloc__(self):
         if self.region is not NULL:
-            self.mapping.exports -= 1
+            self.mapping.tables -= 1
 
     cpdef void take(self, u16 head) noexcept:
         """Note that a request was taken from the available ring."""

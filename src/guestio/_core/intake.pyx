@@ -6,10 +6,12 @@ out of the ordinary (a request that the device must see, a refusal, a broken rin
 goes back to the caller as it is.
 """
 
+from math import inf
+
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno
 
-from guestio._core.border cimport u64
+from guestio._core.border cimport as_milliseconds, as_moment, as_seconds, u64
 from guestio._core.capacity cimport (
     LOOP_EVENTS, LOOP_QUEUE_TURNS, LOOP_REQUESTS, LOOP_TURNS,
 )
@@ -97,16 +99,31 @@ cdef class Intake:
     cdef public int main
     cdef public int back
     cdef public bint acknowledged
-    cdef public double alarm
-    cdef public double look_after
+    cdef double alarm_at
+    cdef double look_within
 
-    def __init__(
-        self, IotlbUpdater updater not None, MissTable misses not None, double patience
-    ):
-        self.updater, self.misses, self.patience = updater, misses, patience
+    def __init__(self, IotlbUpdater updater not None, MissTable misses not None, patience):
+        self.updater, self.misses = updater, misses
+        self.patience = as_seconds(patience, "patience", inf)
         self.by_kick, self.by_waiter, self.unasked = {}, {}, b""
         self.main = self.back = -1
-        self.alarm = self.look_after = float("inf")
+        self.alarm_at = self.look_within = inf
+
+    @property
+    def alarm(self):
+        return self.alarm_at
+
+    @alarm.setter
+    def alarm(self, double value):
+        self.alarm_at = as_moment(value, "alarm")
+
+    @property
+    def look_after(self):
+        return self.look_within
+
+    @look_after.setter
+    def look_after(self, value):
+        self.look_within = as_seconds(value, "look_after", inf)
 
     def attend(self, Attended queue not None):
         """Serve a queue here from now on."""
@@ -141,8 +158,8 @@ cdef class Intake:
         cdef int count, rounds, timeout = -1
         cdef double until = 0
         cdef list fds = [], ready = [], outcomes = []
-        if seconds >= 0:
-            timeout = <int>min(seconds * 1000 + 0.999, 1e9)
+        if as_moment(seconds, "seconds") >= 0:
+            timeout = as_milliseconds(seconds)
             until = now_seconds() + seconds
         for rounds in range(LOOP_TURNS):
             # A handler that ran during the last round may want this thread to stop.
@@ -159,7 +176,7 @@ cdef class Intake:
             if fds or ready or outcomes or self.updater.unsent or self.unasked or not count:
                 break
             if timeout > 0:
-                timeout = <int>max((until - now_seconds()) * 1000 + 0.999, 0)
+                timeout = as_milliseconds(until - now_seconds())
         unasked, self.unasked = self.unasked, b""
         return fds, ready, self.updater.take_unsent(), unasked, outcomes
 
@@ -233,7 +250,7 @@ cdef class Intake:
         cdef Py_ssize_t sent
         cdef const char *data
         cdef size_t size
-        if self.back < 0 or self.unasked or now + self.look_after < self.alarm:
+        if self.back < 0 or self.unasked or now + self.look_within < self.alarm_at:
             return False
         if not queue.waits_since or queue.waits_for != queue.ring.progress:
             queue.waits_since, queue.waits_for = now, queue.ring.progress

@@ -7,6 +7,7 @@ not for a revocation.
 """
 
 import time
+from math import inf
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals, PyErr_NoMemory
@@ -14,7 +15,7 @@ from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport UINT64_MAX
 from libc.stdlib cimport free, realloc
 
-from guestio._core.border cimport Span, u64
+from guestio._core.border cimport Span, as_seconds, u64
 from guestio._core.capacity cimport GUESTIO_ASSERT, LEASES_FIRST
 
 cdef extern from "<time.h>" nogil:
@@ -145,7 +146,9 @@ cdef class Leases:
         cdef u64 before
         cdef bint idle
         cdef timespec until
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None
+        if timeout is not None:
+            deadline = time.monotonic() + as_seconds(timeout, "timeout", inf)
         pthread_mutex_lock(&self.mutex)
         before = self.serial
         idle = not self.busy(span, before)

@@ -16,14 +16,28 @@ cdef extern from * nogil:
         uintptr_t page;
         int prot;
     } Spot;
+
+    /* Whether any page of this process was found to be gone, ever. To be asked after the access
+       that may have met one: the fence keeps the question behind it. */
+    static inline int met_holes(const uint64_t *holes)
+    {
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        return __atomic_load_n(holes, __ATOMIC_RELAXED) != 0;
+    }
     #endif
     """
+    bint met_holes(const u64 *holes)
     ctypedef struct Spot:
         size_t start
         size_t end
         size_t vanished
         size_t page
         int prot
+
+
+# Pages that the SIGBUS handler replaced, in all mappings. While there are none, which is nearly
+# always, one look at this number spares a look at every fragment.
+cdef u64 holes
 
 
 cdef class HostMapping:
@@ -34,7 +48,8 @@ cdef class HostMapping:
     cdef object lender
     cdef u8 *reserved
     cdef size_t reserved_size
-    cdef int exports
+    cdef int exports      # buffers that were taken of it
+    cdef int tables       # region tables and other structures of the core that point into it
     cdef Spot *spot
 
     cdef int adopt(self, object buffer) except -1

@@ -35,6 +35,7 @@ cdef extern from * nogil:
     } Chunk;
 
     static Chunk first_chunk;
+    static uint64_t *hole_count;
     static struct sigaction previous_action;
 
     static void pass_on(int number, siginfo_t *info, void *context)
@@ -61,13 +62,16 @@ cdef extern from * nogil:
                     if (!start || at < start || at >= s->end)
                         continue;
                     uintptr_t page = at & ~(s->page - 1);
-                    if (mmap((void *)page, s->page, s->prot,
-                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
-                        break;
+                    /* The mark comes first: a thread that reads the empty page looks for the mark
+                       afterwards, and must find it. */
                     uintptr_t low = __atomic_load_n(&s->vanished, __ATOMIC_RELAXED);
                     while (page < low && !__atomic_compare_exchange_n(
                                &s->vanished, &low, page, 0, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
                         ;
+                    __atomic_fetch_add(hole_count, 1, __ATOMIC_RELEASE);
+                    if (mmap((void *)page, s->page, s->prot,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
+                        break;
                     return;
                 }
             }
@@ -126,6 +130,7 @@ cdef extern from * nogil:
     }
     """
     int install_handler()
+    u64 *hole_count
     Spot *take_spot(size_t start, size_t size, size_t page, int prot)
     void give_spot(Spot *)
     size_t page_size_of(int fd)
@@ -143,6 +148,8 @@ cdef extern from "<sys/mman.h>" nogil:
     void *MAP_FAILED
     void *mmap(void *, size_t, int, int, int, long)
     int munmap(void *, size_t)
+
+hole_count = &holes
 
 
 cdef object failure(str what):
@@ -245,17 +252,27 @@ cdef class HostMapping:
             munmap(self.reserved, self.reserved_size)
             self.reserved = self.ptr = NULL
         elif self.lender is not None:
-            self.ptr, self.lender = NULL, None
+            # What lent the memory may run code of its own when it goes, and find this closed.
+            lender, self.lender, self.ptr = self.lender, None, NULL
 
     def close(self):
         """Unmap now. Calling it again does nothing.
 
         Raises:
-            BufferError: Somebody holds a buffer of this memory.
+            BufferError: The memory is in use; the message says by what.
         """
+        cdef list users = []
+        if self.tables:
+            users.append(
+                f"{self.tables} region tables or queues (a memory with this region, or a slice, "
+                "vector or ring made from one)"
+            )
         if self.exports:
+            users.append(f"{self.exports} buffers (memoryview, numpy array or bytes-like)")
+        if users:
             raise BufferError(
-                f"{self.exports} buffers of this memory are still in use; release them first"
+                f"cannot unmap {self.size:#x} bytes at {<size_t>self.ptr:#x}: still in use by "
+                f"{' and '.join(users)}; drop or release them first"
             )
         self.unmap()
 

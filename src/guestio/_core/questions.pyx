@@ -15,9 +15,11 @@ Each QUESTION_BATCH-th question (256th) is acknowledged in any case, or else nob
 the front-end reads them at all, and that there is room for more in the socket.
 """
 
+from math import inf
+
 from libc.string cimport memcpy, memset
 
-from guestio._core.border cimport Span, as_address, as_span
+from guestio._core.border cimport Span, as_address, as_moment, as_seconds, as_span
 from guestio._core.capacity cimport GUESTIO_ASSERT, QUESTION_BATCH, QUESTION_SLOTS
 from guestio._core.leases cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
@@ -102,7 +104,7 @@ cdef class MissTable:
         pthread_mutex_destroy(&self.mutex)
 
     def __init__(self, time_limit):
-        self.time_limit = time_limit
+        self.time_limit = as_seconds(time_limit, "time_limit", inf)
 
     cdef void hold(self) noexcept:
         """Keep other threads out. The GIL alone does not: making an object may let go of it.
@@ -223,6 +225,7 @@ cdef class MissTable:
 
         Cost: O(1) a page.
         """
+        as_moment(now, "now")
         cdef int who = waiter_of(waiter)
         cdef Misses wanted
         cdef Span span
@@ -507,6 +510,7 @@ cdef class MissTable:
 
         Cost: O(questions).
         """
+        as_moment(now, "now")
         cdef list ready = []
         self.hold()
         try:
@@ -551,6 +555,7 @@ cdef class MissTable:
 
         Cost: O(questions).
         """
+        as_moment(now, "now")
         cdef list late = []
         self.hold()
         try:
@@ -578,6 +583,7 @@ cdef class MissTable:
 
     def starved(self, double now):
         """Waiters that could not ask for want of room, if there is room now."""
+        as_moment(now, "now")
         cdef list ready = []
         self.hold()
         try:
@@ -624,6 +630,7 @@ cdef class MissTable:
 
         Cost: O(questions).
         """
+        as_moment(now, "now")
         cdef int16_t slot
         cdef int left = self.open_count, word, waiter
         cdef u64 waiting[WAITER_WORDS]

@@ -11,14 +11,16 @@ from cpython.exc cimport PyErr_NoMemory
 from libc.stdlib cimport calloc, free
 from libc.string cimport memmove
 
+from guestio._core.access cimport AddressSpace, IoVector
 from guestio._core.areas cimport RingAreas
-from guestio._core.border cimport as_address, u8
+from guestio._core.border cimport as_address, as_seconds, u8
 from guestio._core.capacity cimport (
     RING_HELD, RING_LOOK_WORK, RING_LOOKS, RING_PUBLISH_EACH,
 )
 from guestio._core.chain cimport NOT_SERVED, Chain, Server, i64, new_chain
 from guestio._core.foreign cimport notify
 from guestio._core.inflight cimport InflightQueue
+from guestio._core.mapping cimport holes, met_holes
 from guestio._core.misses cimport Misses
 
 from guestio.errors import QueueError
@@ -62,6 +64,7 @@ cdef enum:
     USED_NO_NOTIFY = 1
     CHAIN_LIMIT = 1024    # descriptors of an indirect table in a ring smaller than this
     CHAIN_PIECES = 1 << 21      # more than 4 GiB in pages have
+    SPIN_MOST = 60              # seconds that a ring may be watched: nothing else runs
 
 cdef u64 CHAIN_BYTES = <u64>1 << 32
 
@@ -302,12 +305,15 @@ cdef class SplitRing(RingAreas):
     cdef bint look(self, int head, Misses misses, bint lenient) except -1:
         """Fill the spare chain with a request; whether it lacks nothing."""
         cdef size_t known = misses.count
-        if self.spare is None:
+        if self.spare is None or self.spare.in_use():
             self.spare = new_chain()
         else:
             self.spare.clear()
         self.spare.head = head
         self.walk(self.spare, misses, lenient)
+        # Which request it is was read from the ring: from nothing, if that is gone.
+        if met_holes(&holes):
+            self.check_areas()
         return misses.count == known
 
     cdef int dispatch(self, Server server, list chains) except -1:
@@ -637,17 +643,27 @@ cdef class SplitRing(RingAreas):
         if not self.event_idx and self.reachable():
             self.store16(self.used, 0, USED_NO_NOTIFY)
 
-    def spin(self, double seconds, int other):
-        """Look for new requests for a while without sleeping.
+    def rebind(self, AddressSpace space not None):
+        """Go on in other memory; requests that were taken keep what they have."""
+        # The memory of before goes at the end of this, when nothing refers to it any more.
+        before = self.spare, self.table
+        self.spare, self.table = None, IoVector()
+        RingAreas.rebind(self, space)
+
+    def spin(self, seconds, int other):
+        """Look for new requests for a while without sleeping, with the GIL held.
 
         Args:
-            seconds: For how long.
+            seconds: For how long, up to SPIN_MOST.
             other: A descriptor; once it is readable, something else is to be done.
 
         Returns:
             Whether there are any. False also if the ring lacks a translation.
+
+        Raises:
+            ValueError: No such time.
         """
-        cdef u64 until = now_ns() + <u64>(1e9 * seconds)
+        cdef u64 until = now_ns() + <u64>(1e9 * as_seconds(seconds, "seconds", SPIN_MOST))
         cdef u32 looks = 0
         if not self.reachable():
             return False

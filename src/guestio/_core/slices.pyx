@@ -1,8 +1,8 @@
 """Slices: contiguous pieces of guest memory as this process sees them."""
 
 from cpython.buffer cimport (
-    PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBuffer_FillInfo, PyBuffer_Release,
-    PyObject_GetBuffer,
+    PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBuffer_FillInfo,
+    PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pyport cimport PY_SSIZE_T_MAX
@@ -60,11 +60,18 @@ cdef u64 as_value(object value, int width) except? <u64>-1:
     return number
 
 
+cdef class Loan:
+    """How many buffers that may be written are out, of the slices of one piece of memory."""
+
+
 cdef class VolatileSlice:
     """A contiguous piece of guest memory in this process.
 
-    It offers the buffer protocol; what is written through a buffer is not dirty-tracked, what is
-    written through the methods is. Offsets are bytes from the start of the slice. A slice keeps
+    It offers the buffer protocol. What is written through the methods is marked dirty at once;
+    what is written through a buffer (memoryview, numpy array) is when the buffer is released: then
+    all of the slice counts as written. If the slice is part of a request or of a vector, it also
+    does when that is settled or closed, so that the mark is there before the request is shown as
+    complete. A buffer that is kept for longer is marked by whoever writes to it. Offsets are bytes from the start of the slice. A slice keeps
     its memory alive. Slices come from regions and memories, not from a constructor.
 
     Accesses follow the rules of :class:`~guestio.GuestMemory`: 0 bytes always succeed, an access
@@ -98,6 +105,7 @@ cdef class VolatileSlice:
         made.ptr, made.size, made.writable = self.ptr + at, length, self.writable
         made.bitmap, made.bitmap_at = self.bitmap, self.bitmap_at + at
         made.second, made.second_at = self.second, self.second_at + at
+        made.loan = self.loan
         return made
 
     cdef size_t end_of(self, object at, object length) except? <size_t>-1:
@@ -147,11 +155,14 @@ cdef class VolatileSlice:
                 )
         return 0
 
-    cdef int finish_write(self, size_t at, size_t length) except -1:
+    cdef void mark(self, size_t at, size_t length) noexcept:
         if self.bitmap is not None:
             self.bitmap.mark(self.bitmap_at + at, length)
         if self.second is not None:
             self.second.mark(self.second_at + at, length)
+
+    cdef int finish_write(self, size_t at, size_t length) except -1:
+        self.mark(at, length)
         return self.check_there(at, length, WRITE)
 
     def __len__(self):
@@ -178,8 +189,17 @@ cdef class VolatileSlice:
             if self.mapping is not None:
                 self.mapping.exports -= 1
             raise
+        # A memoryview writes without having asked for that. What asks for bytes only, does not.
+        if self.writable and flags & ~PyBUF_ND:
+            buffer.internal = <void *>self
+            if self.loan is not None:
+                self.loan.buffers += 1
 
     def __releasebuffer__(self, Py_buffer *buffer):
+        if buffer.internal is not NULL:
+            self.mark(0, self.size)
+            if self.loan is not None:
+                self.loan.buffers -= 1
         if self.mapping is not None:
             self.mapping.exports -= 1
 

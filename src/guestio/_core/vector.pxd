@@ -44,6 +44,10 @@ cdef class RegionTable:
     cdef int find(self, u64 addr) noexcept nogil
 
 
+cdef class Held:
+    cdef object guard
+
+
 cdef class IoVector:
     cdef iovec *vec
     cdef Origin *origin
@@ -68,15 +72,22 @@ cdef class IoVector:
     cdef int lease_inside[VECTOR_INSIDE]
     cdef int lease_count
     cdef int lease_capacity
-    cdef object guard
+    cdef Held guard
+    cdef list loans           # one to a fragment, once slices of it were given away
+    cdef int users            # calls that use the memory without the GIL
+    cdef bint closing         # closed meanwhile: the last of them gives the memory back
 
+    cdef int adopt(self, RegionTable table, AtomicBitmap second) except -1
     cdef int push(self, void *base, size_t size, u64 addr, const Origin *origin) except -1
     cdef int grow(self) except -1
     cdef int push_lease(self, Leases leases, u64 first, u64 last) except -1
     cdef u64 append_region(
-        self, RegionTable table, u64 addr, u64 target, u64 length, int access,
-        AtomicBitmap second, bint mark_regions,
+        self, u64 addr, u64 target, u64 length, int access, bint mark_regions,
     ) except? <u64>-1
+    cdef int finish_close(self) except -1
+    cdef void enter(self) noexcept nogil
+    cdef int leave(self) except -1
+    cdef int mark_loans(self) except -1
     cdef void release(self) noexcept
     cdef void rewind(self, int count, u64 total, int leases) noexcept
     cdef bint vanished(self, u64 start, u64 count) noexcept nogil
@@ -94,6 +105,9 @@ cdef class IoVector:
     cdef void *atomic_at(self, int width) except NULL
     cdef int window_batch(self, u64 start, u64 count, iovec *batch) noexcept nogil
     cdef object move_file(
+        self, object fd, object file_offset, object start, object count, bint once, bint to_guest
+    )
+    cdef object move_window(
         self, object fd, object file_offset, object start, object count, bint once, bint to_guest
     )
     cdef object move_error(self, int number, u64 at, u64 length)

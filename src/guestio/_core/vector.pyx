@@ -23,13 +23,13 @@ from guestio._core.border cimport (
     Span, as_access, as_address, as_fd, as_size, as_span, u8, u64,
 )
 from guestio._core.capacity cimport HOLD_GIL_UP_TO, IOV_BATCH, VECTOR_INSIDE
-from guestio._core.mapping cimport HostMapping
+from guestio._core.mapping cimport HostMapping, holes, met_holes
 from guestio._core.raw cimport (
     READ, WRITE, copy_from_guest, copy_to_guest, exchange_atomic, load_atomic, store_atomic,
     touch_pages,
 )
 from guestio._core.slices cimport (
-    VolatileSlice, as_load_order, as_store_order, as_value, as_width,
+    Loan, VolatileSlice, as_load_order, as_store_order, as_value, as_width,
 )
 
 import os
@@ -93,14 +93,14 @@ cdef class RegionTable:
             self.bitmaps.append(bitmap)
             self.owners.append(owner)
             # A table is a user of the memory: a mapping under it must not be closed.
-            mapping.exports += 1
+            mapping.tables += 1
             self.count = i + 1
 
     def __dealloc__(self):
         cdef HostMapping mapping
         if self.mappings is not None:
             for mapping in self.mappings:
-                mapping.exports -= 1
+                mapping.tables -= 1
         free(self.first)
         free(self.last)
         free(self.host)
@@ -124,7 +124,13 @@ cdef class IoVector:
 
     It is a context manager; until it is closed, a revocation of the translation that it came from
     waits. If memory ended or refused the access somewhere, the vector holds what comes before and
-    ``stop`` says why. Offsets are bytes from the start of the range. One thread at a time.
+    ``stop`` says why. Offsets are bytes from the start of the range.
+
+    What is written through the buffer of one of its slices is marked dirty when the vector is
+    closed, and once more when the buffer is released.
+
+    Threads: calls may overlap. One that is moving data when another closes the vector finishes
+    with memory that is kept for it, translation included; then all of it is given back.
 
     Attributes:
         start: First address of the range.
@@ -171,6 +177,21 @@ cdef class IoVector:
             free(self.addr)
         if self.lease is not self.lease_inside:
             free(self.lease)
+
+    cdef int adopt(self, RegionTable table, AtomicBitmap second) except -1:
+        """Say in which memory the fragments that follow are.
+
+        Not a part of :meth:`append_region`: the memory of before may go here, and with it any code
+        may run, so that no pointer into a translation may be held meanwhile.
+        """
+        if self.table is table and self.second is second:
+            return 0
+        if self.count:
+            raise RuntimeError("the memory of a vector was replaced while it was being filled")
+        # They go once this refers to the new ones.
+        old, old_second = self.table, self.second
+        self.table, self.second = table, second
+        return 0
 
     cdef int push(self, void *base, size_t size, u64 addr, const Origin *origin) except -1:
         if not size:
@@ -221,17 +242,17 @@ cdef class IoVector:
         return 0
 
     cdef u64 append_region(
-        self, RegionTable table, u64 addr, u64 target, u64 length, int access,
-        AtomicBitmap second, bint mark_regions,
+        self, u64 addr, u64 target, u64 length, int access, bint mark_regions,
     ) except? <u64>-1:
         """Append the memory behind ``[target, target + length)``, as far as it goes.
 
-        Returns the bytes appended; `stop` is set if they are fewer than asked for.
+        Returns the bytes appended; `stop` is set if they are fewer than asked for. No Python
+        object is made here and none goes, unless there is no memory.
         """
+        cdef RegionTable table = self.table
         cdef u64 done = 0, inside, n
         cdef Origin origin
         cdef int i = table.find(target)
-        self.table, self.second = table, second
         while done < length:
             if i < 0 or i >= table.count or table.first[i] > target + done:
                 self.stop = STOP_HOLE
@@ -247,8 +268,8 @@ cdef class IoVector:
             origin.offset = inside
             if not mark_regions:
                 origin.bitmap = NULL
-            if second is not None:
-                origin.second, origin.second_offset = <void *>second, addr + done
+            if self.second is not None:
+                origin.second, origin.second_offset = <void *>self.second, addr + done
             self.push(table.host[i] + inside, n, addr + done, &origin)
             done += n
             i += 1
@@ -264,7 +285,36 @@ cdef class IoVector:
         self.count, self.total, self.stop = count, total, STOP_NONE
 
     cdef void release(self) noexcept:
+        """Give the translation back and be empty, ready for another range."""
+        if self.users:
+            self.closing, self.total = True, 0
+            return
+        if self.loans is not None:
+            self.mark_loans()
         self.rewind(0, 0, 0)
+
+    cdef int mark_loans(self) except -1:
+        """Mark what may have been written through buffers of the slices that were given away."""
+        cdef u64 at = 0
+        cdef int i
+        cdef list loans = self.loans
+        self.loans = None
+        for i in range(min(self.count, <int>len(loans))):
+            if (<Loan>loans[i]).buffers:
+                self.mark(at, self.vec[i].iov_len)
+            at += self.vec[i].iov_len
+        return 0
+
+    cdef void enter(self) noexcept nogil:
+        """Keep the memory until :meth:`leave`, whoever closes the vector. Needs the GIL."""
+        self.users += 1
+
+    cdef int leave(self) except -1:
+        self.users -= 1
+        if self.closing and not self.users:
+            self.closing = False
+            self.finish_close()
+        return 0
 
     def __enter__(self):
         return self
@@ -282,14 +332,28 @@ cdef class IoVector:
         if not hasattr(type(guard), "__exit__"):
             raise TypeError(f"guard must be a context manager, not {type(guard).__name__}")
         held.guard = guard
-        self.guard = held
+        before, self.guard = self.guard, held
 
     def close(self):
-        """Give the translation back; the vector is empty afterwards."""
+        """Give the translation and the memory back; the vector is empty afterwards.
+
+        If another thread is moving data, that happens when it has finished; the vector shows
+        itself as empty from now on.
+        """
+        if self.users:
+            self.closing, self.total = True, 0
+        else:
+            self.finish_close()
+
+    cdef int finish_close(self) except -1:
         self.release()
+        # These go, and any code may run with it, once this refers to them no more.
         held, self.guard = self.guard, None
+        slices_held, self.slices_held = self.slices_held, None
+        table, second, self.table, self.second = self.table, self.second, None, None
         if held is not None:
             (<Held>held).close()
+        return 0
 
     def __len__(self):
         return self.total
@@ -301,6 +365,8 @@ cdef class IoVector:
 
     def fragments(self):
         """``(address, length)`` of each fragment, in order."""
+        if self.closing:
+            return []
         return [(self.addr[i], self.vec[i].iov_len) for i in range(self.count)]
 
     def slices(self):
@@ -308,11 +374,20 @@ cdef class IoVector:
         cdef list made = []
         cdef VolatileSlice piece
         cdef int i
+        if self.closing:
+            return made
+        if self.loans is None and self.access & WRITE:
+            self.loans = [Loan() for i in range(self.count)]
         for i in range(self.count):
             if self.slices_held is not None:
-                made.append(self.slices_held[i])
+                piece = self.slices_held[i]
+                piece = piece.part(0, piece.size)
+                if self.loans is not None:
+                    piece.loan = self.loans[i]
+                made.append(piece)
                 continue
             piece = VolatileSlice.__new__(VolatileSlice)
+            piece.loan = None if self.loans is None else self.loans[i]
             piece.mapping = self.table.mappings[self.origin[i].region]
             piece.owner, piece.spot = self.table, self.origin[i].spot
             piece.ptr, piece.size = <u8 *>self.vec[i].iov_base, self.vec[i].iov_len
@@ -327,9 +402,14 @@ cdef class IoVector:
         return made
 
     cdef bint vanished(self, u64 start, u64 count) noexcept nogil:
-        """Whether a window touches memory whose file is gone."""
+        """Whether a window touches memory whose file is gone.
+
+        To be asked after the access: what stands in for a page can be read once it is known.
+        """
         cdef int i = 0
         cdef u64 n
+        if not met_holes(&holes):
+            return False
         while count and i < self.count:
             if start >= self.vec[i].iov_len:
                 start -= self.vec[i].iov_len
@@ -458,13 +538,19 @@ cdef class IoVector:
         return data
 
     cdef int copy_out(self, u8 *buffer, u64 at, u64 length) except -1:
-        if length > HOLD_GIL_UP_TO:
+        if length <= HOLD_GIL_UP_TO:
+            self.transfer(buffer, at, length, False)
+            if self.vanished(at, length):
+                raise self.gone(at, length)
+            return 0
+        self.enter()
+        try:
             with nogil:
                 self.transfer(buffer, at, length, False)
-        else:
-            self.transfer(buffer, at, length, False)
-        if self.vanished(at, length):
-            raise self.gone(at, length)
+            if self.vanished(at, length):
+                raise self.gone(at, length)
+        finally:
+            self.leave()
         return 0
 
     def readinto(self, buffer, start=0):
@@ -491,12 +577,16 @@ cdef class IoVector:
             PyBuffer_Release(&view)
 
     cdef int copy_in(self, const u8 *buffer, u64 at, u64 length) except -1:
-        if length > HOLD_GIL_UP_TO:
+        if length <= HOLD_GIL_UP_TO:
+            self.transfer(<u8 *>buffer, at, length, True)
+            return self.finish_write(at, length)
+        self.enter()
+        try:
             with nogil:
                 self.transfer(<u8 *>buffer, at, length, True)
-        else:
-            self.transfer(<u8 *>buffer, at, length, True)
-        return self.finish_write(at, length)
+            return self.finish_write(at, length)
+        finally:
+            self.leave()
 
     cdef int finish_write(self, u64 at, u64 length) except -1:
         self.mark(at, length)
@@ -510,9 +600,13 @@ cdef class IoVector:
         cdef int byte = as_value(value, 1)
         self.check_writable()
         self.check_window(start, count, &at, &length)
-        with nogil:
-            self.set_bytes(byte, at, length)
-        self.finish_write(at, length)
+        self.enter()
+        try:
+            with nogil:
+                self.set_bytes(byte, at, length)
+            self.finish_write(at, length)
+        finally:
+            self.leave()
 
     cdef void set_bytes(self, int byte, u64 start, u64 count) noexcept nogil:
         cdef int i = 0
@@ -621,6 +715,15 @@ cdef class IoVector:
     cdef object move_file(
         self, object fd, object file_offset, object start, object count, bint once, bint to_guest
     ):
+        self.enter()
+        try:
+            return self.move_window(fd, file_offset, start, count, once, to_guest)
+        finally:
+            self.leave()
+
+    cdef object move_window(
+        self, object fd, object file_offset, object start, object count, bint once, bint to_guest
+    ):
         cdef iovec batch[IOV_BATCH]
         cdef u64 at, length, done = 0
         cdef int file = as_fd(fd), n, error
@@ -659,7 +762,7 @@ cdef class IoVector:
             if self.vanished(at + done, moved):
                 raise self.gone(at + done, moved)
             done += moved
-            if not moved or once:
+            if not moved or once or self.closing:
                 break
         return done
 
@@ -685,8 +788,6 @@ cdef class IoVector:
 
 cdef class Held:
     """A context manager that somebody else made, left once."""
-
-    cdef object guard
 
     def close(self):
         guard, self.guard = self.guard, None

@@ -86,7 +86,7 @@ class ExportedRegion:
                     raise InvalidAddressError(
                         at, length, None, "exported memory is not guest memory", target=gpa
                     )
-                iommu.iotlb.overwrite(at, length, gpa, prot)
+                iommu.iotlb.set_mapping(at, gpa, length, prot)
                 at += length
         except BaseException:
             exporter.release(iova, size)
@@ -117,8 +117,7 @@ class ExportedRegion:
         self._exporter.release(*self._range)
 
     def _take_away(self) -> None:
-        self._iotlb.clear()
-        self._iotlb.drain(0, ADDRESS_SPACE)
+        self._iotlb.invalidate_all()
 
     def __enter__(self) -> Self:
         return self

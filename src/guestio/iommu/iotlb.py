@@ -70,7 +70,7 @@ class Iotlb(IntervalMap):
         Cost: O((k + 1) log n) for k entries replaced. If that takes a translation away (moves it
         or restricts it), plus the wait for its users.
         """
-        self.overwrite(iova, length, map_to, perm, drain=True)
+        IntervalMap.overwrite(self, iova, length, map_to, perm, drain=True)
 
     def invalidate_mapping(self, iova: int, length: int) -> None:
         """Forget every translation in ``[iova, iova + length)``, splitting mappings at its ends.
@@ -83,7 +83,7 @@ class Iotlb(IntervalMap):
 
         Cost: O((k + 1) log n) for k entries removed, plus the wait for their users.
         """
-        self.cut(iova, length, drain=True)
+        IntervalMap.cut(self, iova, length, drain=True)
 
     def invalidate_all(self) -> None:
         """Forget every translation; returns once nobody uses one any more.
@@ -91,7 +91,44 @@ class Iotlb(IntervalMap):
         Raises:
             RuntimeError: This thread itself uses one; nothing changed.
         """
-        self.clear(drain=True)
+        IntervalMap.clear(self, drain=True)
+
+    # What the structure beneath offers does not wait by itself. Here it always does, so that no
+    # translation can be taken away behind the back of those who use it. Devices of guestio that
+    # take many away and wait afterwards, for all at once, call the structure's own methods.
+
+    def overwrite(
+        self, start: int, length: int, target: int, perm: Permissions, *, drain: bool = True
+    ) -> bool:
+        """As :meth:`set_mapping`; whether a translation was taken away. It always waits."""
+        return IntervalMap.overwrite(self, start, length, target, perm, drain=True)
+
+    def cut(self, start: int, length: int, *, drain: bool = True) -> bool:
+        """As :meth:`invalidate_mapping`; whether anything was mapped. It always waits."""
+        return IntervalMap.cut(self, start, length, drain=True)
+
+    def clear(self, *, drain: bool = True) -> None:
+        """As :meth:`invalidate_all`. It always waits."""
+        IntervalMap.clear(self, drain=True)
+
+    def take(self, start: int, length: int) -> list[tuple[int, int, int, Permissions]] | None:
+        """Take out the mappings of a range, unless one reaches out of it; None then.
+
+        Returns once nobody uses one of them any more.
+
+        Raises:
+            TypeError, ValueError: Bad numbers, or a length of 0; nothing changed.
+            RuntimeError: This thread itself uses one of them; nothing changed.
+        """
+        self.check_drain(start, length)
+        taken = IntervalMap.take(self, start, length)
+        if taken:
+            self.drain(start, length)
+        return taken
+
+    def __bool__(self) -> bool:
+        """True, also while nothing is mapped: an empty cache is a cache."""
+        return True
 
     def stats(self) -> IotlbStats:
         """The counters at this moment."""

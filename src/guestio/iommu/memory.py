@@ -85,7 +85,8 @@ class DirtyMode(enum.Enum):
     """Where a write through an enabled IOMMU is marked."""
 
     IOVA = "iova"
-    """In the memory's own bitmap, by I/O virtual address: the rule of vhost-user."""
+    """In the memory's own bitmap, by I/O virtual address: the rule of vhost-user. Nowhere if it has
+    none."""
     PHYSICAL = "physical"
     """In the bitmap of the region that was written: what migration of a guest needs."""
     BOTH = "both"
@@ -100,8 +101,9 @@ class IommuMemory(GuestMemory):
         iommu: Translates I/O virtual addresses to addresses of ``backend``.
         enabled: False to use addresses of ``backend`` directly.
         bitmap: Where writes are marked by I/O virtual address while enabled.
-        dirty: Which bitmaps writes are marked in while enabled. While disabled it is always the
-            regions' own.
+        dirty: Which bitmaps writes are marked in while enabled. By default in ``bitmap`` if there
+            is one, else in the regions' own, so that no write goes unmarked where marks are kept.
+            While disabled it is always the regions' own.
 
     Translation is all or nothing: if any byte of a range is unmapped or forbidden the access fails
     before anything moves. If a mapping leads to where there is no memory, the bytes before that
@@ -115,8 +117,10 @@ class IommuMemory(GuestMemory):
         enabled: bool = True,
         bitmap: AtomicBitmap | None = None,
         *,
-        dirty: DirtyMode = DirtyMode.IOVA,
+        dirty: DirtyMode | None = None,
     ) -> None:
+        if dirty is None:
+            dirty = DirtyMode.PHYSICAL if bitmap is None else DirtyMode.IOVA
         if not isinstance(backend, GuestRegionCollection):
             raise TypeError(
                 f"backend must be a GuestRegionCollection, not {type(backend).__name__}"

@@ -50,7 +50,8 @@ class GuestMemory(ABC):
 
     Memory whose file was truncated by its owner raises :class:`~guestio.MemoryVanishedError`.
 
-    Writes are marked dirty; what is written through the buffer of a slice is not.
+    Writes are marked dirty; what is written through the buffer of a slice is when the buffer is
+    released or the slices' iterator ends, whichever comes first, and again at the other.
     """
 
     # Where a subclass has one, the quick way for accesses that meet no obstacle.

@@ -272,6 +272,12 @@ class GuestRegionCollection(GuestMemory):
     def __iter__(self) -> Iterator[MmapRegion]:
         return iter(self._regions)
 
+    def __contains__(self, item: object) -> bool:
+        """Whether a region holds an address, or whether a region is one of these."""
+        if isinstance(item, MmapRegion):
+            return any(item is region for region in self._regions)
+        return self.address_in_range(check_address(item))  # type: ignore[arg-type]
+
     def find_region(self, addr: int) -> MmapRegion | None:
         """The region that holds ``addr``, or None. O(log n)."""
         index = bisect_right(self._starts, check_address(addr)) - 1

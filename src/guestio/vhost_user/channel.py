@@ -1,7 +1,8 @@
 """Messages and their file descriptors over a connected Unix stream socket.
 
-A `Channel` turns the byte stream into `Message` objects and back. It is the only file of the
-protocol that touches the operating system; it knows framing and fds, not what requests mean.
+A `Channel` turns the byte stream into `Message` objects and back; it knows framing and fds, not
+what requests mean. (`session.py`, which judges messages, knows no operating system. Memory, pollers
+and eventfds have files of their own; plain IOTLB messages are read and written in the core.)
 
 Ownership: every fd that arrives belongs to its `Message` and is closed with it, unless somebody
 takes it. Every received fd is close-on-exec. Whatever the peer does (stops in the middle, sends

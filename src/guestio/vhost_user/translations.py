@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 
 from guestio._core.chain import Chain
 from guestio._core.intake import Intake
+from guestio._core.intervals import IntervalMap
 from guestio._core.iotlbwire import IotlbUpdater
 from guestio._core.misses import Misses
 from guestio._core.questions import REPEAT_AFTER, MissTable, Question
@@ -226,7 +227,7 @@ class Translations:
         with self._lock:
             ready = self._misses.forget(waiter)
             self._refused.pop(waiter, None)
-        self.iotlb.clear()
+        IntervalMap.clear(self.iotlb)
         self._wake(ready)
 
     def forget_stale(self) -> None:
@@ -234,7 +235,7 @@ class Translations:
 
         An answer that was under way during the stop arrives after it.
         """
-        self.iotlb.clear()
+        IntervalMap.clear(self.iotlb)
 
     def report_access_fails(self, fails: list[tuple[IovaRange, int]]) -> None:
         """Tell the front-end what was attempted and is not allowed, or some of it if it is much."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
+from guestio._core.intervals import IntervalMap
 from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions, check_access, check_range
 from guestio.budgets import IOMMU_RECORDS_PER_ACCESS
 from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails
@@ -153,14 +154,16 @@ class Endpoint(Iommu):
         physical: GuestRegionCollection,
         *,
         bitmap: AtomicBitmap | None = None,
-        dirty: DirtyMode = DirtyMode.IOVA,
+        dirty: DirtyMode | None = None,
     ) -> EndpointMemory:
         """Guest memory as this endpoint sees it, for any device of ours.
 
         Args:
             physical: Guest physical memory.
             bitmap: Where writes are marked by I/O virtual address.
-            dirty: Which bitmaps writes are marked in, as in :class:`~guestio.IommuMemory`.
+            dirty: Which bitmaps writes are marked in, as in :class:`~guestio.IommuMemory`: by
+                default in ``bitmap``, or without one in those of ``physical``, as a migration by
+                guest physical address needs.
         """
         if not isinstance(physical, GuestRegionCollection):
             raise TypeError(
@@ -294,7 +297,7 @@ class Endpoint(Iommu):
         """Put a mapping into the IOTLB, where there is none. For the device."""
         iova, size, gpa, prot = entry
         # What would lie behind the last physical address is nowhere.
-        self._iotlb.overwrite(iova, min(size, ADDRESS_SPACE - gpa), gpa, prot)
+        IntervalMap.overwrite(self._iotlb, iova, min(size, ADDRESS_SPACE - gpa), gpa, prot)
 
     def feed(self) -> None:
         """Put every mapping of its space into the empty IOTLB. For the device."""

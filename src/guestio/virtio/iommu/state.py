@@ -16,6 +16,7 @@ from collections.abc import Generator, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from guestio._core.intervals import IntervalMap
 from guestio.addr import ADDRESS_SPACE, Permissions
 from guestio.budgets import STOP_TIMEOUT
 from guestio.dma import DmaTarget, Journal
@@ -236,7 +237,7 @@ class State:
         self.count((len(space.mapper) - before) * (1 + len(space.endpoints)))
         waits = space.mapper.pending_faults()
         for endpoint in space.endpoints:
-            endpoint.iotlb.cut(start, size)
+            IntervalMap.cut(endpoint.iotlb, start, size)
             waits += _draining(endpoint.iotlb, start, size)
         yield waits
 
@@ -301,7 +302,7 @@ class State:
         self._drop_empty(old)
         moved = [session.move(space.mapper) for session in endpoint.sessions]
         waits = [event for event in moved if event is not None]
-        endpoint.iotlb.clear()
+        IntervalMap.clear(endpoint.iotlb)
         return waits + _draining(endpoint.iotlb, 0, ADDRESS_SPACE)
 
     def place(self, endpoint: Endpoint, space: Space) -> None:
