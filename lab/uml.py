@@ -95,7 +95,7 @@ class UmlGuest(Guest):
 
     def command(self, directory: Path) -> list[str]:
         """The command line, with the initramfs and the logs in `directory`."""
-        # Files made by UML itself (its memory) are on a tmpfs that allows execution: /dev/shm.
+        _check_memory_place(self.memory)
         arguments = [
             *(f"mem={self.memory // MIB}M", f"uml_dir={directory}/"),
             f"initrd={directory / 'initramfs'}",
@@ -115,6 +115,18 @@ class UmlGuest(Guest):
         if len(disks) != len(self.disks):
             raise TypeError("User-mode Linux has vhost-user disks only")
         return [disk.socket.absolute() for disk in disks]
+
+
+def _check_memory_place(needed: int) -> None:
+    """User-mode Linux's memory is a file in /dev/shm, and code of its processes runs there."""
+    place = os.statvfs("/dev/shm")
+    if place.f_flag & os.ST_NOEXEC:
+        raise PartsError("User-mode Linux: run `mount -o remount,exec /dev/shm` first")
+    if place.f_bavail * place.f_frsize < needed:
+        raise PartsError(
+            f"User-mode Linux needs {needed // MIB} MiB in /dev/shm: run "
+            "`mount -o remount,size=1G /dev/shm` first"
+        )
 
 
 def _ignore(_line: str) -> None:
