@@ -17,7 +17,21 @@ from guestio import Permissions
 from guestio.iommu import AddMapResult, BasicMemoryMapper, MappingInfo
 from guestio.virtio.iommu import VirtioIommu
 from tests.virtio.big_domain import BigDomain
-from tests.virtio.iommu_driver import OK, PAGE, attach, detach, send, send_all
+from tests.virtio.iommu_driver import (
+    INVAL,
+    NOENT,
+    OK,
+    PAGE,
+    RANGE,
+    attach,
+    detach,
+    map_,
+    send,
+    send_all,
+    unmap,
+)
+
+MAX = 2**64 - 1
 
 ORDERS = {
     "up": lambda n: list(range(n)),
@@ -181,6 +195,38 @@ class Machine(RuleBasedStateMachine):
             self.big.fail_next(failing % 2)
         self.big.map(first, min(count, self.PAGES - first))
         self.big.failed()
+
+    @rule(first=firsts, count=st.integers(1, PAGES), data=st.data())
+    def nonsense(self, first, count, data):
+        """Requests that make no sense change nothing, however much is mapped."""
+        start, end = self.big.at(first), self.big.at(min(first + count, self.PAGES)) - 1
+        request, expected = data.draw(
+            st.sampled_from(
+                [
+                    (map_(1, MAX, start, 0), {INVAL}),
+                    (map_(1, start + 1, end, 0), {RANGE}),
+                    (map_(1, start, end - 1, 0), {RANGE}),
+                    (map_(1, start, end, 1), {RANGE}),
+                    (map_(1, start, end, 0, 8), {INVAL}),
+                    (map_(1, start, end, 0, 1 << 31), {INVAL}),
+                    (map_(3, start, end, 0), {NOENT}),
+                    (unmap(1, MAX, start), {INVAL}),
+                    (unmap(1, start, end, reserved=b"\0\0\0\1"), {INVAL}),
+                    (unmap(3, 0, MAX), {NOENT}),
+                    (attach(8, 1, reserved=b"\1\0\0\0"), {INVAL}),
+                    (attach(8, 1, flags=1), {INVAL}),
+                    (attach(8, 1, flags=2), {INVAL}),
+                    (attach(7, 1), {NOENT}),
+                    (detach(8, 3), {INVAL}),
+                    (detach(7, 1), {NOENT}),
+                    (map_(1, start, end, 0)[:-1], {None}),
+                    (unmap(1, 0, MAX)[:-1], {None}),
+                    (b"\7" + bytes(80), {None}),
+                ]
+            ),
+            label="request",
+        )
+        assert send(self.big.iommu, request) in expected
 
     @rule()
     def another_endpoint(self):
