@@ -1,4 +1,4 @@
-"""User instructions that `guestio blk` takes per request, which do not depend on the machine's load.
+"""User instructions that `guestio blk` takes per request, however busy the machine is.
 
 The rows are those of `bench block` in which guestio serves; the kernel, the load generator and
 other back ends are not counted. Where `perf` counts instructions it does so, otherwise the back
