@@ -20,7 +20,8 @@ IOMMU_WAITING_REQUESTS = 256
 """Requests of a virtio-iommu that wait for their answers. Its queue is not read on until one has
 been answered; a request that comes all the same is answered with NOMEM."""
 IOMMU_REQUESTS_PER_TURN = 256
-"""Requests of a virtio-iommu served before the caller's loop has its turn."""
+"""Requests of a virtio-iommu served, and buffers for its fault records filled, before the caller's
+loop has its turn."""
 IOMMU_REVOKE_AFTER = 5.0
 """Seconds that a client of exported memory has to release what the guest unmapped; then it is
 revoked. A Linux driver spins while it waits for the answer."""

@@ -304,6 +304,29 @@ class TestFaults:
             n * PAGE for n in range(1, 1 + IOMMU_RECORDS_PER_ACCESS)
         ]
 
+    def test_buffers_that_are_too_small_and_never_end(self, monkeypatch):
+        """A driver gives them back as fast as they come: the caller has its turn all the same."""
+        monkeypatch.setattr("guestio.virtio.iommu.queues.IOMMU_REQUESTS_PER_TURN", 8)
+        guest = Guest()
+        guest.fault()
+        ring = guest.queues._rings[1]
+        complete, times = guest.queues._fill_buffer, []
+
+        def refilled(*args):
+            complete(*args)
+            times.append(1)
+            ring.publish()
+            guest.driver[1].collect()
+            guest.add_event_buffer(4)
+
+        monkeypatch.setattr(guest.queues, "_fill_buffer", refilled)
+        guest.add_event_buffer(4)
+        guest.queues.serve()
+        assert len(times) == guest.queues.short_buffers == 8
+        assert guest.wakes()
+        guest.queues.serve()
+        assert len(times) == 16
+
 
 class TestMemoryThatChanges:
     """A target that follows guest memory: RAM is plugged and unplugged under it."""

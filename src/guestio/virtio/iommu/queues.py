@@ -214,9 +214,15 @@ class IommuQueues:
         self._publish(EVENT_QUEUE)
 
     def _fill_buffers(self) -> bool:
-        """Report faults; whether that ended for want of buffers."""
+        """Report faults; whether that ended for want of buffers, or of time."""
         ring = self._rings[EVENT_QUEUE]
+        taken = 0
         while self._iommu.event_arrival.is_set:
+            if taken >= IOMMU_REQUESTS_PER_TURN:
+                # A driver can give small buffers, or cause faults, as fast as we take them.
+                self._rouse()
+                return True
+            taken += 1
             chains, _ = ring.pop(1)
             if chains:
                 self._fill_buffer(ring, chains[0])
