@@ -167,7 +167,8 @@ class Callgrind:
             [*compiler, "-O2", "-fPIC", "-shared", "-o", str(clock), str(SLOW_CLOCK)], check=True
         )
         options = ["--tool=callgrind", f"--callgrind-out-file={directory / 'callgrind.out'}"]
-        options += [f"--log-file={directory / 'log'}"]
+        # Names in full, so that callgrind_annotate can read each dump by itself.
+        options += ["--compress-strings=no", f"--log-file={directory / 'log'}"]
         return ["env", f"LD_PRELOAD={clock}", "valgrind", *options, *program]
 
     @contextlib.contextmanager
@@ -246,11 +247,8 @@ class Server:
 
     def close(self) -> None:
         """End it."""
-        self._process.terminate()
-        try:
-            self._process.wait(START_LIMIT)
-        finally:
-            self._process.kill()
+        self._process.kill()
+        self._process.wait()
         self._log.join()
         assert self._process.stderr is not None
         self._process.stderr.close()

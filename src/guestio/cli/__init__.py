@@ -134,6 +134,9 @@ def blk(
             _run_until_signalled(backend)
     except (GuestioError, ValueError) as error:
         _fail(str(error))
+    except OSError as error:
+        click.echo(f"guestio: the disk cannot be served: {error.strerror}", err=True)
+        sys.exit(1)
 
 
 @cli.command()

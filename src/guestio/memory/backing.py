@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -100,12 +101,12 @@ class Backing:
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             return cls(HostMapping(fd, 0, length, guard=guard), length, 0, fd, 0)
         except OSError as error:
-            os.close(fd)
+            close_fd(fd)
             raise BackingError(
                 f"cannot make a memfd of {length:#x} bytes: {error.strerror}"
             ) from error
         except BaseException:
-            os.close(fd)
+            close_fd(fd)
             raise
 
     @classmethod
@@ -146,7 +147,7 @@ class Backing:
             skip = begin % page
             mapping = HostMapping(own, begin - skip, length + skip, writable=writable, guard=guard)
         except BaseException:
-            os.close(own)
+            close_fd(own)
             raise
         return cls(mapping, length, skip, own, begin)
 
@@ -184,7 +185,7 @@ class Backing:
                     raise BackingError(f"{path} has no bytes from offset {offset:#x} on")
             return cls.from_fd(fd, size, offset, writable, guard=guard)
         finally:
-            os.close(fd)
+            close_fd(fd)
 
     @classmethod
     def from_buffer(cls, buffer: Buffer) -> Self:
@@ -282,7 +283,7 @@ class Backing:
     def _close_fd(self) -> None:
         fd, self.fd = self.fd, None
         if fd is not None:
-            os.close(fd)
+            close_fd(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -315,3 +316,13 @@ def _positive(size: int) -> int:
 
 def _is_hugetlb(fd: int) -> bool:
     return os.fstatvfs(fd).f_bsize > os.sysconf("SC_PAGESIZE")
+
+
+def close_fd(fd: int) -> None:
+    """Close a descriptor of a kind that does not wait.
+
+    Linux has closed it whatever it says, so an error (an interruption, or a late one of a file
+    system) must not keep the caller from the rest of its work.
+    """
+    with contextlib.suppress(OSError):
+        os.close(fd)

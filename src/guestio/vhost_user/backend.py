@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import socket
@@ -117,10 +118,11 @@ class Backend:
             connections: Return after so many front-ends; None for no limit.
         """
         try:
-            while not self._stopping.is_set() and connections != 0:
-                self._serve_one()
-                if connections is not None and not self._stopping.is_set():
-                    connections -= 1
+            with self._poller.woken_by_signals():
+                while not self._stopping.is_set() and connections != 0:
+                    self._serve_one()
+                    if connections is not None and not self._stopping.is_set():
+                        connections -= 1
         finally:
             self._poller.remove(self._listener.fileno())
             self._poller.clear_timer(self)
@@ -129,8 +131,12 @@ class Backend:
 
     def _serve_one(self) -> None:
         """Accept one front-end and serve it until it goes away."""
+        unclean = self._service is not None and self._service.unclean
         self._service = None
-        self._poller.add(self._listener.fileno(), self._accept)
+        if unclean:
+            # What refers to itself, as an error and its frames do, may keep guest memory mapped.
+            gc.collect()
+        self._listen_again()
         while not self._stopping.is_set():
             try:
                 self._poller.run_once()
@@ -145,6 +151,7 @@ class Backend:
         if self._service is None:
             self._pause_accepting()
         else:
+            self._service.unclean = True
             self._service.close()
 
     def _is_done(self) -> bool:
@@ -184,7 +191,11 @@ class Backend:
         self._poller.set_timer(self, time.monotonic() + ACCEPT_PAUSE, self._listen_again)
 
     def _listen_again(self) -> None:
-        self._poller.add(self._listener.fileno(), self._accept)
+        try:
+            self._poller.add(self._listener.fileno(), self._accept)
+        except OSError as error:
+            log.error("cannot wait for front-ends: %s", error.strerror)  # noqa: TRY400
+            self._pause_accepting()
 
     def stop(self) -> None:
         """Make :meth:`serve` return after what it is doing. From any thread or signal handler."""

@@ -47,6 +47,10 @@ class PeerGoneError(GuestioError):
     """The other end closed the connection between two messages, or was gone when we sent."""
 
 
+class ConnectionLostError(PeerGoneError):
+    """The operating system failed to send or receive, for want of memory say; the peer may live."""
+
+
 class Message:
     """A received message and the fds that came with it.
 
@@ -339,7 +343,10 @@ class Channel:
     def _raise_gone(self, error: OSError) -> NoReturn:
         if error.errno in _GONE:
             raise PeerGoneError(f"peer is gone: {error}") from None
-        raise error
+        # What was sent or received of a message is unknown.
+        self._drop_fds()
+        self._failure = ConnectionLostError(f"the connection failed: {error}")
+        raise again(self._failure) from None
 
     def _wait(self, event: int, deadline: float | None) -> bool:
         """Wait for the socket; False when the deadline passes first."""

@@ -20,6 +20,7 @@ from typing import ClassVar, Final
 from guestio._core.foreign import close_aside, is_memory, socket_kind
 from guestio.budgets import CLOSE_GRACE, MAX_CLOSERS, MAX_PIPES
 from guestio.errors import BackingError, ProtocolError
+from guestio.memory.backing import close_fd
 
 _ONE: Final = (1).to_bytes(8, "little")
 _EVENTFD: Final = "anon_inode:[eventfd]"
@@ -135,11 +136,11 @@ class PipeNotifier:
             # A file description of our own: nobody else can make it one that waits for readers.
             with contextlib.suppress(OSError):
                 own = os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            os.close(pipe)
+            close_fd(pipe)
             self._pass_on(lambda: os.write(own, _ONE))
         finally:
             if own >= 0:
-                os.close(own)
+                close_fd(own)
 
     def _pass_on(self, write: Callable[[], int]) -> None:
         try:
@@ -148,7 +149,7 @@ class PipeNotifier:
                 with contextlib.suppress(OSError):
                     write()
         finally:
-            os.close(self.fd)
+            close_fd(self.fd)
             self._alive.discard(self)
 
     def close(self) -> None:
@@ -163,7 +164,7 @@ def close_foreign(fds: Iterable[int]) -> None:
     risky = []
     for fd in fds:
         if is_memory(fd) or is_eventfd(fd):
-            os.close(fd)
+            close_fd(fd)
         else:
             risky.append(fd)
     if risky:

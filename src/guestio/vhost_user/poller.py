@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import select
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+
+from guestio.memory.backing import close_fd
 
 Callback = Callable[[], None]
 
@@ -34,8 +38,15 @@ class Poller:
         self._due = math.inf
         self._soon: deque[Callback] = deque()
         self._thread: int | None = None
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.add(self._wake, self._woken)
+        self._wake = -1
+        try:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self.add(self._wake, self._woken)
+        except BaseException:
+            self._epoll.close()
+            if self._wake >= 0:
+                close_fd(self._wake)
+            raise
 
     def add(self, fd: int, callback: Callback, *, edge: bool = False) -> None:
         """Call back whenever ``fd`` is readable, or with ``edge`` whenever it becomes so again.
@@ -54,7 +65,9 @@ class Poller:
     def remove(self, fd: int) -> None:
         """Stop waiting for ``fd``, before it is closed. Unknown ones are ignored."""
         if self._callbacks.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            # What is not called back for any more does no harm until it is closed.
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(fd)
 
     def again(self, callback: Callback) -> None:
         """Call back once, after what is ready now has had its turn."""
@@ -82,8 +95,38 @@ class Poller:
 
     def wake(self) -> None:
         """Make a waiting :meth:`run_once` return; nothing once closed."""
-        if self._wake >= 0:
-            os.eventfd_write(self._wake, 1)
+        while self._wake >= 0:
+            # If it cannot count any further it is readable as it is.
+            with contextlib.suppress(InterruptedError):
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_write(self._wake, 1)
+                return
+
+    @contextlib.contextmanager
+    def woken_by_signals(self) -> Iterator[None]:
+        """Have a signal end a wait even if it arrives just before the wait begins.
+
+        Python runs a signal's handler only between two steps of its own. Without this, a handler
+        whose signal comes after the last of them waits for the next event, for ever if there is
+        none. Does nothing outside of the main thread, or if others have signals written to a
+        descriptor already.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        try:
+            if before != -1:
+                signal.set_wakeup_fd(before)
+            self.add(reading, lambda: _empty(reading))
+            yield
+        finally:
+            self.remove(reading)
+            if before == -1:
+                signal.set_wakeup_fd(-1)
+            close_fd(reading)
+            close_fd(writing)
 
     def run_once(self) -> None:
         """Wait until something is due and call back for all of it."""
@@ -123,7 +166,12 @@ class Poller:
         wake, self._wake = self._wake, -1
         if wake >= 0:
             self._epoll.close()
-            os.close(wake)
+            close_fd(wake)
+
+
+def _empty(pipe: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        os.read(pipe, 4096)
 
 
 class PollerThread:
@@ -142,7 +190,11 @@ class PollerThread:
         self._failed = failed
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self.poller.close()
+            raise
 
     def _run(self) -> None:
         while not self._stopping:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from guestio._core.access import AddressSpace
 from guestio._core.ring import SplitRing
 from guestio.errors import DeviceError, GuestioError, ProtocolError
-from guestio.vhost_user.channel import Channel, PeerGoneError
+from guestio.vhost_user.channel import Channel, ConnectionLostError, PeerGoneError
 from guestio.vhost_user.foreign import close_foreign
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.memory import SharedMemory
@@ -65,6 +65,7 @@ class Service:
 
     Attributes:
         closed: Whether the front-end is gone and everything of it released.
+        unclean: Whether something of it could not be released, or an error may refer to it.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Service:
         poll_us: int,
         queue_threads: bool,
     ) -> None:
-        self.closed = False
+        self.closed = self.unclean = False
         self._channel = channel
         self._device = device
         self._poller = poller
@@ -145,6 +146,9 @@ class Service:
                 if reply is not None:
                     self._channel.send(reply, self._session.reply_fds)
             self._poller.again(self._receive)
+        except ConnectionLostError as error:
+            log.error("front-end disconnected: %s", str(error))  # noqa: TRY400 - the system's fault
+            self.close()
         except PeerGoneError:
             self.close()
         except ProtocolError as error:
@@ -164,23 +168,23 @@ class Service:
             return
         self.closed = True
         self._poller.waiter = None
-        self._poller.remove(self._channel.fileno())
-        self._channel.close()
-        self._reset_queues()
-        for thread in self._threads:
-            thread.close()
-        self._translations.close()
-        self._set_inflight(None)
-        self._session.last_refusal = None
-        self._stats.iotlb_hits += self._translations.iotlb.hits
-        self._count_dirty()
-        self._shared = SharedMemory()
-        self._space = AddressSpace(self._shared.table)
-        self._bursts.flush()
-        try:
-            self._device.reset()
-        except Exception:
-            log.exception("the device could not be reset")
+        for step in (
+            self._hang_up,
+            *(queue.reset for queue in self._queues),
+            *(thread.close for thread in self._threads),
+            self._translations.close,
+            lambda: self._set_inflight(None),
+            self._count,
+            self._let_go_of_memory,
+            self._bursts.flush,
+            self._device.reset,
+        ):
+            # One that fails (for want of memory, say) must not keep the others from being taken.
+            try:
+                step()
+            except Exception:
+                self.unclean = True
+                log.exception("front-end %d was not released as usual", self._stats.connections)
         stats = self._stats
         log.info(
             "front-end %d gone; so far: requests=%d failed=%d iotlb_misses=%d "
@@ -193,7 +197,17 @@ class Service:
             stats.iotlb_refused,
         )
 
-    def _count_dirty(self) -> None:
+    def _hang_up(self) -> None:
+        self._poller.remove(self._channel.fileno())
+        self._channel.close()
+        self._session.last_refusal = None
+
+    def _let_go_of_memory(self) -> None:
+        self._shared = SharedMemory()
+        self._space = AddressSpace(self._shared.table)
+
+    def _count(self) -> None:
+        self._stats.iotlb_hits += self._translations.iotlb.hits
         for region in self._shared.memory:
             if region.bitmap is not None:
                 self._stats.dirty_pages += region.bitmap.count()
@@ -305,8 +319,12 @@ class Service:
 
     def set_vring_kick(self, index: int, fd: int | None) -> None:
         """See :class:`SessionHandler`."""
-        if not any(queue.live for queue in self._queues):
-            self._translations.forget_stale()
+        try:
+            if not any(queue.live for queue in self._queues):
+                self._translations.forget_stale()
+        except BaseException:
+            close_foreign([] if fd is None else [fd])
+            raise
         self._queues[index].set_kick(fd)
 
     def set_vring_call(self, index: int, fd: int | None) -> None:

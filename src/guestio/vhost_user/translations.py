@@ -24,7 +24,7 @@ from guestio._core.questions import REPEAT_AFTER, MissTable, Question
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import GuestioError
 from guestio.iommu import Iotlb
-from guestio.vhost_user.channel import Channel, PeerGoneError
+from guestio.vhost_user.channel import Channel, ConnectionLostError, PeerGoneError
 from guestio.vhost_user.memory import SharedMemory
 from guestio.vhost_user.messages import (
     BackendRequest,
@@ -354,7 +354,7 @@ class Translations:
         """Use the back-end channel no more; closing it is for the thread that waits for it."""
         if self._channel is None or self._lost:
             return
-        if not isinstance(error, PeerGoneError):
+        if not isinstance(error, PeerGoneError) or isinstance(error, ConnectionLostError):
             log.error("the back-end channel is of no use any more: %s", str(error))
         self._lost = True
         self._poller.again(self._close_lost)

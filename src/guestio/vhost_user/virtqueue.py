@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -34,6 +33,7 @@ from guestio._core.questions import REPEAT_AFTER
 from guestio._core.ring import SplitRing
 from guestio.addr import check_int
 from guestio.errors import DeviceError, GuestioError, ProtocolError
+from guestio.memory.backing import close_fd
 from guestio.vhost_user.foreign import PipeNotifier, check_eventfd, close_foreign, is_pipe
 from guestio.vhost_user.messages import VringAddr
 from guestio.vhost_user.poller import Poller
@@ -237,7 +237,7 @@ class Virtqueue:
                 drain_eventfd(old)
             pipe = self._pipes.pop(old, None)
             if pipe is None:
-                os.close(old)
+                close_fd(old)
             else:
                 pipe.close()
         if fd is None:
