@@ -283,7 +283,7 @@ class Guest:
     qemu_args: Sequence[str] = ()
     smp: int = 1
     memory: int = 512 * MIB
-    timeout: float = 120.0
+    timeout: float = 300.0
 
     def run(self, directory: Path | None = None) -> GuestResult:
         """Boot, wait for the end, and return what happened; does not judge it.

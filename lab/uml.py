@@ -87,7 +87,7 @@ class UmlGuest(Guest):
     """
 
     memory: int = 64 * MIB
-    timeout: float = 60.0
+    timeout: float = 120.0
 
     def booted_kernel(self) -> Kernel:
         """What boots."""

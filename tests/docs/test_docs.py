@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
 QEMU_PAGES = [ROOT / "README.md", ROOT / "docs/running-with-qemu.md"]
 PATH = re.compile(r"(?:src|tests|lab|docs|bench|examples|\.ci)/[\w./-]*\w/?")
-BOOT_LIMIT = 120
+BOOT_LIMIT = 280
 
 
 def name_of(value: object) -> str:

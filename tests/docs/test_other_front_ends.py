@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PAGE = ROOT / "docs/other-front-ends.md"
 SOCKET = "/tmp/blk.sock"
-LIMIT = 60
+LIMIT = 280
 
 pytestmark = pytest.mark.system
 
