@@ -181,12 +181,12 @@ class Translations:
         """
         iova, size, uaddr, perm, kind = message
         if kind == IotlbType.INVALIDATE:
-            self._stats.traffic.invalidations += 1
             self.iotlb.invalidate_mapping(iova, size)
+            self._stats.traffic.invalidations += 1
             return
+        at, ranges = iova, self._shared.guest_ranges(uaddr, size)
         self._stats.traffic.updates += 1
-        at = iova
-        for guest_addr, length in self._shared.guest_ranges(uaddr, size):
+        for guest_addr, length in ranges:
             self.iotlb.set_mapping(at, guest_addr, length, Permissions(perm))
             at += length
         self._wake(self._misses.answered(iova, size, perm))
