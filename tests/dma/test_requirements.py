@@ -324,3 +324,26 @@ def test_every_error_is_one_of_ours(manager, ram, backing):
     with pytest.raises(GuestioError, match=r"0x0\+0x1000.*Bad address.*EFAULT") as caught:
         manager.add_target(target)
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_rom_shadows_a_part_of_ram_that_is_a_region_of_its_own(manager, backing):
+    """As docs/dma.md says: a part of one region of RAM cannot be covered, a whole one can."""
+    target = RecordingTarget()
+    manager.add_target(target)
+    below, middle, above = (
+        manager.new_region(name, start, PAGE)
+        for name, start in (("below", 0), ("middle", PAGE), ("above", 2 * PAGE))
+    )
+    for part in (below, middle, above):
+        part.add_mapping(0, PAGE, backing, part.start)
+        part.map()
+    rom = manager.new_region("rom", PAGE, PAGE, priority=1)
+    rom.add_mapping(0, PAGE, backing, 0x8000, writable=False)
+    target.events.clear()
+    rom.map()
+    assert [r.active for r in (below, middle, above, rom)] == [True, False, True, True]
+    assert target.held[PAGE].file_offset == 0x8000
+    assert not target.held[PAGE].writable
+    rom.unmap()
+    assert target.held[PAGE].file_offset == PAGE
+    assert {event.start for event in target.events} == {PAGE}, "the RAM around was touched"
