@@ -80,6 +80,14 @@ class TestMappings:
                 if number not in iommu.endpoint_ids:
                     iommu.add_endpoint(number)
 
+    def test_an_endpoint_that_comes_late_is_counted(self):
+        iommu = VirtioIommu(endpoints=[8, 9], max_total_mappings=7)
+        send_all(iommu, attach(8, 1), page(1), page(2))
+        assert iommu._state.total_mappings == 4
+        send_all(iommu, attach(9, 1))
+        assert iommu._state.total_mappings == 6
+        assert send(iommu, page(3)) is NOMEM
+
     def test_a_refused_request_is_not_counted(self):
         physical = GuestRegionCollection.from_ranges([(0, 0x10000)])
         iommu = VirtioIommu(endpoints=[8, 9], max_total_mappings=8)

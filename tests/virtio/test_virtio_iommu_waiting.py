@@ -58,6 +58,29 @@ def test_answered_after_the_release(request_):
     assert status(pending.result(0)) is OK
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        (1, 1, RANGE),
+        (0, 0, RANGE),
+        (1, 3, RANGE),
+        (2, 2, RANGE),
+        (0, 1, OK),
+        (0, 3, OK),
+        (4, 9, OK),
+    ],
+)
+def test_what_was_mapped_as_one_is_not_cut(first, last, expected):
+    """At either end of the range, or in its middle; two mappings of two pages each."""
+    iommu = VirtioIommu(endpoints=[8])
+    send_all(iommu, attach(8, 1))
+    send_all(iommu, *(map_(1, at, at + 2 * PAGE - 1, at) for at in (0, 2 * PAGE)))
+    before = iommu.snapshot()
+    assert send(iommu, unmap(1, first * PAGE, last * PAGE + PAGE - 1)) is expected
+    if expected is RANGE:
+        assert iommu.snapshot() == before
+
+
 def test_what_is_not_held_is_answered_at_once():
     iommu, _, fault = held()
     assert send(iommu, unmap(1, PAGE, 2 * PAGE - 1)) is OK
