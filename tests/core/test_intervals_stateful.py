@@ -90,6 +90,34 @@ class IntervalMachine(RuleBasedStateMachine):
             for a in range(start, start + length):
                 self.model.pop(a, None)
 
+    strides = st.tuples(
+        st.integers(0, SPAN - 1), st.integers(0, SPAN), st.integers(1, 5), st.booleans()
+    )
+
+    def places(self, stride):
+        """Addresses at a distance, ascending or descending."""
+        start, end, step, down = stride
+        return list(range(start, end, step))[:: -1 if down else 1]
+
+    @rule(stride=strides, perm=perms)
+    def fill(self, stride, perm):
+        """Bytes that do not merge: what leads somewhere each time leads elsewhere."""
+        for start in self.places(stride):
+            self.overwrite((start, 1), 1000 - 2 * start, perm)
+
+    @rule(stride=strides)
+    def empty(self, stride):
+        for start in self.places(stride):
+            self.cut((start, 1))
+
+    @rule(start=st.integers(0, SPAN - 1))
+    def empty_above(self, start):
+        self.cut((start, SPAN - start))
+
+    @rule(end=st.integers(1, SPAN))
+    def empty_below(self, end):
+        self.cut((0, end))
+
     @rule()
     def clear(self):
         self.map.clear()

@@ -7,7 +7,7 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 from guestio._core.border cimport Span, as_address, as_span, u64
-from guestio._core.capacity cimport HARVEST_WORDS
+from guestio._core.capacity cimport GUESTIO_ASSERT, HARVEST_WORDS
 
 from guestio.errors import InvalidAddressError
 
@@ -345,6 +345,7 @@ cdef class AtomicBitmap:
                         if grown is NULL:
                             break
                         page = grown
+                    GUESTIO_ASSERT(total + 64 * words <= room)
                     self.take_chunk(at, words, first, last, clear, taken)
                     if group == 1:
                         total += list_pages(taken, words, at << 6, page + total)

@@ -16,6 +16,9 @@ cdef extern from "capacity.h" nogil:
         MISSES_FIRST
         EVICTION_FIRST
         PINS_FIRST
+        EVICTION_KEPT
+        EVICTION_LEASES
+        EVICTION_STALE
         HOLD_GIL_UP_TO
         IOV_BATCH
         HARVEST_WORDS

@@ -14,21 +14,23 @@ cdef struct Waiting:
 cdef struct Pin:
     u64 first
     u64 last
+    u64 reach         # the greatest last address of this pin and those before it
 
 
 cdef struct Queue:
-    # A binary heap, least recently used first; and the ranges that are never evicted.
+    # A binary heap, least recently used first; and the ranges that are never evicted, ascending.
     Waiting *heap
     size_t count
     size_t room
     Pin *pins
     size_t pin_count
+    size_t pin_room
 
 
 cdef void close_queue(Queue *queue) noexcept nogil
 cdef int make_room(Queue *queue, const Tree *tree, int inserts) except -1
 cdef void enqueue(Queue *queue, u64 stamp, u64 first) noexcept nogil
-cdef size_t evict(Queue *queue, Tree *tree, Leases leases, size_t limit) noexcept
-cdef int add_pin(Queue *queue, Pin pin) except -1
-cdef bint drop_pin(Queue *queue, Pin pin) noexcept
+cdef size_t evict(Queue *queue, Tree *tree, Leases leases, size_t limit, u64 *tick) noexcept
+cdef int add_pin(Queue *queue, u64 first, u64 last) except -1
+cdef bint drop_pin(Queue *queue, u64 first, u64 last) noexcept
 cdef int check_queue(const Queue *queue) except -1

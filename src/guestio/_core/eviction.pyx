@@ -7,11 +7,14 @@ comes up, so that a use costs no more than a store.
 
 from cpython.exc cimport PyErr_NoMemory
 from libc.stdlib cimport free, realloc
+from libc.string cimport memmove
 
 from guestio._core.border cimport u32, u64
-from guestio._core.capacity cimport EVICTION_FIRST, GUESTIO_ASSERT
+from guestio._core.capacity cimport (
+    EVICTION_FIRST, EVICTION_KEPT, EVICTION_LEASES, EVICTION_STALE, GUESTIO_ASSERT, PINS_FIRST,
+)
 from guestio._core.leases cimport Leases
-from guestio._core.tree cimport Cursor, Leaf, Tree, erase_entry, floor_of
+from guestio._core.tree cimport Cursor, Entry, Leaf, Tree, erase_entry, floor_of
 
 
 cdef void close_queue(Queue *queue) noexcept nogil:
@@ -26,21 +29,22 @@ cdef int make_room(Queue *queue, const Tree *tree, int inserts) except -1:
     entries come and go without ever being too many evicts nothing.
     """
     cdef Waiting *grown
-    if queue.count + inserts <= queue.room:
-        return 0
-    if queue.count > 2 * tree.entries + EVICTION_FIRST:
+    cdef size_t room
+    if queue.count + inserts > queue.room and queue.count > 2 * tree.entries + EVICTION_FIRST:
         rebuild(queue, tree)
-    else:
-        grown = <Waiting *>realloc(queue.heap, (queue.room * 2 + EVICTION_FIRST) * sizeof(Waiting))
+    if queue.count + inserts > queue.room:
+        room = max(queue.room * 2 + EVICTION_FIRST, queue.count + inserts)
+        grown = <Waiting *>realloc(queue.heap, room * sizeof(Waiting))
         if grown is NULL:
             PyErr_NoMemory()
-        queue.heap, queue.room = grown, queue.room * 2 + EVICTION_FIRST
+        queue.heap, queue.room = grown, room
     return 0
 
 
 cdef void enqueue(Queue *queue, u64 stamp, u64 first) noexcept nogil:
     """Add a candidate; the room was reserved. O(log n)."""
     cdef size_t at = queue.count, parent
+    GUESTIO_ASSERT(queue.count < queue.room)
     while at:
         parent = (at - 1) // 2
         if queue.heap[parent].stamp <= stamp:
@@ -80,62 +84,90 @@ cdef void rebuild(Queue *queue, const Tree *tree) noexcept nogil:
         leaf = leaf.next
 
 
-cdef size_t evict(Queue *queue, Tree *tree, Leases leases, size_t limit) noexcept:
-    """Drop the entries beyond the limit that were used least recently.
+cdef size_t evict(Queue *queue, Tree *tree, Leases leases, size_t limit, u64 *tick) noexcept:
+    """Drop the entries beyond the limit that were used least recently; the number of them.
 
-    What is pinned or in use at this moment stays, even if the limit is exceeded; it is set aside
-    at the far end of the heap's own memory meanwhile. Returns how many were dropped.
+    What is pinned or in use at this moment stays, and counts as used now. Once so many of those
+    came up (EVICTION_KEPT, fewer if many leases had to be looked at) the rest is left to the next
+    change, and the limit is exceeded meanwhile. So is a change bounded that follows many uses:
+    after EVICTION_STALE entries that were used since they were queued, the next one goes even if
+    it was, too.
     """
     cdef Cursor at
     cdef Waiting oldest
-    cdef size_t kept = 0, gone = 0
-    cdef u64 last
-    while tree.entries > limit and queue.count:
+    cdef Entry *entry
+    cdef size_t kept = 0, stale = 0, gone = 0
+    while tree.entries > limit and queue.count and kept < EVICTION_KEPT:
         oldest = dequeue(queue)
         at = floor_of(tree, oldest.first)
         if at.leaf is NULL or at.leaf.head.key[at.index] != oldest.first:
             continue
-        last = at.leaf.entry[at.index].last
-        if at.leaf.entry[at.index].stamp != oldest.stamp:
-            enqueue(queue, at.leaf.entry[at.index].stamp, oldest.first)
-        elif pinned(queue, oldest.first, last) or leases.used(oldest.first, last):
-            kept += 1
-            queue.heap[queue.room - kept] = oldest
+        entry = &at.leaf.entry[at.index]
+        if entry.stamp != oldest.stamp and stale < EVICTION_STALE:
+            stale += 1
+            enqueue(queue, entry.stamp, oldest.first)
+        elif pinned(queue, oldest.first, entry.last) or leases.used(oldest.first, entry.last):
+            kept += 1 + <size_t>leases.slots // EVICTION_LEASES
+            tick[0] += 1
+            entry.stamp = tick[0]
+            enqueue(queue, entry.stamp, oldest.first)
         else:
             erase_entry(tree, oldest.first)
             gone += 1
-    while kept:
-        oldest = queue.heap[queue.room - kept]
-        kept -= 1
-        enqueue(queue, oldest.stamp, oldest.first)
     return gone
 
 
+cdef size_t pins_up_to(const Queue *queue, u64 first) noexcept nogil:
+    """How many pins begin at or below an address. O(log pins)."""
+    cdef size_t low = 0, high = queue.pin_count, middle
+    while low < high:
+        middle = (low + high) // 2
+        if queue.pins[middle].first <= first:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
 cdef bint pinned(const Queue *queue, u64 first, u64 last) noexcept nogil:
-    cdef size_t i
-    for i in range(queue.pin_count):
-        if queue.pins[i].first <= last and first <= queue.pins[i].last:
-            return True
-    return False
+    cdef size_t at = pins_up_to(queue, last)
+    return at > 0 and queue.pins[at - 1].reach >= first
 
 
-cdef int add_pin(Queue *queue, Pin pin) except -1:
-    cdef Pin *grown = <Pin *>realloc(queue.pins, (queue.pin_count + 1) * sizeof(Pin))
-    if grown is NULL:
-        PyErr_NoMemory()
-    queue.pins = grown
-    queue.pins[queue.pin_count] = pin
+cdef void renew_reach(Queue *queue, size_t at) noexcept nogil:
+    cdef u64 reach = queue.pins[at - 1].reach if at else 0
+    for at in range(at, queue.pin_count):
+        reach = max(reach, queue.pins[at].last)
+        queue.pins[at].reach = reach
+
+
+cdef int add_pin(Queue *queue, u64 first, u64 last) except -1:
+    """Pin a range. O(pins), if little."""
+    cdef size_t at, room
+    cdef Pin *grown
+    if queue.pin_count == queue.pin_room:
+        room = queue.pin_room * 2 + PINS_FIRST
+        grown = <Pin *>realloc(queue.pins, room * sizeof(Pin))
+        if grown is NULL:
+            PyErr_NoMemory()
+        queue.pins, queue.pin_room = grown, room
+    at = pins_up_to(queue, first)
+    memmove(&queue.pins[at + 1], &queue.pins[at], (queue.pin_count - at) * sizeof(Pin))
+    queue.pins[at] = Pin(first, last, 0)
     queue.pin_count += 1
+    renew_reach(queue, at)
     return 0
 
 
-cdef bint drop_pin(Queue *queue, Pin pin) noexcept:
+cdef bint drop_pin(Queue *queue, u64 first, u64 last) noexcept:
     """Undo one :func:`add_pin` of exactly this range; False if there is none."""
-    cdef size_t i
-    for i in range(queue.pin_count):
-        if queue.pins[i].first == pin.first and queue.pins[i].last == pin.last:
+    cdef size_t at = pins_up_to(queue, first)
+    while at and queue.pins[at - 1].first == first:
+        at -= 1
+        if queue.pins[at].last == last:
             queue.pin_count -= 1
-            queue.pins[i] = queue.pins[queue.pin_count]
+            memmove(&queue.pins[at], &queue.pins[at + 1], (queue.pin_count - at) * sizeof(Pin))
+            renew_reach(queue, at)
             return True
     return False
 
@@ -143,6 +175,13 @@ cdef bint drop_pin(Queue *queue, Pin pin) noexcept:
 cdef int check_queue(const Queue *queue) except -1:
     """Walk every invariant of the structure; for tests."""
     cdef size_t i
+    cdef u64 reach = 0
+    assert queue.count <= queue.room
     for i in range(1, queue.count):
         assert queue.heap[(i - 1) // 2].stamp <= queue.heap[i].stamp, "the heap is out of order"
+    assert queue.pin_count <= queue.pin_room
+    for i in range(queue.pin_count):
+        assert not i or queue.pins[i - 1].first <= queue.pins[i].first, "pins are out of order"
+        reach = max(reach, queue.pins[i].last)
+        assert queue.pins[i].reach == reach, "a pin's reach was not kept"
     return 0

@@ -22,7 +22,7 @@ from guestio._core.border cimport (
     Span, as_access, as_address, as_size, as_span, as_u64_array, span_length, u8, u32, u64,
 )
 from guestio._core.eviction cimport (
-    Pin, add_pin, check_queue, close_queue, drop_pin, enqueue, evict, make_room,
+    add_pin, check_queue, close_queue, drop_pin, enqueue, evict, make_room,
 )
 from guestio._core.leases cimport Guard
 from guestio._core.misses cimport Misses
@@ -52,8 +52,9 @@ cdef class IntervalMap:
 
     Args:
         merge: Join neighbours whose targets are contiguous too and whose permissions are equal.
-        capacity: Largest number of entries; beyond it the least recently used one that is not
-            pinned is evicted. None for no limit.
+        capacity: Largest number of entries; beyond it the least recently used one that is neither
+            pinned nor in use is evicted. A change looks at a limited number of those that are;
+            the capacity is exceeded until it finds others. None for no limit.
 
     Attributes:
         generation: Changes whenever a mapping is removed, cut, replaced or evicted.
@@ -110,7 +111,7 @@ cdef class IntervalMap:
     cdef void end_change(self) noexcept:
         cdef size_t gone
         if self.limit and self.tree.entries > self.limit:
-            gone = evict(&self.queue, &self.tree, self.leases, self.limit)
+            gone = evict(&self.queue, &self.tree, self.leases, self.limit, &self.tick)
             self.evictions += gone
             self.generation += gone
         pthread_rwlock_unlock(&self.lock)
@@ -611,7 +612,7 @@ cdef class IntervalMap:
         """Keep whatever is or becomes mapped in a range from being evicted. Counted."""
         cdef Span span
         as_span(start, length, &span, False)
-        add_pin(&self.queue, Pin(span.first, span.last))
+        add_pin(&self.queue, span.first, span.last)
 
     def unpin(self, start, length):
         """Undo one :meth:`pin` of exactly this range.
@@ -621,7 +622,7 @@ cdef class IntervalMap:
         """
         cdef Span span
         as_span(start, length, &span, False)
-        if not drop_pin(&self.queue, Pin(span.first, span.last)):
+        if not drop_pin(&self.queue, span.first, span.last):
             raise ValueError(f"{start:#x}+{length:#x} is not pinned")
 
     @property

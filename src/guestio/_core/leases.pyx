@@ -68,6 +68,8 @@ cdef class Leases:
                 self.free_slot = slot
             self.slots = self.slots * 2 + LEASES_FIRST
         slot = self.free_slot
+        GUESTIO_ASSERT(0 <= slot < self.slots)
+        GUESTIO_ASSERT(not self.slot[slot].serial)
         self.free_slot = self.slot[slot].next_free
         self.serial += 1
         self.slot[slot].first, self.slot[slot].last = first, last
@@ -80,6 +82,8 @@ cdef class Leases:
     cdef void leave(self, int slot) noexcept nogil:
         """Give a lease back. O(1)."""
         pthread_mutex_lock(&self.mutex)
+        GUESTIO_ASSERT(0 <= slot < self.slots)
+        GUESTIO_ASSERT(self.slot[slot].serial != 0)
         self.slot[slot].serial = 0
         self.slot[slot].next_free = self.free_slot
         self.free_slot = slot
@@ -91,6 +95,8 @@ cdef class Leases:
     cdef void disown(self, int slot) noexcept nogil:
         """Have a lease belong to no thread, as another one is to leave it. O(1)."""
         pthread_mutex_lock(&self.mutex)
+        GUESTIO_ASSERT(0 <= slot < self.slots)
+        GUESTIO_ASSERT(self.slot[slot].serial != 0)
         self.slot[slot].owner = NOBODY
         pthread_mutex_unlock(&self.mutex)
 

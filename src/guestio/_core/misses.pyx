@@ -31,6 +31,7 @@ cdef class Misses:
             if item is NULL:
                 PyErr_NoMemory()
             self.item, self.room = item, 2 * self.room + MISSES_FIRST
+        GUESTIO_ASSERT(self.count < self.room)
         self.item[self.count] = Miss(first, last, <u8>access, refused)
         self.count += 1
         return 0

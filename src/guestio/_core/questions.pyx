@@ -159,6 +159,8 @@ cdef class MissTable:
         """A new question; there must be room."""
         cdef int16_t slot = self.free_slot
         cdef Slot *question = &self.slots[slot]
+        GUESTIO_ASSERT(0 <= slot < QUESTION_SLOTS)
+        GUESTIO_ASSERT(not question.open and not question.expected)
         self.free_slot = question.next
         memset(question, 0, sizeof(Slot))
         question.iova, question.access, question.asked = iova, <u8>access, now
@@ -172,6 +174,7 @@ cdef class MissTable:
     cdef void expect(self, int16_t slot) noexcept:
         """Await an acknowledgement; it speaks for all messages since the last one before it."""
         self.slots[slot].expected, self.slots[slot].batch = True, <int16_t>self.unmarked
+        GUESTIO_ASSERT(self.order_count < QUESTION_SLOTS)
         self.order[(self.order_first + self.order_count) % QUESTION_SLOTS] = slot
         self.order_count += 1
         self.unmarked = 0
@@ -179,6 +182,7 @@ cdef class MissTable:
     cdef int16_t expected_next(self) noexcept:
         """Await the next acknowledgement no more; whose it was. There must be one."""
         cdef int16_t slot = self.order[self.order_first % QUESTION_SLOTS]
+        GUESTIO_ASSERT(self.order_count > 0)
         self.order_first += 1
         self.order_count -= 1
         self.under_way -= self.slots[slot].batch

@@ -17,6 +17,8 @@ NAME: str = GUESTIO_CORE.decode()
 CHECKS: bool = bool(CHECKED)
 CAPACITIES: dict[str, int] = {
     "TREE_FANOUT": capacity.TREE_FANOUT,
+    "EVICTION_KEPT": capacity.EVICTION_KEPT,
+    "EVICTION_STALE": capacity.EVICTION_STALE,
     "HOLD_GIL_UP_TO": capacity.HOLD_GIL_UP_TO,
     "IOV_BATCH": capacity.IOV_BATCH,
     "QUESTION_SLOTS": capacity.QUESTION_SLOTS,
