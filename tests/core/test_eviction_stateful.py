@@ -215,7 +215,7 @@ def test_a_cache_that_is_used_more_than_it_is_filled():
     rng = np.random.default_rng(5)
     for page in range(100):
         iotlb.set_mapping(page << 12, 0, 4096, RW)
-    hot = np.arange(50, dtype=np.uint64) << np.uint64(12)
+    hot = np.arange(min(50, CAPACITIES["EVICTION_STALE"] // 2), dtype=np.uint64) << np.uint64(12)
     for round_ in range(200):
         iotlb.lookup_many(rng.permutation(hot), 1, R)
         iotlb.set_mapping((1000 + round_) << 12, 0, 4096, RW)
