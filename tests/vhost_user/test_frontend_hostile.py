@@ -120,6 +120,7 @@ class TestSilence:
         stop = threading.Event()
 
         def trickle() -> None:
+            pair.peer.recv(12)
             for byte in FEATURES:
                 if stop.wait(SOON / 4):
                     return
