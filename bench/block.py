@@ -51,6 +51,8 @@ class Case:
         poll_us: How long the back end polls before it sleeps; None for as it does by default.
         io_threads: Threads of guestio's that wait for the disk; None for as it does by default.
         aio: How `qemu-storage-daemon` reads files: threads or io_uring; None for its default.
+        acknowledge: Whether the load sends IOTLB messages in bulk, or each once the one before it
+            was acknowledged, as QEMU does.
     """
 
     server: Server
@@ -58,12 +60,14 @@ class Case:
     poll_us: int | None = None
     io_threads: int | None = None
     aio: str | None = None
+    acknowledge: str = "bulk"
 
     def __str__(self) -> str:
         polls = "" if self.poll_us is None else f" --poll-us {self.poll_us}"
         threads = "" if self.io_threads is None else f" --io-threads {self.io_threads}"
         aio = "" if self.aio is None else f" aio={self.aio}"
-        return f"{self.server}{polls}{threads}{aio}"
+        each = " (each acknowledged)" if self.acknowledge == "each" else ""
+        return f"{self.server}{polls}{threads}{aio}{each}"
 
 
 QEMU = Case("qemu-storage-daemon")
@@ -71,6 +75,7 @@ OFF = Case("guestio")
 POLLING = Case("guestio", poll_us=POLL_US)
 STATIC = Case("guestio", "static")
 STRICT = Case("guestio", "strict")
+EACH = Case("guestio", "strict", acknowledge="each")
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,12 @@ def _options(workload: str, size: str, depth: int, *more: str) -> tuple[str, ...
 
 
 WORKLOADS = (
-    Workload("4K randread depth 32", _options("randread", "4k", 32), (QEMU, OFF, STATIC, STRICT)),
-    Workload("4K randwrite depth 32", _options("randwrite", "4k", 32), (QEMU, OFF, STATIC, STRICT)),
+    Workload(
+        "4K randread depth 32", _options("randread", "4k", 32), (QEMU, OFF, STATIC, STRICT, EACH)
+    ),
+    Workload(
+        "4K randwrite depth 32", _options("randwrite", "4k", 32), (QEMU, OFF, STATIC, STRICT, EACH)
+    ),
     Workload(
         "4K randread depth 1", _options("randread", "4k", 1), (QEMU, OFF, POLLING, STATIC, STRICT)
     ),
@@ -238,6 +247,7 @@ def measure(case: Case, work: Workload, directory: Path, seconds: float) -> dict
             [
                 *("taskset", "-c", str(LOAD_CPU), sys.executable, "-m", "guestio", "bench"),
                 *(str(socket), "--json", "--pid", str(pid), "--iommu", case.iommu),
+                *("--acknowledge", case.acknowledge),
                 *("--time", str(seconds), "--warm-up", str(seconds / 5), *work.options),
             ],
             capture_output=True,
