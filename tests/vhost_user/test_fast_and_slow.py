@@ -63,7 +63,7 @@ class _Handler(RecordingHandler):
         self._translations = translations
 
     def iotlb(self, message: IotlbMessage) -> None:
-        self._translations.apply(message)
+        assert self._translations.apply(message, seconds=10)
 
 
 class Side:

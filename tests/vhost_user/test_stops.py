@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from guestio._core.chain import Chain
 from guestio.addr import Permissions
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.messages import IotlbMessage
 from tests.vhost_user.serving import (
+    FAILED,
     OK,
     Driver,
     Later,
     Serving,
+    nothing_left,
     until,
+    warnings_of,
 )
 from tests.vhost_user.test_virtqueue_late import Waiting, begin, mirrored
 from tests.virtio.rings import PAGE, WRITE, Desc
@@ -114,13 +123,13 @@ class TestTranslations:
         again(behind, 0)
         assert behind.frontend.iotlb.counts.misses == asked
 
-    def test_of_another_queue_are_asked_for_anew(self, behind: Driver) -> None:
+    def test_of_a_running_queue_outlive_the_stop_of_another(self, behind: Driver) -> None:
+        """While one runs, invalidations are forwarded, and its ring must be there when it stops."""
         assert behind.run(1, b"other") == mirrored(b"other")
+        asked = behind.frontend.iotlb.counts.misses
         behind.stop(0)
-        new = remap(behind, 1, 0)
-        behind.memory.write(new, b"text")
         again(behind, 1)
-        assert behind.memory.read(new + PAGE, 5) == b"txet" + bytes([OK])
+        assert behind.frontend.iotlb.counts.misses == asked
 
     def test_in_use_by_another_queue_are_waited_for(self, device: Later, behind: Driver) -> None:
         """Another queue's stop neither waits for a request nor lets its memory be taken away."""
@@ -164,3 +173,292 @@ class TestTranslations:
         behind.handles[0].kick()
         behind.wait(0, 1)
         assert behind.result(0, 1, 4) == mirrored(b"text")
+
+
+SHORT = 0.2
+"""Seconds that stops wait here, to keep the tests quick."""
+
+
+class Silent(Later):
+    """Never answers a request that begins with LATE, and notes what it was told about stops."""
+
+    def __init__(self, queues: int = 3) -> None:
+        super().__init__(queues)
+        self.told: list[tuple[str, int]] = []
+        self.on_stop: Callable[[int], None] = lambda queue: None
+
+    def stopping(self, queue: int) -> None:
+        self.told.append(("stopping", queue))
+        self.on_stop(queue)
+
+    def reset(self) -> None:
+        self.told.append(("reset", 0))
+        super().reset()
+
+
+@pytest.fixture
+def silent() -> Silent:
+    return Silent()
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "in order": {},
+    "noted": {"inflight": True},
+    "behind an IOMMU": {"iommu": True},
+    "noted, behind an IOMMU": {"iommu": True, "inflight": True},
+}
+
+
+@pytest.fixture(params=MODES.values(), ids=MODES.keys())
+def mode(request: pytest.FixtureRequest) -> dict[str, Any]:
+    options: dict[str, Any] = request.param
+    return options
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Check how long something takes at least, and at most on a busy machine."""
+    begun = time.monotonic()
+    yield
+    took = time.monotonic() - begun
+    assert seconds * 0.9 <= took < seconds + 0.5 + 3 * SHORT, took
+
+
+def leave(driver: Driver, serving: Serving) -> None:
+    driver.frontend.close()
+    serving.let_go()
+
+
+STOPS: dict[str, Callable[[Driver, Serving], object]] = {
+    "reset": lambda driver, serving: driver.frontend.reset_device(),
+    "status 0": lambda driver, serving: driver.frontend.set_status(0),
+    "disconnect": leave,
+    "memory table": lambda driver, serving: driver.frontend.set_memory(driver.memory, slots=False),
+    "one queue": lambda driver, serving: driver.stop(0),
+}
+
+
+class TestNoAnswer:
+    @pytest.mark.parametrize("threads", [False, True], ids=["one thread", "queue threads"])
+    @pytest.mark.parametrize("end", STOPS.values(), ids=STOPS.keys())
+    def test_fails_and_goes_nowhere(
+        self,
+        silent: Silent,
+        tmp_path: Path,
+        mode: dict[str, Any],
+        end: Callable[[Driver, Serving], object],
+        threads: bool,
+    ) -> None:
+        with nothing_left():
+            with Serving(
+                silent, tmp_path / "socket", queue_threads=threads, stop_timeout=SHORT
+            ) as serving:
+                driver = Driver(serving.path, queues=3, **mode)
+                memory, rings = driver.memory, list(driver.rings.values())
+                sources = [b"LATE %d.%d" % (q, i) for q in range(3) for i in range(3)]
+                for source in sources:
+                    begin(driver, silent, source, queue=source[5] - ord("0"))
+                told = len(silent.told)
+                # However many queues there are.
+                with within(SHORT):
+                    end(driver, serving)
+                assert ("stopping", 0) in silent.told[told:]
+                ended = 1 if end is STOPS["one queue"] else 3
+                for queue, ring in enumerate(rings[:ended]):
+                    until(lambda ring=ring: ring.used_idx == 3)
+                    for number in range(3):
+                        assert ring.used_entry(number)[1] == 0
+                        assert driver.result(queue, number, 8) == (FAILED, bytes(8))
+                # Late answers change nothing, and their memory is out of reach.
+                before = memory.read(0, Driver.SIZE)
+                for source in sources[: 3 * ended]:
+                    chain, promised = silent.begun.pop(source)
+                    assert promised.cancelled()
+                    assert chain.readable.read() == b""
+                    with pytest.raises(ValueError, match="holds 0x0 bytes"):
+                        chain.writable.write(b"late")
+                    assert not chain.tail
+                assert memory.read(0, Driver.SIZE) == before
+                silent.give_up()
+                driver.close()
+                del chain, promised, memory, rings, ring, driver
+                serving.check_serves()
+            silent.begun.clear()
+
+    def test_delays_each_stop_by_a_second(self, silent: Silent, tmp_path: Path) -> None:
+        """By default; a front-end that stops its queues one by one waits for one of them only."""
+        with Serving(silent, tmp_path / "socket") as serving:
+            driver = Driver(serving.path, queues=3)
+            for queue in range(3):
+                begin(driver, silent, b"LATE %d" % queue, queue=queue)
+            begun = time.monotonic()
+            assert driver.stop(0) == 1
+            assert 0.9 < time.monotonic() - begun < 1.5
+            assert driver.stop(1) == 1
+            assert driver.stop(2) == 1
+            assert time.monotonic() - begun < 2
+            # The next start has its full time again.
+            driver.start(0, 1)
+            begin(driver, silent, b"LATE again")
+            begun = time.monotonic()
+            serving.backend.stop()
+            until(lambda: not serving.alive)
+            assert 0.9 < time.monotonic() - begun < 1.5
+            driver.close()
+
+    def test_ends_with_the_back_end(self, silent: Silent, tmp_path: Path) -> None:
+        with nothing_left():
+            with Serving(silent, tmp_path / "socket", stop_timeout=SHORT) as serving:
+                driver = Driver(serving.path, queues=3)
+                for queue in range(3):
+                    begin(driver, silent, b"LATE %d" % queue, queue=queue)
+                with within(SHORT):
+                    serving.backend.stop()
+                    until(lambda: not serving.alive)
+                assert silent.told[-4:] == [*(("stopping", i) for i in range(3)), ("reset", 0)]
+            silent.begun.clear()
+            driver.close()
+
+    @pytest.mark.parametrize("change", ["unmap", "move"])
+    def test_delays_a_revocation_no_longer(
+        self, silent: Silent, tmp_path: Path, change: str
+    ) -> None:
+        with Serving(silent, tmp_path / "socket", stop_timeout=SHORT) as serving:
+            driver = Driver(serving.path, queues=2, iommu=True)
+            lost, other = begin(driver, silent, b"LATE 0", b"LATE 1")
+            chain, _ = silent.begun[b"LATE 0"]
+            page = driver.at(driver.buffer(0, lost)) + PAGE
+            service = driver.frontend.iotlb
+            with within(SHORT):
+                if change == "unmap":
+                    service.unmap((page, PAGE))
+                else:
+                    service.mappings.set_mapping(page, ELSEWHERE, PAGE, RW)
+                    service.push(page)
+            # The one that used the page has failed; nobody can reach it from there any more.
+            assert driver.result(0, lost, 6) == (FAILED, bytes(6))
+            with pytest.raises(ValueError, match="holds 0x0 bytes"):
+                chain.writable.write(b"late")
+            silent.finish(b"LATE 1")
+            driver.wait(0, other)
+            assert driver.result(0, other, 6) == mirrored(b"LATE 1")
+            assert driver.run(1, b"afterwards") == mirrored(b"afterwards")
+            driver.close()
+
+    def test_is_reported(
+        self, silent: Silent, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with Serving(silent, tmp_path / "socket", stop_timeout=0) as serving:
+            driver = Driver(serving.path)
+            begin(driver, silent, b"LATE 0", b"LATE 1")
+            assert driver.stop(0) == 2
+            assert serving.stats.failed_requests == 2
+            assert warnings_of(caplog) == [
+                (
+                    "queue 0: 2 requests fail that Silent.process has not answered in time: "
+                    "the queue stops"
+                )
+            ]
+            driver.close()
+
+
+class TestStopping:
+    def test_is_the_device_s_chance(self, silent: Silent, tmp_path: Path) -> None:
+        """What it answers then is no failure, and nobody waits."""
+
+        def finish(queue: int) -> None:
+            for source in [s for s in silent.begun if s[5] == ord("0") + queue]:
+                silent.finish(source)
+
+        silent.on_stop = finish
+        with Serving(silent, tmp_path / "socket", stop_timeout=1000) as serving:
+            driver = Driver(serving.path, queues=2)
+            numbers = begin(driver, silent, b"LATE 0", b"LATE 0!")
+            (other,) = begin(driver, silent, b"LATE 1", queue=1)
+            assert driver.stop(0) == 2
+            assert driver.result(0, numbers[1], 7) == mirrored(b"LATE 0!")
+            assert not driver.done(1, other)
+            driver.frontend.set_status(0)
+            assert driver.result(1, other, 6) == mirrored(b"LATE 1")
+            assert serving.stats.failed_requests == 0
+            driver.close()
+
+    def test_that_raises_is_only_reported(
+        self, silent: Silent, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fail(queue: int) -> None:
+            raise RuntimeError("no")
+
+        silent.on_stop = fail
+        with Serving(silent, tmp_path / "socket") as serving:
+            with Driver(serving.path) as driver:
+                assert driver.run(0, b"text") == mirrored(b"text")
+                assert driver.stop(0) == 1
+            assert warnings_of(caplog)[0] == "queue 0: Silent.stopping failed"
+            serving.check_serves()
+
+    def test_frees_a_queue_s_thread(self, silent: Silent, tmp_path: Path) -> None:
+        """With queue threads, also a device that waits where it should not can be told."""
+        silent.on_stop = lambda queue: silent.go_on.set()
+        with Serving(silent, tmp_path / "socket", queue_threads=True) as serving:
+            driver = Driver(serving.path)
+            driver.submit(0, b"WAIT")
+            until(silent.entered.is_set)
+            assert driver.stop(0) == 1
+            assert driver.result(0, 0, 4) == mirrored(b"WAIT")
+            driver.close()
+
+    def test_ends_work_that_has_not_begun(self, tmp_path: Path) -> None:
+        """A pool of one thread, that is stuck, has the others in its queue."""
+        ran: list[bytes] = []
+        stuck = Silent()
+
+        class Pooled(Silent):
+            def process(self, queue: int, chain: Chain) -> int | Future[int]:
+                return pool.submit(self.work, chain)
+
+            def work(self, chain: Chain) -> int:
+                ran.append(chain.readable.read())
+                assert stuck.go_on.wait(10)
+                return 0
+
+        with ThreadPoolExecutor(1) as pool:
+            device = Pooled()
+            with Serving(device, tmp_path / "socket", stop_timeout=SHORT) as serving:
+                driver = Driver(serving.path)
+                for i in range(5):
+                    driver.submit(0, b"text %d" % i)
+                until(lambda: ran)
+                assert driver.stop(0) == 5
+                stuck.go_on.set()
+                driver.close()
+        assert ran == [b"text 0"]
+
+
+class TestWhereItStopped:
+    @pytest.mark.parametrize("inflight", [False, True])
+    def test_is_remembered_over_a_status_of_0(self, serving: Serving, inflight: bool) -> None:
+        """QEMU up to 7.2 sets it before it asks."""
+        with Driver(serving.path, queues=2, inflight=inflight) as driver:
+            for _ in range(3):
+                driver.run(0, b"text")
+            driver.run(1, b"text")
+            driver.frontend.set_status(0)
+            assert driver.frontend.stop_queue(0) == 3
+            driver.frontend.set_status(0)
+            assert driver.stop(0) == 3
+            driver.start(0, 3)
+            driver.handles[0].kick()
+            assert driver.run(0, b"more") == mirrored(b"more")
+            # Until it is set.
+            driver.frontend.set_status(0)
+            if not inflight:
+                driver.start(1, 0)
+                assert driver.stop(1) == 0
+            assert driver.stop(0) == 4
+
+    def test_is_forgotten_by_a_reset(self, serving: Serving) -> None:
+        with Driver(serving.path) as driver:
+            driver.run(0, b"text")
+            driver.frontend.reset_device()
+            assert driver.stop(0) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,6 @@ import pytest
 
 from guestio.errors import DeviceError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
-from guestio.vhost_user import virtqueue
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.messages import FrontendRequest, MemoryTable, VringAddr
 from tests.vhost_user.serving import (
@@ -494,25 +492,6 @@ class TestWaiting:
             finishing.join()
             assert driver.done(0, 0)
             driver.close()
-
-    def test_is_not_silent(
-        self,
-        device: Later,
-        driver: Driver,
-        caplog: pytest.LogCaptureFixture,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        monkeypatch.setattr(virtqueue, "SLOW", 0.02)
-        begin(driver, device, b"LATE 0", b"LATE 1")
-        waiting = Waiting(lambda: driver.stop(0))
-        until(lambda: warnings_of(caplog))
-        assert warnings_of(caplog)[0] == (
-            "queue 0 cannot stop: the device is still busy with 2 requests"
-        )
-        device.finish(b"LATE 0")
-        device.finish(b"LATE 1")
-        assert waiting.end() == 2
-        assert all(r.levelno <= logging.WARNING for r in caplog.records)
 
 
 def _mappings() -> int:

@@ -18,7 +18,7 @@ cdef class Chain:
     cdef readonly int head
     cdef readonly IoVector readable
     cdef readonly IoVector writable
-    cdef readonly IoVector tail
+    cdef IoVector end
     cdef readonly str fault
     cdef readonly list access_fails
     cdef u16 position
@@ -27,7 +27,7 @@ cdef class Chain:
     cdef bint done
 
     cdef int clear(self) except -1
-    cdef bint in_use(self) noexcept
+    cpdef bint in_use(self) noexcept
 
 
 cdef Chain new_chain()

@@ -18,7 +18,8 @@ cdef class Chain:
         writable: Memory that the device writes, in order.
         fault: Why the request cannot be served: part of its memory cannot be reached. Then
             ``readable`` and ``writable`` hold only what could be. None if all is well.
-        tail: With a fault, the last device-writable byte, if that could be reached.
+        tail: The last device-writable byte, where many devices put a status; None if there is none
+            or it cannot be reached. It lasts as long as ``writable``.
         access_fails: With a fault, the ranges whose mapping forbids the access.
     """
 
@@ -29,16 +30,23 @@ cdef class Chain:
         """Give its memory back and be ready for another request."""
         self.readable.release()
         self.writable.release()
-        cdef IoVector tail = self.tail
-        self.tail = self.fault = None
+        cdef IoVector tail = self.end
+        self.end = self.fault = None
         self.settled = self.done = False
         if self.access_fails:
             self.access_fails = []
         return 0
 
-    cdef bint in_use(self) noexcept:
-        """Whether a call is moving its data without the GIL."""
+    cpdef bint in_use(self) noexcept:
+        """Whether a call is moving its data at this moment, without the GIL."""
         return self.readable.users or self.writable.users
+
+    @property
+    def tail(self):
+        # Without a fault all was reached, and the leases of the whole hold for its last byte.
+        if self.end is None and self.fault is None and self.writable.total:
+            self.end = self.writable.last_byte()
+        return self.end
 
     def hand_over(self):
         """Let another thread use the memory: who revokes its translation waits for that thread.
@@ -48,8 +56,8 @@ cdef class Chain:
         """
         hand_over(self.readable)
         hand_over(self.writable)
-        if self.tail is not None:
-            hand_over(self.tail)
+        if self.end is not None:
+            hand_over(self.end)
 
     def settle(self, written):
         """Give the memory back, with the number of bytes written to it.
@@ -73,8 +81,8 @@ cdef class Chain:
         # What was written through buffers of its slices is marked dirty by this.
         self.readable.close()
         self.writable.close()
-        if self.tail is not None:
-            self.tail.close()
+        if self.end is not None:
+            self.end.close()
 
 
 cdef void hand_over(IoVector memory) noexcept:

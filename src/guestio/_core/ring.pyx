@@ -514,7 +514,7 @@ cdef class SplitRing(RingAreas):
         if out.count > CHAIN_PIECES:
             raise self.wrong(f"the chain from descriptor {chain.head} is in too many pieces")
         if writes and chain.fault is not None:
-            chain.tail = self.last_byte(desc.addr + (desc.size - 1))
+            chain.end = self.last_byte(desc.addr + (desc.size - 1))
         return 0
 
     cdef void note_refused(self, Chain chain, Misses misses, size_t since):

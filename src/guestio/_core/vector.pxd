@@ -88,6 +88,7 @@ cdef class IoVector:
     cdef void enter(self) noexcept nogil
     cdef int leave(self) except -1
     cdef int mark_loans(self) except -1
+    cdef IoVector last_byte(self)
     cdef void release(self) noexcept
     cdef void rewind(self, int count, u64 total, int leases) noexcept
     cdef bint vanished(self, u64 start, u64 count) noexcept nogil

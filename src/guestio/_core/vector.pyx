@@ -316,6 +316,20 @@ cdef class IoVector:
             self.finish_close()
         return 0
 
+    cdef IoVector last_byte(self):
+        """The last byte of a vector that is not empty, without leases of its own."""
+        cdef IoVector made = IoVector()
+        cdef int last = self.count - 1
+        cdef size_t skip = self.vec[last].iov_len - 1
+        cdef Origin origin = self.origin[last]
+        origin.offset += skip
+        origin.second_offset += skip
+        made.access, made.start = self.access, self.addr[last] + skip
+        made.table, made.second = self.table, self.second
+        made.slices_held = None if self.slices_held is None else [self.slices_held[last]]
+        made.push(<u8 *>self.vec[last].iov_base + skip, 1, made.start, &origin)
+        return made
+
     def __enter__(self):
         return self
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gc
 import logging
+import math
 import os
 import socket
 import stat
@@ -14,6 +15,7 @@ import time
 from typing import Literal, Self
 
 from guestio.addr import check_int
+from guestio.budgets import STOP_TIMEOUT
 from guestio.errors import DeviceError
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.foreign import close_socket
@@ -53,6 +55,8 @@ class Backend:
             what is in it can only be asked for afterwards. Without tables a request takes as many
             entries of its ring as it has pieces.
         miss_timeout: Seconds a front-end may take to answer an IOTLB miss; then the request fails.
+        stop_timeout: Seconds that a stop waits for requests that the device holds, whether the
+            front-end stops or resets a queue, changes its memory, or goes; then they fail.
         track_dirty: Whether to mark and count the pages of guest memory that the device writes.
         poll_us: Microseconds to look out for the next request before sleeping: faster at low
             queue depths, for a processor's time.
@@ -77,6 +81,7 @@ class Backend:
         iommu: Literal["auto", "off"] = "auto",
         indirect: Literal["auto", "on", "off"] = "auto",
         miss_timeout: float = 5.0,
+        stop_timeout: float = STOP_TIMEOUT,
         track_dirty: bool = False,
         poll_us: int = 0,
         queue_threads: bool = False,
@@ -87,6 +92,8 @@ class Backend:
             raise ValueError(f"indirect {indirect!r} is neither 'auto' nor 'on' nor 'off'")
         if not miss_timeout > 0:
             raise ValueError(f"miss_timeout {miss_timeout} must be greater than 0")
+        if not 0 <= stop_timeout < math.inf:
+            raise ValueError(f"stop_timeout {stop_timeout} is not a number of seconds")
         if check_int(poll_us, "poll_us") < 0:
             raise ValueError(f"poll_us {poll_us} must not be negative")
         self.device = device
@@ -98,6 +105,7 @@ class Backend:
         if indirect == "on" or (indirect == "auto" and iommu == "off"):
             self._offered |= 1 << VIRTIO_F_INDIRECT_DESC
         self._miss_timeout = miss_timeout
+        self._stop_timeout = stop_timeout
         self._track_dirty = track_dirty
         self._poll_us = poll_us
         self._queue_threads = queue_threads
@@ -178,6 +186,7 @@ class Backend:
                 offered=self._offered,
                 miss_timeout=self._miss_timeout,
                 track_dirty=self._track_dirty,
+                stop_timeout=self._stop_timeout,
                 poll_us=self._poll_us,
                 queue_threads=self._queue_threads,
             )

@@ -7,8 +7,10 @@ thread, or each in one of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from guestio._core.access import AddressSpace
 from guestio._core.ring import SplitRing
@@ -29,7 +31,7 @@ from guestio.vhost_user.poller import Poller, PollerThread
 from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES, Session
 from guestio.vhost_user.statistics import Bursts, Statistics
 from guestio.vhost_user.translations import Translations
-from guestio.vhost_user.virtqueue import QueueHost, Virtqueue
+from guestio.vhost_user.virtqueue import COPY_GRACE, QueueHost, Virtqueue
 from guestio.virtio.device import (
     VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_EVENT_IDX,
@@ -60,6 +62,7 @@ class Service:
         offered: Features of the transport to offer beside the device's own.
         miss_timeout: Seconds a front-end may take to answer an IOTLB miss.
         track_dirty: Whether to mark the pages that the device writes.
+        stop_timeout: Seconds that a stop waits for requests that the device holds.
         poll_us: Microseconds to look out for a request before sleeping.
         queue_threads: Whether to serve each queue in a thread of its own.
 
@@ -78,6 +81,7 @@ class Service:
         offered: int,
         miss_timeout: float,
         track_dirty: bool,
+        stop_timeout: float,
         poll_us: int,
         queue_threads: bool,
     ) -> None:
@@ -93,6 +97,8 @@ class Service:
         self._status = 0
         self._negotiated = 0
         self._bursts = Bursts()
+        self._stop_timeout = stop_timeout
+        self._out_of_time = False
         self._threads: list[PollerThread] = []
         with contextlib.ExitStack() as undo:
             for index in range(device.num_queues if queue_threads else 0):
@@ -107,6 +113,7 @@ class Service:
                 make_ring=self._make_ring,
                 tracked=lambda: self._inflight is not None,
                 broken=self._broken,
+                given_up=self._given_up,
                 intake=None if queue_threads else self._translations.intake,
                 poll_seconds=poll_us / 1e6,
             )
@@ -168,9 +175,10 @@ class Service:
             return
         self.closed = True
         self._poller.waiter = None
-        for step in (
+        until = self._announce_stop(self._queues)
+        steps: list[Callable[[], object]] = [
             self._hang_up,
-            *(queue.reset for queue in self._queues),
+            *(functools.partial(queue.reset, until) for queue in self._queues),
             *(thread.close for thread in self._threads),
             self._translations.close,
             lambda: self._set_inflight(None),
@@ -178,7 +186,8 @@ class Service:
             self._let_go_of_memory,
             self._bursts.flush,
             self._device.reset,
-        ):
+        ]
+        for step in steps:
             # One that fails (for want of memory, say) must not keep the others from being taken.
             try:
                 step()
@@ -221,17 +230,38 @@ class Service:
 
         self._poller.again(fail)
 
-    def _reset_queues(self) -> None:
+    def _reset_queues(self, *, keep_base: bool = False) -> None:
+        until = self._announce_stop(self._queues)
         for queue in self._queues:
-            queue.reset()
+            queue.reset(until, keep_base=keep_base)
+        self._forget_translations()
+
+    def _forget_translations(self) -> None:
+        if not any(queue.live for queue in self._queues):
+            self._translations.forget_all()
+
+    def _announce_stop(self, queues: Sequence[Virtqueue]) -> float:
+        """Have the device finish what it holds of some queues; until when to wait for it.
+
+        A front-end stops its queues one by one. The device had its time when it failed to use it
+        for one of them, and gets a tenth for each of the others.
+        """
+        until = time.monotonic() + self._stop_timeout * (0.1 if self._out_of_time else 1)
+        for queue in queues:
+            queue.announce_stop()
+        return until
+
+    def _given_up(self) -> None:
+        self._out_of_time = True
 
     @contextlib.contextmanager
     def _queues_detached(self) -> Iterator[None]:
         """Nothing of the front-end's memory is in use, in no thread, inside this context."""
+        until = self._announce_stop(self._queues)
         with contextlib.ExitStack() as locks:
             for queue in self._queues:
                 locks.enter_context(queue.lock)
-                queue.detach()
+                queue.detach(until)
             yield
 
     @property
@@ -302,7 +332,8 @@ class Service:
 
     def set_vring_addr(self, index: int, address: VringAddr) -> None:
         """See :class:`SessionHandler`."""
-        self._queues[index].set_address(address)
+        queue = self._queues[index]
+        queue.set_address(address, self._announce_stop([queue]))
 
     def set_vring_base(self, index: int, base: int) -> None:
         """See :class:`SessionHandler`."""
@@ -310,8 +341,10 @@ class Service:
 
     def get_vring_base(self, index: int) -> int:
         """See :class:`SessionHandler`."""
-        self._queues[index].stop()
-        return self._queues[index].base
+        queue = self._queues[index]
+        queue.stop(self._announce_stop([queue]))
+        self._forget_translations()
+        return queue.base
 
     def set_vring_enable(self, index: int, enable: bool) -> None:
         """See :class:`SessionHandler`."""
@@ -320,8 +353,8 @@ class Service:
     def set_vring_kick(self, index: int, fd: int | None) -> None:
         """See :class:`SessionHandler`."""
         try:
-            if not any(queue.live for queue in self._queues):
-                self._translations.forget_stale()
+            self._forget_translations()
+            self._out_of_time = False
         except BaseException:
             close_foreign([] if fd is None else [fd])
             raise
@@ -353,10 +386,11 @@ class Service:
         """See :class:`SessionHandler`.
 
         QEMU sets 0 at each stop, also when it only pauses the guest (`vhost_user_reset_status`),
-        so what is in flight is not forgotten.
+        so what is in flight is not forgotten. Up to version 7.2 it does so before it asks where the
+        queues stopped, so that is not forgotten either.
         """
         if status == 0:
-            self._reset()
+            self._reset(keep_base=True)
         self._status = status
 
     def reset_device(self) -> None:
@@ -366,14 +400,23 @@ class Service:
             for index in range(min(len(self._queues), self._inflight.description.num_queues)):
                 self._inflight.queue(index).forget()
 
-    def _reset(self) -> None:
-        self._reset_queues()
+    def _reset(self, *, keep_base: bool = False) -> None:
+        self._reset_queues(keep_base=keep_base)
         self._status = 0
         self._device.reset()
 
     def iotlb(self, message: IotlbMessage) -> None:
         """See :class:`SessionHandler`."""
-        self._translations.apply(message)
+        iova, size = message.iova, message.size
+        if self._translations.apply(message, self._stop_timeout):
+            return
+        for queue in self._queues:
+            queue.give_up(iova, size)
+        if not self._translations.unused(iova, size, COPY_GRACE):
+            raise DeviceError(
+                f"the memory at {iova:#x}+{size:#x} is still in use: the device has not come back "
+                "from a system call or from process"
+            )
 
     def _wake_all(self, indices: Iterable[int]) -> None:
         for index in indices:

@@ -116,7 +116,7 @@ class Translations:
         """Follow the memory table; what was known is asked for again."""
         self._shared = shared
         self._updater.users = shared.users()
-        self.iotlb.invalidate_all()
+        IntervalMap.clear(self.iotlb)
 
     def set_acknowledged(self, acknowledged: bool) -> None:
         """Learn whether the front-end acknowledges what it is asked (REPLY_ACK)."""
@@ -173,23 +173,36 @@ class Translations:
             self._wake(ready)
         return True
 
-    def apply(self, message: IotlbMessage) -> None:
+    def apply(self, message: IotlbMessage, seconds: float) -> bool:
         """Apply an UPDATE or INVALIDATE that the session has checked.
+
+        Args:
+            message: The message.
+            seconds: How long to wait for the users of a translation that is taken away.
+
+        Returns:
+            Whether nobody uses what was taken away.
 
         Raises:
             InvalidAddressError: An UPDATE leads to memory that is not shared; nothing changed.
         """
         iova, size, uaddr, perm, kind = message
         if kind == IotlbType.INVALIDATE:
-            self.iotlb.invalidate_mapping(iova, size)
+            IntervalMap.cut(self.iotlb, iova, size)
             self._stats.traffic.invalidations += 1
-            return
-        at, ranges = iova, self._shared.guest_ranges(uaddr, size)
+            return self.unused(iova, size, seconds)
+        at, taken = iova, False
+        ranges = self._shared.guest_ranges(uaddr, size)
         self._stats.traffic.updates += 1
         for guest_addr, length in ranges:
-            self.iotlb.set_mapping(at, guest_addr, length, Permissions(perm))
+            taken |= IntervalMap.overwrite(self.iotlb, at, length, guest_addr, Permissions(perm))
             at += length
         self._wake(self._misses.answered(iova, size, perm))
+        return not taken or self.unused(iova, size, seconds)
+
+    def unused(self, iova: int, size: int, seconds: float) -> bool:
+        """Wait until nobody uses what the range translated to; False if that takes longer."""
+        return self.iotlb.drain(iova, size, seconds)
 
     def ask(self, waiter: int, missing: Iterable[tuple[IovaRange, int]]) -> None:
         """Ask for ranges, except for pages that this waiter was refused."""
@@ -218,22 +231,18 @@ class Translations:
         return self._misses.is_open(where.base + (where.length - 1), access)
 
     def forget(self, waiter: int) -> None:
-        """Forget what a stopped queue waits for, and every translation.
-
-        QEMU forwards no invalidation between the stop of a queue and the next start, so what is
-        known now may be wrong then. The requests of queues that still run keep their leases, and
-        a revocation waits for these as before; only what they touch next is asked for anew.
-        """
+        """Forget what a stopped queue waits for and what it was refused."""
         with self._lock:
             ready = self._misses.forget(waiter)
             self._refused.pop(waiter, None)
-        IntervalMap.clear(self.iotlb)
         self._wake(ready)
 
-    def forget_stale(self) -> None:
-        """Forget what was told while all queues were stopped; to be called before the first start.
+    def forget_all(self) -> None:
+        """Forget every translation, because no queue runs.
 
-        An answer that was under way during the stop arrives after it.
+        QEMU forwards no invalidation from the stop of the last queue to the next start, so what is
+        known may be wrong then. To be called at both: an answer that was under way when the queues
+        stopped arrives afterwards.
         """
         IntervalMap.clear(self.iotlb)
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
+import reprlib
 import threading
 import time
 from collections import deque
@@ -31,8 +33,7 @@ from guestio._core.intake import Attended, Intake
 from guestio._core.misses import Misses, touched
 from guestio._core.questions import REPEAT_AFTER
 from guestio._core.ring import SplitRing
-from guestio.addr import check_int
-from guestio.errors import DeviceError, GuestioError, ProtocolError
+from guestio.errors import DeviceError, GuestioError, ProtocolError, QueueError
 from guestio.memory.backing import close_fd
 from guestio.vhost_user.foreign import PipeNotifier, check_eventfd, close_foreign, is_pipe
 from guestio.vhost_user.messages import VringAddr
@@ -55,8 +56,8 @@ SPIN = 50e-6
 MAX_REFUSED = 4096
 """Refused pages that are remembered for a queue."""
 
-SLOW = 10.0
-"""Seconds after which it is said that a queue stands still for want of a device's answer."""
+COPY_GRACE = 0.25
+"""Seconds beyond its time limit that a stop waits for system calls that move a request's memory."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class QueueHost:
         make_ring: Called with a queue that is set up; its ring, or None if it is not complete.
         tracked: Whether requests in flight are noted, for whoever takes over after a crash.
         broken: Called from any thread with a queue that its driver ruined, and why.
+        given_up: Called when a device did not answer requests in the time that a stop may take.
         intake: Serves queues while nothing is to be decided; None if they have their own threads.
         poll_seconds: How long to look out for a request before sleeping.
     """
@@ -82,6 +84,7 @@ class QueueHost:
     make_ring: Callable[[Virtqueue], SplitRing | None]
     tracked: Callable[[], bool]
     broken: Callable[[Virtqueue, GuestioError], None]
+    given_up: Callable[[], None]
     intake: Intake | None
     poll_seconds: float
 
@@ -106,7 +109,7 @@ class Virtqueue:
         self._poller = poller
         self._lock = threading.RLock()
         self._scheduled = False
-        self._late: set[Chain] = set()
+        self._late: dict[Chain, Future[int]] = {}
         self._late_change = threading.Condition()
         self._settled: deque[Chain] = deque()
         self._pipes: dict[int, PipeNotifier] = {}
@@ -138,13 +141,32 @@ class Virtqueue:
         """Held while the queue is served or changed."""
         return self._lock
 
-    def reset(self) -> None:
-        """Stop the queue and forget how it was set up."""
+    def announce_stop(self) -> None:
+        """Have the device finish what it holds, before anybody waits for it."""
+        if self._ring is None:
+            return
+        try:
+            self._host.device.stopping(self.index)
+        except Exception:
+            self._host.bursts.report(
+                "queue %d: %s failed", self.index, self._method("stopping"), trace=True
+            )
+
+    def reset(self, until: float, *, keep_base: bool = False) -> None:
+        """Stop the queue and forget how it was set up.
+
+        Args:
+            until: As for :meth:`detach`.
+            keep_base: Whether to remember where it stopped.
+        """
         with self._lock:
-            self.stop()
+            self.stop(until)
             self._set_fd("call", None)
             self._set_fd("err", None)
+            base = self.base
             self._clear()
+            if keep_base:
+                self.base = base
 
     def set_num(self, num: int) -> None:
         """Set the number of entries."""
@@ -152,10 +174,10 @@ class Virtqueue:
             self.num = num
             self.wake()
 
-    def set_address(self, address: VringAddr) -> None:
-        """Set where the ring is."""
+    def set_address(self, address: VringAddr, until: float) -> None:
+        """Set where the ring is; ``until`` as for :meth:`detach`."""
         with self._lock:
-            self.detach()
+            self.detach(until)
             self.address = address
 
     def set_base(self, base: int) -> None:
@@ -170,15 +192,18 @@ class Virtqueue:
             self._enabled = enable
             self.wake()
 
-    def detach(self) -> None:
+    def detach(self, until: float) -> None:
         """Let go of a ring's memory; it is set up again, where it stopped, before its next use.
 
-        Requests that take time are waited for. Completions that cannot be shown any more are taken
-        back, and done again then.
+        Requests that take time are waited for, and fail if they are not done in time. Completions
+        that cannot be shown any more are taken back, and done again then.
+
+        Args:
+            until: When to give up the requests that the device still holds (monotonic time).
         """
         with self._lock:
             self._leave()
-            self._drain()
+            self._drain(until)
             ring, self._ring, self._stuck = self._ring, None, False
             if ring is not None:
                 with contextlib.suppress(GuestioError):
@@ -187,11 +212,11 @@ class Virtqueue:
                 self.base = ring.resume_at
             self.wake()
 
-    def stop(self) -> None:
-        """Stop serving, until the next kick fd."""
+    def stop(self, until: float) -> None:
+        """Stop serving, until the next kick fd; ``until`` as for :meth:`detach`."""
         with self._lock:
             self._started = False
-            self.detach()
+            self.detach(until)
             self._unpark()
             self._host.translations.forget(self.index)
             self._poller.clear_timer(self)
@@ -379,85 +404,173 @@ class Virtqueue:
                 self._break(error)
 
     def _begin(self, ring: SplitRing, chains: list[Chain]) -> None:
-        """Have requests processed; those that take time are completed later."""
+        """Have requests processed; those that take time are completed later.
+
+        Raises:
+            QueueError: One failed and its driver cannot be told.
+        """
+        untold = None
         for chain in chains:
             answer = self._process(chain)
             if isinstance(answer, Future):
                 chain.hand_over()
-                self._late.add(chain)
+                self._late[chain] = answer
                 answer.add_done_callback(functools.partial(self._finish, chain))
-            else:
+            elif (
+                chain.fault is None
+                or chain.tail is not None
+                or self._host.device.error_status is None
+            ):
                 ring.complete(chain, answer)
+            else:
+                chain.settle(0)
+                untold = chain
+        if untold is not None:
+            # A status of before would tell the driver that all went well.
+            raise QueueError(
+                f"request {untold.head} failed and the byte for its status cannot be reached: "
+                f"{untold.fault}"
+            )
+
+    def _method(self, name: str) -> str:
+        """A method of the device, for people."""
+        return f"{type(self._host.device).__name__}.{name}"
 
     def _process(self, chain: Chain) -> int | Future[int]:
         """What the device says to a request; where it failed, what it says to that."""
+        bursts, method = self._host.bursts, self._method("process")
         try:
             if chain.fault is None:
                 answer = self._host.device.process(self.index, chain)
-                return answer if isinstance(answer, Future) else _plausible(answer, chain)
-            self._host.bursts.report("queue %d: request refused: %s", self.index, chain.fault)
+                if isinstance(answer, Future):
+                    return answer
+                return _plausible(answer, chain, f"{method} returned")
+            bursts.report("queue %d: request refused: %s", self.index, chain.fault)
         except GuestioError as error:
-            self._host.bursts.report("queue %d: request failed: %s", self.index, str(error))
+            bursts.report("queue %d: request failed: %s", self.index, str(error))
         except Exception:
-            self._host.bursts.report(
-                "queue %d: the device failed; its request is refused", self.index, trace=True
-            )
+            bursts.report("queue %d: request failed: %s raised", self.index, method, trace=True)
         return self._fail(chain)
 
     def _fail(self, chain: Chain) -> int:
+        """Tell the driver that a request failed, as its device does it or else as its type does."""
+        device, method = self._host.device, self._method("fail")
         self._host.statistics.traffic.count_failed()
+        written = None
         try:
-            return _plausible(self._host.device.fail(self.index, chain), chain)
-        except GuestioError:
-            return 0
-        except Exception:
+            written = _plausible(device.fail(self.index, chain), chain, f"{method} returned")
+        except Exception as error:
             self._host.bursts.report(
-                "queue %d: the device failed to fail a request", self.index, trace=True
+                "queue %d: %s",
+                self.index,
+                str(error) if isinstance(error, GuestioError) else f"{method} raised",
+                trace=not isinstance(error, GuestioError),
             )
-            return 0
+        finally:
+            if written is None:
+                # The status byte may be gone with its file, or have been given up already.
+                with contextlib.suppress(GuestioError):
+                    written = Device.fail(device, self.index, chain)
+        return written or 0
 
     def _finish(self, chain: Chain, answer: Future[int]) -> None:
         """Take a late answer, in whatever thread it was found.
 
         The memory is given back here: a revocation of its translation may be waiting for it in the
-        very thread that serves the queue.
+        very thread that serves the queue. If the request was given up, its answer goes nowhere.
         """
+        if chain not in self._late:
+            return
         written = 0
         try:
             written = self._late_answer(chain, answer)
         finally:
-            # Whatever a device raises, or did to its request, nobody waits for it for ever.
-            with contextlib.suppress(ValueError):
-                chain.settle(written)
-            self._settled.append(chain)
-            self.wake()
             with self._late_change:
-                self._late.discard(chain)
-                self._late_change.notify_all()
+                if self._late.pop(chain, None) is not None:
+                    self._give_back(chain, written)
+
+    def _give_back(self, chain: Chain, written: int) -> None:
+        """Let go of a request's memory and have it completed. Needs the lock of late requests."""
+        # Whatever a device did to its request, nobody waits for it for ever.
+        with contextlib.suppress(ValueError):
+            chain.settle(written)
+        self._settled.append(chain)
+        self.wake()
+        self._late_change.notify_all()
 
     def _late_answer(self, chain: Chain, answer: Future[int]) -> int:
+        whose = f"the future of {self._method('process')} ended with"
         try:
-            return _plausible(answer.result(), chain)
+            return _plausible(answer.result(), chain, whose)
+        except GuestioError as error:
+            said = str(error)
         except BaseException as error:
-            self._host.bursts.report(
-                "queue %d: request failed: %s", self.index, str(error) or type(error).__name__
-            )
+            said = f"{whose} {type(error).__name__}: {error}"
+        self._host.bursts.report("queue %d: request failed: %s", self.index, said)
         return self._fail(chain)
 
-    def _drain(self) -> None:
-        """Wait for the requests that take time, and complete them."""
+    def give_up(self, iova: int, size: int) -> None:
+        """Fail the requests that the device holds and that use a range of addresses.
+
+        For a revocation that has waited for them long enough. From any thread.
+        """
         with self._late_change:
-            while self._late:
-                if not self._late_change.wait(SLOW):
-                    log.warning(
-                        "queue %d cannot stop: the device is still busy with %d requests",
-                        self.index,
-                        len(self._late),
-                    )
+            held = [chain for chain in self._late if _uses(chain, iova, iova + size)]
+        self._disown(held, "their memory is taken away")
+
+    def _disown(self, held: list[Chain], why: str) -> None:
+        """Fail requests that the device still holds; what it says of them later goes nowhere."""
+        if not held:
+            return
+        self._host.bursts.report(
+            "queue %d: %d requests fail that %s has not answered in time: %s",
+            self.index,
+            len(held),
+            self._method("process"),
+            why,
+        )
+        for chain in held:
+            answer = self._late.get(chain)
+            if answer is None:
+                continue
+            written = self._fail(chain)
+            with self._late_change:
+                if self._late.pop(chain, None) is None:
+                    continue
+                self._give_back(chain, written)
+            # What has not begun need not begin any more.
+            with contextlib.suppress(Exception):
+                answer.cancel()
+
+    def _drain(self, until: float) -> None:
+        """Wait for the requests that take time, and complete them; fail them when time is up."""
+        with self._late_change:
+            while self._late and (left := until - time.monotonic()) > 0:
+                self._late_change.wait(left)
+            held = list(self._late)
+        if held:
+            self._disown(held, "the queue stops")
+            self._host.given_up()
+            self._wait_for_copies(held, until + COPY_GRACE)
         while self._settled:
             chain = self._settled.popleft()
             if self._ring is not None:
                 self._ring.complete(chain)
+
+    def _wait_for_copies(self, held: list[Chain], until: float) -> None:
+        """Wait for system calls that move the memory of requests which were given up.
+
+        The memory is kept for a call that does not return; its kernel may still write to it.
+        """
+        while (moving := sum(chain.in_use() for chain in held)) and time.monotonic() < until:
+            time.sleep(0.001)
+        if moving:
+            self._host.bursts.report(
+                "queue %d: the memory of %d requests stays in use until system calls that move it "
+                "return",
+                self.index,
+                moving,
+            )
 
     def _park(self, ring: SplitRing, missing: Misses) -> None:
         """Ask for what the queue lacks; a request that lacks what was refused fails instead."""
@@ -520,14 +633,35 @@ class Virtqueue:
         self.wake()
 
 
-def _plausible(written: int, chain: Chain) -> int:
-    """What a device says that it wrote, if that is possible."""
-    if not 0 <= check_int(written, "written") <= chain.writable.total:
+def _plausible(written: object, chain: Chain, whose: str) -> int:
+    """What a device says that it wrote, if that is possible.
+
+    Raises:
+        DeviceError: It is not.
+    """
+    try:
+        if isinstance(written, bool):
+            raise TypeError
+        count = operator.index(written)  # type: ignore[arg-type]
+    except TypeError:
         raise DeviceError(
-            f"the device says it wrote {written} bytes to a request with room for "
-            f"{chain.writable.total}"
+            f"{whose} {reprlib.repr(written)}; return the number of bytes written"
+        ) from None
+    if not 0 <= count <= chain.writable.total:
+        raise DeviceError(
+            f"{whose} {reprlib.repr(count)}, but the request has room for {chain.writable.total} "
+            "bytes; return the number of bytes written"
         )
-    return written
+    return count
+
+
+def _uses(chain: Chain, first: int, end: int) -> bool:
+    """Whether a request has memory at the addresses from ``first`` to ``end``."""
+    return any(
+        addr < end and first < addr + length
+        for memory in (chain.readable, chain.writable)
+        for addr, length in memory.fragments()
+    )
 
 
 def signal(fd: int | None) -> None:

@@ -99,6 +99,7 @@ class BlockDevice(Device):
     """
 
     device_id = DeviceId.BLOCK
+    error_status = S_IOERR
 
     def __init__(
         self,
@@ -223,9 +224,7 @@ class BlockDevice(Device):
     def fail(self, queue: int, chain: Chain) -> int:
         """Report an I/O error in the status byte, if that can be reached."""
         self._count_error()
-        if chain.tail is not None:
-            chain.tail.write(bytes([S_IOERR]))
-        return 0
+        return super().fail(queue, chain)
 
     def _count_error(self) -> None:
         with self._lock:

@@ -53,6 +53,8 @@ class Device(ABC):
         num_queues: How many virtqueues it has.
         features: Feature bits of its own; those of the transport and the rings are added by
             whoever carries the queues.
+        error_status: The value of a request's last device-writable byte that tells the driver that
+            the request failed. None if the device type has no such byte.
         server: Serves the simple requests in the compiled core; :meth:`process` is given the
             rest. None if all are for :meth:`process`.
     """
@@ -60,6 +62,7 @@ class Device(ABC):
     device_id: ClassVar[int]
     num_queues: int = 1
     features: int = 0
+    error_status: int | None = None
     server: Server | None = None
 
     @abstractmethod
@@ -72,10 +75,15 @@ class Device(ABC):
         request back when the future is done, from whichever thread. Requests may overtake each
         other that way; a device that owes its driver an order keeps it itself.
 
-        A future must get done by itself, in bounded time, whatever the driver does or omits: before
-        a queue is stopped or reset, or memory goes away, its carrier waits for all that are under
-        way. A peer that may never answer needs a timeout. Until it is done the memory of ``chain``
-        may be used, afterwards not.
+        A future should get done by itself, in bounded time, whatever the driver does or omits:
+        before a queue is stopped or reset, or memory goes away, its carrier calls :meth:`stopping`
+        and waits for all that are under way, a second by default. Those that are still not done
+        then fail and are cancelled, and their late answers go nowhere. Until the future is done, or
+        the carrier has given it up, the memory of ``chain`` may be used; afterwards its vectors are
+        empty, and an access raises :class:`InvalidAddressError`.
+
+        What does not return at all keeps its queue from being served, and without queue threads
+        everything else: a wait without a limit belongs into a thread.
 
         Args:
             queue: Index of its queue.
@@ -90,17 +98,32 @@ class Device(ABC):
         """
 
     def fail(self, queue: int, chain: Chain) -> int:
-        """Answer a request whose memory cannot be reached, as far as that is possible.
+        """Answer a request that failed.
+
+        :meth:`process` raised or returned nonsense, its future did or was given up, or part of the
+        request's memory cannot be reached (``chain.fault``).
 
         ``chain.readable`` and ``chain.writable`` hold what could be reached, ``chain.tail`` the
-        last byte that the driver wanted written. The default gives it back untouched. For a request
-        that :meth:`process` answered with a future, this is called in the thread that finished it,
-        while other requests of the queue may be processed.
+        last byte that the driver wanted written. The default writes :attr:`error_status` there, if
+        the device type has one. For a request that :meth:`process` answered with a future, this is
+        called in the thread that finished it, while other requests of the queue may be processed;
+        for one that was given up, in the carrier's thread. If this raises, the default is done.
 
         Returns:
             How many bytes were written, as from :meth:`process`; at once.
         """
-        return 0
+        if self.error_status is None or chain.tail is None:
+            return 0
+        chain.tail.write(bytes([self.error_status]))
+        return int(chain.fault is None and chain.writable.total == 1)
+
+    def stopping(self, queue: int) -> None:
+        """Finish or give up what :meth:`process` has not answered yet: the queue is about to stop.
+
+        Called before the carrier waits for the queue's requests: when it stops, is reset, or lets
+        go of its memory for a moment. It is called in the carrier's thread and should return at
+        once; futures may be completed or cancelled in it. The default does nothing.
+        """
 
     def config(self) -> bytes:
         """The device's configuration space, whole."""

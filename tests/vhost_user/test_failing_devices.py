@@ -1,0 +1,271 @@
+"""Devices that raise, lie, are cancelled or cannot even fail: their drivers see failed requests."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from guestio._core.chain import Chain
+from guestio.errors import DeviceError
+from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
+from guestio.virtio.blk import S_IOERR, T_GET_ID, BlockDevice
+from guestio.virtio.device import Device, DeviceId
+from tests.vhost_user.serving import (
+    BUFFERS,
+    Driver,
+    Serving,
+    errors_of,
+    until,
+    warnings_of,
+)
+from tests.virtio.rings import PAGE, WRITE, Desc
+
+ERROR = 0xEE
+
+
+class NoNumber:
+    """Pretends to be a number."""
+
+    def __index__(self) -> int:
+        raise ValueError("no number")
+
+
+class Faulty(Device):
+    """Answers each request as it is told to; its type has a status in the last byte.
+
+    Attributes:
+        answer: What `process` does with a request.
+        failure: What `fail` does, None for what devices do.
+    """
+
+    device_id = DeviceId.BLOCK
+    error_status = ERROR
+
+    def __init__(self) -> None:
+        self.answer: Callable[[Chain], object] = lambda chain: 0
+        self.failure: Callable[[Chain], object] | None = None
+
+    def process(self, queue: int, chain: Chain) -> int:
+        return self.answer(chain)  # type: ignore[return-value]
+
+    def fail(self, queue: int, chain: Chain) -> int:
+        if self.failure is None:
+            return super().fail(queue, chain)
+        return self.failure(chain)  # type: ignore[return-value]
+
+
+def raising(error: BaseException) -> Callable[[Chain], object]:
+    def fail(chain: Chain) -> object:
+        raise error
+
+    return fail
+
+
+NONSENSE = [None, -1, 6, 1 << 70, True, "5", 1.0, float("nan"), NoNumber(), [], object()]
+ERRORS = [DeviceError("no"), RuntimeError("no"), MemoryError(), StopIteration(), AssertionError()]
+NOW: list[Callable[[Chain], object]] = [
+    *(raising(error) for error in ERRORS),
+    *(lambda chain, value=value: value for value in NONSENSE),
+]
+LATER: list[Callable[[Future[object]], object]] = [
+    *(lambda future, error=error: future.set_exception(error) for error in ERRORS),
+    lambda future: future.set_exception(SystemExit(3)),
+    lambda future: future.set_exception(KeyboardInterrupt()),
+    *(lambda future, value=value: future.set_result(value) for value in NONSENSE),
+    lambda future: future.cancel(),
+]
+MODES = {
+    "plain": {},
+    "noted": {"inflight": True},
+    "behind an IOMMU": {"iommu": True},
+    "noted, behind an IOMMU": {"iommu": True, "inflight": True},
+}
+
+
+@pytest.fixture
+def device() -> Faulty:
+    return Faulty()
+
+
+@pytest.fixture(params=[False, True], ids=["one thread", "queue threads"])
+def serving(device: Faulty, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Serving]:
+    with Serving(device, tmp_path / "socket", queue_threads=request.param) as made:
+        yield made
+
+
+@pytest.fixture(params=MODES.values(), ids=MODES.keys())
+def driver(serving: Serving, request: pytest.FixtureRequest) -> Iterator[Driver]:
+    with Driver(serving.path, **request.param) as made:
+        yield made
+
+
+def check_failed(driver: Driver, number: int) -> None:
+    """Wait for a request of 4 bytes; nothing but its status may have been written, and an error."""
+    driver.wait(0, number)
+    assert driver.result(0, number, 4) == (ERROR, bytes(4))
+    assert driver.rings[0].used_entry(number) == (2 * number % driver.size, 0)
+
+
+class TestStatus:
+    def test_of_what_fails_at_once(self, device: Faulty, driver: Driver, serving: Serving) -> None:
+        for count, answer in enumerate(NOW, 1):
+            device.answer = answer
+            check_failed(driver, driver.submit(0, b"text"))
+            assert serving.stats.failed_requests == count
+
+    def test_of_what_fails_later(self, device: Faulty, driver: Driver, serving: Serving) -> None:
+        for count, end in enumerate(LATER, 1):
+            promised: Future[object] = Future()
+            begun: list[Chain] = []
+
+            def begin(
+                chain: Chain,
+                begun: list[Chain] = begun,
+                promised: Future[object] = promised,
+            ) -> object:
+                begun.append(chain)
+                return promised
+
+            device.answer = begin
+            number = driver.submit(0, b"text")
+            until(lambda begun=begun: begun)
+            driver.frontend.sync()
+            end(promised)
+            check_failed(driver, number)
+            assert serving.stats.failed_requests == count
+
+    def test_where_the_device_cannot_even_fail(self, device: Faulty, driver: Driver) -> None:
+        device.answer = raising(DeviceError("no"))
+        for failure in NOW:
+            device.failure = failure
+            check_failed(driver, driver.submit(0, b"text"))
+        promised: Future[object] = Future()
+        device.answer = lambda chain: promised
+        number = driver.submit(0, b"text")
+        promised.cancel()
+        check_failed(driver, number)
+
+    def test_is_one_byte_at_the_very_end(self, device: Faulty, driver: Driver) -> None:
+        """Whatever the answer is split into."""
+        device.answer = raising(DeviceError("no"))
+        ring, place = driver.rings[0], BUFFERS + 0x20000
+        for count, sizes in enumerate(([1], [1, 1], [4, 1, 1], [1, PAGE], [3 * PAGE + 5], [1] * 9)):
+            driver.memory.write(place, bytes(8 * PAGE))
+            at, descriptors = place, [Desc(driver.at(place + 7 * PAGE), 4)]
+            for size in sizes:
+                descriptors.append(Desc(driver.at(at), size, WRITE))
+                at += size
+            driver.run_raw(0, *descriptors)
+            total = sum(sizes)
+            written = bytes(total - 1) + bytes([ERROR])
+            assert driver.memory.read(place, total + PAGE) == written + bytes(PAGE)
+            assert ring.used_entry(count) == (0, int(total == 1))
+
+    def test_where_nothing_may_be_written(self, device: Faulty, driver: Driver) -> None:
+        device.answer = raising(DeviceError("no"))
+        assert driver.run_raw(0, Desc(driver.at(BUFFERS), 4)) == (0, 0)
+
+    @pytest.mark.parametrize("inflight", [False, True])
+    def test_that_cannot_be_told_is_not_a_success(
+        self,
+        device: Faulty,
+        serving: Serving,
+        inflight: bool,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """What was in the status byte before may mean that all went well: the queue breaks."""
+        with Driver(serving.path, iommu=True, inflight=inflight) as driver:
+            assert driver.run_raw(0, Desc(driver.at(BUFFERS), 4)) == (0, 0)
+            hole = 0x6000_0000
+            driver.frontend.iotlb.miss_hook = lambda message: MissAnswer(
+                MissAction.REFUSE if message.iova == hole else MissAction.ANSWER
+            )
+            ring = driver.rings[0]
+            ring.offer(ring.put_chain(8, Desc(driver.at(BUFFERS), 4), Desc(hole, 5, WRITE)))
+            driver.handles[0].kick()
+            until(driver.handles[0].failed)
+            assert ring.used_idx == 1
+            assert any("byte for its status cannot be reached" in e for e in errors_of(caplog))
+            # It is not done, so it is begun again by whoever goes on.
+            assert driver.stop(0) == (2 if inflight else 1)
+            driver.frontend.iotlb.miss_hook = None
+            driver.frontend.iotlb.map(hole, BUFFERS + 4 * PAGE, PAGE, 3)  # type: ignore[arg-type]
+            driver.start(0, 1)
+            driver.handles[0].kick()
+            driver.wait(0, 1)
+            assert ring.used_entry(1) == (8, 0)
+
+
+class TestWords:
+    @pytest.mark.parametrize(
+        ("answer", "said"),
+        [
+            (lambda chain: None, "Faulty.process returned None; return the number of bytes"),
+            (lambda chain: True, "Faulty.process returned True; return the number of bytes"),
+            (lambda chain: 9, "Faulty.process returned 9, but the request has room for 5 bytes"),
+            (raising(DeviceError("on fire")), "queue 0: request failed: on fire"),
+            (raising(ValueError("on fire")), "queue 0: request failed: Faulty.process raised"),
+        ],
+    )
+    def test_name_the_method(
+        self,
+        device: Faulty,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+        answer: Callable[[Chain], object],
+        said: str,
+    ) -> None:
+        with Serving(device, tmp_path / "socket") as serving, Driver(serving.path) as driver:
+            device.answer = answer
+            check_failed(driver, driver.submit(0, b"text"))
+            assert said in warnings_of(caplog)[0]
+
+    def test_of_a_late_answer(
+        self, device: Faulty, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with Serving(device, tmp_path / "socket") as serving, Driver(serving.path) as driver:
+            promised: Future[object] = Future()
+            promised.set_result(None)
+            device.answer = lambda chain: promised
+            check_failed(driver, driver.submit(0, b"text"))
+            assert "the future of Faulty.process ended with None; return" in warnings_of(caplog)[0]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+def test_a_disk_of_ones_own(tmp_path: Path, mode: dict[str, bool], late: bool) -> None:
+    """A subclass that fails for one sector: the driver reads an error there, not the old status."""
+
+    class Spoiled(BlockDevice):
+        def process(self, queue: int, chain: Chain) -> int | Future[int]:
+            if struct.unpack_from("<Q", chain.readable.read(), 8)[0] != 3:
+                return super().process(queue, chain)
+            if not late:
+                raise ValueError("this sector is bad")
+            promised: Future[int] = Future()
+            promised.set_exception(ValueError("this sector is bad"))
+            return promised
+
+    image = tmp_path / "image"
+    image.write_bytes(bytes(8192))
+    device = Spoiled(image)
+    with Serving(device, tmp_path / "socket") as serving, Driver(serving.path, **mode) as driver:
+        place = BUFFERS + 0x20000
+        for sector, status in itertools.product((1, 3, 4), (0, 0x77)):
+            # Reads never get here.
+            driver.memory.write(place, struct.pack("<IIQ", T_GET_ID, 0, sector))
+            driver.memory.write(place + 0x1000, bytes(20) + bytes([status]))
+            driver.run_raw(
+                0, Desc(driver.at(place), 16), Desc(driver.at(place + 0x1000), 21, WRITE)
+            )
+            found = driver.memory.read(place + 0x1000, 21)
+            if sector == 3:
+                assert found == bytes(20) + bytes([S_IOERR])
+            else:
+                assert found == b"image".ljust(21, b"\0")
+    device.close()
