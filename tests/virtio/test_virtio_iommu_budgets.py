@@ -188,8 +188,10 @@ class TestWaiting:
             done.result(WAIT)
         assert iommu.snapshot()["domains"] == []
 
-    def test_a_client_that_lets_go_in_time_is_not_revoked(self):
-        iommu = self.held(revoke_after=None, stop_timeout=3600.0).iommu
+    @pytest.mark.parametrize("revoke_after", [None, 7200.0])
+    def test_a_client_that_lets_go_in_time_is_not_revoked(self, revoke_after):
+        """And whatever counted its time is gone."""
+        iommu = self.held(revoke_after=revoke_after, stop_timeout=3600.0).iommu
         (session,) = iommu.endpoint(8).sessions
         threads = threading.active_count()
         done = iommu.reset()
@@ -289,6 +291,22 @@ class TestFailures:
         assert iommu.snapshot()["domains"][0]["mappings"] == []
         send_all(iommu, page(1))
         assert good.held.keys() == bad.held.keys() == {PAGE}
+
+    def test_an_interrupt_keeps_nobody_waiting_behind_it(self):
+        iommu = VirtioIommu(endpoints=[8], revoke_after=None)
+        physical = GuestRegionCollection.from_ranges([(0, 0x10000)])
+        target = FailAfter(1, times=1, error=lambda *_: KeyboardInterrupt())
+        iommu.endpoint(8).add_target(target, physical)
+        send_all(iommu, attach(8, 1), page(1))
+        session = iommu.endpoint(8).open_session()
+        session.export(PAGE, 1)
+        waiting = [
+            pend(iommu, request) for request in (unmap(1, PAGE, 2 * PAGE - 1), page(2), page(3))
+        ]
+        with pytest.raises(KeyboardInterrupt):
+            session.release(PAGE, 1)
+        assert [status(p.result(0)) for p in waiting] == [OK, DEVERR, OK]
+        assert list(target.held) == [3 * PAGE]
 
 
 class TestFaults:

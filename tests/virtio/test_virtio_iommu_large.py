@@ -155,6 +155,22 @@ def test_the_mapper_alone(order):
     assert mapper.mappings() == []
 
 
+@pytest.mark.parametrize("gap", [0, 1, PAGE])
+def test_the_first_mappings_of_a_range(gap):
+    """As many as asked for, also where one begins at once after the other."""
+    mapper = BasicMemoryMapper()
+    stride = PAGE + gap
+    for number in range(40):
+        mapper.add_range(number * stride, PAGE, 0, Permissions.READ)
+    for first, size in ((0, 2**64), (stride, 5 * stride), (3 * stride + 7, 9 * stride), (PAGE, 1)):
+        everything = mapper.mappings(first, size)
+        for limit in (0, 1, 2, 7, 39, 40, 99):
+            assert mapper.mappings(first, size, limit=limit) == everything[:limit]
+    mapper.add_range(2**64 - PAGE, PAGE, 0, Permissions.READ)
+    assert mapper.mappings(limit=99) == mapper.mappings()
+    assert mapper.mappings(0, 0, limit=9) == []
+
+
 class Machine(RuleBasedStateMachine):
     """Whole ranges are filled and emptied, so that maps of hundreds of entries come and go."""
 
