@@ -16,7 +16,7 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from statistics import median
@@ -438,6 +438,34 @@ def growth(sizes: list[int], rounds: int) -> Report:
     return Report(GROWTH, "ns", note, [rows[label] for label in sorted(rows)])
 
 
+def evictions(rounds: int) -> Report:
+    """An insertion into a full map of which some entries may not go."""
+    rows = []
+    for size in (1000, 10_000, 100_000):
+        figures: dict[str, float | None] = {}
+        for label, share, leased in (
+            ("nothing kept", 0.0, False),
+            ("half pinned", 0.5, False),
+            ("nine tenths pinned", 0.9, False),
+            ("all in use", 0.0, True),
+        ):
+            iotlb = Iotlb(size)
+            for page in range(size):
+                iotlb.set_mapping(page * PAGE, page * 2 * PAGE, PAGE, RW)
+            for page in range(int(size * share)):
+                iotlb.pin(page * PAGE, PAGE)
+            fresh = iter(range(1 << 40, 1 << 50, 2 * PAGE))
+
+            def insert(iotlb: Iotlb = iotlb, fresh: Iterator[int] = fresh) -> None:
+                for _ in range(200):
+                    iotlb.set_mapping(next(fresh), 0, PAGE, RW)
+
+            with iotlb.guard(0, size * PAGE, R) if leased else nullcontext():
+                figures[label] = rounds_of({label: insert}, rounds)[label] / 200 * 1e9
+        rows.append(Row(f"{size:,}", figures))
+    return Report("Eviction", "ns", "an insertion, by capacity", rows)
+
+
 MEMORY_PROBE = """
 import gc, sys
 import bench.tables as tables
@@ -563,6 +591,7 @@ def all_reports(quick: bool) -> Iterator[tuple[str, Callable[[], list[Report]]]]
     yield "batches", lambda: [batch_lookups(sizes, rounds)]
     yield "changes", lambda: changes(sizes, rounds)
     yield "growth", lambda: [growth(sizes, 3 * rounds)]
+    yield "evictions", lambda: [evictions(rounds)]
     yield "memory", lambda: [memory_per_entry(sizes)]
     yield "copies", lambda: [copies(3 * rounds)]
     yield "harvests", lambda: [harvests(3 if quick else rounds)]
