@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from guestio._core.ring import SplitRing
-from guestio.errors import DeviceError
+from guestio.errors import DeviceError, MemoryVanishedError
 from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
 from guestio.virtio.blk import (
     MAX_TRIM_SECTORS,
@@ -695,6 +695,45 @@ class TestFailures:
         assert disk.device.errors == 2
         assert image.read_bytes() == before
         assert disk.rig.used_idx == 2
+
+    @pytest.mark.parametrize("length", [512, 65536])
+    @pytest.mark.parametrize("kind", [T_OUT, T_IN])
+    def test_memory_that_another_access_found_to_be_gone(
+        self, disk: Disk, image: Path, kind: int, length: int
+    ) -> None:
+        """Something stands in for it by then, which system calls read and write as if it were."""
+        before = image.read_bytes()
+        os.ftruncate(disk.memory_fd, READ_AT + 4096)
+        at = READ_AT + 4096 - 512
+        for hole in range(READ_AT + 4096, at + length + 4096, 4096):
+            with pytest.raises(MemoryVanishedError):
+                disk.memory.read(hole, 1)
+        disk.rig.view.write(READ_AT, struct.pack("<IIQ", kind, 0, 0))
+        disk.rig.view.write(READ_AT + 16, bytes([UNTOUCHED]))
+        data = Desc(at, length + 512, WRITE if kind == T_IN else 0)
+        disk.rig.offer(disk.rig.put_chain(0, Desc(READ_AT, 16), data, Desc(READ_AT + 16, 1, WRITE)))
+        disk._serve(disk.rig.ring)
+        assert disk.rig.view.read(READ_AT + 16, 1) == bytes([S_IOERR])
+        assert disk.rig.used_entry(0) == (0, 0 if kind == T_IN else 1)
+        assert disk.device.errors == 1
+        assert image.read_bytes() == before
+
+    def test_a_read_that_fails_half_way(self, disk: Disk, image: Path) -> None:
+        """What may have been written is marked dirty, and nothing is claimed to have been."""
+        os.truncate(image, SIZE - 4096)
+        disk.bitmap.reset()
+        answer = disk.run(T_IN, SECTORS - 24, reply=12288, gap=4096, writable=[4096, 4096, 4096])
+        assert (answer.status, answer.used) == (S_IOERR, 0)
+        assert disk.device.errors == 1
+        marked = set(disk.bitmap.dirty_pages().tolist())
+        for piece in range(3):
+            first = WRITE_AT + piece * 8192
+            assert {first >> 12, (first + 4095) >> 12} <= marked, piece
+
+    def test_the_used_length_of_a_read_counts_its_status(self, disk: Disk) -> None:
+        assert disk.run(T_IN, 0, reply=1024).used == 1025
+        assert disk.run(T_OUT, 0, bytes(512)).used == 1
+        assert disk.run(T_IN, SECTORS, reply=512).used == 0
 
     def test_a_request_that_cannot_be_reached_is_failed_in_its_status(self, disk: Disk) -> None:
         disk.rig.view.write(READ_AT, struct.pack("<IIQ", T_IN, 0, 0))

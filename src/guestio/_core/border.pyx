@@ -52,7 +52,7 @@ cdef double as_seconds(object value, str name, double most) except -1:
     try:
         number = value
     except OverflowError:
-        number = inf
+        number = inf if value > 0 else -inf
     if not 0 <= number <= most:
         upto = "or more" if most == inf else f"to {most:g}"
         raise ValueError(f"{name} must be 0 {upto} seconds, not {value}")

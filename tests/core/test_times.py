@@ -1,0 +1,96 @@
+"""Times are checked where they enter the core: converting nonsense to an integer is undefined."""
+
+import math
+import os
+import select
+
+import pytest
+
+from guestio import Iotlb
+from guestio._core.intake import Intake
+from guestio._core.intervals import IntervalMap
+from guestio._core.iotlbwire import IotlbUpdater, Traffic
+from guestio._core.questions import MissTable
+from tests.virtio.rings import physical
+
+HUGE = 10**400
+NONSENSE = [math.nan, -1, -1e-9, -math.inf, pytest.param(-HUGE, id="-huge")]
+
+
+@pytest.mark.parametrize(
+    "seconds", [*NONSENSE, math.inf, 1e30, pytest.param(HUGE, id="huge"), 60.1]
+)
+def test_a_ring_is_watched_for_a_time(seconds):
+    _, rig = physical()
+    with pytest.raises(ValueError, match="seconds must be 0 to 60"):
+        rig.ring.spin(seconds, -1)
+
+
+@pytest.mark.parametrize("seconds", ["1", None, True, b"1", []])
+def test_a_time_is_a_number(seconds):
+    _, rig = physical()
+    with pytest.raises(TypeError, match="seconds"):
+        rig.ring.spin(seconds, -1)
+
+
+def test_no_time_at_all():
+    _, rig = physical()
+    assert rig.ring.spin(0, -1) is False
+    assert rig.ring.spin(1e-300, -1) is False
+
+
+@pytest.mark.parametrize("limit", NONSENSE)
+def test_questions_have_a_time_limit(limit):
+    with pytest.raises(ValueError, match="time_limit"):
+        MissTable(limit)
+
+
+def test_questions_are_asked_at_some_time():
+    table = MissTable(math.inf)
+    for call in (
+        lambda now: table.ask(1, [], now, acknowledged=False),
+        table.repeat,
+        table.expired,
+        table.starved,
+        table.kept_waiting,
+    ):
+        call(0.0)
+        with pytest.raises(ValueError, match="now"):
+            call(math.nan)
+
+
+@pytest.fixture
+def loop():
+    table = MissTable(1.0)
+    updater = IotlbUpdater(Iotlb(), IntervalMap(), table, Traffic())
+    return lambda patience: Intake(updater, table, patience)
+
+
+@pytest.mark.parametrize("patience", NONSENSE)
+def test_patience_is_a_time(loop, patience):
+    with pytest.raises(ValueError, match="patience"):
+        loop(patience)
+
+
+def test_the_loop_waits_for_a_time(loop):
+    intake = loop(math.inf)
+    intake.alarm = -math.inf
+    intake.look_after = math.inf
+    for name, value in (("alarm", math.nan), ("look_after", math.nan), ("look_after", -1)):
+        with pytest.raises(ValueError, match=name):
+            setattr(intake, name, value)
+    assert (intake.alarm, intake.look_after) == (-math.inf, math.inf)
+    reader, writer = os.pipe()
+    with select.epoll() as poller:
+        poller.register(reader, select.EPOLLIN)
+        try:
+            with pytest.raises(ValueError, match="seconds"):
+                intake.wait(poller.fileno(), math.nan)
+            assert intake.wait(poller.fileno(), 0)[0] == []
+            assert intake.wait(poller.fileno(), 1e-9)[0] == []
+            os.write(writer, b"x")
+            for seconds in (math.inf, 1e300, 1e7, -1, -math.inf, 2**31):
+                assert intake.wait(poller.fileno(), seconds)[0] == [reader]
+        finally:
+            os.close(reader)
+            os.close(writer)
