@@ -426,3 +426,34 @@ def test_raw_addresses_are_the_callers_risk():
     backing = Backing.anonymous(PAGE)
     ctypes.memmove(backing.host_address, b"raw", 3)
     assert MmapRegion(0, backing).slice().read(0, 3) == b"raw"
+
+
+def test_memory_in_use_says_by_what():
+    backing = Backing.memfd(2 * PAGE)
+    memory = GuestRegionCollection.from_regions([MmapRegion(0, backing)])
+    with pytest.raises(BufferError, match=r"0x2000 bytes .* in use by 1 region tables .*drop or"):
+        backing.close()
+    part = memory.whole_slice(0, PAGE, Permissions.READ)
+    view = memoryview(part)
+    with pytest.raises(BufferError, match=r"1 region tables .* and 1 buffers \(memoryview"):
+        backing.close()
+    view.release()
+    del part, memory, view
+    backing.close()
+
+
+def test_an_address_or_a_region_can_be_looked_for():
+    low, high = MmapRegion.anonymous(0x1000, PAGE), MmapRegion.anonymous(1 << 63, PAGE)
+    memory = GuestRegionCollection.from_regions([low, high])
+    assert 0x1000 in memory
+    assert 0x1FFF in memory
+    assert 0x100 not in memory
+    assert 0x2000 not in memory
+    assert np.uint64(1 << 63) in memory
+    assert low in memory
+    assert MmapRegion.anonymous(0x1000, PAGE) not in memory
+    assert 0 not in GuestRegionCollection()
+    with pytest.raises(TypeError):
+        "0x1000" in memory  # noqa: B015
+    with pytest.raises(ValueError):
+        -1 in memory  # noqa: B015

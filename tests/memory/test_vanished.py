@@ -211,6 +211,47 @@ SCENARIOS = {
         queue.complete(chains[0], 0)
         assert queue.publish() is not None and memory.load(low + 0x902, 2) == 1
     """,
+    "the part of a ring that says which request is next": """
+        # The index is left; the entries beyond it read as request 0, which is an old one.
+        from guestio._core.blockio import BlockServer
+        from guestio._core.ring import SplitRing
+        low, size = 0x100000, 8
+        fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+        os.ftruncate(fd, 8192)
+        avail = low + 2 * PAGE - 8
+        for touched in (False, True):
+            memory, region = fresh(keep=SIZE)
+            memory.fill(low, SIZE)
+            # Request 0 writes to the disk; requests 1 and 2 ask for nothing that is served.
+            memory.write(low + 0x800, bytes([1]) + bytes(15) + b"x" * 512)
+            for index, (at, length, flags, after) in enumerate((
+                (low + 0x800, 528, 1, 3), (low + 0x800, 1, 0, 0), (low + 0x800, 1, 0, 0),
+                (low + 0xC00, 1, 2, 0),
+            )):
+                memory.write(low + 16 * index, at.to_bytes(8, "little")
+                             + length.to_bytes(4, "little") + bytes((flags, 0, after, 0)))
+            for position, head in enumerate((1, 2, 1)):
+                memory.store(avail + 4 + 2 * position, head, 2)
+            memory.store(avail + 2, 2, 2)
+            queue = SplitRing(memory._space, size, low, avail, low + PAGE)
+            chains, misses = queue.pop()
+            assert [chain.head for chain in chains] == [1, 2]
+            for chain in chains:
+                queue.complete(chain, 0)
+            queue.publish()
+            memory.store(avail + 2, 3, 2)
+            os.ftruncate(region.backing.fd, 2 * PAGE)
+            if touched:
+                vanishes(lambda: memory.read(GONE, 1), GONE)
+            try:
+                queue.turn(BlockServer(fd, 8192))
+            except QueueError as error:
+                assert "truncated" in str(error), error
+            else:
+                raise AssertionError("nothing was noticed")
+            assert os.pread(fd, 512, 0) == bytes(512), "a request was served that nobody made"
+            assert memory.load(low + 0xC00, 1) == 0
+    """,
     "a used ring between taking and giving back": """
         from guestio._core.ring import SplitRing
         low = 0x100000

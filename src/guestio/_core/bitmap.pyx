@@ -89,6 +89,11 @@ cdef extern from * nogil:
     {
         uint64_t *at = group;
         for (size_t i = 0; i < n; i++) {
+            while (i + 8 <= n && !(seen[i] | seen[i + 1] | seen[i + 2] | seen[i + 3] | seen[i + 4]
+                                   | seen[i + 5] | seen[i + 6] | seen[i + 7]))
+                i += 8;
+            if (i == n)
+                break;
             uint64_t bits = seen[i], word = first + 64 * i;
             while (bits) {
                 uint64_t number = (word + (uint64_t)__builtin_ctzll(bits)) / pages;
