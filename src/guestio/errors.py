@@ -25,6 +25,7 @@ Those that any part may raise are here. Those of one part are defined there, whi
     ├── ExportError                 iommu.mapper: memory cannot be exported, or no more
     ├── Refused                     virtio.iommu.programs: a request's status; stays inside
     ├── PeerGoneError               vhost_user.channel: the connection ended
+    │   └── ConnectionLostError     vhost_user.channel: it failed, as by a reset
     ├── RefusedError                vhost_user.exchange: the back-end refused a request
     ├── NoAnswerError               vhost_user.exchange: the back-end did not answer in time
     ├── BlkError                    guest.blkqueue: a disk answered a request with an error
