@@ -95,7 +95,7 @@ def test_endpoints():
     refused(
         lambda: endpoint.memory,
         {"physical": MEMORY, "bitmap": AtomicBitmap(4096), "dirty": DirtyMode.IOVA},
-        may=[("bitmap", None)],
+        may=[("bitmap", None), ("dirty", None)],
     )
     refused(
         lambda: lambda access: endpoint.report_unreachable(IovaRange(0, 1), access),
