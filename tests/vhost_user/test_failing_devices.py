@@ -59,9 +59,14 @@ class Faulty(Device):
         return self.failure(chain)  # type: ignore[return-value]
 
 
+def fresh(error: BaseException) -> BaseException:
+    """Another one like it: a traceback would keep what it met."""
+    return type(error)(*error.args)
+
+
 def raising(error: BaseException) -> Callable[[Chain], object]:
     def fail(chain: Chain) -> object:
-        raise error
+        raise fresh(error)
 
     return fail
 
@@ -73,7 +78,7 @@ NOW: list[Callable[[Chain], object]] = [
     *(lambda chain, value=value: value for value in NONSENSE),
 ]
 LATER: list[Callable[[Future[object]], object]] = [
-    *(lambda future, error=error: future.set_exception(error) for error in ERRORS),
+    *(lambda future, error=error: future.set_exception(fresh(error)) for error in ERRORS),
     lambda future: future.set_exception(SystemExit(3)),
     lambda future: future.set_exception(KeyboardInterrupt()),
     *(lambda future, value=value: future.set_result(value) for value in NONSENSE),

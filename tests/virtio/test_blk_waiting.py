@@ -12,6 +12,8 @@ import mmap
 import os
 import random
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -361,7 +363,7 @@ class TestFlush:
         first = requests.start(T_FLUSH)
         gate.await_entered()
         others = [requests.start(T_FLUSH) for _ in range(2)]
-        while requests.device._pool._work_queue.qsize():
+        while requests.device._pool._work.qsize():
             time.sleep(0.001)
         time.sleep(0.05)
         gate.go.set()
@@ -469,3 +471,59 @@ class TestClosing:
 def test_numbers_of_threads_that_cannot_be(image: Path, count: int) -> None:
     with pytest.raises(ValueError, match=r"io_threads .* is not in 0\.\.64"):
         BlockDevice(image, io_threads=count)
+
+
+class TestStuck:
+    """A disk that never answers keeps its thread, and nobody else."""
+
+    def test_does_not_keep_the_device_from_closing(self, tmp_path: Path) -> None:
+        image = tmp_path / "image"
+        image.write_bytes(bytes(SIZE))
+        go_on, begun = threading.Event(), threading.Event()
+
+        class Stuck(BlockDevice):
+            def _serve_waiting(self, chain: Chain) -> int:
+                begun.set()
+                assert go_on.wait(LIMIT)
+                return super()._serve_waiting(chain)
+
+        device = Stuck(image)
+        fd = device._fd
+        requests = Requests(device)
+        promised = requests.start(T_FLUSH)
+        assert begun.wait(LIMIT)
+        at = time.monotonic()
+        device.close()
+        assert 0.9 < time.monotonic() - at < 1.5
+        # Its thread may still use the image, so that its number is no other file's.
+        assert os.fstat(fd).st_size == SIZE
+        go_on.set()
+        assert isinstance(promised, Future)
+        assert promised.result(LIMIT) == 1
+        deadline = time.monotonic() + LIMIT
+        while device._fd >= 0:
+            assert time.monotonic() < deadline, "the image stays open"
+            time.sleep(0.002)
+
+    def test_does_not_keep_the_process(self, tmp_path: Path) -> None:
+        """Python waits for the threads of a ThreadPoolExecutor when it ends."""
+        image = tmp_path / "image"
+        image.write_bytes(bytes(SIZE))
+        script = (
+            "import sys, threading\n"
+            "from guestio.virtio.blk import BlockDevice\n"
+            "device = BlockDevice(sys.argv[1])\n"
+            "begun = threading.Event()\n"
+            "def wait(chain):\n"
+            "    begun.set()\n"
+            "    threading.Event().wait()\n"
+            "device._serve_waiting = wait\n"
+            "class Never:\n"
+            "    def process(self, chain, wait): return None\n"
+            "    def close(self): pass\n"
+            "device.server = Never()\n"
+            "device.process(0, None)\n"
+            "assert begun.wait(10)\n"
+            "device.close()\n"
+        )
+        subprocess.run([sys.executable, "-c", script, str(image)], timeout=LIMIT, check=True)

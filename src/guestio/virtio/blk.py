@@ -17,16 +17,19 @@ import ctypes
 import errno
 import fcntl
 import os
+import queue
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Final
 
 from guestio._core.access import IoVector
 from guestio._core.blockio import BlockServer
 from guestio._core.chain import Chain
+from guestio.budgets import STOP_TIMEOUT
 from guestio.errors import AccessError, DeviceError
 from guestio.virtio.device import Device, DeviceId
 
@@ -140,7 +143,7 @@ class BlockDevice(Device):
         self._errors = 0
         self._flushing = threading.Lock()
         self._failed_flushes = 0
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: _Pool | None = None
         self._closed = False
         self._serve: dict[int, Callable[[int, Chain], int]] = {
             T_FLUSH: self._flush,
@@ -196,7 +199,7 @@ class BlockDevice(Device):
             with self._lock:
                 if not self._closed:
                     if self._pool is None:
-                        self._pool = ThreadPoolExecutor(self.io_threads, "guestio-blk")
+                        self._pool = _Pool(self.io_threads)
                     return self._pool.submit(self._serve_waiting, chain)
         self._count_error()
         return _answer(chain.writable, S_IOERR, 0) if chain.writable.total else 0
@@ -307,17 +310,82 @@ class BlockDevice(Device):
     def close(self) -> None:
         """Finish what is under way, then close the image; requests fail from now on.
 
-        Calling it again does nothing.
+        What takes longer than `guestio.budgets.STOP_TIMEOUT` goes on in its thread, and the image
+        stays open as long. Calling it again does nothing.
         """
         with self._lock:
             if self._closed:
                 return
             self._closed, pool = True, self._pool
-        if pool is not None:
-            pool.shutdown()
+        self._close_image() if pool is None else pool.close(self._close_image, STOP_TIMEOUT)
+
+    def _close_image(self) -> None:
         fd, self._fd = self._fd, -1
         self.server.close()
         os.close(fd)
+
+
+class _Pool:
+    """Threads that may be stuck in a system call: nobody waits for them without limit.
+
+    Those of `concurrent.futures` are waited for when the process ends.
+
+    Args:
+        size: How many threads to start, as they are needed.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._work: queue.SimpleQueue[tuple[Future[int], Callable[[Chain], int], Chain] | None] = (
+            queue.SimpleQueue()
+        )
+        self._change = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._pending = self._running = 0
+        self._last: Callable[[], None] | None = None
+
+    def submit(self, call: Callable[[Chain], int], chain: Chain) -> Future[int]:
+        """Have a thread make a call; not after :meth:`close`."""
+        promised: Future[int] = Future()
+        with self._change:
+            if self._pending >= len(self._threads) < self._size:
+                name = f"guestio-blk_{len(self._threads)}"
+                thread = threading.Thread(target=self._run, name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+                self._running += 1
+            self._pending += 1
+        self._work.put((promised, call, chain))
+        return promised
+
+    def close(self, last: Callable[[], None], seconds: float) -> None:
+        """End the threads once all is done, then call ``last``; wait for it so many seconds."""
+        until = time.monotonic() + seconds
+        with self._change:
+            self._last = last
+            for _ in self._threads:
+                self._work.put(None)
+        for thread in self._threads:
+            thread.join(max(until - time.monotonic(), 0))
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            promised, call, chain = work
+            if promised.set_running_or_notify_cancel():
+                try:
+                    written = call(chain)
+                except BaseException as error:
+                    promised.set_exception(error)
+                else:
+                    promised.set_result(written)
+            del work, promised, call, chain
+            with self._change:
+                self._pending -= 1
+        with self._change:
+            self._running -= 1
+            last = None if self._running else self._last
+        if last is not None:
+            last()
 
 
 class _Refused(Exception):  # noqa: N818 - not an error of ours but the driver's answer
