@@ -55,7 +55,9 @@ cdef class AddressSpace:
         cdef int count, leases
         cdef u64 total
         cdef Cursor at
-        out.adopt(self.regions, self.bitmap)
+        # Mostly it did already: a call less for each descriptor of a request.
+        if out.table is not self.regions or out.second is not self.bitmap:
+            out.adopt(self.regions, self.bitmap)
         count, leases, total = out.count, out.lease_count, out.total
         if self.iotlb is None:
             self.append_physical(out, addr, addr, length, access)
