@@ -99,8 +99,13 @@ def reload_disk(
             description = uml(description)
         result = description.run(directory / "guest").check()
     said = log.read_text()
-    # Nothing that the driver does here is a mistake, so there is nothing to complain of.
-    complaints = [line for line in said.splitlines() if " INFO " not in line][1:]
+    # Nothing that the driver does here is a mistake, so there is nothing to complain of. (QEMU
+    # 10.0.13 gives the driver a larger ring than it says when it asks for notes.)
+    complaints = [
+        line
+        for line in said.splitlines()[1:]
+        if " INFO " not in line and "its requests are not tracked" not in line
+    ]
     if complaints or "failed=0" not in said:
         raise ReloadError(f"the back end complained:\n{said}")
     content = image.read_bytes()[: int(result.facts["reload_bytes"])]

@@ -632,7 +632,7 @@ def test_queues_take_turns(serving: Serving, driver: Driver) -> None:
 def test_a_ring_larger_than_the_region_for_requests_in_flight(
     serving: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As under QEMU 10 and SeaBIOS: 256 entries, and notes for the 128 that the queue has.
+    """As under QEMU 10.0.13: 1024 entries, and notes for the 128 that it was told.
 
     It is served without notes, and the part for them is left alone.
     """

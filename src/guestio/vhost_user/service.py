@@ -438,8 +438,8 @@ class Service:
         )
         inflight = None if self._inflight is None else self._inflight.queue(queue.index)
         if inflight is not None and inflight.size < num:
-            # QEMU 10 lets SeaBIOS have a larger ring than the queue that it asked to track. Without
-            # notes requests are shown in order, so that nothing is lost either.
+            # QEMU 10.0.13 gives drivers 1024 entries and asks to track as many as its option says.
+            # Without notes requests are shown in order, so that nothing is lost either.
             self._bursts.report(
                 "queue %d of %d entries: its requests are not tracked, the region for requests in "
                 "flight has room for %d",
