@@ -69,8 +69,8 @@ enum {
 
     /* Eviction: entries pinned or in use that a change looks at, leases whose examination counts as
        another, and entries used since they were queued that a change puts back in their place. */
-    EVICTION_KEPT = GUESTIO_CAPACITY_OF(64, 2),
-    EVICTION_LEASES = GUESTIO_CAPACITY_OF(64, 4),
+    EVICTION_KEPT = GUESTIO_CAPACITY_OF(64, 8),
+    EVICTION_LEASES = GUESTIO_CAPACITY_OF(64, 64),
     EVICTION_STALE = GUESTIO_CAPACITY_OF(1 << 14, 8),
 
     /* Copies of more bytes release the GIL; one of this size takes 2 us, about what handing the GIL
