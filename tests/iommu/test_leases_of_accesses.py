@@ -184,6 +184,14 @@ def test_a_failed_translation_of_a_ring_keeps_nothing(memory):
     assert len(iotlb.leases) == 0
     assert ring.lacking() == misses
     assert len(iotlb.leases) == 0
+    # Given up, it holds what could be translated, and nothing of what could not.
+    other = SplitRing(AddressSpace(physical._space.regions, iotlb), 8, 0, PAGE, 2 * PAGE)
+    faulty = other.pop_faulty()
+    assert faulty.fault is not None
+    assert [size for _, size in faulty.readable.fragments()] == [PAGE]
+    assert len(iotlb.leases) == 1
+    other.complete(faulty, 0)
+    assert len(iotlb.leases) == 0
     iotlb.set_mapping(0x200000, 0x5000, PAGE, R)
     iotlb.set_mapping(0x300000, 0x2000, PAGE, RW)
     (chain,), misses = ring.pop()

@@ -721,14 +721,29 @@ class TestFailures:
     def test_a_read_that_fails_half_way(self, disk: Disk, image: Path) -> None:
         """What may have been written is marked dirty, and nothing is claimed to have been."""
         os.truncate(image, SIZE - 4096)
+        disk.rig.view.write(READ_AT, struct.pack("<IIQ", T_IN, 0, SECTORS - 24))
+        pages = [0x400000, 0x500000, 0x600000]
+        data = [Desc(at, 4096, WRITE) for at in pages]
+        disk.rig.offer(
+            disk.rig.put_chain(0, Desc(READ_AT, 16), *data, Desc(READ_AT + 16, 1, WRITE))
+        )
+        # Only the device writes from now on.
         disk.bitmap.reset()
-        answer = disk.run(T_IN, SECTORS - 24, reply=12288, gap=4096, writable=[4096, 4096, 4096])
-        assert (answer.status, answer.used) == (S_IOERR, 0)
+        disk._serve(disk.rig.ring)
+        marked = disk.bitmap.dirty_pages().tolist()
+        assert disk.rig.view.read(READ_AT + 16, 1) == bytes([S_IOERR])
+        assert disk.rig.used_entry(0) == (0, 0)
         assert disk.device.errors == 1
-        marked = set(disk.bitmap.dirty_pages().tolist())
-        for piece in range(3):
-            first = WRITE_AT + piece * 8192
-            assert {first >> 12, (first + 4095) >> 12} <= marked, piece
+        assert marked == [0x30, READ_AT >> 12, *(at >> 12 for at in pages)]
+
+    def test_only_what_a_write_touches_is_marked(self, disk: Disk) -> None:
+        """Its status, that is, and the ring's used area."""
+        disk.rig.view.write(READ_AT, struct.pack("<IIQ", T_OUT, 0, 0))
+        data, status = Desc(0x400000, 4096), Desc(0x500000, 1, WRITE)
+        disk.rig.offer(disk.rig.put_chain(0, Desc(READ_AT, 16), data, status))
+        disk.bitmap.reset()
+        disk._serve(disk.rig.ring)
+        assert disk.bitmap.dirty_pages().tolist() == [0x30, 0x500]
 
     def test_the_used_length_of_a_read_counts_its_status(self, disk: Disk) -> None:
         assert disk.run(T_IN, 0, reply=1024).used == 1025
