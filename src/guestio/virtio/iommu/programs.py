@@ -13,7 +13,7 @@ import logging
 from collections.abc import Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from guestio.addr import ADDRESS_SPACE, Permissions
 from guestio.dma import DmaMapRequest, DmaTarget, Journal, MappingType
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from guestio.virtio.iommu.space import Endpoint, Space
 
 _log = logging.getLogger(__name__)
+
+LOGGED: Final = 8
+"""Failures that are logged one by one, where a guest may cause any number of them."""
 
 
 class Refused(GuestioError):  # noqa: N818 - not an error of ours but an answer
@@ -266,7 +269,14 @@ class Program:
     def _stick(self, request: DmaMapRequest, error: Exception) -> None:
         del self._held[request.start]
         self._stuck[request.start] = request, str(error), self.physical
-        _log.error("a DMA target did not give up %#x+%#x: %s", request.start, request.size, error)
+        if len(self._stuck) <= LOGGED:
+            _log.error(
+                "%s did not give up %#x+%#x: %s; stats() of its handle lists what is stuck",
+                type(self.target).__name__,
+                request.start,
+                request.size,
+                error,
+            )
 
 
 def target_key(target: DmaTarget) -> Hashable:
@@ -276,5 +286,10 @@ def target_key(target: DmaTarget) -> Hashable:
 
 def undo(journal: Journal) -> None:
     """Undo what a refused request did at the targets; what cannot be undone is in their stats."""
-    for failure in journal.undo():
+    failures = journal.undo()
+    for failure in failures[:LOGGED]:
         _log.error("a DMA target could not be brought back to its state before: %s", failure)
+    if len(failures) > LOGGED:
+        _log.error(
+            "the same %d times more; stats() of the handles say what", len(failures) - LOGGED
+        )
