@@ -7,11 +7,13 @@ import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from guestio._core.chain import Chain
 from guestio.errors import DeviceError
+from guestio.vhost_user import Backend
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.virtio.blk import S_IOERR, T_GET_ID, BlockDevice
 from guestio.virtio.device import Device, DeviceId
@@ -274,3 +276,37 @@ def test_a_disk_of_ones_own(tmp_path: Path, mode: dict[str, bool], late: bool) -
             else:
                 assert found == b"image".ljust(21, b"\0")
     device.close()
+
+
+class TestNoDevice:
+    """What cannot be served is refused before anything listens."""
+
+    @pytest.mark.parametrize(
+        ("make", "said"),
+        [
+            (lambda: Faulty, "must be a guestio Device, not .*Faulty.*: make one of it"),
+            (lambda: None, "must be a guestio Device, not None"),
+            (lambda: with_attributes(device_id=None), "Faulty.device_id is missing"),
+            (lambda: with_attributes(num_queues=0), "num_queues 0 is not in 1..256"),
+            (lambda: with_attributes(num_queues=257), "num_queues 257 is not in 1..256"),
+            (lambda: with_attributes(num_queues=True), "num_queues must be an integer"),
+        ],
+    )
+    def test_is_served(self, tmp_path: Path, make: Callable[[], Any], said: str) -> None:
+        with pytest.raises((TypeError, ValueError), match=said):
+            Backend(make(), tmp_path / "socket")
+        assert not (tmp_path / "socket").exists()
+
+
+def with_attributes(**values: Any) -> Device:
+    made = Faulty()
+    vars(made).update(values)
+    return made
+
+
+def test_statistics_are_readable(device: Faulty, tmp_path: Path) -> None:
+    with Serving(device, tmp_path / "socket") as serving, Driver(serving.path) as driver:
+        device.answer = raising(DeviceError("no"))
+        check_failed(driver, driver.submit(0, b"text"))
+        said = str(serving.stats).split()
+        assert {"connections=1", "requests=1", "failed_requests=1", "iotlb_misses=0"} <= set(said)

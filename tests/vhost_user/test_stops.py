@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pytest
 
 from guestio._core.chain import Chain
 from guestio.addr import Permissions
+from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.messages import IotlbMessage
 from tests.vhost_user.serving import (
@@ -462,3 +464,39 @@ class TestWhereItStopped:
             driver.run(0, b"text")
             driver.frontend.reset_device()
             assert driver.stop(0) == 0
+
+    def test_is_before_what_still_waits_for_translations(
+        self, device: Later, serving: Serving, tmp_path: Path
+    ) -> None:
+        """With notes, too: whoever goes on may have none, and goes by the index alone."""
+        with Driver(serving.path, iommu=True, inflight=True) as driver:
+            driver.run(0, b"before")
+            lacking = {driver.at(driver.buffer(0, number)) for number in (1, 2, 3)}
+            service = driver.frontend.iotlb
+            service.miss_hook = lambda message: MissAnswer(
+                MissAction.IGNORE if message.iova in lacking else MissAction.ANSWER
+            )
+            numbers = [driver.submit(0, b"held %d" % i) for i in range(3)]
+            until(lambda: service.counts.ignored >= 3)
+            assert driver.stop(0) == 1
+            assert used(driver, 0) == 1
+            # The notes say the same: nothing is in flight.
+            assert driver.region is not None
+            about, fd = driver.region
+            with InflightRegion.from_fd(about, fd) as region:
+                assert region.queue(0).recover(1) == []
+            driver.region = None
+            os.close(fd)
+            with Serving(device, tmp_path / "next") as following:
+                driver.reconnect(following.path, 1)
+                driver.handles[0].kick()
+                driver.wait(0, numbers[-1])
+                for i, number in enumerate(numbers):
+                    assert driver.result(0, number, 6) == mirrored(b"held %d" % i)
+                assert [s for _, s in device.seen if s.startswith(b"held")] == [
+                    b"held 0",
+                    b"held 1",
+                    b"held 2",
+                ]
+                driver.frontend.close()
+                following.let_go()

@@ -33,6 +33,7 @@ cdef class InflightQueue:
     cdef u64 counter
 
     cpdef void take(self, u16 head) noexcept
+    cdef void release(self, u16 head) noexcept
     cpdef void batch(self, u16 head) noexcept
     cdef void shown(self, const u16 *heads, u32 count, u16 used_idx) noexcept
     cpdef list recover(self, u16 used_idx)

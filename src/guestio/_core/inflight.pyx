@@ -113,6 +113,11 @@ cdef class InflightQueue:
         self.counter += 1
         put_u8(&self.desc[head].inflight, 1)
 
+    cdef void release(self, u16 head) noexcept:
+        """Note that a request is back in the available ring, where it was not taken from."""
+        if head < self.size:
+            put_u8(&self.desc[head].inflight, 0)
+
     cpdef void batch(self, u16 head) noexcept:
         """Note that a request is in the used ring, where the used index does not show it yet."""
         if head >= self.size:

@@ -566,6 +566,26 @@ cdef class SplitRing(RingAreas):
         self.outstanding -= 1
         self.pending_count += 1
 
+    def give_back(self):
+        """Take back the newest requests that wait for a translation, as far as none overtook them.
+
+        They were not done, so whoever goes on begins with them, also without the notes of what is
+        in flight. For a stop; nothing is given back while the ring cannot be reached.
+
+        Returns:
+            How many.
+        """
+        cdef int given = 0
+        while self.held_count and self.reachable():
+            if self.head_at(self.next_avail - 1) != self.held[self.held_count - 1]:
+                break
+            self.held_count -= 1
+            self.inflight.release(self.held[self.held_count])
+            self.next_avail -= 1
+            self.outstanding -= 1
+            given += 1
+        return given
+
     @property
     def resume_at(self):
         """Where whoever goes on after a stop begins; what is not shown by then is done again."""

@@ -21,6 +21,7 @@ from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.foreign import close_socket
 from guestio.vhost_user.poller import Poller
 from guestio.vhost_user.service import Service
+from guestio.vhost_user.session import MAX_QUEUES
 from guestio.vhost_user.statistics import Statistics
 from guestio.virtio.device import (
     VIRTIO_F_ACCESS_PLATFORM,
@@ -86,6 +87,14 @@ class Backend:
         poll_us: int = 0,
         queue_threads: bool = False,
     ) -> None:
+        given: object = device
+        if not isinstance(given, Device):
+            hint = ": make one of it" if isinstance(given, type) else ""
+            raise TypeError(f"device must be a guestio Device, not {given!r}{hint}")
+        if not isinstance(getattr(device, "device_id", None), int):
+            raise TypeError(f"{type(device).__name__}.device_id is missing: the type of the device")
+        if not 1 <= check_int(device.num_queues, "num_queues") <= MAX_QUEUES:
+            raise ValueError(f"num_queues {device.num_queues} is not in 1..{MAX_QUEUES}")
         if iommu not in ("auto", "off"):
             raise ValueError(f"iommu {iommu!r} is neither 'auto' nor 'off'")
         if indirect not in ("auto", "on", "off"):

@@ -38,6 +38,13 @@ class Statistics:
     access_fails: int = 0
     traffic: Traffic = field(default_factory=Traffic, repr=False)
 
+    def __str__(self) -> str:
+        """All counters, for people."""
+        names = [*vars(self)]
+        names.remove("traffic")
+        names += [name for name, value in vars(type(self)).items() if isinstance(value, property)]
+        return " ".join(f"{name}={getattr(self, name)}" for name in names)
+
     @property
     def requests(self) -> int:
         """Requests taken from queues."""

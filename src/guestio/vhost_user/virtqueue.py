@@ -209,6 +209,7 @@ class Virtqueue:
                 with contextlib.suppress(GuestioError):
                     if ring.publish():
                         signal(self._call)
+                    ring.give_back()
                 self.base = ring.resume_at
             self.wake()
 
