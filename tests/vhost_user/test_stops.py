@@ -385,6 +385,19 @@ class TestStopping:
             assert serving.stats.failed_requests == 0
             driver.close()
 
+    def test_has_the_driver_called_for_what_it_completes(
+        self, silent: Silent, tmp_path: Path
+    ) -> None:
+        silent.on_stop = lambda queue: silent.finish(b"LATE")
+        with Serving(silent, tmp_path / "socket") as serving, Driver(serving.path) as driver:
+            begin(driver, silent, b"LATE")
+            handle = driver.handles[0]
+            handle.clear_call()
+            driver.frontend.set_status(0)
+            assert handle.wait_call(0)
+            assert used(driver, 0) == 1
+            silent.on_stop = lambda queue: None
+
     def test_that_raises_is_only_reported(
         self, silent: Silent, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
