@@ -1,0 +1,39 @@
+"""The list of what a translation lacks, as Python sees it."""
+
+import pytest
+
+from guestio import Iotlb, IovaRange, Permissions
+from guestio._core.access import AddressSpace
+from guestio._core.ring import SplitRing
+from guestio._core.vector import RegionTable
+
+R, RW = int(Permissions.READ), int(Permissions.READ_WRITE)
+
+
+@pytest.fixture
+def misses():
+    """Those of a ring of 4 of which no area is mapped: its three areas."""
+    ring = SplitRing(AddressSpace(RegionTable([]), Iotlb()), 4, 0x1000, 0x2000, 0x3000)
+    return ring.turn(None)[1]
+
+
+EXPECTED = [
+    (IovaRange(0x1000, 64), R),
+    (IovaRange(0x2000, 12), R),
+    (IovaRange(0x3000, 36), RW),
+]
+
+
+def test_it_is_a_sequence(misses):
+    listed = list(misses)
+    assert sorted(listed) == sorted(EXPECTED)
+    assert len(misses) == 3
+    assert [misses[i] for i in range(3)] == listed
+    assert [misses[i] for i in (-3, -2, -1)] == listed
+    assert repr(misses) == f"<Misses {listed}>"
+
+
+@pytest.mark.parametrize("index", [3, -4, 100])
+def test_it_ends(misses, index):
+    with pytest.raises(IndexError, match=f"miss {index} of 3"):
+        misses[index]
