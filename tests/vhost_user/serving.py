@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from guestio._core.chain import Chain
+from guestio._core.foreign import close_aside
 from guestio.addr import Permissions
 from guestio.errors import DeviceError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
@@ -57,7 +58,7 @@ def until(condition: Callable[[], Any], what: str = "") -> None:
 
 
 def footprint() -> tuple[list[str], int, int]:
-    """Open fds, mapped files and threads of this process."""
+    """Open fds, mapped files and threads of this process, those that close descriptors included."""
     fds = []
     for fd in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -68,7 +69,7 @@ def footprint() -> tuple[list[str], int, int]:
     return (
         sorted(entry for entry in fds if "/proc/" not in entry),
         len(mapped),
-        len(list(Path("/proc/self/task").iterdir())),
+        threading.active_count() + close_aside([], 0, 1),
     )
 
 
@@ -130,6 +131,22 @@ class Serving:
         made.connect(str(self.path))
         made.settimeout(WAIT)
         return made
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the back-end's thread from doing anything."""
+        holds, go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            holds.set()
+            go.wait(WAIT)
+
+        self.backend._poller.again(hold)
+        assert holds.wait(WAIT)
+        try:
+            yield
+        finally:
+            go.set()
 
     def let_go(self) -> None:
         """Wait until the back-end has done away with a front-end that left."""

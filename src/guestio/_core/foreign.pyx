@@ -253,7 +253,7 @@ def close_aside(fds, double grace, int most):
         How many are not closed yet, those of others included.
     """
     cdef int batch[MOST_AT_ONCE]
-    cdef int count = 0, left = 0
+    cdef int count = 0, left
     if not 0 <= grace <= 1:
         raise ValueError(f"grace {grace} is not in 0..1")
     if most < 1:
@@ -263,9 +263,8 @@ def close_aside(fds, double grace, int most):
         count += 1
         if count == MOST_AT_ONCE:
             with nogil:
-                left = close_all_aside(batch, count, 0, most)
+                close_all_aside(batch, count, 0, most)
             count = 0
-    if count:
-        with nogil:
-            left = close_all_aside(batch, count, grace, most)
+    with nogil:
+        left = close_all_aside(batch, count, grace, most)
     return left
