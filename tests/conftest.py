@@ -7,6 +7,7 @@ import gc
 import pytest
 
 from guestio._core import variant
+from guestio.ratelog import LOG
 
 
 def pytest_report_header() -> str:
@@ -25,3 +26,9 @@ def pytest_sessionfinish() -> None:
         gc.collect()
         with contextlib.suppress(AttributeError):  # a runtime without it
             ctypes.CDLL(None).__lsan_do_recoverable_leak_check()
+
+
+@pytest.fixture(autouse=True)
+def _log_lines_of_its_own() -> None:
+    """What earlier tests logged is not counted against this one's lines."""
+    LOG.flush()

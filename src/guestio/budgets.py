@@ -66,3 +66,71 @@ further ones are refused."""
 
 FRONTEND_QUESTIONS_PER_TURN = 1024
 """Requests of a back-end that a front-end answers before its caller, or a stop, has its turn."""
+
+LOG_BURST = 10
+"""Log lines of one kind that a guest, a peer or a device causes in an interval of LOG_INTERVAL, in
+the whole process; further ones are counted, and the count is logged when the interval is over."""
+
+LOG_LINES = 60
+"""Such lines of all kinds together."""
+
+LOG_INTERVAL = 10.0
+"""Seconds."""
+
+TURN_BYTES = 4 << 20
+"""Bytes of a queue's requests that are moved in one turn, before the main channel, other queues and
+the stop flag have theirs. The last request may exceed it, by INLINE_BYTES at most."""
+
+TURN_SECONDS = 0.01
+"""Seconds after which callbacks that wait let the descriptors be looked at again."""
+
+INLINE_BYTES = 2 << 20
+"""Bytes of a block request that are moved where the ring is walked; larger ones are moved by the
+device's threads, in slices."""
+
+SLICE_BYTES = 4 << 20
+"""Bytes of a block request that a thread moves before another queue has its turn, and before it
+looks whether the request is to be given up."""
+
+TRIM_SLICE_BYTES = 32 << 20
+"""The same for discards and writing zeroes."""
+
+TRIM_SECTORS = 1 << 18
+"""Sectors of one range of a discard or write-zeroes request, which has up to 32; one with more, or
+with ranges that overlap, fails as a whole."""
+
+GIVE_UP_AFTER = 0.5
+"""Seconds after which a block request in slices is given up once its queue is to stop; it fails
+then. Less than STOP_TIMEOUT, so that it is not disowned."""
+
+DEVICE_CLOSE_TIMEOUT = 0.3
+"""Seconds that closing a block device waits for its threads. The image stays open if that is not
+enough, until the process ends."""
+
+OUTSTANDING_PIECES = 1 << 19
+"""Pieces of memory (about 80 bytes each) that the requests held by the device of one front-end
+consist of. Beyond, a ring is read on only once one of its requests is completed."""
+
+HALF_MESSAGE_TIMEOUT = 1.0
+"""Seconds that a front-end may take for the rest of a message; then it is disconnected."""
+
+FIRST_MESSAGE_TIMEOUT = 1.0
+"""Seconds after which a front-end that has not sent a message makes way for another that waits."""
+
+SEND_TIMEOUT = 5.0
+"""Seconds that a peer may read nothing of what it was sent; then it is disconnected. Nothing more
+is read from it meanwhile, and its queues are served on."""
+
+SEND_RETRY = 0.01
+"""Seconds between attempts to send to a peer that does not read."""
+
+MAX_BACKLOG = 1 << 18
+"""Bytes of questions and reports that wait for a front-end to read them; more are dropped, and
+asked again later."""
+
+MAX_GUEST_MEMORY = 1 << 45
+"""Bytes of guest memory that one front-end may share; a table or region beyond is refused."""
+
+EXIT_TIMEOUT = 1.4
+"""Seconds that `guestio blk` waits after SIGINT or SIGTERM for its front-end to be let go of; then
+it removes its socket and ends all the same, with status 0."""

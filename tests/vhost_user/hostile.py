@@ -9,7 +9,6 @@ import socket
 import struct
 from collections.abc import Sequence
 
-from guestio._core.foreign import close_aside
 from guestio.vhost_user.messages import U64, FrontendRequest, ProtocolFeature, encode_message
 from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES
 from tests.vhost_user.serving import Serving, memfd
@@ -133,8 +132,3 @@ class Lingering:
         """Let whoever closes it go on."""
         # Closing with unread data resets the connection.
         self.other.close()
-
-
-def closing() -> int:
-    """Descriptors in this process whose closing is not finished."""
-    return close_aside([], 0, 1)

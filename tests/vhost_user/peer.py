@@ -23,6 +23,7 @@ from guestio.vhost_user.messages import (
     encode_message,
 )
 from guestio.vhost_user.session import Session
+from tests.vhost_user.closing import settled_closes
 from tests.vhost_user.recording import RecordingHandler
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ WAIT = 10.0
 
 def open_fds() -> list[str]:
     """What every open fd refers to, without the one that lists them."""
+    settled_closes()
     found = []
     for fd in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):

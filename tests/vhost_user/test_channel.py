@@ -26,6 +26,7 @@ from guestio.vhost_user.messages import (
     encode_ack,
     encode_message,
 )
+from tests.vhost_user.closing import settled_closes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ OWNER = encode_message(FrontendRequest.SET_OWNER)
 
 def open_fds() -> list[str]:
     """Return what every open fd refers to, without the one that lists them."""
+    settled_closes()
     found = []
     for fd in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):

@@ -24,7 +24,8 @@ from guestio.vhost_user.messages import (
     VringFd,
     encode_message,
 )
-from tests.vhost_user.hostile import Lingering, Raw, closing
+from tests.vhost_user.closing import closing
+from tests.vhost_user.hostile import Lingering, Raw
 from tests.vhost_user.serving import (
     OK,
     SLACK,

@@ -32,6 +32,7 @@ from guestio.vhost_user.messages import (
     FrontendRequest as F,
 )
 from guestio.vhost_user.session import MAX_QUEUES, Session
+from tests.vhost_user.closing import settled_closes
 from tests.vhost_user.recording import (
     ACCESS_PLATFORM,
     DEVICE_FEATURES,
@@ -59,6 +60,7 @@ def fds(count: int) -> list[int]:
 
 
 def open_count() -> int:
+    settled_closes()
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 

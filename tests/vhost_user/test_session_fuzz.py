@@ -41,6 +41,7 @@ from guestio.vhost_user.messages import (
     encode_message,
 )
 from guestio.vhost_user.session import Session
+from tests.vhost_user.closing import settled_closes
 from tests.vhost_user.recording import (
     ACCESS_PLATFORM,
     DEVICE_FEATURES,
@@ -426,6 +427,7 @@ def run(rng: random.Random, length: int, hostility: float) -> int:
 
 
 def open_count() -> int:
+    settled_closes()
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 

@@ -526,10 +526,10 @@ class TestConfiguration:
             "00"  # writeback
             "00"
             "0300"  # num_queues
-            "00004000"  # max_discard_sectors: 1 << 22
+            "00000400"  # max_discard_sectors: 1 << 18
             "20000000"  # max_discard_seg: 32
             "08000000"  # discard_sector_alignment
-            "00004000"  # max_write_zeroes_sectors
+            "00000400"  # max_write_zeroes_sectors
             "20000000"  # max_write_zeroes_seg
             "01"  # write_zeroes_may_unmap
             "000000"

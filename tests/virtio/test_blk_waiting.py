@@ -187,8 +187,6 @@ class TestWhatIsNotCached:
             (T_IN, b"", 4096),
             (T_OUT, b"w" * 512, 0),
             (T_FLUSH, b"", 0),
-            (T_DISCARD, struct.pack("<QII", 0, 8, 0), 0),
-            (T_WRITE_ZEROES, struct.pack("<QII", 0, 8, 0), 0),
             (T_GET_ID, b"", 20),
         ):
             assert isinstance(requests.start(kind, 0, payload, reply), int)
@@ -363,7 +361,7 @@ class TestFlush:
         first = requests.start(T_FLUSH)
         gate.await_entered()
         others = [requests.start(T_FLUSH) for _ in range(2)]
-        while requests.device._pool._work.qsize():
+        while requests.device._threads.waiting:
             time.sleep(0.001)
         time.sleep(0.05)
         gate.go.set()
@@ -482,10 +480,10 @@ class TestStuck:
         go_on, begun = threading.Event(), threading.Event()
 
         class Stuck(BlockDevice):
-            def _serve_waiting(self, chain: Chain) -> int:
+            def _work(self, chain: Chain, patience: blk._Patience) -> blk.Work:
                 begun.set()
                 assert go_on.wait(LIMIT)
-                return super()._serve_waiting(chain)
+                return (yield from super()._work(chain, patience))
 
         device = Stuck(image)
         fd = device._fd
@@ -494,7 +492,7 @@ class TestStuck:
         assert begun.wait(LIMIT)
         at = time.monotonic()
         device.close()
-        assert 0.9 < time.monotonic() - at < 1.5
+        assert time.monotonic() - at < 1.5
         # Its thread may still use the image, so that its number is no other file's.
         assert os.fstat(fd).st_size == SIZE
         go_on.set()
@@ -514,12 +512,13 @@ class TestStuck:
             "from guestio.virtio.blk import BlockDevice\n"
             "device = BlockDevice(sys.argv[1])\n"
             "begun = threading.Event()\n"
-            "def wait(chain):\n"
+            "def wait(chain, patience):\n"
             "    begun.set()\n"
             "    threading.Event().wait()\n"
-            "device._serve_waiting = wait\n"
+            "    yield\n"
+            "device._work = wait\n"
             "class Never:\n"
-            "    def process(self, chain, wait): return None\n"
+            "    def is_large(self, chain): return True\n"
             "    def close(self): pass\n"
             "device.server = Never()\n"
             "device.process(0, None)\n"

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 from typing_extensions import disjoint_base
 
 from guestio._core.chain import Chain, Server
@@ -5,7 +7,14 @@ from guestio._core.chain import Chain, Server
 @disjoint_base
 class BlockServer(Server):
     def __init__(
-        self, fd: int, size: int, *, writable: bool = True, waits: bool = True
+        self,
+        fd: int,
+        size: int,
+        *,
+        writable: bool = True,
+        waits: bool = True,
+        inline_bytes: int = ...,
+        report: Callable[[int, int, int, bool], None] | None = None,
     ) -> None: ...
     @property
     def waits(self) -> bool: ...
@@ -13,3 +22,11 @@ class BlockServer(Server):
     def errors(self) -> int: ...
     def close(self) -> None: ...
     def process(self, chain: Chain, *, wait: bool = True) -> int | None: ...
+    def transfer(self, chain: Chain) -> Transfer | None: ...
+    def is_large(self, chain: Chain) -> bool: ...
+
+@disjoint_base
+class Transfer:
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+    def step(self, most: int) -> int | None: ...
+    def abandon(self) -> int: ...

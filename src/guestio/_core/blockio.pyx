@@ -11,7 +11,7 @@ disk unless too much is dirty or a part of a page has to be read first, and ther
 ext4 and tmpfs refuse RWF_NOWAIT for buffered writes (EOPNOTSUPP).
 """
 
-from libc.errno cimport EAGAIN, EINTR, EOPNOTSUPP, errno
+from libc.errno cimport EAGAIN, EFAULT, EINTR, EOPNOTSUPP, errno
 
 from guestio._core.border cimport as_size, u8, u32, u64
 from guestio._core.capacity cimport IOV_BATCH
@@ -45,6 +45,17 @@ cdef struct Header:
     u64 sector
 
 
+# What a request wants, how far it is, and what became of it.
+cdef struct Plan:
+    u64 offset        # in the image
+    u64 start         # in the request's memory
+    u64 length
+    u64 done
+    int error         # errno; 0 where the image ended
+    u8 status
+    bint reading
+
+
 cdef class BlockServer(Server):
     """Serves VIRTIO_BLK_T_IN and VIRTIO_BLK_T_OUT; leaves all else to the device.
 
@@ -54,6 +65,11 @@ cdef class BlockServer(Server):
         writable: Whether writes are served.
         waits: Whether a request may wait for the disk where the ring is walked. If not, a read of
             what is not in the page cache is left to the device.
+        inline_bytes: Bytes of a request that are moved where the ring is walked; larger ones are
+            left to the device.
+        report: Called with an errno (0: the image ended), the offset where it happened, the bytes
+            of the request and whether it was a read, for each request that failed because of the
+            file or the memory.
 
     Attributes:
         waits: As given; True also once the file system turned out not to know RWF_NOWAIT, as
@@ -68,10 +84,16 @@ cdef class BlockServer(Server):
     cdef bint writable
     cdef readonly bint waits
     cdef readonly u64 errors
+    cdef u64 inline_bytes
+    cdef object report
 
-    def __init__(self, int fd, size, *, bint writable=True, bint waits=True):
+    def __init__(
+        self, int fd, size, *, bint writable=True, bint waits=True, inline_bytes=1 << 62,
+        report=None,
+    ):
         self.fd, self.size = fd, as_size(size, "size")
         self.writable, self.waits = writable, waits
+        self.inline_bytes, self.report = as_size(inline_bytes, "inline_bytes"), report
 
     def close(self):
         """Forget the image: its number may be another file's soon. All requests fail from now on."""
@@ -91,69 +113,107 @@ cdef class BlockServer(Server):
         cdef i64 written = self.answer(chain, wait or self.waits)
         return None if written == NOT_SERVED else written
 
+    def transfer(self, Chain chain not None):
+        """A read or write to be served in slices, whatever it waits for.
+
+        Returns:
+            A :class:`Transfer`; None if the request is left to the device.
+        """
+        cdef Transfer transfer = Transfer.__new__(Transfer)
+        if not self.understand(chain, &transfer.plan):
+            return None
+        transfer.server, transfer.chain = self, chain
+        return transfer
+
+    def is_large(self, Chain chain not None):
+        """Whether a request moves more bytes than are moved where the ring is walked."""
+        return chain.readable.total + chain.writable.total > self.inline_bytes
+
     cdef i64 serve(self, Chain chain) except -2:
+        if chain.readable.total + chain.writable.total > self.inline_bytes:
+            return NOT_SERVED
         return self.answer(chain, self.waits)
 
     cdef i64 answer(self, Chain chain, bint wait) except -2:
-        cdef Header header
-        cdef IoVector answer = chain.writable, data = answer
-        cdef u64 start = 0, length, last
-        cdef u8 status = S_OK
-        cdef bint reading
+        cdef Plan plan
         cdef int outcome
-        if chain.readable.total < sizeof(Header) or not answer.total:
+        if not self.understand(chain, &plan):
             return NOT_SERVED
-        last = answer.total - 1
-        chain.readable.transfer(<u8 *>&header, 0, sizeof(Header), False)
-        header.kind, header.sector = le32toh(header.kind), le64toh(header.sector)
-        if header.kind > T_OUT or chain.readable.vanished(0, sizeof(Header)):
-            return NOT_SERVED
-        reading = header.kind == T_IN
-        length = last
-        if not reading:
-            data, start, length = chain.readable, sizeof(Header), chain.readable.total - sizeof(Header)
-        if length % SECTOR or header.sector > self.size // SECTOR or (
-            length > self.size - header.sector * SECTOR
-        ) or not (reading or self.writable):
-            status = S_IOERR
-        else:
-            outcome = self.move(data, start, length, header.sector * SECTOR, reading, wait)
+        if plan.status == S_OK:
+            outcome = self.move(chain, &plan, plan.length, wait)
             if outcome == WOULD_WAIT:
                 return NOT_SERVED
             if outcome == FAILED:
-                status = S_IOERR
-                self.errors += 1
-        answer.transfer(&status, last, 1, True)
+                self.count_error(&plan)
+        return self.finish(chain, &plan)
+
+    cdef bint understand(self, Chain chain, Plan *plan) noexcept:
+        """Find out what a request wants; False if it is left to the device."""
+        cdef Header header
+        plan.done = plan.error = 0
+        plan.status = S_OK
+        if chain.readable.total < sizeof(Header) or not chain.writable.total:
+            return False
+        chain.readable.transfer(<u8 *>&header, 0, sizeof(Header), False)
+        header.kind, header.sector = le32toh(header.kind), le64toh(header.sector)
+        if header.kind > T_OUT or chain.readable.vanished(0, sizeof(Header)):
+            return False
+        plan.reading = header.kind == T_IN
+        plan.start, plan.length = 0, chain.writable.total - 1
+        if not plan.reading:
+            plan.start, plan.length = sizeof(Header), chain.readable.total - sizeof(Header)
+        if plan.length % SECTOR or header.sector > self.size // SECTOR or (
+            plan.length > self.size - header.sector * SECTOR
+        ) or not (plan.reading or self.writable):
+            plan.status = S_IOERR
+        plan.offset = header.sector * SECTOR
+        return True
+
+    cdef i64 finish(self, Chain chain, Plan *plan) noexcept:
+        """Tell the driver what came of a request; the bytes written."""
+        cdef IoVector answer = chain.writable
+        cdef u64 last = answer.total - 1
+        answer.transfer(&plan.status, last, 1, True)
         answer.mark(last, 1)
         if answer.vanished(last, 1):
             return 0
-        if not last or (reading and status == S_OK):
+        if not last or (plan.reading and plan.status == S_OK):
             return <i64>(last + 1)
         return 0
 
-    cdef int move(
-        self, IoVector data, u64 start, u64 length, u64 offset, bint to_guest, bint wait
-    ) noexcept:
-        """Move a window from or to the file; fewer bytes than asked for is an error of either.
+    cdef int count_error(self, Plan *plan) except -1:
+        self.errors += 1
+        plan.status = S_IOERR
+        if self.report is not None:
+            self.report(plan.error, plan.offset + plan.done, plan.length, plan.reading)
+        return 0
+
+    cdef int move(self, Chain chain, Plan *plan, u64 most, bint wait) noexcept:
+        """Move data from or to the file, from where it stands; fewer bytes than asked for is an
+        error of either.
 
         If a read would wait, the part of it that is there was moved, and will be again. Memory
         whose file was truncated fails the request, whichever side of the call found that out: what
         stands in for it is not the guest's, and must not reach the image as if it were.
         """
         cdef iovec batch[IOV_BATCH]
-        cdef u64 done = 0
+        cdef IoVector data = chain.writable if plan.reading else chain.readable
+        cdef u64 done = plan.done, end = plan.done + min(most, plan.length - plan.done)
         cdef Py_ssize_t moved
+        cdef long offset
         cdef int n, error, outcome = MOVED, flags = 0 if wait else RWF_NOWAIT
-        if not to_guest and data.vanished(start, length):
+        if not plan.reading and data.vanished(plan.start + done, end - done):
+            plan.error = EFAULT
             return FAILED
         data.enter()
-        while done < length:
-            n = data.window_batch(start + done, length - done, batch)
+        while done < end:
+            n = data.window_batch(plan.start + done, end - done, batch)
+            offset = <long>(plan.offset + done)
             with nogil:
-                if to_guest:
-                    moved = preadv2(self.fd, batch, n, <long>(offset + done), flags)
+                if plan.reading:
+                    moved = preadv2(self.fd, batch, n, offset, flags)
                 else:
-                    moved = pwritev(self.fd, batch, n, <long>(offset + done))
+                    moved = pwritev(self.fd, batch, n, offset)
                 error = errno
             if moved > 0:
                 done += moved
@@ -164,11 +224,56 @@ cdef class BlockServer(Server):
                 self.waits, flags = True, 0
                 continue
             outcome = WOULD_WAIT if moved < 0 and flags and error == EAGAIN else FAILED
+            plan.error = error if moved < 0 else 0
             break
-        if to_guest:
+        if plan.reading:
             # After a failure it is unknown how much of the rest was written.
-            data.mark(start, length)
-        if outcome == MOVED and data.vanished(start, length):
-            outcome = FAILED
+            data.mark(plan.start + plan.done, end - plan.done)
+        if outcome == MOVED and data.vanished(plan.start + plan.done, end - plan.done):
+            outcome, plan.error = FAILED, EFAULT
         data.leave()
+        if outcome != WOULD_WAIT:
+            plan.done = done
         return outcome
+
+
+cdef class Transfer:
+    """A read or write under way; made by :meth:`BlockServer.transfer`.
+
+    For one thread at a time.
+    """
+
+    cdef BlockServer server
+    cdef Chain chain
+    cdef Plan plan
+
+    def __init__(self):
+        raise TypeError("transfers come from a BlockServer")
+
+    def step(self, most):
+        """Move the next bytes, waiting for the disk.
+
+        Args:
+            most: Bytes to move at most; greater than 0.
+
+        Returns:
+            None as long as there is more to move, then the bytes written for the driver.
+        """
+        cdef u64 limit = as_size(most, "most")
+        if self.chain.settled:
+            return 0
+        if self.plan.status == S_OK:
+            if self.server.move(self.chain, &self.plan, limit, True) == FAILED:
+                self.server.count_error(&self.plan)
+            elif self.plan.done < self.plan.length:
+                return None
+        return self.finish()
+
+    def abandon(self):
+        """Tell the driver that the request failed; the bytes written for it."""
+        self.plan.status = S_IOERR
+        return self.finish()
+
+    cdef object finish(self):
+        # Whoever gave the request back has told the driver, and taken its memory away.
+        return 0 if self.chain.settled else self.server.finish(self.chain, &self.plan)

@@ -23,6 +23,7 @@ cdef class Chain:
     cdef readonly list access_fails
     cdef u16 position
     cdef u64 written
+    cdef u64 charge       # pieces that its ring's quota counts for it
     cdef bint settled
     cdef bint done
 
@@ -31,6 +32,11 @@ cdef class Chain:
 
 
 cdef Chain new_chain()
+
+
+cdef class Quota:
+    cdef readonly u64 used
+    cdef readonly u64 most
 
 
 cdef class Server:

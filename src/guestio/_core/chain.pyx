@@ -99,6 +99,22 @@ cdef Chain new_chain():
     return chain
 
 
+cdef class Quota:
+    """Limits the memory of the requests that devices hold, of several rings together.
+
+    Args:
+        most: Pieces of memory that they may consist of. A ring takes no more while they do, except
+            for one request if its device holds none of it, so that every ring goes on in the end.
+
+    Attributes:
+        used: Pieces of those that are held. A request counts as some even if it has none.
+        most: As given.
+    """
+
+    def __init__(self, most):
+        self.most = as_address(most, "most")
+
+
 cdef class Server:
     """Serves the simple requests of a device without leaving the core."""
 

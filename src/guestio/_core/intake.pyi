@@ -26,7 +26,14 @@ class Intake:
     acknowledged: bool
     alarm: float
     look_after: float
-    def __init__(self, updater: IotlbUpdater, misses: MissTable, patience: float) -> None: ...
+    def __init__(
+        self,
+        updater: IotlbUpdater,
+        misses: MissTable,
+        patience: float,
+        *,
+        round_bytes: int = ...,
+    ) -> None: ...
     def attend(self, queue: Attended) -> None: ...
     def leave(self, waiter: int) -> Attended | None: ...
     def wait(

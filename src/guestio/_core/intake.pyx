@@ -11,7 +11,7 @@ from math import inf
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno
 
-from guestio._core.border cimport as_milliseconds, as_moment, as_seconds, u64
+from guestio._core.border cimport as_address, as_milliseconds, as_moment, as_seconds, u64
 from guestio._core.capacity cimport (
     LOOP_EVENTS, LOOP_QUEUE_TURNS, LOOP_REQUESTS, LOOP_TURNS,
 )
@@ -43,6 +43,9 @@ cdef extern from * nogil:
     }
     """
     double now_seconds()
+
+cdef enum:
+    WORK_BYTES = 64   # that take as long to move as a descriptor takes to be looked at
 
 
 cdef class Attended:
@@ -79,6 +82,8 @@ cdef class Intake:
         updater: Serves the main channel.
         misses: The questions in flight.
         patience: Seconds that a request may wait for translations in all.
+        round_bytes: Bytes of requests that queues are served between two looks at the descriptors;
+            those whose turn would come then are returned as very busy.
 
     Attributes:
         main: The main channel's socket, or -1 while that is not to be served here.
@@ -96,13 +101,19 @@ cdef class Intake:
     cdef dict by_kick
     cdef dict by_waiter
     cdef bytes unasked
+    cdef u64 moved        # bytes served in this round
+    cdef u64 round_bytes
     cdef public int main
     cdef public int back
     cdef public bint acknowledged
     cdef double alarm_at
     cdef double look_within
 
-    def __init__(self, IotlbUpdater updater not None, MissTable misses not None, patience):
+    def __init__(
+        self, IotlbUpdater updater not None, MissTable misses not None, patience, *,
+        round_bytes=1 << 62
+    ):
+        self.round_bytes = as_address(round_bytes, "round_bytes")
         self.updater, self.misses = updater, misses
         self.patience = as_seconds(patience, "patience", inf)
         self.by_kick, self.by_waiter, self.unasked = {}, {}, b""
@@ -171,6 +182,7 @@ cdef class Intake:
                     raise OSError(errno, "waiting for descriptors failed")
                 PyErr_CheckSignals()
                 break
+            self.moved = 0
             self.serve_main(events, count, fds, ready, outcomes)
             self.serve_kicks(events, count, fds, outcomes)
             if fds or ready or outcomes or self.updater.unsent or self.unasked or not count:
@@ -223,6 +235,8 @@ cdef class Intake:
         cdef int served, turns
         cdef object outcome = None
         for turns in range(LOOP_QUEUE_TURNS):
+            if self.moved >= self.round_bytes:
+                break
             misses = Misses()
             try:
                 served = queue.ring.run_turn(
@@ -235,6 +249,7 @@ cdef class Intake:
                 outcome = chains, misses, served, resting
                 break
             self.updater.traffic.requests += served
+            self.moved += queue.ring.moved + queue.ring.work * WORK_BYTES
             if not misses.count:
                 queue.waits_since = 0
             if resting:

@@ -3,7 +3,7 @@
 from guestio._core.access cimport IoVector
 from guestio._core.areas cimport RingAreas
 from guestio._core.border cimport u32, u64
-from guestio._core.chain cimport Chain, Server, u16
+from guestio._core.chain cimport Chain, Quota, Server, u16
 from guestio._core.inflight cimport InflightQueue
 from guestio._core.misses cimport Misses
 
@@ -45,6 +45,10 @@ cdef class SplitRing(RingAreas):
     cdef u32 pending_count
     cdef u16 show_at
     cdef u64 work
+    cdef u64 moved        # bytes of the requests served in this turn
+    cdef u64 turn_bytes
+    cdef Quota quota
+    cdef u64 charged      # pieces of this ring's requests that the quota counts
     cdef bint crowded     # the next request lacks something, and as many wait as may
 
     cdef int waiting(self) except -1

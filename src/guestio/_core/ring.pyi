@@ -4,7 +4,7 @@ from typing_extensions import disjoint_base
 
 from guestio._core.access import AddressSpace
 from guestio._core.areas import RingAreas
-from guestio._core.chain import Chain, Server
+from guestio._core.chain import Chain, Quota, Server
 from guestio._core.inflight import InflightQueue
 from guestio._core.misses import Misses
 from guestio.addr import IovaRange
@@ -24,6 +24,8 @@ class SplitRing(RingAreas):
         base: int = 0,
         ordered: bool = False,
         inflight: InflightQueue | None = None,
+        turn_bytes: int = ...,
+        quota: Quota | None = None,
     ) -> Self: ...
     @property
     def indirect(self) -> bool: ...

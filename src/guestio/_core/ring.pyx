@@ -17,7 +17,7 @@ from guestio._core.border cimport as_address, as_seconds, u8
 from guestio._core.capacity cimport (
     RING_HELD, RING_LOOK_WORK, RING_LOOKS, RING_PUBLISH_EACH,
 )
-from guestio._core.chain cimport NOT_SERVED, Chain, Server, i64, new_chain
+from guestio._core.chain cimport NOT_SERVED, Chain, Quota, Server, i64, new_chain
 from guestio._core.foreign cimport notify
 from guestio._core.inflight cimport InflightQueue
 from guestio._core.mapping cimport holes, met_holes
@@ -64,6 +64,7 @@ cdef enum:
     USED_NO_NOTIFY = 1
     CHAIN_LIMIT = 1024    # descriptors of an indirect table in a ring smaller than this
     CHAIN_PIECES = 1 << 21      # more than 4 GiB in pages have
+    CHAIN_CHARGE = 16           # pieces that a request costs besides its own
     SPIN_MOST = 60              # seconds that a ring may be watched: nothing else runs
 
 cdef u64 CHAIN_BYTES = <u64>1 << 32
@@ -85,6 +86,10 @@ cdef class SplitRing(RingAreas):
         inflight: Where to note which requests are in flight, for whoever goes on after a crash.
             With it, a request that lacks a translation is overtaken by those behind it; and
             requests that are noted in it already are taken first, whatever ``base`` is.
+        turn_bytes: Bytes of requests that are served in one turn, before others have theirs; the
+            last request may exceed it.
+        quota: Limits the memory of requests that were taken and not completed, together with other
+            rings; None for no limit.
 
     Attributes:
         next_avail: The ring position that is taken next.
@@ -98,9 +103,12 @@ cdef class SplitRing(RingAreas):
 
     def __cinit__(
         self, space, size, desc, avail, used, *, event_idx=False, bint indirect=False, base=0,
-        bint ordered=False, InflightQueue inflight=None,
+        bint ordered=False, InflightQueue inflight=None, turn_bytes=1 << 62,
+        Quota quota=None,
     ):
         cdef u32 entries = self.size
+        self.quota = Quota(1 << 62) if quota is None else quota
+        self.turn_bytes = as_address(turn_bytes, "turn_bytes")
         self.indirect = indirect
         if inflight is not None and (ordered or inflight.size < entries):
             raise ValueError(
@@ -117,6 +125,9 @@ cdef class SplitRing(RingAreas):
         self.table = IoVector()
 
     def __dealloc__(self):
+        # Nothing is charged of a ring that could not be made, whose quota is not even None.
+        if self.charged and self.quota is not None:
+            self.quota.used -= self.charged
         free(self.pending)
         free(self.held)
         free(self.shown)
@@ -219,7 +230,7 @@ cdef class SplitRing(RingAreas):
                 if self.areas_ready(misses):
                     if self.pending_count:
                         self.show_pending()
-                    if chains or not rest:
+                    if chains or not rest or self.moved >= self.turn_bytes:
                         resting[0] = False
                     elif not misses.count or (late and self.inflight is not None):
                         resting[0] = not self.more_after_request()
@@ -235,7 +246,7 @@ cdef class SplitRing(RingAreas):
     cdef int take(self, int limit, Server server, list chains, Misses misses) except -1:
         """Take requests into the list; the number of those that were served instead."""
         cdef int served = 0
-        self.work = 0
+        self.work = self.moved = 0
         self.crowded = False
         if not self.areas_ready(misses):
             return served
@@ -249,7 +260,11 @@ cdef class SplitRing(RingAreas):
     cdef int take_held(self, Server server, list chains, Misses misses) except -1:
         """Take those of the overtaken requests that lack nothing any more."""
         cdef int at = 0, head, served = 0
-        while at < self.held_count and self.work < RING_LOOK_WORK and self.current():
+        while (
+            at < self.held_count and self.work < RING_LOOK_WORK
+            and self.moved < self.turn_bytes and self.current()
+            and not (self.charged and self.quota.used >= self.quota.most)
+        ):
             head = self.held[at]
             if not self.look(head, misses, False):
                 at += 1
@@ -269,7 +284,14 @@ cdef class SplitRing(RingAreas):
         cdef u16 at = self.next_avail
         cdef int head, left = min(self.waiting(), limit), served = 0
         cdef bint lacks
-        while left > 0 and self.work < RING_LOOK_WORK and self.current():
+        while (
+            left > 0 and self.work < RING_LOOK_WORK and self.moved < self.turn_bytes
+            and self.current()
+        ):
+            if self.charged and self.quota.used >= self.quota.most:
+                # One of the requests that are held is completed first.
+                self.crowded = True
+                break
             left -= 1
             head = self.head_at(at)
             lacks = not self.look(head, misses, False)
@@ -324,6 +346,7 @@ cdef class SplitRing(RingAreas):
         if server is not None and chain.fault is None:
             written = server.serve(chain)
             if written != NOT_SERVED:
+                self.moved += chain.readable.total + chain.writable.total
                 chain.clear()
                 chain.written = <u64>written
                 self.finish(chain)
@@ -346,6 +369,9 @@ cdef class SplitRing(RingAreas):
         """Give the spare chain away; only from now on does it refer to the ring."""
         cdef Chain chain = self.spare
         chain.ring, self.spare = self, None
+        chain.charge = CHAIN_CHARGE + chain.readable.count + chain.writable.count
+        self.charged += chain.charge
+        self.quota.used += chain.charge
         return chain
 
     cdef int waiting(self) except -1:
@@ -563,6 +589,9 @@ cdef class SplitRing(RingAreas):
         completed.element.head = chain.head
         completed.element.written = <u32>min(chain.written, <u64>0xFFFFFFFF)
         completed.done = True
+        self.charged -= chain.charge
+        self.quota.used -= chain.charge
+        chain.charge = 0
         self.outstanding -= 1
         self.pending_count += 1
 

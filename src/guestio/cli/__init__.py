@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import threading
 from contextlib import ExitStack
 from typing import Literal, NoReturn
 
 import click
 
 import guestio
+from guestio.budgets import EXIT_TIMEOUT
 from guestio.cli.bench import bench
 from guestio.errors import GuestioError
 from guestio.vhost_user import Backend
@@ -169,10 +172,36 @@ def _fail(message: str) -> NoReturn:
 
 
 def _run_until_signalled(backend: Backend) -> None:
+    """Serve in a thread, so that a signal is obeyed whatever keeps that thread."""
+    ended = threading.Event()
+    errors: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            backend.serve()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.set()
+
+    def stop(*_: object) -> None:
+        backend.stop()
+        ended.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: backend.stop())
+        signal.signal(number, stop)
+    thread = threading.Thread(target=serve, name="guestio-serve", daemon=True)
+    thread.start()
     print(f"listening on {backend.path}", file=sys.stderr, flush=True)
-    backend.serve()
+    ended.wait()
+    thread.join(EXIT_TIMEOUT)
+    if thread.is_alive():
+        logging.getLogger("guestio").error("still busy %s s after the signal: ending", EXIT_TIMEOUT)
+        backend.remove_socket()
+        logging.shutdown()
+        os._exit(0)
+    if errors:
+        raise errors[0]
 
 
 def _log_to_stderr(level: int = logging.INFO) -> None:

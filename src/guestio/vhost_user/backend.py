@@ -15,8 +15,9 @@ import time
 from typing import Literal, Self
 
 from guestio.addr import check_int
-from guestio.budgets import STOP_TIMEOUT
+from guestio.budgets import FIRST_MESSAGE_TIMEOUT, STOP_TIMEOUT
 from guestio.errors import DeviceError
+from guestio.ratelog import LOG
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.foreign import close_socket
 from guestio.vhost_user.poller import Poller
@@ -107,7 +108,7 @@ class Backend:
             raise ValueError(f"poll_us {poll_us} must not be negative")
         self.device = device
         self.path = os.fspath(path)
-        self.statistics = Statistics()
+        self.statistics = Statistics(device_failures=lambda: device.failures)
         self._offered = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_EVENT_IDX
         if iommu == "auto":
             self._offered |= 1 << VIRTIO_F_ACCESS_PLATFORM
@@ -120,6 +121,7 @@ class Backend:
         self._queue_threads = queue_threads
         self._stopping = threading.Event()
         self._service: Service | None = None
+        self._accepted_at = 0.0
         self._poller = Poller()
         try:
             self._listener = _listen(self.path)
@@ -127,6 +129,7 @@ class Backend:
         except BaseException:
             self._poller.close()
             raise
+        LOG.watch(self._lines_hidden)
 
     def serve(self, connections: int | None = None) -> None:
         """Serve front-ends until :meth:`stop` is called.
@@ -143,6 +146,7 @@ class Backend:
         finally:
             self._poller.remove(self._listener.fileno())
             self._poller.clear_timer(self)
+            self._poller.clear_timer((self, "silent"))
             if self._service is not None:
                 self._service.close()
 
@@ -153,6 +157,8 @@ class Backend:
         if unclean:
             # What refers to itself, as an error and its frames do, may keep guest memory mapped.
             gc.collect()
+        self._poller.remove(self._listener.fileno())
+        self._poller.clear_timer((self, "silent"))
         self._listen_again()
         while not self._stopping.is_set():
             try:
@@ -180,7 +186,7 @@ class Backend:
             connected, _ = self._listener.accept()
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
-                log.error("cannot accept a front-end: %s", error.strerror)  # noqa: TRY400
+                LOG.report(log, logging.ERROR, "cannot accept a front-end: %s", error.strerror)
                 self._pause_accepting()
             return
         self._poller.remove(self._listener.fileno())
@@ -202,6 +208,33 @@ class Backend:
         except BaseException:
             channel.close()
             raise
+        self._accepted_at = time.monotonic()
+        # Without it, one that says nothing stays.
+        with contextlib.suppress(OSError):
+            self._poller.add(self._listener.fileno(), self._another_waits)
+
+    def _another_waits(self) -> None:
+        """Another front-end waits to be accepted: one that has said nothing yet makes way."""
+        self._poller.remove(self._listener.fileno())
+        self._poller.set_timer(
+            (self, "silent"), self._accepted_at + FIRST_MESSAGE_TIMEOUT, self._make_way
+        )
+
+    def _make_way(self) -> None:
+        service = self._service
+        if service is not None and not service.closed and not service.heard:
+            service.disconnect(
+                f"no message within {FIRST_MESSAGE_TIMEOUT} s, and another front-end waits"
+            )
+
+    def _lines_hidden(self, seconds: float) -> None:
+        """Have the number of hidden log lines logged when their interval is over."""
+
+        def arm() -> None:
+            when = time.monotonic() + seconds
+            self._poller.set_timer((self, "log"), when, LOG.flush)
+
+        self._poller.again(arm)
 
     def _pause_accepting(self) -> None:
         """Look away for a while from a front-end that goes on waiting."""
@@ -226,13 +259,18 @@ class Backend:
             self._service.close()
             self._service = None
         if self._listener.fileno() >= 0:
+            LOG.unwatch(self._lines_hidden)
+            LOG.flush()
             # Who waits to be accepted may have sent descriptors already.
             close_socket(self._listener)
             self._poller.close()
-            with contextlib.suppress(FileNotFoundError):
-                # Unless somebody else has taken its place.
-                if _inode(self.path) == self._inode:
-                    os.unlink(self.path)  # noqa: PTH108 - the path may be bytes-like
+            self.remove_socket()
+
+    def remove_socket(self) -> None:
+        """Remove the socket, unless another one has taken its place. From any thread."""
+        with contextlib.suppress(FileNotFoundError):
+            if _inode(self.path) == self._inode:
+                os.unlink(self.path)  # noqa: PTH108 - the path may be bytes-like
 
     def __enter__(self) -> Self:
         return self

@@ -21,15 +21,13 @@ import socket
 import time
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
+from guestio.budgets import SEND_TIMEOUT
 from guestio.errors import GuestioError, ProtocolError, again
 from guestio.vhost_user.foreign import check_channel, close_foreign, close_socket
 from guestio.vhost_user.messages import HEADER_SIZE, MAX_FDS, Header, request_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-SEND_TIMEOUT: Final = 5.0
-"""Seconds that one `Channel.send` may take unless told otherwise."""
 
 _READ_AHEAD: Final = 16384
 _FD_SIZE: Final = array.array("i").itemsize
@@ -142,6 +140,9 @@ class Channel:
         self._header: Header | None = None
         self._fds: list[int] = []
         self._failure: GuestioError | None = None
+        self._unsent = b""
+        self._unsent_fds: tuple[int, ...] = ()
+        self._stuck_since = 0.0
 
     @classmethod
     def from_fd(
@@ -212,12 +213,58 @@ class Channel:
     @property
     def at_rest(self) -> bool:
         """Whether nothing of a message was taken from the socket that :meth:`recv` still has."""
-        return (
-            self._start == len(self._buffer)
-            and self._header is None
-            and not self._fds
-            and self._failure is None
-        )
+        return not self.unfinished and self._failure is None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a part of a message was received whose rest has not come."""
+        return self._start < len(self._buffer) or self._header is not None or bool(self._fds)
+
+    def post(self, data: bytes, fds: Sequence[int] = ()) -> bool:
+        """Send without waiting for the peer to read; :meth:`flush` sends what is left.
+
+        Args:
+            data: Whole messages.
+            fds: As for :meth:`send`, and to be kept open until all is sent.
+
+        Returns:
+            Whether all of it was sent.
+
+        Raises:
+            PeerGoneError: The peer has closed the connection.
+            ProtocolError: The channel is of no more use.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._unsent:
+            self._unsent += data
+            return False
+        self._check_open()
+        sent = self._send_some(data, fds)
+        if sent < len(data):
+            self._unsent, self._unsent_fds = data[sent:], () if sent else tuple(fds)
+            self._stuck_since = time.monotonic()
+        return not self._unsent
+
+    def flush(self) -> bool:
+        """Send what :meth:`post` left; whether all of it was sent.
+
+        Raises:
+            PeerGoneError: The peer has closed the connection.
+            ProtocolError: The peer has read nothing for the channel's `send_timeout`.
+        """
+        if self._unsent:
+            if sent := self._send_some(self._unsent, self._unsent_fds):
+                self._unsent, self._unsent_fds = self._unsent[sent:], ()
+                self._stuck_since = time.monotonic()
+            elif time.monotonic() - self._stuck_since >= self._send_timeout:
+                self._fail(f"peer did not read a message for {self._send_timeout} s")
+        return not self._unsent
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that :meth:`post` left."""
+        return len(self._unsent)
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send a whole message, its fds with the first byte.
@@ -236,6 +283,9 @@ class Channel:
         if len(fds) > MAX_FDS:
             raise ValueError(f"{len(fds)} fds in one message, at most {MAX_FDS}")
         self._check_open()
+        if self._unsent:
+            self._send_rest(memoryview(self._unsent), self._unsent_fds)
+            self._unsent, self._unsent_fds = b"", ()
         sent = self._send_some(data, fds)
         if sent < len(data):
             self._send_rest(memoryview(data)[sent:], () if sent else fds)
@@ -265,6 +315,7 @@ class Channel:
         close_socket(self._socket)
         self._drop_fds()
         self._buffer, self._start, self._header = b"", 0, None
+        self._unsent, self._unsent_fds = b"", ()
 
     def __enter__(self) -> Self:
         return self

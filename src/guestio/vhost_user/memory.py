@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from guestio._core.access import RegionTable
 from guestio._core.intervals import IntervalMap
 from guestio.addr import Permissions
+from guestio.budgets import MAX_GUEST_MEMORY
 from guestio.errors import BackingError, InvalidAddressError
 from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user.foreign import check_memory
@@ -65,6 +66,7 @@ class SharedMemory:
         Raises:
             BackingError: A region cannot be mapped; none is then.
         """
+        _check_total([description for description, _ in regions])
         return self._with(
             [(description, self._map(description, fd)) for description, fd in regions]
         )
@@ -75,6 +77,7 @@ class SharedMemory:
         Raises:
             BackingError: It cannot be mapped.
         """
+        _check_total([description, *(known for known, _ in self._regions)])
         return self._with([*self._regions, (description, self._map(description, fd))])
 
     def removing(self, description: MemoryRegion) -> SharedMemory:
@@ -130,3 +133,11 @@ class SharedMemory:
                 )
             end += length
         return start
+
+
+def _check_total(regions: Sequence[MemoryRegion]) -> None:
+    total = sum(region.size for region in regions)
+    if total > MAX_GUEST_MEMORY:
+        raise BackingError(
+            f"{total:#x} bytes of guest memory in all, at most {MAX_GUEST_MEMORY:#x} are mapped"
+        )

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 
+from guestio.budgets import TURN_SECONDS
 from guestio.memory.backing import close_fd
 
 Callback = Callable[[], None]
@@ -34,6 +35,7 @@ class Poller:
         self.waiter = None
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
+        self._edges: set[int] = set()
         self._timers: dict[Hashable, tuple[float, Callback]] = {}
         self._due = math.inf
         self._soon: deque[Callback] = deque()
@@ -56,6 +58,7 @@ class Poller:
         """
         # It may be found readable by the thread that waits before this returns.
         self._callbacks[fd] = callback
+        (self._edges.add if edge else self._edges.discard)(fd)
         try:
             self._epoll.register(fd, select.EPOLLIN | (select.EPOLLET if edge else 0))
         except BaseException:
@@ -129,7 +132,11 @@ class Poller:
             close_fd(writing)
 
     def run_once(self) -> None:
-        """Wait until something is due and call back for all of it."""
+        """Wait until something is due and call back for all of it.
+
+        What has not had its turn after TURN_SECONDS has it the next time, so that those descriptors
+        that matter more are looked at first.
+        """
         self._thread = threading.get_ident()
         soon, callbacks = self._soon, self._callbacks
         seconds = 0 if soon else self._patience()
@@ -137,13 +144,21 @@ class Poller:
             fds = [fd for fd, _ in self._epoll.poll(seconds)]
         else:
             fds = self.waiter(self._epoll.fileno(), seconds)
+        until = time.monotonic() + TURN_SECONDS
         for fd in fds:
             # A callback before this one may have removed it.
             callback = callbacks.get(fd)
-            if callback is not None:
+            if callback is None:
+                continue
+            if time.monotonic() < until:
                 callback()
+            elif fd in self._edges:
+                # The others are found readable again.
+                soon.append(callback)
         for _ in range(len(soon)):
             soon.popleft()()
+            if time.monotonic() >= until:
+                break
         if self._due != math.inf and time.monotonic() >= self._due:
             self._run_timers()
 

@@ -13,8 +13,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from guestio._core.access import AddressSpace
+from guestio._core.chain import Quota
 from guestio._core.ring import SplitRing
+from guestio.budgets import (
+    HALF_MESSAGE_TIMEOUT,
+    OUTSTANDING_PIECES,
+    SEND_RETRY,
+    TURN_BYTES,
+    TURN_SECONDS,
+)
 from guestio.errors import DeviceError, GuestioError, ProtocolError
+from guestio.ratelog import LOG
 from guestio.vhost_user.channel import Channel, ConnectionLostError, PeerGoneError
 from guestio.vhost_user.foreign import close_foreign
 from guestio.vhost_user.inflight import InflightRegion
@@ -69,6 +78,7 @@ class Service:
     Attributes:
         closed: Whether the front-end is gone and everything of it released.
         unclean: Whether something of it could not be released, or an error may refer to it.
+        heard: Whether it has sent a whole message.
     """
 
     def __init__(
@@ -86,6 +96,8 @@ class Service:
         queue_threads: bool,
     ) -> None:
         self.closed = self.unclean = False
+        self.heard = False
+        self._half_since: float | None = None
         self._channel = channel
         self._device = device
         self._poller = poller
@@ -93,6 +105,7 @@ class Service:
         self._shared = SharedMemory(track_dirty=track_dirty)
         self._translations = Translations(poller, statistics, self._wake_all, miss_timeout)
         self._space = AddressSpace(self._shared.table)
+        self._quota = Quota(OUTSTANDING_PIECES)
         self._inflight: InflightRegion | None = None
         self._status = 0
         self._negotiated = 0
@@ -141,27 +154,81 @@ class Service:
     def _receive(self) -> None:
         if self.closed:
             return
+        until = time.monotonic() + TURN_SECONDS
         try:
             for _ in range(TURN):
                 if self.translating and self._translations.receive(self._channel):
+                    self._wait_for_reader()
                     return
                 message = self._channel.recv()
                 if message is None:
+                    self._watch_half_message()
                     return
+                self.heard = True
+                self._half_since = None
                 reply = self._session.handle(message)
                 self._report_refusal()
-                if reply is not None:
-                    self._channel.send(reply, self._session.reply_fds)
+                if reply is not None and not self._channel.post(reply, self._session.reply_fds):
+                    self._wait_for_reader()
+                    return
+                if time.monotonic() >= until:
+                    break
             self._poller.again(self._receive)
         except ConnectionLostError as error:
-            log.error("front-end disconnected: %s", str(error))  # noqa: TRY400 - the system's fault
+            LOG.report(log, logging.ERROR, "front-end disconnected: %s", str(error))
             self.close()
         except PeerGoneError:
             self.close()
         except ProtocolError as error:
-            self._stats.protocol_errors += 1
-            log.error("front-end disconnected: %s", str(error))  # noqa: TRY400 - the peer's fault
+            self.disconnect(str(error))
+
+    def disconnect(self, reason: str) -> None:
+        """End the connection to a front-end that broke the protocol."""
+        self._stats.protocol_errors += 1
+        LOG.report(log, logging.ERROR, "front-end disconnected: %s", reason)
+        self.close()
+
+    def _wait_for_reader(self) -> None:
+        """Read nothing more from a front-end until it has taken what it was sent."""
+        if self._channel.backlog:
+            self._poller.remove(self._channel.fileno())
+            self._poller.set_timer(
+                (self, "flush"), time.monotonic() + SEND_RETRY, self._send_backlog
+            )
+
+    def _send_backlog(self) -> None:
+        if self.closed:
+            return
+        try:
+            if self._channel.flush():
+                self._poller.add(self._channel.fileno(), self._receive)
+                self._poller.again(self._receive)
+            else:
+                self._wait_for_reader()
+        except PeerGoneError:
             self.close()
+        except ProtocolError as error:
+            self.disconnect(str(error))
+
+    def _watch_half_message(self) -> None:
+        """Give a front-end a while for the rest of a message."""
+        if not self._channel.unfinished:
+            self._half_since = None
+        elif self._half_since is None:
+            self._half_since = time.monotonic()
+            self._poller.set_timer(
+                (self, "half"), self._half_since + HALF_MESSAGE_TIMEOUT, self._give_up_half
+            )
+
+    def _give_up_half(self) -> None:
+        since, now = self._half_since, time.monotonic()
+        if self.closed or since is None:
+            return
+        if now - since < HALF_MESSAGE_TIMEOUT:
+            # Another message was begun since.
+            self._poller.set_timer((self, "half"), since + HALF_MESSAGE_TIMEOUT, self._give_up_half)
+            return
+        self.disconnect(f"the rest of a message did not come within {HALF_MESSAGE_TIMEOUT} s")
 
     def _report_refusal(self) -> None:
         """Log what the front-end was refused, and let go of it: a traceback keeps memory mapped."""
@@ -184,7 +251,6 @@ class Service:
             lambda: self._set_inflight(None),
             self._count,
             self._let_go_of_memory,
-            self._bursts.flush,
             self._device.reset,
         ]
         for step in steps:
@@ -195,7 +261,9 @@ class Service:
                 self.unclean = True
                 log.exception("front-end %d was not released as usual", self._stats.connections)
         stats = self._stats
-        log.info(
+        LOG.report(
+            log,
+            logging.INFO,
             "front-end %d gone; so far: requests=%d failed=%d iotlb_misses=%d "
             "iotlb_invalidations=%d refused=%d",
             stats.connections,
@@ -208,6 +276,8 @@ class Service:
 
     def _hang_up(self) -> None:
         self._poller.remove(self._channel.fileno())
+        self._poller.clear_timer((self, "flush"))
+        self._poller.clear_timer((self, "half"))
         self._channel.close()
         self._session.last_refusal = None
 
@@ -459,11 +529,13 @@ class Service:
             base=queue.base,
             ordered=inflight is None,
             inflight=inflight,
+            turn_bytes=TURN_BYTES,
+            quota=self._quota,
         )
 
     def _broken(self, queue: Virtqueue, error: GuestioError) -> None:
         """Report a queue that its driver ruined; the others go on. From any thread."""
-        log.error("queue %d stopped: %s", queue.index, str(error))
+        LOG.report(log, logging.ERROR, "queue %d stopped: %s", queue.index, str(error))
         self._poller.again(self._need_reset)
 
     def _need_reset(self) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from guestio._core.iotlbwire import Traffic
+from guestio.ratelog import LOG
 
 log = logging.getLogger("guestio.vhost_user")
 
@@ -26,6 +26,7 @@ class Statistics:
         iotlb_timeouts: Those of them that the front-end did not answer in time.
         access_fails: Accesses that their translation forbade.
         traffic: What the core counts.
+        device_failures: Tells how many requests the device answered with an error by itself.
     """
 
     connections: int = 0
@@ -37,6 +38,7 @@ class Statistics:
     iotlb_timeouts: int = 0
     access_fails: int = 0
     traffic: Traffic = field(default_factory=Traffic, repr=False)
+    device_failures: Callable[[], int] = field(default=lambda: 0, repr=False)
 
     def __str__(self) -> str:
         """All counters, for people."""
@@ -53,7 +55,7 @@ class Statistics:
     @property
     def failed_requests(self) -> int:
         """Those of them that could not be served."""
-        return self.traffic.failed_requests
+        return self.traffic.failed_requests + self.device_failures()
 
     @property
     def iotlb_misses(self) -> int:
@@ -72,30 +74,11 @@ class Statistics:
 
 
 class Bursts:
-    """Logs what a guest may cause any number of times: the first, then a count a second later.
+    """Logs what a guest may cause any number of times, within the limit of the process.
 
     From any thread.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._until = 0.0
-        self._hidden = 0
-
     def report(self, message: str, *args: object, trace: bool = False) -> None:
-        """Log a message, or only count it if there was one within the last second."""
-        now = time.monotonic()
-        with self._lock:
-            if now < self._until:
-                self._hidden += 1
-                return
-            self._until = now + 1.0
-        self.flush()
-        log.warning(message, *args, exc_info=trace)
-
-    def flush(self) -> None:
-        """Log how many there were that were not logged."""
-        with self._lock:
-            hidden, self._hidden = self._hidden, 0
-        if hidden:
-            log.warning("%d more requests refused or failed", hidden)
+        """Log a warning, or only count it."""
+        LOG.report(log, logging.WARNING, message, *args, trace=trace)

@@ -22,8 +22,10 @@ from guestio._core.iotlbwire import IotlbUpdater
 from guestio._core.misses import Misses
 from guestio._core.questions import REPEAT_AFTER, MissTable, Question
 from guestio.addr import IovaRange, Permissions
+from guestio.budgets import MAX_BACKLOG, SEND_RETRY, TURN_BYTES
 from guestio.errors import GuestioError
 from guestio.iommu import Iotlb
+from guestio.ratelog import LOG
 from guestio.vhost_user.channel import Channel, ConnectionLostError, PeerGoneError
 from guestio.vhost_user.memory import SharedMemory
 from guestio.vhost_user.messages import (
@@ -101,7 +103,7 @@ class Translations:
         self._updater = IotlbUpdater(
             self.iotlb, self._shared.users(), self._misses, statistics.traffic
         )
-        self.intake = Intake(self._updater, self._misses, self.patience)
+        self.intake = Intake(self._updater, self._misses, self.patience, round_bytes=TURN_BYTES)
         self.set_acknowledged(False)
         # Held while questions are made and sent, so that they are sent in the order in which their
         # acknowledgements are expected; and while what was refused is passed on to those who asked.
@@ -159,7 +161,9 @@ class Translations:
         """Apply a run of plain messages from the main channel; False if none has arrived."""
         if self._unsent:
             unsent, self._unsent = self._unsent, b""
-            channel.send(unsent)
+            channel.post(unsent)
+        if channel.backlog:
+            return True
         if not channel.at_rest:
             return False
         taken, unsent, ready = self._updater.receive(channel.fileno())
@@ -168,7 +172,7 @@ class Translations:
             self.intake.main = -1
             return False
         if unsent:
-            channel.send(unsent)
+            channel.post(unsent)
         if ready:
             self._wake(ready)
         return True
@@ -285,6 +289,7 @@ class Translations:
             # Nothing is to be watched any more, whoever still asks.
             self.intake.alarm = -math.inf
         self._poller.clear_timer(self)
+        self._poller.clear_timer((self, "flush"))
         self._shared = SharedMemory()
 
     def _close_channel(self) -> None:
@@ -354,17 +359,42 @@ class Translations:
         """Send messages, all at once: a socket's buffer holds few small ones but one large one."""
         if self._channel is None or self._lost:
             return
+        if self._channel.backlog > MAX_BACKLOG:
+            # Those who ask will ask again, and give up in the end.
+            return
         try:
-            self._channel.send(messages)
+            if not self._channel.post(messages):
+                # The core must not send in between.
+                self.intake.back = -1
+                self._poller.again(self._wait_for_reader)
         except GuestioError as error:
             self._lose_channel(error)
+
+    def _wait_for_reader(self) -> None:
+        self._poller.set_timer((self, "flush"), time.monotonic() + SEND_RETRY, self._send_backlog)
+
+    def _send_backlog(self) -> None:
+        """Send what a front-end has not taken yet, as far as it does now."""
+        with self._lock:
+            if self._channel is None or self._lost:
+                return
+            try:
+                if self._channel.flush():
+                    self.intake.back = self._channel.fileno()
+                    return
+            except GuestioError as error:
+                self._lose_channel(error)
+                return
+        self._wait_for_reader()
 
     def _lose_channel(self, error: GuestioError) -> None:
         """Use the back-end channel no more; closing it is for the thread that waits for it."""
         if self._channel is None or self._lost:
             return
         if not isinstance(error, PeerGoneError) or isinstance(error, ConnectionLostError):
-            log.error("the back-end channel is of no use any more: %s", str(error))
+            LOG.report(
+                log, logging.ERROR, "the back-end channel is of no use any more: %s", str(error)
+            )
         self._lost = True
         self._poller.again(self._close_lost)
 

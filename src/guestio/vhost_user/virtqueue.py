@@ -33,6 +33,7 @@ from guestio._core.intake import Attended, Intake
 from guestio._core.misses import Misses, touched
 from guestio._core.questions import REPEAT_AFTER
 from guestio._core.ring import SplitRing
+from guestio.budgets import TURN_SECONDS
 from guestio.errors import DeviceError, GuestioError, ProtocolError, QueueError
 from guestio.memory.backing import close_fd
 from guestio.vhost_user.foreign import PipeNotifier, check_eventfd, close_foreign, is_pipe
@@ -330,6 +331,7 @@ class Virtqueue:
         """
         host = self._host
         call = -1 if self._call is None else self._call
+        until = time.monotonic() + TURN_SECONDS
         for _ in range(TURN):
             while self._settled:
                 ring.complete(self._settled.popleft())
@@ -338,7 +340,7 @@ class Virtqueue:
             taken = self._conclude(ring, outcome)
             if taken is None:
                 return False
-            if taken >= TURN:
+            if taken >= TURN or time.monotonic() >= until:
                 return True
             # Those who watch other queues have their turn too.
             if (

@@ -2,7 +2,8 @@
 
 Reads of what is in the page cache and writes to it are done at once, where the ring is walked.
 What may wait for the disk is for a few threads of the device's own: reads of what is not cached,
-flushes, discards and writing zeroes.
+flushes, discards and writing zeroes. So are requests that take long because they are large. All of
+it is done in slices, so that queues take turns and a queue that is to stop does not wait for it.
 
 Order: virtio-blk promises none between requests that are under way at the same time, so they may
 overtake each other. A flush covers every write that was completed before the flush was submitted
@@ -16,22 +17,36 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
+import logging
+import math
 import os
-import queue
 import stat
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from itertools import pairwise
 from typing import Final
 
 from guestio._core.access import IoVector
 from guestio._core.blockio import BlockServer
 from guestio._core.chain import Chain
-from guestio.budgets import STOP_TIMEOUT
+from guestio.budgets import (
+    DEVICE_CLOSE_TIMEOUT,
+    GIVE_UP_AFTER,
+    INLINE_BYTES,
+    SLICE_BYTES,
+    TRIM_SECTORS,
+    TRIM_SLICE_BYTES,
+)
 from guestio.errors import AccessError, DeviceError
+from guestio.ratelog import LOG
 from guestio.virtio.device import Device, DeviceId
+from guestio.virtio.slices import SlicedThreads, Work
+
+log = logging.getLogger("guestio.virtio")
 
 SECTOR: Final = 512
 
@@ -61,7 +76,7 @@ S_UNSUPP: Final = 2
 
 ID_BYTES: Final = 20
 SEG_MAX: Final = 126
-MAX_TRIM_SECTORS: Final = 1 << 22
+MAX_TRIM_SECTORS: Final = TRIM_SECTORS
 MAX_TRIM_SEGMENTS: Final = 32
 
 _HEADER: Final = struct.Struct("<IIQ")
@@ -71,6 +86,9 @@ _FLAG_UNMAP: Final = 1
 # struct virtio_blk_config up to write_zeroes_may_unmap: capacity, size_max, seg_max, geometry,
 # blk_size, topology, writeback, num_queues, discard and write-zeroes limits.
 _CONFIG: Final = struct.Struct("<QIIHBBIBBHIBxHIIIIIBxxx")
+
+_TRIMS: Final = frozenset({T_DISCARD, T_WRITE_ZEROES})
+_NAMES: Final = {T_FLUSH: "flush", T_DISCARD: "discard", T_WRITE_ZEROES: "write zeroes"}
 
 _FALLOC_KEEP_SIZE: Final = 1
 _FALLOC_PUNCH_HOLE: Final = 2
@@ -93,7 +111,8 @@ class BlockDevice(Device):
         num_queues: Request queues, 1 to 64.
         serial: What GET_ID answers, up to 20 bytes of ASCII; None derives it from the file name.
         io_threads: Threads that wait for the disk, up to 64, so that nobody else does: started
-            when there is something to wait for. 0: :meth:`process` does everything itself.
+            when there is something to wait for. 0: :meth:`process` waits itself; one is started
+            all the same for what is large, discards and write-zeroes.
 
     Raises:
         DeviceError: The image cannot be opened or served.
@@ -137,15 +156,21 @@ class BlockDevice(Device):
             self.features |= F_MQ
         self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
         self.server: BlockServer = BlockServer(
-            self._fd, self.size, writable=not read_only, waits=not io_threads
+            self._fd,
+            self.size,
+            writable=not read_only,
+            waits=not io_threads,
+            inline_bytes=INLINE_BYTES,
+            report=functools.partial(_report, self.path),
         )
         self._lock = threading.Lock()
-        self._errors = 0
+        self._errors = self._image_errors = 0
         self._flushing = threading.Lock()
         self._failed_flushes = 0
-        self._pool: _Pool | None = None
+        self._threads: SlicedThreads | None = None
+        self._patience = [_Patience() for _ in range(num_queues)]
         self._closed = False
-        self._serve: dict[int, Callable[[int, Chain], int]] = {
+        self._serve: dict[int, Callable[[int, Chain, _Patience], Work]] = {
             T_FLUSH: self._flush,
             T_GET_ID: self._get_id,
             T_DISCARD: self._discard,
@@ -160,7 +185,12 @@ class BlockDevice(Device):
     @property
     def errors(self) -> int:
         """Requests that failed because of the file or the guest's memory."""
-        return self._errors + self.server.errors
+        return self._errors + self.failures
+
+    @property
+    def failures(self) -> int:
+        """Those of them that failed while data moved: because of the file, or memory that went."""
+        return self._image_errors + self.server.errors
 
     def config(self) -> bytes:
         """The configuration space (section 5.2.4)."""
@@ -186,28 +216,41 @@ class BlockDevice(Device):
         The header may be split over any descriptors; the last writable byte is the status.
 
         Returns:
-            The bytes written. A future of it if the request may wait for the disk and there are
-            threads for that.
+            The bytes written. A future of it if the request is large, a discard or write-zeroes,
+            or may wait for the disk and there are threads for that.
         """
         if not self._closed:
-            if not self.io_threads:
-                return self._serve_waiting(chain)
-            # What was not cached a moment ago may be by now: that look started to read it.
-            served = self.server.process(chain, wait=False)
-            if served is not None:
-                return served
+            large = self.server.is_large(chain)
+            if not large:
+                # What was not cached a moment ago may be by now: that look started to read it.
+                served = self.server.process(chain, wait=not self.io_threads)
+                if served is not None:
+                    return served
+            work = self._work(chain, self._patience[queue])
+            if not (large or self.io_threads or _kind(chain) in _TRIMS):
+                return _all_of(work)
             with self._lock:
                 if not self._closed:
-                    if self._pool is None:
-                        self._pool = _Pool(self.io_threads)
-                    return self._pool.submit(self._serve_waiting, chain)
+                    if self._threads is None:
+                        self._threads = SlicedThreads(max(self.io_threads, 1), "guestio-blk")
+                    return self._threads.submit(queue, work)
         self._count_error()
         return _answer(chain.writable, S_IOERR, 0) if chain.writable.total else 0
 
-    def _serve_waiting(self, chain: Chain) -> int:
-        """Serve any request, in whichever thread has the time."""
-        served = self.server.process(chain)
-        if served is not None:
+    def stopping(self, queue: int) -> None:
+        """Give up what takes long of a queue that is to stop, if it is not done soon."""
+        self._patience[queue].until = time.monotonic() + GIVE_UP_AFTER
+        self._patience[queue] = _Patience()
+
+    def _work(self, chain: Chain, patience: _Patience) -> Work:
+        """Serve any request, in whichever thread has the time, slice by slice."""
+        transfer = self.server.transfer(chain)
+        if transfer is not None:
+            while (served := transfer.step(SLICE_BYTES)) is None:
+                yield
+                if patience.is_over:
+                    self._count_error()
+                    return transfer.abandon()
             return served
         readable, writable = chain.readable, chain.writable
         if not writable.total:
@@ -217,12 +260,14 @@ class BlockDevice(Device):
             serve = self._serve.get(kind)
             if serve is None:
                 return _answer(writable, S_UNSUPP, 0)
-            return _answer(writable, S_OK, serve(sector, chain))
+            return _answer(writable, S_OK, (yield from serve(sector, chain, patience)))
         except _Refused as refused:
             return _answer(writable, refused.status, 0)
-        except (AccessError, OSError):
+        except AccessError:
             self._count_error()
-            return _answer(writable, S_IOERR, 0)
+        except OSError as error:
+            self._count_image_error(error.errno or errno.EIO, _NAMES.get(kind, "request"))
+        return _answer(writable, S_IOERR, 0)
 
     def fail(self, queue: int, chain: Chain) -> int:
         """Report an I/O error in the status byte, if that can be reached."""
@@ -233,13 +278,19 @@ class BlockDevice(Device):
         with self._lock:
             self._errors += 1
 
+    def _count_image_error(self, number: int, what: str) -> None:
+        with self._lock:
+            self._image_errors += 1
+        LOG.report(log, logging.ERROR, "%s: %s failed: %s", self.path, what, os.strerror(number))
+
     def _span(self, sector: int, length: int) -> int:
         """Check that a transfer is whole sectors of the disk, and return where it begins."""
         if length % SECTOR or sector > self.capacity or length > self.size - sector * SECTOR:
             raise _Refused(S_IOERR)
         return sector * SECTOR
 
-    def _flush(self, sector: int, chain: Chain) -> int:
+    def _flush(self, sector: int, chain: Chain, patience: _Patience) -> Work:
+        yield from ()
         if self.read_only:
             return 0
         failed = self._failed_flushes
@@ -255,22 +306,29 @@ class BlockDevice(Device):
                 raise OSError(errno.EIO, "another flush of the same data failed")
         return 0
 
-    def _get_id(self, sector: int, chain: Chain) -> int:
+    def _get_id(self, sector: int, chain: Chain, patience: _Patience) -> Work:
+        yield from ()
         room = chain.writable.total - 1
         if room < ID_BYTES:
             raise _Refused(S_IOERR)
         chain.writable.write(self.serial)
         return ID_BYTES
 
-    def _discard(self, sector: int, chain: Chain) -> int:
+    def _discard(self, sector: int, chain: Chain, patience: _Patience) -> Work:
         for offset, length, _ in self._segments(chain, 0):
-            self._deallocate(offset, length)
+            for at, size in _slices(offset, length):
+                self._deallocate(at, size)
+                yield
+                patience.check()
         return 0
 
-    def _write_zeroes(self, sector: int, chain: Chain) -> int:
+    def _write_zeroes(self, sector: int, chain: Chain, patience: _Patience) -> Work:
         for offset, length, flags in self._segments(chain, _FLAG_UNMAP):
-            if not (flags and self._deallocate(offset, length)):
-                self._zero(offset, length)
+            for at, size in _slices(offset, length):
+                if not (flags and self._deallocate(at, size)):
+                    self._zero(at, size)
+                yield
+                patience.check()
         return 0
 
     def _segments(self, chain: Chain, known: int) -> list[tuple[int, int, int]]:
@@ -289,6 +347,10 @@ class BlockDevice(Device):
             if sectors > MAX_TRIM_SECTORS:
                 raise _Refused(S_IOERR)
             found.append((self._span(sector, sectors * SECTOR), sectors * SECTOR, flags))
+        # Otherwise one request could be worth any number of disks.
+        for (start, length, _), (following, _, _) in pairwise(sorted(found)):
+            if start + length > following:
+                raise _Refused(S_IOERR)
         return found
 
     def _deallocate(self, offset: int, length: int) -> bool:
@@ -310,14 +372,17 @@ class BlockDevice(Device):
     def close(self) -> None:
         """Finish what is under way, then close the image; requests fail from now on.
 
-        What takes longer than `guestio.budgets.STOP_TIMEOUT` goes on in its thread, and the image
-        stays open as long. Calling it again does nothing.
+        What takes longer than DEVICE_CLOSE_TIMEOUT goes on in its thread, and the image stays open
+        as long. Calling it again does nothing.
         """
         with self._lock:
             if self._closed:
                 return
-            self._closed, pool = True, self._pool
-        self._close_image() if pool is None else pool.close(self._close_image, STOP_TIMEOUT)
+            self._closed, threads = True, self._threads
+        if threads is None:
+            self._close_image()
+        elif not threads.close(DEVICE_CLOSE_TIMEOUT, self._close_image):
+            log.error("%s: the disk does not answer; the image stays open", self.path)
 
     def _close_image(self) -> None:
         fd, self._fd = self._fd, -1
@@ -325,67 +390,25 @@ class BlockDevice(Device):
         os.close(fd)
 
 
-class _Pool:
-    """Threads that may be stuck in a system call: nobody waits for them without limit.
+class _Patience:
+    """Until when work that takes long may go on.
 
-    Those of `concurrent.futures` are waited for when the process ends.
-
-    Args:
-        size: How many threads to start, as they are needed.
+    Attributes:
+        until: As `time.monotonic`.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._work: queue.SimpleQueue[tuple[Future[int], Callable[[Chain], int], Chain] | None] = (
-            queue.SimpleQueue()
-        )
-        self._change = threading.Condition()
-        self._threads: list[threading.Thread] = []
-        self._pending = self._running = 0
-        self._last: Callable[[], None] | None = None
+    def __init__(self) -> None:
+        self.until = math.inf
 
-    def submit(self, call: Callable[[Chain], int], chain: Chain) -> Future[int]:
-        """Have a thread make a call; not after :meth:`close`."""
-        promised: Future[int] = Future()
-        with self._change:
-            if self._pending >= len(self._threads) < self._size:
-                name = f"guestio-blk_{len(self._threads)}"
-                thread = threading.Thread(target=self._run, name=name, daemon=True)
-                thread.start()
-                self._threads.append(thread)
-                self._running += 1
-            self._pending += 1
-        self._work.put((promised, call, chain))
-        return promised
+    @property
+    def is_over(self) -> bool:
+        """Whether the work is to be given up."""
+        return self.until != math.inf and time.monotonic() >= self.until
 
-    def close(self, last: Callable[[], None], seconds: float) -> None:
-        """End the threads once all is done, then call ``last``; wait for it so many seconds."""
-        until = time.monotonic() + seconds
-        with self._change:
-            self._last = last
-            for _ in self._threads:
-                self._work.put(None)
-        for thread in self._threads:
-            thread.join(max(until - time.monotonic(), 0))
-
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            promised, call, chain = work
-            if promised.set_running_or_notify_cancel():
-                try:
-                    written = call(chain)
-                except BaseException as error:
-                    promised.set_exception(error)
-                else:
-                    promised.set_result(written)
-            del work, promised, call, chain
-            with self._change:
-                self._pending -= 1
-        with self._change:
-            self._running -= 1
-            last = None if self._running else self._last
-        if last is not None:
-            last()
+    def check(self) -> None:
+        """Refuse to go on if it is over."""
+        if self.is_over:
+            raise _Refused(S_IOERR)
 
 
 class _Refused(Exception):  # noqa: N818 - not an error of ours but the driver's answer
@@ -394,6 +417,45 @@ class _Refused(Exception):  # noqa: N818 - not an error of ours but the driver's
     def __init__(self, status: int) -> None:
         self.status = status
         super().__init__(status)
+
+
+def _report(path: str, number: int, offset: int, length: int, reading: bool) -> None:
+    """Log a transfer that failed."""
+    LOG.report(
+        log,
+        logging.ERROR,
+        "%s: %s of %d bytes failed at sector %d: %s",
+        path,
+        "read" if reading else "write",
+        length,
+        offset // SECTOR,
+        os.strerror(number) if number else "the image is shorter than it was",
+    )
+
+
+def _kind(chain: Chain) -> int | None:
+    """What a request asks for, if that can be read."""
+    try:
+        return int.from_bytes(chain.readable.read(0, 4), "little")
+    except AccessError:
+        return None
+
+
+def _all_of(work: Work) -> int:
+    """Do work in one go."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as finished:
+            return int(finished.value)
+
+
+def _slices(offset: int, length: int) -> Generator[tuple[int, int], None, None]:
+    end = offset + length
+    while offset < end:
+        size = min(TRIM_SLICE_BYTES, end - offset)
+        yield offset, size
+        offset += size
 
 
 def _answer(writable: IoVector, status: int, written: int) -> int:

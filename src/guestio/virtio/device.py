@@ -145,6 +145,11 @@ class Device(ABC):
     def reset(self) -> None:
         """Forget everything that the driver told the device."""
 
+    @property
+    def failures(self) -> int:
+        """Requests that the device answered with an error by itself, because of a disk say."""
+        return 0
+
     def close(self) -> None:
         """Release what the device holds of the host. Calling it again does nothing."""
 

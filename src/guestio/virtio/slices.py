@@ -1,0 +1,138 @@
+"""Threads for work that takes long, cut into slices so that queues take turns."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from typing import TypeAlias
+
+Work: TypeAlias = Generator[None, None, int]
+"""Does a slice each time it is resumed, and returns the result in the end."""
+
+
+class SlicedThreads:
+    """Threads that work for several queues, for each in turn.
+
+    Work that takes long yields after each slice; then another queue's is gone on with. So what one
+    queue asks for keeps another one's work waiting for a slice, however much it is. A queue's own
+    work is begun in order.
+
+    Args:
+        count: Threads at most, started as there is work.
+        name: Their names begin with it.
+
+    Threads: any may call any method.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._count = count
+        self._name = name
+        self._change = threading.Condition()
+        self._work: dict[int, deque[tuple[Work, Future[int]]]] = {}
+        self._turns: deque[int] = deque()
+        self._threads: list[threading.Thread] = []
+        self._idle = self._running = 0
+        self._closed = False
+        self._last: Callable[[], None] | None = None
+
+    def submit(self, queue: int, work: Work) -> Future[int]:
+        """Have work done for a queue.
+
+        Raises:
+            RuntimeError: The threads were closed.
+        """
+        future: Future[int] = Future()
+        with self._change:
+            if self._closed:
+                raise RuntimeError("the threads are closed")
+            self._put(queue, work, future, first=False)
+            if self._idle:
+                self._change.notify()
+            elif len(self._threads) < self._count:
+                thread = threading.Thread(
+                    target=self._run, name=f"{self._name}_{len(self._threads)}", daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+                self._running += 1
+        return future
+
+    @property
+    def waiting(self) -> int:
+        """Work that no thread is doing."""
+        with self._change:
+            return sum(map(len, self._work.values()))
+
+    def _put(self, queue: int, work: Work, future: Future[int], *, first: bool) -> None:
+        waiting = self._work.setdefault(queue, deque())
+        if not waiting:
+            self._turns.append(queue)
+        (waiting.appendleft if first else waiting.append)((work, future))
+
+    def _take(self) -> tuple[int, Work, Future[int]] | None:
+        """Wait for work; None once there is none and will be none."""
+        with self._change:
+            while not self._turns:
+                if self._closed:
+                    return None
+                self._idle += 1
+                self._change.wait()
+                self._idle -= 1
+            queue = self._turns.popleft()
+            waiting = self._work[queue]
+            work, future = waiting.popleft()
+            if waiting:
+                self._turns.append(queue)
+        return queue, work, future
+
+    def _run(self) -> None:
+        while (taken := self._take()) is not None:
+            queue, work, future = taken
+            if not future.running() and not future.set_running_or_notify_cancel():
+                work.close()
+                continue
+            try:
+                next(work)
+            except StopIteration as finished:
+                future.set_result(finished.value)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                with self._change:
+                    self._put(queue, work, future, first=True)
+                    if self._idle:
+                        self._change.notify()
+            # Whoever waits in here must not keep what was done last.
+            del taken, work, future
+        with self._change:
+            self._running -= 1
+            last = None if self._running else self._last
+        if last is not None:
+            last()
+
+    def close(self, timeout: float, last: Callable[[], None] | None = None) -> bool:
+        """Finish what was submitted, and take no more.
+
+        Args:
+            timeout: Seconds to wait for it at most. Nobody waits for the threads at the end of the
+                process.
+            last: Called once everything is done, by whoever did it.
+
+        Returns:
+            Whether everything is done and every thread gone.
+        """
+        until = time.monotonic() + timeout
+        with self._change:
+            self._closed = True
+            self._last = last if self._running else None
+            self._change.notify_all()
+            threads = list(self._threads)
+            nobody = not self._running
+        if nobody and last is not None:
+            last()
+        for thread in threads:
+            thread.join(max(until - time.monotonic(), 0))
+        return not any(thread.is_alive() for thread in threads)

@@ -1,0 +1,593 @@
+"""What a front-end, a guest or a disk may cost: each limit, and what happens beyond it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guestio import budgets
+from guestio._core.chain import Quota
+from guestio._core.ring import SplitRing
+from guestio.errors import BackingError
+from guestio.memory import Backing
+from guestio.ratelog import LOG
+from guestio.vhost_user import memory as memory_module
+from guestio.vhost_user import translations
+from guestio.vhost_user.channel import Channel
+from guestio.vhost_user.memory import SharedMemory
+from guestio.vhost_user.messages import FrontendRequest, MemoryRegion, encode_message
+from guestio.vhost_user.poller import Poller
+from guestio.virtio import blk
+from guestio.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, BlockDevice
+from tests.vhost_user.hostile import Raw
+from tests.vhost_user.serving import (
+    OK,
+    PLATFORM,
+    SLACK,
+    WAIT,
+    Driver,
+    Later,
+    Mirror,
+    Serving,
+    errors_of,
+    until,
+)
+from tests.virtio.rings import PAGE, WRITE, Desc, physical
+
+F = FrontendRequest
+HEADERS = 0x40000
+DATA = 0x1000000
+MIB = 1 << 20
+
+
+class DiskDriver(Driver):
+    """A front-end with requests for a disk by hand; each queue's are numbered from 0."""
+
+    SIZE = 96 * MIB
+
+    def request(
+        self, index: int, kind: int, sector: int = 0, length: int = 0, payload: bytes = b""
+    ) -> int:
+        """Offer a request without announcing it; its number. All share the data's memory."""
+        ring = self.rings[index]
+        number = ring.offered
+        slot = number % (self.size // 3)
+        place = HEADERS + (index * self.size + slot) * 1024
+        self.memory.write(place, struct.pack("<IIQ", kind, 0, sector) + payload)
+        self.memory.write(place + 1023, b"\xee")
+        data = [Desc(DATA, length, WRITE if kind == T_IN else 0)] if length else []
+        ring.offer(
+            ring.put_chain(
+                3 * slot, Desc(place, 16 + len(payload)), *data, Desc(place + 1023, 1, WRITE)
+            )
+        )
+        return number
+
+    def status(self, index: int, number: int) -> int:
+        slot = number % (self.size // 3)
+        return self.memory.read(HEADERS + (index * self.size + slot) * 1024 + 1023, 1)[0]
+
+    def finish(self, index: int, number: int) -> int:
+        """Announce what was offered, wait for a request, and return its status."""
+        self.handles[index].kick()
+        self.wait(index, number)
+        return self.status(index, number)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    with path.open("wb") as file:
+        file.truncate(64 * MIB)
+    return path
+
+
+@pytest.fixture(params=[{}, {"io_threads": 0}], ids=["threads", "no threads"])
+def disk(image: Path, request: pytest.FixtureRequest) -> Iterator[BlockDevice]:
+    device = BlockDevice(image, num_queues=2, **request.param)
+    yield device
+    device.close()
+
+
+class TestTurns:
+    def test_a_turn_ends_after_some_bytes(self, image: Path) -> None:
+        device = BlockDevice(image)
+        memory, rig = physical(0x40000, size=64, desc=0, avail=0x2000, used=0x3000)
+        ring = SplitRing(memory._space, 64, 0, 0x2000, 0x3000, turn_bytes=3 * 4096)
+        memory.write(0x4000, struct.pack("<IIQ", T_OUT, 0, 0))
+        for i in range(10):
+            rig.offer(
+                rig.put_chain(
+                    3 * i, Desc(0x4000, 16), Desc(0x5000, 4096), Desc(0x6000 + i, 1, WRITE)
+                )
+            )
+        served = []
+        resting = False
+        while not resting:
+            chains, misses, count, resting = ring.turn(device.server, 64, -1, True)
+            assert (chains, list(misses)) == ([], [])
+            served.append(count)
+        assert served == [3, 3, 3, 1]
+        device.close()
+
+    def test_others_come_before_what_takes_long(self) -> None:
+        """No edge is lost, and none is seen twice."""
+        poller = Poller()
+        calls: list[int] = []
+        fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(4)]
+
+        def work(index: int) -> None:
+            calls.append(index)
+            time.sleep(1.5 * budgets.TURN_SECONDS)
+
+        for index, fd in enumerate(fds):
+            poller.add(fd, lambda index=index: work(index), edge=True)
+            os.eventfd_write(fd, 1)
+        rounds = []
+        while len(calls) < 4:
+            poller.run_once()
+            rounds.append(len(calls))
+        assert rounds[0] <= 2
+        assert sorted(calls) == [0, 1, 2, 3]
+        poller.close()
+        for fd in fds:
+            os.close(fd)
+
+    def test_large_requests_keep_neither_messages_nor_other_queues(
+        self, disk: BlockDevice, tmp_path: Path
+    ) -> None:
+        """Requests of 60 MiB, as many as the ring takes."""
+        with (
+            Serving(disk, tmp_path / "socket") as serving,
+            DiskDriver(serving.path, queues=2) as driver,
+        ):
+            small = driver.request(1, T_IN, 8, 4096)
+            assert driver.finish(1, small) == S_OK
+            numbers = [driver.request(0, T_IN, 0, 60 * MIB) for _ in range(20)]
+            started = time.monotonic()
+            driver.handles[0].kick()
+            driver.frontend.sync()
+            answered = time.monotonic() - started
+            assert driver.rings[0].used_idx < 20, f"all were served first, in {answered} s"
+            small = driver.request(1, T_IN, 8, 4096)
+            assert driver.finish(1, small) == S_OK
+            small_read = time.monotonic() - started - answered
+            before = driver.rings[0].used_idx
+            assert before < 20, f"all were served first, in {answered + small_read} s"
+            driver.wait(0, numbers[-1])
+            everything = time.monotonic() - started
+            print(f"message {answered:.3f} s, read {small_read:.3f} s, flood {everything:.3f} s")
+            assert {driver.status(0, number) for number in numbers} == {S_OK}
+            driver.close()
+            serving.let_go()
+
+    def test_many_large_requests_that_are_served_at_once(
+        self, disk: BlockDevice, tmp_path: Path
+    ) -> None:
+        """Of 2 MiB, which is the most that is moved in the ring's own thread."""
+        stop = threading.Event()
+        with (
+            Serving(disk, tmp_path / "socket") as serving,
+            DiskDriver(serving.path, queues=2) as driver,
+        ):
+            length = budgets.INLINE_BYTES - 4096
+            driver.finish(0, driver.request(0, T_IN, 0, length))
+
+            def flood() -> None:
+                while not stop.is_set():
+                    last = [driver.request(0, T_IN, 0, length) for _ in range(20)][-1]
+                    driver.handles[0].kick()
+                    while not driver.done(0, last) and not stop.is_set():
+                        time.sleep(0.0005)
+
+            thread = threading.Thread(target=flood)
+            thread.start()
+            try:
+                for _ in range(10):
+                    driver.frontend.sync()
+                    assert driver.finish(1, driver.request(1, T_IN, 8, 4096)) == S_OK
+            finally:
+                stop.set()
+                thread.join()
+
+
+class TestDisk:
+    def test_a_queue_that_stops_gives_up_zeroing(
+        self, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(blk, "GIVE_UP_AFTER", 0.0)
+        monkeypatch.setattr(blk, "TRIM_SLICE_BYTES", MIB)
+        entered, go = threading.Event(), threading.Event()
+
+        def zero(self: BlockDevice, offset: int, length: int) -> None:
+            entered.set()
+            assert go.wait(WAIT)
+
+        monkeypatch.setattr(BlockDevice, "_zero", zero)
+        device = BlockDevice(image)
+        device.stopping(0)
+        with Serving(device, tmp_path / "socket") as serving, DiskDriver(serving.path) as driver:
+            payload = struct.pack("<QII", 0, 64 * MIB // 512, 0)
+            number = driver.request(0, T_WRITE_ZEROES, payload=payload)
+            driver.handles[0].kick()
+            assert entered.wait(WAIT)
+            device.stopping(0)
+            go.set()
+            driver.wait(0, number)
+            assert driver.status(0, number) == S_IOERR
+        device.close()
+
+    def test_a_queue_that_stops_gives_up_a_large_read(
+        self, image: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(blk, "GIVE_UP_AFTER", 0.0)
+        device = BlockDevice(image)
+        memory, rig = physical(0x800000, size=64, desc=0, avail=0x2000, used=0x3000)
+        memory.write(0x4000, struct.pack("<IIQ", T_IN, 0, 0))
+        head = rig.put_chain(
+            0, Desc(0x4000, 16), Desc(0x10000, 6 * MIB, WRITE), Desc(0x5000, 1, WRITE)
+        )
+        rig.offer(head)
+        (chain,), _ = rig.ring.pop()
+        work = device._work(chain, device._patience[0])
+        next(work)
+        device.stopping(0)
+        with pytest.raises(StopIteration) as finished:
+            next(work)
+        assert finished.value.value == 0
+        assert memory.read(0x5000, 1) == bytes([S_IOERR])
+        assert device.errors == 1
+        rig.finish(chain, 0)
+        device.close()
+
+    def test_ranges_that_overlap_are_refused_as_a_whole(self, image: Path) -> None:
+        device = BlockDevice(image)
+        os.pwrite(device._fd, b"x" * 4096, 0)
+        memory, rig = physical(0x40000, size=64, desc=0, avail=0x2000, used=0x3000)
+        for ranges, expected in (
+            (((0, 8, 0), (7, 8, 0)), S_IOERR),
+            (((8, 8, 0), (0, 9, 0)), S_IOERR),
+            (((0, 8, 0), (0, 8, 0)), S_IOERR),
+            (((8, 8, 0), (16, 8, 0)), S_OK),
+        ):
+            memory.write(0x4000, struct.pack("<IIQ", T_WRITE_ZEROES, 0, 0))
+            memory.write(0x4010, b"".join(struct.pack("<QII", *each) for each in ranges))
+            rig.offer(rig.put_chain(0, Desc(0x4000, 16 + 16 * len(ranges)), Desc(0x5000, 1, WRITE)))
+            (chain,), _ = rig.ring.pop()
+            answer = device.process(0, chain)
+            assert not isinstance(answer, int)
+            answer.result(WAIT)
+            assert memory.read(0x5000, 1)[0] == expected, ranges
+            assert os.pread(device._fd, 4096, 0) == b"x" * 4096
+            rig.finish(chain, 1)
+        device.close()
+
+    def test_a_full_disk_is_logged_and_counted(
+        self, image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Writes that fail behind the guest's back cost it data."""
+        caplog.set_level(logging.INFO)
+        device = BlockDevice(image)
+        full = os.open("/dev/full", os.O_RDWR)
+        os.dup2(full, device._fd)
+        os.close(full)
+        with (
+            Serving(device, tmp_path / "socket") as serving,
+            DiskDriver(serving.path) as driver,
+        ):
+            for i in range(30):
+                assert driver.finish(0, driver.request(0, T_OUT, 8 * i, 4096)) == S_IOERR
+            assert serving.stats.failed_requests == 30
+            assert serving.stats.requests == 30
+            driver.close()
+            serving.let_go()
+        LOG.flush()
+        errors = errors_of(caplog)
+        assert errors[1] == (
+            f"{image}: write of 4096 bytes failed at sector 8: No space left on device"
+        )
+        assert len(errors) == budgets.LOG_BURST + 1
+        assert errors[-1].startswith("20 more lines like this")
+        assert any("requests=30 failed=30 " in line for line in caplog.messages)
+        device.close()
+
+    def test_a_flush_that_fails_is_logged_and_counted(
+        self, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fail(fd: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(blk.os, "fdatasync", fail)
+        device = BlockDevice(image)
+        memory, rig = physical(0x40000, size=64, desc=0, avail=0x2000, used=0x3000)
+        memory.write(0x4000, struct.pack("<IIQ", T_FLUSH, 0, 0))
+        rig.offer(rig.put_chain(0, Desc(0x4000, 16), Desc(0x5000, 1, WRITE)))
+        (chain,), _ = rig.ring.pop()
+        answer = device.process(0, chain)
+        assert not isinstance(answer, int)
+        assert answer.result(WAIT) == 1
+        assert device.failures == 1
+        assert errors_of(caplog) == [f"{image}: flush failed: Input/output error"]
+        rig.finish(chain, 1)
+        device.close()
+
+    def test_a_disk_that_does_not_answer_keeps_nobody_from_closing_it(
+        self,
+        image: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        entered, go = threading.Event(), threading.Event()
+
+        def hang(fd: int) -> None:
+            entered.set()
+            go.wait(WAIT)
+
+        monkeypatch.setattr(blk.os, "fdatasync", hang)
+        device = BlockDevice(image)
+        memory, rig = physical(0x40000, size=64, desc=0, avail=0x2000, used=0x3000)
+        memory.write(0x4000, struct.pack("<IIQ", T_FLUSH, 0, 0))
+        rig.offer(rig.put_chain(0, Desc(0x4000, 16), Desc(0x5000, 1, WRITE)))
+        (chain,), _ = rig.ring.pop()
+        answer = device.process(0, chain)
+        assert entered.wait(WAIT)
+        started = time.monotonic()
+        device.close()
+        assert time.monotonic() - started < budgets.DEVICE_CLOSE_TIMEOUT * SLACK
+        assert errors_of(caplog) == [f"{image}: the disk does not answer; the image stays open"]
+        go.set()
+        assert not isinstance(answer, int)
+        answer.result(WAIT)
+        until(lambda: device._fd < 0, "the image stays open")
+
+
+class TestOutstanding:
+    def test_a_ring_takes_no_more_than_its_quota(self) -> None:
+        memory, rig = physical(0x40000, size=64, desc=0, avail=0x2000, used=0x3000)
+        quota = Quota(40)
+        ring = SplitRing(memory._space, 64, 0, 0x2000, 0x3000, quota=quota)
+        other = SplitRing(memory._space, 64, 0, 0x2000, 0x3000, quota=quota)
+        for i in range(10):
+            rig.offer(rig.put_chain(2 * i, Desc(0x4000, 16), Desc(0x5000, 1, WRITE)))
+        chains, _, _, resting = ring.turn(None, 64, -1, True)
+        # Each counts as 16 pieces and its own two.
+        assert (len(chains), quota.used) == (3, 54)
+        assert not resting
+        assert ring.turn(None, 64, -1, True)[0] == []
+        # Another ring whose device holds nothing goes on all the same.
+        assert len(other.turn(None, 64, -1, True)[0]) == 1
+        assert quota.used == 72
+        del other
+        assert quota.used == 54
+        ring.complete(chains[0], 0)
+        assert (len(ring.turn(None, 64, -1, True)[0]), quota.used) == (1, 54)
+        for chain in chains[1:]:
+            ring.complete(chain, 0)
+        assert quota.used == 18
+
+    def test_a_device_that_holds_much_is_given_no_more(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("guestio.vhost_user.service.OUTSTANDING_PIECES", 60)
+        device = Later()
+        with (
+            Serving(device, tmp_path / "socket") as serving,
+            Driver(serving.path, queues=2) as driver,
+        ):
+            numbers = [driver.submit(0, b"LATE%d" % i) for i in range(20)]
+            device.expect(b"LATE0", b"LATE3")
+            driver.frontend.sync()
+            assert len(device.begun) == 4
+            assert driver.run(1, b"other") == (OK, b"rehto")
+            for i in range(20):
+                device.expect(b"LATE%d" % i)
+                device.finish(b"LATE%d" % i)
+            driver.wait(0, numbers[-1])
+
+
+class TestMessages:
+    def test_half_a_message_is_waited_for_a_while(
+        self, survivor: Serving, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with Raw(survivor) as raw:
+            raw.send(encode_message(F.SET_OWNER) + encode_message(F.GET_FEATURES)[:7])
+            started = time.monotonic()
+            assert raw.closed()
+            assert time.monotonic() - started >= 0.9 * budgets.HALF_MESSAGE_TIMEOUT
+        assert errors_of(caplog) == [
+            "front-end disconnected: the rest of a message did not come within 1.0 s"
+        ]
+
+    def test_bytes_that_trickle_are_no_message(
+        self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("guestio.vhost_user.service.HALF_MESSAGE_TIMEOUT", 0.3)
+        with Raw(survivor) as raw:
+            raw.send(struct.pack("=III", F.SET_FEATURES, 1, 4000))
+            until(lambda: _trickle(raw), "it may go on for ever")
+
+    def test_a_slow_message_and_then_another(
+        self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("guestio.vhost_user.service.HALF_MESSAGE_TIMEOUT", 0.6)
+        message = encode_message(F.SET_OWNER)
+        with Raw(survivor) as raw:
+            for _ in range(4):
+                raw.send(message[:5])
+                time.sleep(0.2)
+                raw.send(message[5:])
+            raw.request(F.GET_FEATURES)
+            assert len(raw.sock.recv(100)) == 20
+            # One that is whole is not limited.
+            time.sleep(0.8)
+            raw.request(F.GET_FEATURES)
+            assert len(raw.sock.recv(100)) == 20
+
+    def test_one_that_says_nothing_makes_way(
+        self, survivor: Serving, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with Raw(survivor):
+            started = time.monotonic()
+            with Driver(survivor.path) as driver:
+                assert driver.run(0, b"next") == (OK, b"txen")
+            assert time.monotonic() - started < budgets.FIRST_MESSAGE_TIMEOUT + SLACK
+        (line,) = errors_of(caplog)
+        assert line.endswith("no message within 1.0 s, and another front-end waits")
+
+    def test_one_that_says_nothing_may_stay_if_nobody_waits(
+        self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("guestio.vhost_user.backend.FIRST_MESSAGE_TIMEOUT", 0.1)
+        with Raw(survivor) as raw:
+            time.sleep(0.4)
+            raw.request(F.GET_FEATURES)
+            assert len(raw.sock.recv(100)) == 20
+
+    def test_one_that_was_heard_stays_although_others_wait(
+        self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("guestio.vhost_user.backend.FIRST_MESSAGE_TIMEOUT", 0.1)
+        with Raw(survivor) as raw:
+            raw.request(F.GET_FEATURES)
+            assert len(raw.sock.recv(100)) == 20
+            with Raw(survivor):
+                time.sleep(0.4)
+                raw.request(F.GET_FEATURES)
+                assert len(raw.sock.recv(100)) == 20
+
+    def test_one_that_reads_no_replies_is_served_on_until_its_time_is_over(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        limits = {"with_fds": True, "send_timeout": 1.5}
+        monkeypatch.setattr(Channel.__init__, "__kwdefaults__", limits)
+        with Serving(Mirror(), tmp_path / "socket") as serving:
+            driver = Driver(serving.path)
+            sock = driver.frontend._exchange._channel._socket
+            sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while True:
+                    sock.send(encode_message(F.GET_FEATURES) * 50)
+            # Its queue is not kept.
+            for _ in range(5):
+                assert driver.run(0, b"still") == (OK, b"llits")
+            until(lambda: errors_of(caplog))
+            assert "did not read a message for 1.5 s" in errors_of(caplog)[0]
+            driver.close()
+            serving.check_serves()
+
+    def test_one_that_reads_late_gets_every_reply(self, survivor: Serving) -> None:
+        with Raw(survivor) as raw:
+            raw.sock.setblocking(False)
+            sent = 0
+            with pytest.raises(BlockingIOError):
+                while True:
+                    # Few bytes go as a whole or not at all.
+                    raw.sock.send(encode_message(F.GET_FEATURES))
+                    sent += 1
+            raw.sock.settimeout(WAIT)
+            received = b""
+            while len(received) < 20 * sent:
+                received += raw.sock.recv(65536)
+            assert received == received[:20] * sent
+
+    def test_questions_that_are_not_read_keep_nobody(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A full back-end channel: the main channel is answered all the same."""
+        with (
+            Serving(Mirror(), tmp_path / "socket", miss_timeout=0.5) as serving,
+            Driver(serving.path, iommu=True, queues=1) as driver,
+        ):
+            service = serving.backend._service
+            assert service is not None
+            back = service._translations._channel
+            assert back is not None
+            monkeypatch.setattr(back, "_send_some", lambda data, fds: 0)
+            driver.prepare(0, b"x")
+            driver.frontend.iotlb.unmap((driver.at(driver.buffer(0, 0)), PAGE))
+            driver.handles[0].kick()
+            started = time.monotonic()
+            for _ in range(5):
+                driver.frontend.sync()
+            assert time.monotonic() - started < SLACK
+            assert translations.MAX_BACKLOG >= 4096
+            assert driver.features & PLATFORM
+
+
+def _trickle(raw: Raw) -> bool:
+    try:
+        raw.sock.send(b"x")
+    except (BrokenPipeError, ConnectionResetError):
+        return True
+    time.sleep(0.01)
+    return False
+
+
+class TestMemory:
+    def test_more_than_any_guest_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory_module, "MAX_GUEST_MEMORY", 3 * PAGE)
+        with_room = SharedMemory()
+        backing = Backing.memfd(8 * PAGE)
+        assert backing.fd is not None
+
+        def region(at: int, pages: int) -> MemoryRegion:
+            return MemoryRegion(at, pages * PAGE, at, 0)
+
+        two = with_room.replaced([(region(0, 2), backing.fd)])
+        with pytest.raises(BackingError, match="0x4000 bytes of guest memory in all"):
+            two.adding(region(0x10000, 2), backing.fd)
+        assert len(two.adding(region(0x10000, 1), backing.fd).memory) == 2
+        with pytest.raises(BackingError, match="at most 0x3000"):
+            with_room.replaced([(region(0, 4), backing.fd)])
+        del two
+        backing.close()
+
+
+class TestLog:
+    def test_a_flood_of_connections(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        with Serving(Mirror(), tmp_path / "socket") as serving:
+            for _ in range(100):
+                with Raw(serving) as raw:
+                    raw.send(b"GET / HTTP/1.1\r\n\r\n")
+                    assert raw.closed()
+            serving.let_go()
+            lines = [line for line in caplog.messages if "front-end" in line]
+            assert len(lines) <= 2 * budgets.LOG_BURST
+            assert serving.stats.protocol_errors == 100
+        # The end tells the rest.
+        counted = [line for line in caplog.messages if "more lines" in line]
+        assert sum(int(re.match(r"\d+", line).group()) for line in counted) == 200 - len(lines)  # type: ignore[union-attr]
+
+    def test_the_count_comes_by_itself(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(LOG, "_interval", 0.5)
+        LOG.flush()
+        with Serving(Mirror(), tmp_path / "socket") as serving:
+            for _ in range(budgets.LOG_BURST + 5):
+                with Raw(serving) as raw:
+                    raw.send(b"GET / HTTP/1.1\r\n\r\n")
+                    assert raw.closed()
+            until(lambda: any("more lines" in line for line in caplog.messages))
+
+
+def test_the_limits_are_those_of_the_page() -> None:
+    """Each constant that a peer may feel is in docs/limits.md."""
+    page = (Path(__file__).parents[2] / "docs/limits.md").read_text()
+    for shown in ("4 MiB", "2 MiB", "256 KiB", "32 TiB", "1.4 s"):
+        assert shown in page
+    assert budgets.TURN_BYTES == 4 * MIB
+    assert budgets.INLINE_BYTES == 2 * MIB
+    assert budgets.MAX_BACKLOG == 256 << 10
+    assert budgets.MAX_GUEST_MEMORY == 32 << 40
+    assert budgets.EXIT_TIMEOUT == 1.4
