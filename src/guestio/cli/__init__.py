@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -173,8 +174,9 @@ def _fail(message: str) -> NoReturn:
 
 def _run_until_signalled(backend: Backend) -> None:
     """Serve in a thread, so that a signal is obeyed whatever keeps that thread."""
-    ended = threading.Event()
     errors: list[BaseException] = []
+    # The kernel may choose any thread for a signal: a byte wakes this one, which must handle it.
+    over, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def serve() -> None:
         try:
@@ -182,23 +184,21 @@ def _run_until_signalled(backend: Backend) -> None:
         except BaseException as error:
             errors.append(error)
         finally:
-            ended.set()
+            os.write(wake, b"e")
 
-    def stop(*_: object) -> None:
-        backend.stop()
-        ended.set()
-
+    signal.set_wakeup_fd(wake)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+        signal.signal(number, lambda *_: backend.stop())
     thread = threading.Thread(target=serve, name="guestio-serve", daemon=True)
     thread.start()
     print(f"listening on {backend.path}", file=sys.stderr, flush=True)
-    ended.wait()
+    select.select((over,), (), ())
     thread.join(EXIT_TIMEOUT)
     if thread.is_alive():
-        logging.getLogger("guestio").error("still busy %s s after the signal: ending", EXIT_TIMEOUT)
+        # That thread may hold the lock of the log, and wait for whoever reads it.
         backend.remove_socket()
-        logging.shutdown()
+        if select.select((), (sys.stderr,), (), 0)[1]:
+            os.write(sys.stderr.fileno(), b"guestio: ended although a request or a disk hangs\n")
         os._exit(0)
     if errors:
         raise errors[0]
