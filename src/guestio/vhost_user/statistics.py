@@ -42,8 +42,7 @@ class Statistics:
 
     def __str__(self) -> str:
         """All counters, for people."""
-        names = [*vars(self)]
-        names.remove("traffic")
+        names = [name for name in vars(self) if name not in ("traffic", "device_failures")]
         names += [name for name, value in vars(type(self)).items() if isinstance(value, property)]
         return " ".join(f"{name}={getattr(self, name)}" for name in names)
 
