@@ -1,10 +1,9 @@
 """The border between Python numbers and C ones: each value is checked once, here."""
 
-from math import inf
-
 import numpy as np
 
 from cpython.long cimport PyLong_AsLongAndOverflow
+from libc.math cimport INFINITY
 
 from guestio.addr import ADDRESS_SPACE, check_address, check_int, check_range
 
@@ -52,9 +51,9 @@ cdef double as_seconds(object value, str name, double most) except -1:
     try:
         number = value
     except OverflowError:
-        number = inf if value > 0 else -inf
+        number = INFINITY if value > 0 else -INFINITY
     if not 0 <= number <= most:
-        upto = "or more" if most == inf else f"to {most:g}"
+        upto = "or more" if most == INFINITY else f"to {most:g}"
         raise ValueError(f"{name} must be 0 {upto} seconds, not {value}")
     return number
 

@@ -6,10 +6,9 @@ out of the ordinary (a request that the device must see, a refusal, a broken rin
 goes back to the caller as it is.
 """
 
-from math import inf
-
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno
+from libc.math cimport INFINITY
 
 from guestio._core.border cimport as_address, as_milliseconds, as_moment, as_seconds, u64
 from guestio._core.capacity cimport (
@@ -115,10 +114,10 @@ cdef class Intake:
     ):
         self.round_bytes = as_address(round_bytes, "round_bytes")
         self.updater, self.misses = updater, misses
-        self.patience = as_seconds(patience, "patience", inf)
+        self.patience = as_seconds(patience, "patience", INFINITY)
         self.by_kick, self.by_waiter, self.unasked = {}, {}, b""
         self.main = self.back = -1
-        self.alarm_at = self.look_within = inf
+        self.alarm_at = self.look_within = INFINITY
 
     @property
     def alarm(self):
@@ -134,7 +133,7 @@ cdef class Intake:
 
     @look_after.setter
     def look_after(self, value):
-        self.look_within = as_seconds(value, "look_after", inf)
+        self.look_within = as_seconds(value, "look_after", INFINITY)
 
     def attend(self, Attended queue not None):
         """Serve a queue here from now on."""

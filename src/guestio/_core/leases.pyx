@@ -7,11 +7,11 @@ not for a revocation.
 """
 
 import time
-from math import inf
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals, PyErr_NoMemory
 from cpython.pythread cimport PyThread_get_thread_ident
+from libc.math cimport INFINITY
 from libc.stdint cimport UINT64_MAX
 from libc.stdlib cimport free, realloc
 
@@ -154,7 +154,7 @@ cdef class Leases:
         cdef timespec until
         deadline = None
         if timeout is not None:
-            deadline = time.monotonic() + as_seconds(timeout, "timeout", inf)
+            deadline = time.monotonic() + as_seconds(timeout, "timeout", INFINITY)
         pthread_mutex_lock(&self.mutex)
         before = self.serial
         idle = not self.busy(span, before)

@@ -15,8 +15,7 @@ Each QUESTION_BATCH-th question (256th) is acknowledged in any case, or else nob
 the front-end reads them at all, and that there is room for more in the socket.
 """
 
-from math import inf
-
+from libc.math cimport INFINITY
 from libc.string cimport memcpy, memset
 
 from guestio._core.border cimport Span, as_address, as_moment, as_seconds, as_span
@@ -104,7 +103,7 @@ cdef class MissTable:
         pthread_mutex_destroy(&self.mutex)
 
     def __init__(self, time_limit):
-        self.time_limit = as_seconds(time_limit, "time_limit", inf)
+        self.time_limit = as_seconds(time_limit, "time_limit", INFINITY)
 
     cdef void hold(self) noexcept:
         """Keep other threads out. The GIL alone does not: making an object may let go of it.

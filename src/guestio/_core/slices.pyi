@@ -1,7 +1,12 @@
+from typing import final
+
 from typing_extensions import Buffer, disjoint_base
 
 from guestio._core.bitmap import AtomicBitmap
 from guestio.addr import Ordering
+
+@final
+class Loan: ...
 
 @disjoint_base
 class VolatileSlice(Buffer):

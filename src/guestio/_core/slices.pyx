@@ -71,8 +71,9 @@ cdef class VolatileSlice:
     what is written through a buffer (memoryview, numpy array) is when the buffer is released: then
     all of the slice counts as written. If the slice is part of a request or of a vector, it also
     does when that is settled or closed, so that the mark is there before the request is shown as
-    complete. A buffer that is kept for longer is marked by whoever writes to it. Offsets are bytes from the start of the slice. A slice keeps
-    its memory alive. Slices come from regions and memories, not from a constructor.
+    complete. What is written later, through a buffer that is kept, the writer marks. Offsets are
+    bytes from the start of the slice. A slice keeps its memory alive. Slices come from regions and
+    memories, not from a constructor.
 
     Accesses follow the rules of :class:`~guestio.GuestMemory`: 0 bytes always succeed, an access
     that begins outside raises :class:`~guestio.InvalidAddressError`, an exact one that ends
