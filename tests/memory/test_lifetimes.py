@@ -322,6 +322,7 @@ RACES = """
 import faulthandler, gc, os, random, sys, threading, time
 import numpy as np
 from guestio import *
+from guestio._core.intervals import IntervalMap
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 SIZE = 1 << 18
@@ -376,8 +377,9 @@ CALLS = [
     lambda w, v, s, a, n: np.frombuffer(s, np.uint8).sum(),
     lambda w, v, s, a, n: s.compare_exchange(0, s.load(0, 8), 2, 8),
     lambda w, v, s, a, n: w.iotlb.set_mapping(a & ~0xFFF, a & ~0xFFF, 0x2000, RW),
-    lambda w, v, s, a, n: w.iotlb.cut(a & ~0xFFF, 0x3000),
-    lambda w, v, s, a, n: w.iotlb.clear(),
+    # Those of an Iotlb wait for guards that other threads keep, and these may wait, too.
+    lambda w, v, s, a, n: IntervalMap.cut(w.iotlb, a & ~0xFFF, 0x3000),
+    lambda w, v, s, a, n: IntervalMap.clear(w.iotlb),
     lambda w, v, s, a, n: w.iotlb.drain(a, n, 0.001),
     lambda w, v, s, a, n: w.iotlb.lookup_many(NOTHING, 4, R),
     lambda w, v, s, a, n: (list(w.iotlb), w.iotlb.explain(a, n, RW), w.iotlb.stats()),
@@ -433,6 +435,35 @@ print("survived")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", ["vanished", "misaligned"])
+def test_a_vector_that_is_closed_while_its_error_is_made(fault):
+    """Another thread may run as soon as Python code does, here while permissions are named."""
+    run(f"""
+        import os
+        from guestio import *
+        from guestio._core import vector as core
+        class Tables(Iommu):
+            iotlb = Iotlb()
+        backing = Backing.memfd(8192)
+        memory = GuestRegionCollection.from_regions([MmapRegion(0x10000, backing)])
+        behind = IommuMemory(memory, Tables())
+        behind.iommu.iotlb.set_mapping(0, 0x10000, 8192, Permissions.READ_WRITE)
+        def closing(access):
+            vector.close()
+            return Permissions(access)
+        vector = behind.gather(1, 8, Permissions.READ)
+        if {fault!r} == "vanished":
+            os.ftruncate(backing.fd, 0)
+        core.Permissions = closing
+        try:
+            vector.read() if {fault!r} == "vanished" else vector.load(8)
+        except (MemoryVanishedError, MisalignedError) as error:
+            assert error.addr == 1, error
+            assert error.target == 0x10001, error.target
+            print("survived")
+    """)
+
+
 def test_whatever_closes_while_others_use_it_is_safe():
     """Every call on shared objects, in any order, from eight threads."""
     run(RACES)

@@ -490,10 +490,12 @@ cdef class IoVector:
             base = <uintptr_t>self.vec[i].iov_base
             if self.origin[i].spot is not NULL and self.origin[i].spot.vanished < base + start + n:
                 skip = max(self.origin[i].spot.vanished, base + start) - base
+                # Python code runs from here on, and another thread may close the vector.
+                lost, target, region = self.addr[i] + skip, self.target_of(i, skip), self.region_of(i)
                 return MemoryVanishedError(
-                    self.addr[i] + skip, count - (skip - start), Permissions(self.access),
+                    lost, count - (skip - start), Permissions(self.access),
                     "the file behind the memory was truncated by its owner",
-                    target=self.target_of(i, skip), region=self.region_of(i),
+                    target=target, region=region,
                 )
             count -= n
             start = 0
@@ -642,9 +644,10 @@ cdef class IoVector:
                 "an atomic access must lie within one region, contiguously",
             )
         if <uintptr_t>self.vec[0].iov_base % width:
+            target, region = self.target_of(0, 0), self.region_of(0)
             raise MisalignedError(
                 self.start, width, Permissions(self.access), f"it is not aligned to {width} bytes",
-                target=self.target_of(0, 0), region=self.region_of(0),
+                target=target, region=region,
             )
         return self.vec[0].iov_base
 
