@@ -4,6 +4,7 @@ import pytest
 
 from guestio import Iotlb, IovaRange, Permissions
 from guestio._core.access import AddressSpace
+from guestio._core.misses import touched
 from guestio._core.ring import SplitRing
 from guestio._core.vector import RegionTable
 
@@ -37,3 +38,17 @@ def test_it_is_a_sequence(misses):
 def test_it_ends(misses, index):
     with pytest.raises(IndexError, match=f"miss {index} of 3"):
         misses[index]
+
+
+def test_an_access_that_fails_tells_all_that_is_missing_and_all_that_is_forbidden():
+    iotlb = Iotlb()
+    for page in (1, 5):
+        iotlb.set_mapping(page << 12, page << 12, 4096, Permissions.WRITE)
+    with pytest.raises(IotlbFails) as caught:
+        AddressSpace(RegionTable([]), iotlb).gather(0, 7 << 12, R)
+    assert caught.value.misses == [(0, 4096), (0x2000, 0x3000), (0x6000, 4096)]
+    assert caught.value.access_fails == [(0x1000, 4096), (0x5000, 4096)]
+
+
+def test_a_range_touches_a_page_with_its_last_byte():
+    assert touched([(IovaRange(0, 0x1001), R)], {(0x1000, R)}) == {(0x1000, R)}
