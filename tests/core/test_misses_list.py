@@ -2,7 +2,7 @@
 
 import pytest
 
-from guestio import Iotlb, IovaRange, Permissions
+from guestio import Iotlb, IotlbFails, IovaRange, Permissions
 from guestio._core.access import AddressSpace
 from guestio._core.misses import touched
 from guestio._core.ring import SplitRing
