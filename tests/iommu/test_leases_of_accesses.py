@@ -199,6 +199,12 @@ def test_a_failed_translation_of_a_ring_keeps_nothing(memory):
     iotlb.set_mapping(0x300000, 0x2000, PAGE, RW)
     (chain,), misses = ring.pop()
     assert len(iotlb.leases) == 3
+    with pytest.raises(RuntimeError, match="itself"):
+        iotlb.check_drain(0x300000, 1)
+    # Then another thread has it, which this one may wait for.
+    chain.hand_over()
+    iotlb.check_drain(0, 1 << 64)
+    assert not iotlb.drain(0x300000, 1, 0.0)
     ring.complete(chain, 0)
     assert len(iotlb.leases) == 0
 

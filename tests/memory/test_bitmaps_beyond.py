@@ -118,5 +118,10 @@ def test_enlarging_and_copying_keep_the_marks():
     assert bitmap.get_and_reset().tolist() == [1 | 1 << 63, 0, 1]
     assert bitmap.count() == 0
     assert twin.count() == 2
+    # The last word, of which only some pages are covered.
+    odd = AtomicBitmap(70 * 4096)
+    odd.set_bit(69)
+    odd.enlarge(4096)
+    assert odd.dirty_pages().tolist() == [69]
     assert twin
     assert AtomicBitmap(0)

@@ -214,6 +214,21 @@ WITH_A_SHIM = {
         assert seen is None, "what is not the guest's was read as if it were"
         assert len(outcome) == 1 and memory.find_region(0).backing.vanished == 0x40000
     """,
+    "data vanishes while a vector goes to a file": """
+        memory = collection(0x10000)
+        memory.fill(0, 0x10000, 7)
+        out = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+        with memory.gather(0x7000, 0x3000, R) as vector:
+            variable("shorten_to", ctypes.c_long).value = 0x9000
+            variable("touch", ctypes.c_void_p).value = memory.host_address(0x9000)
+            variable("shorten_fd").value = memory.find_region(0).backing.fd
+            try:
+                vector.to_file(out, 0)
+            except MemoryVanishedError as error:
+                assert error.addr == 0x9000
+            else:
+                raise AssertionError("what is not the guest's was written as if it were")
+    """,
     "data vanishes while a disk writes it": """
         from guestio.virtio.blk import BlockDevice
         image = sys.argv[1]
