@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import resource
 import socket
 import stat
@@ -58,6 +59,8 @@ class TestFrontEndsComeAndGo:
         assert serving.stats.connections == 20
         assert serving.stats.requests == 40
         assert serving.stats.protocol_errors == serving.stats.failed_requests == 0
+        # As a program sends them that serves in a process of its own.
+        assert str(pickle.loads(pickle.dumps(serving.stats))) == str(serving.stats)
 
     @pytest.mark.parametrize("iommu", [False, True])
     def test_nothing_stays_of_them(self, serving: Serving, iommu: bool) -> None:

@@ -260,6 +260,7 @@ cdef class Transfer:
             None as long as there is more to move, then the bytes written for the driver.
         """
         cdef u64 limit = as_size(most, "most")
+        self.check()
         if self.chain.settled:
             return 0
         if self.plan.status == S_OK:
@@ -271,9 +272,15 @@ cdef class Transfer:
 
     def abandon(self):
         """Tell the driver that the request failed; the bytes written for it."""
+        self.check()
         self.plan.status = S_IOERR
         return self.finish()
 
+    cdef int check(self) except -1:
+        if self.chain is None:
+            raise TypeError("transfers come from a BlockServer")
+        return 0
+
     cdef object finish(self):
-        # Whoever gave the request back has told the driver, and taken its memory away.
+        # A stop that gave the request back has told the driver, and taken its memory away.
         return 0 if self.chain.settled else self.server.finish(self.chain, &self.plan)

@@ -23,6 +23,12 @@ cdef class Chain:
         access_fails: With a fault, the ranges whose mapping forbids the access.
     """
 
+    def __cinit__(self):
+        # Here, so that an object of a subclass that is not initialized has them, too.
+        self.readable, self.writable = IoVector(), IoVector()
+        self.readable.access, self.writable.access = READ, WRITE
+        self.access_fails = []
+
     def __init__(self):
         raise TypeError("chains come from a ring")
 
@@ -92,11 +98,7 @@ cdef void hand_over(IoVector memory) noexcept:
 
 
 cdef Chain new_chain():
-    cdef Chain chain = Chain.__new__(Chain)
-    chain.readable, chain.writable = IoVector(), IoVector()
-    chain.readable.access, chain.writable.access = READ, WRITE
-    chain.access_fails = []
-    return chain
+    return Chain.__new__(Chain)
 
 
 cdef class Quota:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,6 +46,10 @@ class Statistics:
         names = [name for name in vars(self) if name not in ("traffic", "device_failures")]
         names += [name for name, value in vars(type(self)).items() if isinstance(value, property)]
         return " ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def __getstate__(self) -> dict[str, object]:
+        """A snapshot for another process: what the device counts is counted up to now."""
+        return vars(self) | {"device_failures": functools.partial(int, self.device_failures())}
 
     @property
     def requests(self) -> int:
