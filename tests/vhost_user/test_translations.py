@@ -293,3 +293,15 @@ def test_a_question_of_another_thread_is_asked_again_by_the_poller() -> None:
     finally:
         rig.close()
     assert rig.failures == []
+
+
+def test_an_answer_is_under_way_if_it_is_about_the_last_page(rig: Rig) -> None:
+    """A request's status is its last byte, so it is the end of a range that counts."""
+    where = IovaRange(8 * PAGE + 0x800, 2 * PAGE)  # three pages
+    rig.translations.ask(0, [(IovaRange(8 * PAGE, 8), 2), (IovaRange(9 * PAGE, 8), 2)])
+    assert not rig.translations.under_way(where, 2)
+    rig.translations.ask(1, [(IovaRange(10 * PAGE, 8), 2)])
+    assert rig.translations.under_way(where, 2)
+    assert not rig.translations.under_way(where._replace(length=PAGE // 2), 1)
+    rig.translations.forget(1)
+    assert rig.translations.under_way(IovaRange(10 * PAGE - 1, 1), 2)

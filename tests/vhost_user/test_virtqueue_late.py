@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from guestio._core.chain import Chain
 from guestio.errors import DeviceError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
@@ -589,3 +591,84 @@ class TestRevocation:
             chain.writable.write(b"late")
         assert chain.readable.read() == b""
         assert behind.memory.read(behind.buffer(0, number) + PAGE, 5) == bytes(5)
+
+
+class Overtaken(Future[int]):
+    """A promise whose answer is looked at only when the test lets it be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked = threading.Event()
+        self.go_on = threading.Event()
+
+    def result(self, timeout: float | None = None) -> int:
+        self.looked.set()
+        assert self.go_on.wait(WAIT)
+        return super().result(timeout)
+
+
+class Promising(Later):
+    """Its promises are those of `Overtaken`; what it fails may be answered meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.promise = Overtaken()
+        self.while_failing: Callable[[], None] = lambda: None
+        self.failed = 0
+
+    def process(self, queue: int, chain: Chain) -> int | Future[int]:
+        answer = super().process(queue, chain)
+        return self.promise if isinstance(answer, Future) else answer
+
+    def fail(self, queue: int, chain: Chain) -> int:
+        self.failed += 1
+        self.while_failing()
+        return super().fail(queue, chain)
+
+
+class TestAnswersAmidGivingUp:
+    @pytest.mark.parametrize("answer", [0, 10_000, DeviceError("too late")], ids=repr)
+    def test_given_up_while_its_answer_is_looked_at(
+        self, tmp_path: Path, answer: int | DeviceError
+    ) -> None:
+        """The stop completes it; whatever the answer is, nothing more is written."""
+        device = Promising()
+        with (
+            Serving(device, tmp_path / "socket", stop_timeout=0.1) as serving,
+            Driver(serving.path) as driver,
+        ):
+            begin(driver, device, b"LATE")
+            if isinstance(answer, int):
+                call = functools.partial(device.promise.set_result, answer)
+            else:
+                call = functools.partial(device.promise.set_exception, answer)
+            answering = Waiting(call)
+            assert device.promise.looked.wait(WAIT)
+            assert driver.stop(0) == 1
+            place = driver.buffer(0, 0) + PAGE
+            assert driver.rings[0].used_idx == 1
+            # The driver may use it for anything else now.
+            driver.memory.write(place, b"\xa5" * 16)
+            device.promise.go_on.set()
+            answering.end()
+            assert driver.memory.read(place, 16) == b"\xa5" * 16
+            driver.start(0, 1)
+            assert driver.run(0, b"afterwards") == mirrored(b"afterwards")
+            assert driver.rings[0].used_idx == 2, "it is completed twice"
+
+    def test_answered_while_it_is_given_up(self, tmp_path: Path) -> None:
+        """The answer completes it, and the stop does not once more."""
+        device = Promising()
+        device.promise.go_on.set()
+        with (
+            Serving(device, tmp_path / "socket", stop_timeout=0.1) as serving,
+            Driver(serving.path) as driver,
+        ):
+            begin(driver, device, b"LATE")
+            device.while_failing = functools.partial(device.promise.set_result, 5)
+            assert driver.stop(0) == 1
+            assert device.failed == 1
+            assert (driver.rings[0].used_idx, driver.rings[0].used_entry(0)) == (1, (0, 5))
+            driver.start(0, 1)
+            assert driver.run(0, b"afterwards") == mirrored(b"afterwards")
+            assert driver.rings[0].used_idx == 2, "it is completed twice"

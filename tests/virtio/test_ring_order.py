@@ -371,6 +371,22 @@ class TestOvertaking:
         assert chain.head == 100
         bench.close()
 
+    def test_while_no_more_may_wait_it_rests(self) -> None:
+        """What is in the ring cannot be taken, so looking again at once would never end."""
+        bench = Bench(2 * MAX_HELD, order="noted")
+        bench.offer(*range(MAX_HELD + 1))
+        for _ in range(2):
+            chains, misses, served, resting = bench.ring.turn(None, 128, -1, True, True)
+            assert (chains, served, bench.ring.held_count) == ([], 0, MAX_HELD)
+            assert misses
+            assert resting, "it is looked at again and again"
+            assert bench.ring.enable_kicks() is False
+        bench.tell(*range(MAX_HELD + 1))
+        chains, misses, _, _ = bench.ring.turn(None, 128, -1, True, True)
+        assert [chain.head for chain in chains] == list(range(MAX_HELD + 1))
+        assert not misses
+        bench.close()
+
     def test_a_full_ring_of_requests_that_wait(self, noted: Bench) -> None:
         noted.offer(*range(8))
         assert noted.ring.pop()[0] == []
