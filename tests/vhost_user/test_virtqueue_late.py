@@ -672,3 +672,20 @@ class TestAnswersAmidGivingUp:
             driver.start(0, 1)
             assert driver.run(0, b"afterwards") == mirrored(b"afterwards")
             assert driver.rings[0].used_idx == 2, "it is completed twice"
+
+    def test_its_memory_is_revoked_while_its_answer_is_looked_at(self, tmp_path: Path) -> None:
+        """As with a stop, but the ring is there still when the answer comes."""
+        device = Promising()
+        with (
+            Serving(device, tmp_path / "socket", stop_timeout=0.1) as serving,
+            Driver(serving.path, iommu=True) as driver,
+        ):
+            begin(driver, device, b"LATE")
+            answering = Waiting(functools.partial(device.promise.set_result, 5))
+            assert device.promise.looked.wait(WAIT)
+            driver.frontend.iotlb.unmap((driver.at(driver.buffer(0, 0)), PAGE))
+            driver.wait(0, 0)
+            device.promise.go_on.set()
+            answering.end()
+            assert driver.run(0, b"afterwards") == mirrored(b"afterwards")
+            assert driver.rings[0].used_idx == 2, "it is completed twice"
