@@ -401,7 +401,8 @@ class TestFuzz:
             driver.add_queue(1)
             assert driver.run(1, b"alive") == (OK, b"evila")
             assert served.alive
-        assert served.stats.queue_errors > broken + self.RINGS // 20, "some are garbage"
+        # Behind an IOMMU some are stopped before the front-end has told where they are.
+        assert served.stats.queue_errors > broken + self.RINGS // 50, "some are garbage"
         served.check_serves()
 
     @pytest.mark.slow

@@ -153,7 +153,7 @@ class Model:
         if found is not None:
             (request.writable if writes else request.readable).extend(found[0])
             request.source += b"" if writes else found[1]
-        if writes and request.faulty:
+        if writes:
             # Whether it is missing counts only if it is asked for.
             before = set(self.missing)
             last = self.reach(addr + length - 1, 1, 2)
