@@ -459,6 +459,8 @@ class GuestQueue:
                 return finished
             if self._served_here:
                 self._frontend.iotlb.service()
+            # The device may be a thread of this process, which needs the interpreter.
+            time.sleep(0)
         self._watch(0)
         return []
 
