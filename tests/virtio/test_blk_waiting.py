@@ -104,9 +104,23 @@ def cached_pages(fd: int) -> int:
         return sum(each & 1 for each in found)
 
 
+_before: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_tests_before() -> None:
+    """Threads of other tests' devices may be about to end."""
+    _before.clear()
+    _before.update(threading.enumerate())
+
+
 def names() -> list[str]:
     """The device's threads that are alive."""
-    return [each.name for each in threading.enumerate() if each.name.startswith("guestio-blk")]
+    return [
+        each.name
+        for each in threading.enumerate()
+        if each.name.startswith("guestio-blk") and each not in _before
+    ]
 
 
 class Gate:
