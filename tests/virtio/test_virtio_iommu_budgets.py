@@ -9,8 +9,9 @@ import time
 import pytest
 
 from guestio import GuestRegionCollection, MmapRegion, Permissions
-from guestio.budgets import IOMMU_RECORDS_PER_ACCESS
+from guestio.budgets import IOMMU_RECORDS_PER_ACCESS, LOG_BURST
 from guestio.dma import DmaError
+from guestio.ratelog import LOG
 from guestio.testing.targets import FailAfter, RecordingTarget
 from guestio.virtio.iommu import VirtioIommu, wire
 from tests.virtio.iommu_driver import (
@@ -252,6 +253,15 @@ class TestFailures:
         assert [answer[-4:] for answer, _ in answers] == [wire.tail(DEVERR)] * 3
         assert [written for _, written in answers] == [4, 516, 100]
         assert "ZeroDivisionError" in caplog.text
+
+    def test_a_flood_of_them_does_not_fill_the_log(self, monkeypatch, caplog):
+        iommu = VirtioIommu(endpoints=[8])
+        monkeypatch.setattr(iommu._state, "probe", lambda request, room: 1 / 0)
+        for _ in range(LOG_BURST + 50):
+            assert send(iommu, probe(8), 516) is DEVERR
+        assert len(caplog.messages) == LOG_BURST
+        LOG.flush()
+        assert caplog.messages[-1].startswith("50 more lines like this")
 
     def test_a_device_that_is_someone_elses_too(self):
         class Broken(VirtioIommu):

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
+from guestio.ratelog import LOG
+
 _log = logging.getLogger(__name__)
 
 
@@ -152,4 +154,4 @@ def _run(callback: Callable[[], None]) -> None:
     try:
         callback()
     except Exception:
-        _log.exception("a callback of an event failed")
+        LOG.report(_log, logging.ERROR, "a callback of an event failed", trace=True)

@@ -43,6 +43,7 @@ from guestio.addr import (
 from guestio.budgets import EXPORT_RANGES
 from guestio.errors import CannotResolveError, GuestioError
 from guestio.iommu.events import Event, all_of
+from guestio.ratelog import LOG
 
 _log = logging.getLogger(__name__)
 
@@ -382,7 +383,9 @@ class ExportSession:
         timer.start()
 
     def _time_is_up(self, seconds: float) -> None:
-        _log.warning(
+        LOG.report(
+            _log,
+            logging.WARNING,
             "export session %d did not release its memory within %s s of a fault; it is revoked",
             self.id,
             seconds,

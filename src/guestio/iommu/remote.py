@@ -44,6 +44,7 @@ from guestio.budgets import EXPORT_BACKLOG, EXPORT_PIECES, EXPORT_SESSIONS
 from guestio.errors import CannotResolveError, ProtocolError
 from guestio.iommu.events import Event
 from guestio.iommu.mapper import ExportError, ExportSession, MemRegion
+from guestio.ratelog import LOG
 
 _log = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ class _Link:
                     self._step(selector)
             except (OSError, ProtocolError, EOFError) as error:
                 if not self._ended:
-                    _log.info("the connection for exports ended: %s", error)
+                    LOG.report(_log, logging.INFO, "the connection for exports ended: %s", error)
             finally:
                 self._ended = True
 
@@ -279,7 +280,7 @@ class ExportServer:
         except (TypeError, ValueError) as error:
             return _refusal(Status.INVALID, str(error))
         except Exception as error:
-            _log.exception("a request of an export client failed")
+            LOG.report(_log, logging.ERROR, "a request of an export client failed", trace=True)
             return _refusal(Status.FAILED, str(error))
 
     def _start(self, endpoint: int) -> tuple[int, bytes]:

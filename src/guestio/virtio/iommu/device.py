@@ -27,6 +27,7 @@ from guestio.dma import DmaTarget
 from guestio.errors import DeviceError
 from guestio.iommu.events import Event
 from guestio.memory import GuestRegionCollection
+from guestio.ratelog import LOG
 from guestio.virtio.iommu import snapshot, wire
 from guestio.virtio.iommu.faults import FaultLog, FaultStats
 from guestio.virtio.iommu.programs import Program, target_key
@@ -227,7 +228,12 @@ class VirtioIommu:
             pending = self._requests.submit(*self._state.plan(parsed))
             return pending.result() if pending.done else pending
         except Exception:
-            _log.exception("a virtio-iommu request failed; the guest is told of a device error")
+            LOG.report(
+                _log,
+                logging.ERROR,
+                "a virtio-iommu request failed; the guest is told of a device error",
+                trace=True,
+            )
             return wire.failure(parsed, room, self._limits.probe_size)
 
     def event_records(self, limit: int | None = None) -> list[FaultRecord]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from guestio.addr import ADDRESS_SPACE, Permissions
 from guestio.dma import DmaMapRequest, DmaTarget, Journal, MappingType
 from guestio.errors import GuestioError
+from guestio.ratelog import LOG
 from guestio.virtio.iommu.wire import Status
 
 if TYPE_CHECKING:
@@ -270,7 +271,9 @@ class Program:
         del self._held[request.start]
         self._stuck[request.start] = request, str(error), self.physical
         if len(self._stuck) <= LOGGED:
-            _log.error(
+            LOG.report(
+                _log,
+                logging.ERROR,
                 "%s did not give up %#x+%#x: %s; stats() of its handle lists what is stuck",
                 type(self.target).__name__,
                 request.start,
@@ -288,8 +291,16 @@ def undo(journal: Journal) -> None:
     """Undo what a refused request did at the targets; what cannot be undone is in their stats."""
     failures = journal.undo()
     for failure in failures[:LOGGED]:
-        _log.error("a DMA target could not be brought back to its state before: %s", failure)
+        LOG.report(
+            _log,
+            logging.ERROR,
+            "a DMA target could not be brought back to its state before: %s",
+            failure,
+        )
     if len(failures) > LOGGED:
-        _log.error(
-            "the same %d times more; stats() of the handles say what", len(failures) - LOGGED
+        LOG.report(
+            _log,
+            logging.ERROR,
+            "the same %d times more; stats() of the handles say what",
+            len(failures) - LOGGED,
         )

@@ -19,6 +19,7 @@ from guestio._core.ring import SplitRing
 from guestio.budgets import IOMMU_REQUESTS_PER_TURN, IOMMU_WAITING_REQUESTS
 from guestio.errors import AccessError
 from guestio.iommu.events import Event
+from guestio.ratelog import LOG
 from guestio.virtio.iommu.device import VirtioIommu
 from guestio.virtio.iommu.requests import Pending
 from guestio.virtio.iommu.wire import LONGEST_REQUEST, FaultRecord, Status, tail
@@ -172,7 +173,12 @@ class IommuQueues:
             try:
                 answer = self._iommu.handle_request(request, len(chain.writable))
             except Exception:
-                _log.exception("a virtio-iommu request failed; the guest is told of a device error")
+                LOG.report(
+                    _log,
+                    logging.ERROR,
+                    "a virtio-iommu request failed; the guest is told of a device error",
+                    trace=True,
+                )
                 answer = tail(Status.DEVERR)
         if isinstance(answer, Pending):
             self.waiting += 1

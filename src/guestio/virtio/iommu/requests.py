@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from guestio.errors import DeviceError
 from guestio.iommu.events import Event, all_of
+from guestio.ratelog import LOG
 from guestio.virtio.iommu.wire import Status, tail
 
 _log = logging.getLogger(__name__)
@@ -170,7 +171,12 @@ class RequestQueue:
         except BaseException as error:
             # Whatever it was, nobody behind it may wait for a request that has ended.
             if not job.raises:
-                _log.exception("a virtio-iommu request failed; the guest is told of a device error")
+                LOG.report(
+                    _log,
+                    logging.ERROR,
+                    "a virtio-iommu request failed; the guest is told of a device error",
+                    trace=True,
+                )
             self._finish(job, tail(Status.DEVERR), error if job.raises else None)
             if not isinstance(error, Exception):
                 self._run_ready()

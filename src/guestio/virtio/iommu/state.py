@@ -25,6 +25,7 @@ from guestio.iommu.events import Event
 from guestio.iommu.iotlb import Iotlb
 from guestio.iommu.mapper import BasicMemoryMapper
 from guestio.memory import GuestRegionCollection
+from guestio.ratelog import LOG
 from guestio.virtio.iommu import wire
 from guestio.virtio.iommu.programs import Program, Refused, status_of, undo
 from guestio.virtio.iommu.requests import Keys, Steps
@@ -455,7 +456,9 @@ def _draining(iotlb: Iotlb, start: int, length: int) -> list[Event]:
 
     def wait() -> None:
         if not iotlb.drain(start, length, STOP_TIMEOUT):
-            _log.error(
+            LOG.report(
+                _log,
+                logging.ERROR,
                 "an access to %#x+%#x that began before the guest took that away has not ended "
                 "for %s s: the guest waits for it",
                 start,
