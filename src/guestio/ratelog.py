@@ -37,6 +37,7 @@ class RateLimitedLog:
         self._until = 0.0
         self._shown: Counter[Kind] = Counter()
         self._hidden: Counter[Kind] = Counter()
+        self._first_hidden: dict[Kind, str] = {}
         self._watchers: list[Callable[[float], None]] = []
 
     def report(
@@ -58,7 +59,8 @@ class RateLimitedLog:
         """
         kind = (logger, level, message)
         watchers: list[Callable[[float], None]] = []
-        over: list[tuple[Kind, int]] = []
+        first = False
+        over: list[tuple[Kind, int, str]] = []
         with self._lock:
             now = time.monotonic()
             if now >= self._until:
@@ -69,11 +71,18 @@ class RateLimitedLog:
             else:
                 if not self._hidden:
                     watchers = list(self._watchers)
+                first = kind not in self._hidden
                 self._hidden[kind] += 1
             left = self._until - now
         self._log_counts(over)
         if shown:
             logger.log(level, message, *args, exc_info=trace)
+        elif first:
+            # As text: an argument may be an error whose frames keep memory mapped.
+            text = _text(message, args)
+            with self._lock:
+                if kind in self._hidden:
+                    self._first_hidden[kind] = text
         for watcher in watchers:
             watcher(left)
 
@@ -97,16 +106,26 @@ class RateLimitedLog:
         with self._lock:
             self._watchers.remove(watcher)
 
-    def _begin(self, now: float) -> list[tuple[Kind, int]]:
-        over = list(self._hidden.items())
+    def _begin(self, now: float) -> list[tuple[Kind, int, str]]:
+        first = self._first_hidden
+        over = [(kind, count, first.get(kind, kind[2])) for kind, count in self._hidden.items()]
+        first.clear()
         self._until = now + self._interval
         self._shown.clear()
         self._hidden.clear()
         return over
 
-    def _log_counts(self, over: list[tuple[Kind, int]]) -> None:
-        for (logger, level, message), count in over:
-            logger.log(level, "%d more lines like this were not logged: %s", count, message)
+    def _log_counts(self, over: list[tuple[Kind, int, str]]) -> None:
+        for (logger, level, _), count, first in over:
+            logger.log(level, "%d more lines like this were not logged: %s", count, first)
+
+
+def _text(message: str, args: tuple[object, ...]) -> str:
+    """A line as it would have been logged."""
+    try:
+        return message % args if args else message
+    except Exception:
+        return message
 
 
 LOG = RateLimitedLog()

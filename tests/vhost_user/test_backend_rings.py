@@ -606,7 +606,7 @@ def test_requests_that_reach_nothing_are_logged_once_a_burst(
     assert logged[0] == (
         "queue 0: request refused: no usable memory behind the buffer at 0x10000000000"
     )
-    assert logged[-1] == "90 more lines like this were not logged: queue %d: request refused: %s"
+    assert logged[-1] == f"90 more lines like this were not logged: {logged[0]}"
     assert len(logged) == 11
 
 
