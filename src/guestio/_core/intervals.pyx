@@ -24,7 +24,7 @@ from guestio._core.border cimport (
 from guestio._core.eviction cimport (
     add_pin, check_queue, close_queue, drop_pin, enqueue, evict, make_room,
 )
-from guestio._core.leases cimport Guard
+from guestio._core.leases cimport Guard, Lease
 from guestio._core.misses cimport Misses
 from guestio._core.pieces cimport (
     ACCESS_FAIL, FRAGMENTED, MISS, OK, Outcome, Piece, Pieces, add_piece, close_pieces, make_range,
@@ -272,15 +272,16 @@ cdef class IntervalMap:
         cdef u64 to = as_address(target, "target")
         cdef u64 access = as_access(perm, "perm")
         cdef bint taken, own = False
+        cdef Lease mine
         self.begin_change(3)
         taken = self.takes_away(span, to, access)
         if drain and taken:
-            own = self.leases.used_by_me(span)
+            own = self.leases.used_by_me(span, &mine)
         if not own:
             self.overwrite_span(span, to, access)
         self.end_change()
         if own:
-            self.leases.check_self(span)
+            self.leases.refuse(span, mine)
         if drain and taken:
             self.leases.wait(span, None)
         return taken

@@ -48,10 +48,11 @@ cdef class Leases:
     cdef void disown(self, int slot) noexcept nogil
     cdef bint busy(self, Span span, u64 before) noexcept nogil
     cdef bint used(self, u64 first, u64 last) noexcept nogil
-    cdef bint used_by_me(self, Span span) noexcept
+    cdef bint used_by_me(self, Span span, Lease *found) noexcept
     cdef Guard hold(self, Span span)
     cdef bint wait(self, Span span, timeout)
     cdef int check_self(self, Span span) except -1
+    cdef int refuse(self, Span span, Lease mine) except -1
 
 
 cdef class Guard:

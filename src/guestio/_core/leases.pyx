@@ -6,6 +6,7 @@ find it, and then waits for the leases that overlap it. Readers never wait: not 
 not for a revocation.
 """
 
+import threading
 import time
 
 cimport cython
@@ -122,8 +123,8 @@ cdef class Leases:
         pthread_mutex_unlock(&self.mutex)
         return found
 
-    cdef bint used_by_me(self, Span span) noexcept:
-        """Whether this very thread holds a lease that overlaps."""
+    cdef bint used_by_me(self, Span span, Lease *found) noexcept:
+        """Whether this very thread holds a lease that overlaps, and one such."""
         cdef unsigned long me = PyThread_get_thread_ident()
         cdef Lease *lease
         cdef int i
@@ -135,17 +136,24 @@ cdef class Leases:
                 if lease.serial and lease.owner == me and (
                     lease.first <= span.last and span.first <= lease.last
                 ):
-                    mine = True
+                    found[0], mine = lease[0], True
         pthread_mutex_unlock(&self.mutex)
         return mine
 
     cdef int check_self(self, Span span) except -1:
-        if self.used_by_me(span):
-            raise RuntimeError(
-                f"this thread still uses a translation in {span.first:#x}..{span.last:#x} "
-                "(inclusive) and would wait for itself; leave the guard first"
-            )
+        cdef Lease mine
+        if self.used_by_me(span, &mine):
+            self.refuse(span, mine)
         return 0
+
+    cdef int refuse(self, Span span, Lease mine) except -1:
+        """Refuse to wait for a lease of this very thread."""
+        raise RuntimeError(
+            f"thread {threading.current_thread().name} would wait for itself: it still uses "
+            f"{mine.first:#x}..{mine.last:#x} (inclusive), which a change of "
+            f"{span.first:#x}..{span.last:#x} takes away; leave the guard, close the slices or "
+            "complete the request that holds it first"
+        )
 
     cdef bint wait(self, Span span, timeout):
         """Wait for the overlapping leases that exist now; False when the time is up."""
