@@ -299,11 +299,13 @@ def test_acknowledgements_go_both_ways() -> None:
     assert data == bytes.fromhex("01000000 05000000 08000000 0500000000000000")
     header, payload = Header.decode(data[:12]), data[12:]
     assert decode_ack(header, payload, BackendRequest.IOTLB_MSG) == 5
-    with pytest.raises(ProtocolError, match="where 2 was asked"):
-        decode_ack(header, payload, 2)
+    with pytest.raises(ProtocolError, match="a reply to SET_FEATURES came, but GET_FEATURES was"):
+        decode_ack(Header(FrontendRequest.SET_FEATURES, 5, 8), payload, FrontendRequest(1))
+    with pytest.raises(ProtocolError, match="a reply to request 21 came, but IOTLB_MSG was sent"):
+        decode_ack(Header(21, 5, 8), payload, BackendRequest.IOTLB_MSG)
     with pytest.raises(ProtocolError, match="8"):
         decode_ack(header, payload[:4], BackendRequest.IOTLB_MSG)
-    with pytest.raises(ProtocolError, match="expected the reply"):
+    with pytest.raises(ProtocolError, match="expected the reply to IOTLB_MSG, got IOTLB_MSG"):
         decode_ack(Header(1, 1, 8), payload, BackendRequest.IOTLB_MSG)
     with pytest.raises(ValueError, match="fit"):
         encode_ack(1, 2**64)

@@ -667,13 +667,19 @@ def encode_ack(request: int, value: int) -> bytes:
 def decode_ack(header: Header, payload: Readable, request: int) -> int:
     """Read the `U64` reply to a request; 0 means success for an acknowledgement.
 
+    Errors take the request's name from its enumeration, by default from `FrontendRequest`.
+
     Raises:
         ProtocolError: Not a reply, a reply to another request, or not 8 bytes.
     """
-    if not header.is_reply:
-        raise ProtocolError(f"expected the reply to request {request}, got {header.request}")
-    if header.request != request:
-        raise ProtocolError(f"reply to request {header.request} where {request} was asked")
+    if not header.is_reply or header.request != request:
+        requests = type(request) if isinstance(request, IntEnum) else FrontendRequest
+        asked, came = request_name(request, requests), request_name(header.request, requests)
+        raise ProtocolError(
+            f"a reply to {came} came, but {asked} was sent"
+            if header.is_reply
+            else f"expected the reply to {asked}, got {came} without the reply flag"
+        )
     return U64.decode(payload).value
 
 
