@@ -8,6 +8,7 @@ space a number belongs to; at run time they cost nothing.
 from __future__ import annotations
 
 import enum
+import math
 import operator
 import threading
 from typing import NamedTuple, NewType, SupportsFloat, SupportsIndex
@@ -73,6 +74,12 @@ class MappedRange(NamedTuple):
         return f"MappedRange({self.base:#x}, {self.length:#x})"
 
 
+def shown(number: int, form: str = "d") -> str:
+    """A number for an error message, in the form of ``format``; a gigantic one by its size."""
+    bits = number.bit_length()
+    return format(number, form) if bits <= 128 else f"of {bits} bits"
+
+
 def check_int(value: SupportsIndex, name: str) -> int:
     """Return ``value`` as an int; booleans and floats are refused.
 
@@ -98,7 +105,7 @@ def check_address(value: SupportsIndex, name: str = "addr") -> int:
     """
     number = check_int(value, name)
     if not 0 <= number < ADDRESS_SPACE:
-        raise ValueError(f"{name} {number:#x} is not in [0, 2**64)")
+        raise ValueError(f"{name} {shown(number, '#x')} is not in [0, 2**64)")
     return number
 
 
@@ -111,7 +118,7 @@ def check_access(value: SupportsIndex) -> Permissions:
     """
     number = check_int(value, "access")
     if not 0 <= number <= Permissions.READ_WRITE:
-        raise ValueError(f"access {number} is not a combination of READ and WRITE")
+        raise ValueError(f"access {shown(number)} is not a combination of READ and WRITE")
     return Permissions(number)
 
 
@@ -139,7 +146,9 @@ def check_range(
     """
     first, size = check_address(start, name), check_int(length, length_name)
     if size < 0 or (size == 0 and not empty):
-        raise ValueError(f"{length_name} {size} must be {'>= 0' if empty else 'greater than 0'}")
+        raise ValueError(
+            f"{length_name} {shown(size)} must be {'>= 0' if empty else 'greater than 0'}"
+        )
     if first + size > ADDRESS_SPACE:
         raise InvalidAddressError(first, size, None, f"{name} + {length_name} passes 2**64")
     return first, size
@@ -156,22 +165,34 @@ def check_flag(value: bool | int, name: str) -> bool:
         return value
     number = int(value) if type(value).__name__ in {"bool", "bool_"} else check_int(value, name)
     if number not in {0, 1}:
-        raise ValueError(f"{name} {number} is neither 0 nor 1")
+        raise ValueError(f"{name} {shown(number)} is neither 0 nor 1")
     return bool(number)
 
 
-def check_seconds(value: SupportsFloat, name: str) -> float:
+def check_seconds(
+    value: SupportsFloat, name: str, most: float = threading.TIMEOUT_MAX, *, zero: bool = True
+) -> float:
     """Return ``value`` as a time in seconds that can be waited for.
+
+    Args:
+        value: What was given.
+        name: What to call it in an error.
+        most: The longest; by default what a thread can wait.
+        zero: Whether no time at all is acceptable.
 
     Raises:
         TypeError: not a number; booleans and text are refused.
-        ValueError: negative, not finite, or more than a thread can wait.
+        ValueError: negative, not finite, or too long.
     """
     if isinstance(value, bool | str | bytes | type) or not isinstance(value, SupportsFloat):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    seconds = float(value)
-    if not 0 <= seconds <= threading.TIMEOUT_MAX:
-        raise ValueError(f"{name} {seconds} is not in 0 to {threading.TIMEOUT_MAX:.0f}")
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
+    if not 0 <= seconds <= most or (not seconds and not zero):
+        above = "from 0" if zero else "above 0"
+        raise ValueError(f"{name} {seconds:g} is not {above} to {most:.0f} seconds")
     return seconds
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 STOP_TIMEOUT = 1.0
 """Seconds that a stop waits for requests that a device still holds; then they are disowned."""
 
+LONGEST_TIMEOUT = 3600.0
+"""Seconds that a time limit of a back end may be set to at most; more is refused."""
+
 IOMMU_DOMAIN_MAPPINGS = 1 << 20
 """Mappings of one domain of a virtio-iommu; a MAP beyond is answered with NOMEM."""
 IOMMU_TOTAL_MAPPINGS = 1 << 22
@@ -83,6 +86,10 @@ the stop flag have theirs. The last request may exceed it, by INLINE_BYTES at mo
 
 TURN_SECONDS = 0.01
 """Seconds after which callbacks that wait let the descriptors be looked at again."""
+
+SLOW_DEVICE = 1.0
+"""Seconds that a device may work on requests in the thread of their queue without being reported.
+Nothing else that this thread serves has a turn meanwhile."""
 
 INLINE_BYTES = 2 << 20
 """Bytes of a block request that are moved where the ring is walked; larger ones are moved by the

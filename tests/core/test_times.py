@@ -11,6 +11,7 @@ from guestio._core.intake import Intake
 from guestio._core.intervals import IntervalMap
 from guestio._core.iotlbwire import IotlbUpdater, Traffic
 from guestio._core.questions import MissTable
+from guestio.addr import check_access, check_flag, check_seconds
 from tests.virtio.rings import physical
 
 HUGE = 10**400
@@ -94,3 +95,22 @@ def test_the_loop_waits_for_a_time(loop):
         finally:
             os.close(reader)
             os.close(writer)
+
+
+@pytest.mark.parametrize("number", [HUGE, 10**5000], ids=["huge", "gigantic"])
+def test_a_gigantic_number_does_not_fill_the_message(number):
+    _, rig = physical()
+    for refused in (
+        lambda: rig.ring.spin(number, -1),
+        lambda: Iotlb().lookup(number, 1, 1),
+        lambda: Iotlb().lookup(0, -number, 1),
+        lambda: Iotlb().lookup(0, 1, number),
+        lambda: Iotlb(capacity=number),
+        lambda: check_seconds(number, "seconds"),
+        lambda: check_access(number),
+        lambda: check_flag(number, "flag"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            refused()
+        assert len(str(caught.value)) < 120
+        assert "integer string conversion" not in str(caught.value)

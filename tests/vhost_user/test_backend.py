@@ -357,6 +357,12 @@ class TestSocket:
             {"miss_timeout": 0},
             {"miss_timeout": -1},
             {"miss_timeout": float("nan")},
+            {"miss_timeout": float("inf")},
+            {"miss_timeout": 1e300},
+            {"stop_timeout": -1},
+            {"stop_timeout": 3600.1},
+            {"stop_timeout": float("inf")},
+            {"stop_timeout": 10**400},
             {"poll_us": -1},
         ],
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 import struct
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from guestio import budgets
 from guestio._core.chain import Chain
 from guestio.errors import DeviceError
+from guestio.ratelog import LOG
 from guestio.vhost_user import Backend
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.virtio.blk import S_IOERR, T_GET_ID, BlockDevice
@@ -310,3 +314,31 @@ def test_statistics_are_readable(device: Faulty, tmp_path: Path) -> None:
         check_failed(driver, driver.submit(0, b"text"))
         said = str(serving.stats).split()
         assert {"connections=1", "requests=1", "failed_requests=1", "iotlb_misses=0"} <= set(said)
+
+
+def test_one_that_works_long_in_its_thread_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guestio.vhost_user.virtqueue.SLOW_DEVICE", 0.02)
+    device = Faulty()
+
+    def work(chain: Chain) -> int:
+        time.sleep(0.03)
+        chain.writable.write(bytes(5))
+        return 5
+
+    device.answer = work
+    with Serving(device, tmp_path / "socket") as serving, Driver(serving.path) as driver:
+        for _ in range(budgets.LOG_BURST + 3):
+            driver.run(0, b"slow")
+        driver.close()
+        serving.let_go()
+    LOG.flush()
+    lines = warnings_of(caplog)
+    assert re.fullmatch(
+        r"queue 0: Faulty\.process took \d+ s for 1 requests, and nothing else was served "
+        r"meanwhile; have it return a future of what takes long",
+        lines[0],
+    )
+    assert len(lines) == budgets.LOG_BURST + 1
+    assert lines[-1].startswith("3 more lines like this")

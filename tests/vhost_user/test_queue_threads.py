@@ -32,6 +32,7 @@ from tests.vhost_user.serving import (
     errors_of,
     nothing_left,
     until,
+    warnings_of,
 )
 from tests.virtio.rings import PAGE, WRITE, Desc
 
@@ -590,3 +591,25 @@ def test_anything_under_load(tmp_path: Path, threads: bool, iommu: bool, infligh
         assert serving.stats.queue_errors == 0
         assert device.overlap == set()
         del loads, load
+
+
+def test_a_device_that_keeps_a_stop_waiting_is_named(
+    device: Meeting,
+    driver: Driver,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("guestio.vhost_user.virtqueue.SLOW_DEVICE", 0.02)
+    number = driver.submit(0, b"WAIT")
+    assert device.entered.wait(WAIT)
+    stopped = threading.Thread(target=driver.stop, args=(0,))
+    stopped.start()
+    until(lambda: warnings_of(caplog), "it is not reported")
+    assert warnings_of(caplog)[0] == (
+        "queue 0: Meeting.process has not returned for 0 s; the queue cannot be stopped until it "
+        "does"
+    )
+    device.go_on.set()
+    stopped.join(WAIT)
+    assert not stopped.is_alive()
+    driver.wait(0, number)

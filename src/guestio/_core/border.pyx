@@ -5,7 +5,7 @@ import numpy as np
 from cpython.long cimport PyLong_AsLongAndOverflow
 from libc.math cimport INFINITY
 
-from guestio.addr import ADDRESS_SPACE, check_address, check_int, check_range
+from guestio.addr import ADDRESS_SPACE, check_address, check_int, check_range, shown
 
 
 cdef u64 as_address(object value, str name="addr") except? <u64>-1:
@@ -39,7 +39,7 @@ cdef int as_span(object start, object length, Span *out, bint may_be_empty) exce
 cdef size_t as_size(object value, str name) except? <size_t>-1:
     value = check_int(value, name)
     if not 0 <= value < 1 << 63:
-        raise ValueError(f"{name} {value} is not in [0, 2**63)")
+        raise ValueError(f"{name} {shown(value)} is not in [0, 2**63)")
     return value
 
 
@@ -54,7 +54,7 @@ cdef double as_seconds(object value, str name, double most) except -1:
         number = INFINITY if value > 0 else -INFINITY
     if not 0 <= number <= most:
         upto = "or more" if most == INFINITY else f"to {most:g}"
-        raise ValueError(f"{name} must be 0 {upto} seconds, not {value}")
+        raise ValueError(f"{name} must be 0 {upto} seconds, not {number:g}")
     return number
 
 
@@ -80,7 +80,7 @@ cdef int as_access(object value, str name="access") except -1:
     else:
         number = check_int(value, name)
     if not 0 <= number <= 3:
-        raise ValueError(f"{name} {value} is not a combination of READ and WRITE")
+        raise ValueError(f"{name} {shown(int(value))} is not a combination of READ and WRITE")
     return number
 
 
@@ -94,7 +94,7 @@ cdef int as_fd(object value) except -1:
     """A number that could be a file descriptor."""
     number = check_int(value, "fd")
     if not 0 <= number < 1 << 31:
-        raise ValueError(f"fd {number} is not a file descriptor")
+        raise ValueError(f"fd {shown(number)} is not a file descriptor")
     return number
 
 

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import gc
 import logging
-import math
 import os
 import socket
 import stat
@@ -14,8 +13,8 @@ import threading
 import time
 from typing import Literal, Self
 
-from guestio.addr import check_int
-from guestio.budgets import FIRST_MESSAGE_TIMEOUT, STOP_TIMEOUT
+from guestio.addr import check_int, check_seconds
+from guestio.budgets import FIRST_MESSAGE_TIMEOUT, LONGEST_TIMEOUT, STOP_TIMEOUT
 from guestio.errors import DeviceError
 from guestio.ratelog import LOG
 from guestio.vhost_user.channel import Channel
@@ -56,9 +55,11 @@ class Backend:
             behind one, each request's table is another page to ask for and to be forgotten, and
             what is in it can only be asked for afterwards. Without tables a request takes as many
             entries of its ring as it has pieces.
-        miss_timeout: Seconds a front-end may take to answer an IOTLB miss; then the request fails.
+        miss_timeout: Seconds a front-end may take to answer an IOTLB miss, at most 3600; then the
+            request fails.
         stop_timeout: Seconds that a stop waits for requests that the device holds, whether the
-            front-end stops or resets a queue, changes its memory, or goes; then they fail.
+            front-end stops or resets a queue, changes its memory, or goes, at most 3600; then they
+            fail.
         track_dirty: Whether to mark and count the pages of guest memory that the device writes.
         poll_us: Microseconds to look out for the next request before sleeping: faster at low
             queue depths, for a processor's time.
@@ -100,10 +101,6 @@ class Backend:
             raise ValueError(f"iommu {iommu!r} is neither 'auto' nor 'off'")
         if indirect not in ("auto", "on", "off"):
             raise ValueError(f"indirect {indirect!r} is neither 'auto' nor 'on' nor 'off'")
-        if not miss_timeout > 0:
-            raise ValueError(f"miss_timeout {miss_timeout} must be greater than 0")
-        if not 0 <= stop_timeout < math.inf:
-            raise ValueError(f"stop_timeout {stop_timeout} is not a number of seconds")
         if check_int(poll_us, "poll_us") < 0:
             raise ValueError(f"poll_us {poll_us} must not be negative")
         self.device = device
@@ -114,8 +111,10 @@ class Backend:
             self._offered |= 1 << VIRTIO_F_ACCESS_PLATFORM
         if indirect == "on" or (indirect == "auto" and iommu == "off"):
             self._offered |= 1 << VIRTIO_F_INDIRECT_DESC
-        self._miss_timeout = miss_timeout
-        self._stop_timeout = stop_timeout
+        self._miss_timeout = check_seconds(
+            miss_timeout, "miss_timeout", LONGEST_TIMEOUT, zero=False
+        )
+        self._stop_timeout = check_seconds(stop_timeout, "stop_timeout", LONGEST_TIMEOUT)
         self._track_dirty = track_dirty
         self._poll_us = poll_us
         self._queue_threads = queue_threads

@@ -319,6 +319,8 @@ class Service:
         until = time.monotonic() + self._stop_timeout * (0.1 if self._out_of_time else 1)
         for queue in queues:
             queue.announce_stop()
+        for queue in queues:
+            queue.await_turn()
         return until
 
     def _given_up(self) -> None:

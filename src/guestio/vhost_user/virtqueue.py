@@ -33,7 +33,8 @@ from guestio._core.intake import Attended, Intake
 from guestio._core.misses import Misses, touched
 from guestio._core.questions import REPEAT_AFTER
 from guestio._core.ring import SplitRing
-from guestio.budgets import TURN_SECONDS
+from guestio.addr import shown
+from guestio.budgets import SLOW_DEVICE, TURN_SECONDS
 from guestio.errors import DeviceError, GuestioError, ProtocolError, QueueError
 from guestio.memory.backing import close_fd
 from guestio.vhost_user.foreign import PipeNotifier, check_eventfd, close_foreign, is_pipe
@@ -151,6 +152,21 @@ class Virtqueue:
         except Exception:
             self._host.bursts.report(
                 "queue %d: %s failed", self.index, self._method("stopping"), trace=True
+            )
+
+    def await_turn(self) -> None:
+        """Wait until the thread of the queue has a turn to give, and report a device that has not.
+
+        Whoever stops the queue waits for that turn, whatever the device does.
+        """
+        if self._lock.acquire(timeout=SLOW_DEVICE):
+            self._lock.release()
+        else:
+            self._host.bursts.report(
+                "queue %d: %s has not returned for %d s; the queue cannot be stopped until it does",
+                self.index,
+                self._method("process"),
+                SLOW_DEVICE,
             )
 
     def reset(self, until: float, *, keep_base: bool = False) -> None:
@@ -366,7 +382,8 @@ class Virtqueue:
         taken = served + len(chains)
         if taken:
             host.statistics.traffic.count_requests(taken)
-            self._begin(ring, chains)
+            if chains:
+                self._begin(ring, chains)
             if host.poll_seconds:
                 self._watch_until = time.monotonic() + host.poll_seconds
         if missing:
@@ -413,6 +430,7 @@ class Virtqueue:
             QueueError: One failed and its driver cannot be told.
         """
         untold = None
+        began = time.monotonic()
         for chain in chains:
             answer = self._process(chain)
             if isinstance(answer, Future):
@@ -428,6 +446,15 @@ class Virtqueue:
             else:
                 chain.settle(0)
                 untold = chain
+        if (took := time.monotonic() - began) >= SLOW_DEVICE:
+            self._host.bursts.report(
+                "queue %d: %s took %d s for %d requests, and nothing else was served meanwhile; "
+                "have it return a future of what takes long",
+                self.index,
+                self._method("process"),
+                took,
+                len(chains),
+            )
         if untold is not None:
             # A status of before would tell the driver that all went well.
             raise QueueError(
@@ -652,7 +679,7 @@ def _plausible(written: object, chain: Chain, whose: str) -> int:
         ) from None
     if not 0 <= count <= chain.writable.total:
         raise DeviceError(
-            f"{whose} {reprlib.repr(count)}, but the request has room for {chain.writable.total} "
+            f"{whose} {shown(count)}, but the request has room for {chain.writable.total} "
             "bytes; return the number of bytes written"
         )
     return count
