@@ -53,10 +53,12 @@ cdef Node *take_node(Tree *tree, bint is_leaf) noexcept nogil:
 
 
 cdef inline void recycle(Tree *tree, Node *node) noexcept nogil:
+    cdef size_t room = tree.nodes.room
     # What was reserved stays: a change may remove before it inserts.
     return_slot(
         &tree.nodes, sizeof(Leaf), node, node.slot, max(<size_t>SLAB_SPARES_KEPT, tree.reserved)
     )
+    GUESTIO_ASSERT(tree.nodes.room > room or tree.nodes.room >= tree.reserved)
 
 
 cdef void insert_entry(Tree *tree, u64 first, Entry entry) noexcept nogil:
