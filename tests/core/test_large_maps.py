@@ -217,6 +217,31 @@ def test_batches_say_what_single_lookups_say():
             assert (outcome, target) == single_lookup(iotlb, start, length, access)
 
 
+@pytest.mark.parametrize("offset", range(3))
+def test_an_entry_that_reaches_into_the_next_node(offset):
+    """A node keeps its bounds when its first entry goes; the one before may grow past them then."""
+    pages = 600
+    iotlb = IntervalMap()
+    for page in range(0, pages, 2):
+        iotlb.overwrite(page * PAGE, PAGE, page << 40, RW)
+    reached = []
+    for page in range(2 * offset, pages - 4, 6):
+        iotlb.cut((page + 2) * PAGE, PAGE)
+        iotlb.overwrite((page + 1) * PAGE, 2 * PAGE, (page << 40) + PAGE, RW)
+        reached.append((page + 2, (page << 40) + 2 * PAGE))
+    iotlb.check()
+    starts = np.array([page for page, _ in reached], np.uint64) * np.uint64(PAGE)
+    for length in (1, PAGE):
+        targets, status = iotlb.lookup_many(starts, length, R)
+        assert status.tolist() == [0] * len(reached)
+        assert targets.tolist() == [target for _, target in reached]
+    for start, (_, target) in zip(starts.tolist(), reached, strict=True):
+        assert iotlb.lookup(start + 5, 1, R) == [(target + 5, 1)]
+        before, after = iotlb.neighbours(start)
+        assert before is None or before[0] + before[1] < start
+        assert after[0] == start + 2 * PAGE
+
+
 @pytest.mark.skipif(
     "asan" in NAME, reason="a sanitizer reserves more addresses than a limit allows"
 )

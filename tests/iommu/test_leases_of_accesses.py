@@ -290,3 +290,25 @@ def test_slices_of_a_vector_over_slices_are_marked_when_it_is_closed():
     assert vector.slices() == []
     kept.release()
     assert region.bitmap.dirty_pages(clear=True).tolist() == [5]
+
+
+def test_a_request_of_many_descriptors_gives_back_each_lease(memory):
+    """Its leases are more than a request has room for at first, and than twice as many."""
+    physical, iotlb = memory.backend, memory.iommu.iotlb
+    iotlb.set_mapping(0, 0, 3 * PAGE, RW)
+    ring = SplitRing(AddressSpace(physical._space.regions, iotlb), 64, 0, PAGE, 2 * PAGE)
+    parts = [0x100000 + 0x2000 * i for i in range(37)]
+    for i, at in enumerate(parts):
+        flags = 1 if i + 1 < len(parts) else 0
+        link = flags.to_bytes(2, "little") + (i + 1).to_bytes(2, "little")
+        physical.write(16 * i, at.to_bytes(8, "little") + (16).to_bytes(4, "little") + link)
+    physical.store(PAGE + 2, 1, 2)
+    (chain,), _ = ring.pop()
+    chain.hand_over()
+    assert len(iotlb.leases) == len(parts)
+    assert not any(iotlb.drain(at, 16, 0.0) for at in parts)
+    ring.complete(chain, 0)
+    # With another one held, the table is looked at.
+    with iotlb.guard(0, 1, R):
+        assert len(iotlb.leases) == 1
+        assert all(iotlb.drain(at, 16, 0.0) for at in parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +18,11 @@ from guestio.addr import Permissions
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.messages import IotlbMessage
+from guestio.vhost_user.translations import PATIENCE
 from tests.vhost_user.serving import (
     FAILED,
     OK,
+    WAIT,
     Driver,
     Later,
     Serving,
@@ -175,6 +178,58 @@ class TestTranslations:
         behind.handles[0].kick()
         behind.wait(0, 1)
         assert behind.result(0, 1, 4) == mirrored(b"text")
+
+    def test_that_are_refused_after_the_stop_may_be_asked_for_again(self, behind: Driver) -> None:
+        """A question ends with the stop of the queue that asked, whatever the answer is."""
+        assert behind.run(0, b"before") == mirrored(b"before")
+        assert behind.run(1, b"before") == mirrored(b"before")
+        wanted, other = (behind.at(behind.buffer(queue, 1)) for queue in (0, 1))
+        asked: list[int] = []
+        stopped = threading.Event()
+
+        def refuse(message: IotlbMessage) -> MissAnswer:
+            if message.iova not in (wanted, other):
+                return MissAnswer()
+            asked.append(message.iova)
+            if asked == [wanted]:
+                return MissAnswer(MissAction.IGNORE)
+            # When it is asked again, the answer is waited for.
+            assert stopped.wait(WAIT)
+            return MissAnswer(MissAction.REFUSE)
+
+        service = behind.frontend.iotlb
+        service.miss_hook = refuse
+        behind.submit(0, b"text")
+        until(lambda: len(asked) == 2)
+        base = behind.stop(0)
+        stopped.set()
+        # Refusals are read in their order, so once this one had its effect, the first was read.
+        assert behind.run(1, b"text")[0] == FAILED
+        service.miss_hook = None
+        behind.start(0, base)
+        behind.handles[0].kick()
+        behind.wait(0, 1)
+        assert behind.result(0, 1, 4) == mirrored(b"text")
+
+    def test_are_waited_for_anew_by_the_next_start(self, device: Later, tmp_path: Path) -> None:
+        """What a queue waited for before it stopped is not added to what it waits for now."""
+        limit = 0.25
+        with (
+            Serving(device, tmp_path / "socket", miss_timeout=limit) as serving,
+            Driver(serving.path, iommu=True) as driver,
+        ):
+            service = driver.frontend.iotlb
+            service.miss_hook = lambda message: MissAnswer(MissAction.IGNORE)
+            driver.submit(0, b"text")
+            until(lambda: service.counts.ignored)
+            begun = time.monotonic()
+            base = driver.stop(0)
+            until(lambda: time.monotonic() > begun + PATIENCE * limit)
+            service.miss_hook = None
+            driver.start(0, base)
+            driver.handles[0].kick()
+            driver.wait(0, 0)
+            assert driver.result(0, 0, 4) == mirrored(b"text")
 
 
 SHORT = 0.2

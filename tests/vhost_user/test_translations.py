@@ -305,3 +305,12 @@ def test_an_answer_is_under_way_if_it_is_about_the_last_page(rig: Rig) -> None:
     assert not rig.translations.under_way(where._replace(length=PAGE // 2), 1)
     rig.translations.forget(1)
     assert rig.translations.under_way(IovaRange(10 * PAGE - 1, 1), 2)
+
+
+def test_what_was_refused_ends_with_the_stop(rig: Rig) -> None:
+    """Nothing of it is left for whoever has the number next."""
+    rig.translations.refused(0).add((8 * PAGE, 1))
+    rig.translations.refused(1).add((8 * PAGE, 1))
+    rig.translations.forget(0)
+    assert rig.translations.refused(0) == set()
+    assert rig.translations.refused(1) == {(8 * PAGE, 1)}
