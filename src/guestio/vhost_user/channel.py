@@ -153,22 +153,14 @@ class Channel:
         The fd belongs to the channel, and is closed if there will be none.
 
         Raises:
-            ProtocolError: It is not a connected Unix stream socket.
+            ProtocolError: It is not a connected Unix stream socket, or connected to a listener.
         """
         try:
             check_channel(fd)
         except BaseException:
             close_foreign([fd])
             raise
-        sock = socket.socket(fileno=fd)
-        try:
-            sock.getpeername()
-        except OSError:
-            close_socket(sock)
-            raise ProtocolError(
-                "the fd for a back-end channel is not a connected Unix stream socket"
-            ) from None
-        return cls(sock, with_fds=with_fds, send_timeout=send_timeout)
+        return cls(socket.socket(fileno=fd), with_fds=with_fds, send_timeout=send_timeout)
 
     def fileno(self) -> int:
         """Return the socket's fd for a selector, -1 once closed."""

@@ -42,14 +42,20 @@ def is_pipe(fd: int) -> bool:
     """
     if _name(fd).startswith("pipe:["):
         return True
+    return _stream_names(fd) == ("", "")
+
+
+def _stream_names(fd: int) -> tuple[object, object] | None:
+    """The names of a connected Unix stream socket and of its peer; None if it is no such."""
     if socket_kind(fd) != (socket.AF_UNIX, socket.SOCK_STREAM):
-        return False
-    # A duplicate, so that closing it is never the last close.
-    with socket.socket(fileno=os.dup(fd)) as sock:
-        try:
-            return not sock.getpeername() and not sock.getsockname()
-        except OSError:
-            return False
+        return None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=fd)
+    try:
+        return sock.getsockname(), sock.getpeername()
+    except OSError:
+        return None
+    finally:
+        sock.detach()
 
 
 def check_eventfd(fd: int, what: str) -> None:
@@ -85,14 +91,21 @@ def check_memory(fd: int) -> None:
 
 
 def check_channel(fd: int) -> None:
-    """Refuse what is no Unix stream socket.
+    """Refuse what is no Unix stream socket, or one that is connected to a listener.
 
     Raises:
         ProtocolError: It is something else.
     """
-    if socket_kind(fd) != (socket.AF_UNIX, socket.SOCK_STREAM):
+    names = _stream_names(fd)
+    if names is None:
         raise ProtocolError(
             f"the fd for a back-end channel is {_name(fd)}, not a connected Unix stream socket"
+        )
+    if names[1]:
+        # The front-end's end of its own connection is such a one.
+        raise ProtocolError(
+            f"the socket for a back-end channel is connected to {names[1]!r}: pass one end of a "
+            "socketpair"
         )
 
 
