@@ -24,7 +24,6 @@ cdef class RingAreas:
 
     cdef object wrong(self, str what)
     cdef bint vanished(self) noexcept
-    cdef bint current(self) noexcept
     cdef bint area(self, IoVector found, u64 addr, u64 size, int access, Misses misses) except -1
     cdef bint areas_ready(self, Misses misses) except -1
     cdef int begin(self) except -1
@@ -32,3 +31,8 @@ cdef class RingAreas:
     cdef int check_areas(self) except -1
     cdef u16 load16(self, IoVector area, u64 offset) except? 65535
     cdef int store16(self, IoVector area, u64 offset, u16 value) except -1
+
+
+cdef inline bint current(RingAreas ring) noexcept:
+    """Whether no translation was taken away since the areas were looked up."""
+    return ring.space.iotlb is None or ring.space.iotlb.generation == ring.generation

@@ -65,10 +65,6 @@ cdef class RingAreas:
             or self.used.vanished(0, self.used.total)
         )
 
-    cdef bint current(self) noexcept:
-        """Whether no translation was taken away since the areas were looked up."""
-        return self.space.iotlb is None or self.space.iotlb.generation == self.generation
-
     cdef bint area(self, IoVector found, u64 addr, u64 size, int access, Misses misses) except -1:
         """Look one of the ring's areas up; False, and what is missing, without a translation."""
         cdef bint stopped
@@ -92,7 +88,7 @@ cdef class RingAreas:
         cdef bint found
         if self.broken is not None:
             raise QueueError(self.broken)
-        if self.resolved and self.current():
+        if self.resolved and current(self):
             return True
         self.resolved = False
         if self.space.iotlb is not None:

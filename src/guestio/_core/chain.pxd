@@ -26,12 +26,17 @@ cdef class Chain:
     cdef u64 charge       # pieces that its ring's quota counts for it
     cdef bint settled
     cdef bint done
+    cdef bint blank       # its ring has not filled it since it was cleared
 
     cdef int clear(self) except -1
-    cpdef bint in_use(self) noexcept
 
 
 cdef Chain new_chain()
+
+
+cdef inline bint is_moving(Chain chain) noexcept:
+    """As :meth:`Chain.in_use`."""
+    return chain.readable.users or chain.writable.users
 
 
 cdef class Quota:

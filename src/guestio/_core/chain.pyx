@@ -41,11 +41,12 @@ cdef class Chain:
         self.settled = self.done = False
         if self.access_fails:
             self.access_fails = []
+        self.blank = True
         return 0
 
-    cpdef bint in_use(self) noexcept:
+    def in_use(self):
         """Whether a call is moving its data at this moment, without the GIL."""
-        return self.readable.users or self.writable.users
+        return is_moving(self)
 
     @property
     def tail(self):

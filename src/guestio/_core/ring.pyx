@@ -12,12 +12,12 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memmove
 
 from guestio._core.access cimport AddressSpace, IoVector
-from guestio._core.areas cimport RingAreas
+from guestio._core.areas cimport RingAreas, current
 from guestio._core.border cimport as_address, as_seconds, u8
 from guestio._core.capacity cimport (
     RING_HELD, RING_LOOK_WORK, RING_LOOKS, RING_PUBLISH_EACH,
 )
-from guestio._core.chain cimport NOT_SERVED, Chain, Quota, Server, i64, new_chain
+from guestio._core.chain cimport NOT_SERVED, Chain, Quota, Server, i64, is_moving, new_chain
 from guestio._core.foreign cimport notify
 from guestio._core.inflight cimport InflightQueue
 from guestio._core.mapping cimport holes, met_holes
@@ -262,13 +262,13 @@ cdef class SplitRing(RingAreas):
         cdef int at = 0, head, served = 0
         while (
             at < self.held_count and self.work < RING_LOOK_WORK
-            and self.moved < self.turn_bytes and self.current()
+            and self.moved < self.turn_bytes and current(self)
             and not (self.charged and self.quota.used >= self.quota.most)
         ):
             head = self.held[at]
             if not self.look(head, misses, False):
                 at += 1
-            elif self.current():
+            elif current(self):
                 self.forget_held(at)
                 served += self.dispatch(server, chains)
         return served
@@ -286,7 +286,7 @@ cdef class SplitRing(RingAreas):
         cdef bint lacks
         while (
             left > 0 and self.work < RING_LOOK_WORK and self.moved < self.turn_bytes
-            and self.current()
+            and current(self)
         ):
             if self.charged and self.quota.used >= self.quota.most:
                 # One of the requests that are held is completed first.
@@ -295,7 +295,7 @@ cdef class SplitRing(RingAreas):
             left -= 1
             head = self.head_at(at)
             lacks = not self.look(head, misses, False)
-            if not self.current():
+            if not current(self):
                 break
             at += 1
             if self.inflight is None:
@@ -327,11 +327,11 @@ cdef class SplitRing(RingAreas):
     cdef bint look(self, int head, Misses misses, bint lenient) except -1:
         """Fill the spare chain with a request; whether it lacks nothing."""
         cdef size_t known = misses.count
-        if self.spare is None or self.spare.in_use():
+        if self.spare is None or is_moving(self.spare):
             self.spare = new_chain()
-        else:
+        elif not self.spare.blank:
             self.spare.clear()
-        self.spare.head = head
+        self.spare.head, self.spare.blank = head, False
         self.walk(self.spare, misses, lenient)
         # Which request it is was read from the ring: from nothing, if that is gone.
         if met_holes(&holes):
@@ -432,7 +432,7 @@ cdef class SplitRing(RingAreas):
         try:
             self.look(head, Misses(), True)
             self.check_areas()
-            if not self.current():
+            if not current(self):
                 return None
             if self.inflight is not None:
                 self.forget_held(index)
@@ -466,7 +466,7 @@ cdef class SplitRing(RingAreas):
             steps += 1
             if steps > entries:
                 raise self.wrong(f"the chain from descriptor {chain.head} has a loop")
-            if not nested and not self.current():
+            if not nested and not current(self):
                 return 0
             table.transfer(<u8 *>&desc, 16 * <u64>index, 16, False)
             self.work += 1
@@ -589,9 +589,10 @@ cdef class SplitRing(RingAreas):
         completed.element.head = chain.head
         completed.element.written = <u32>min(chain.written, <u64>0xFFFFFFFF)
         completed.done = True
-        self.charged -= chain.charge
-        self.quota.used -= chain.charge
-        chain.charge = 0
+        if chain.charge:   # not that of a request that was served at once
+            self.charged -= chain.charge
+            self.quota.used -= chain.charge
+            chain.charge = 0
         self.outstanding -= 1
         self.pending_count += 1
 

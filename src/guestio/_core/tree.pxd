@@ -104,6 +104,7 @@ cdef extern from * nogil:
        wherever they are not inlined. An atomic store is an effect in any case. */
     INLINE void refresh_guide(Node *node)
     {
+    #pragma GCC unroll 8
         for (int i = 0; i < LINES - 1; i++)
             __atomic_store_n(&node->guide[i], node->key[i * LINE + LINE - 1], __ATOMIC_RELAXED);
     }
