@@ -111,8 +111,8 @@ GIVE_UP_AFTER = 0.5
 then. Less than STOP_TIMEOUT, so that it is not disowned."""
 
 DEVICE_CLOSE_TIMEOUT = 0.3
-"""Seconds that closing a block device waits for its threads. The image stays open if that is not
-enough, until the process ends."""
+"""Seconds that closing a block device waits for requests under way. The image stays open if that is
+not enough, until they are done."""
 
 OUTSTANDING_PIECES = 1 << 19
 """Pieces of memory (about 80 bytes each) that the requests held by the device of one front-end

@@ -1,4 +1,4 @@
-/* Makes two system calls of the process stop or do more at the moment that a test needs.
+/* Makes some system calls of the process stop or do more at the moment that a test needs.
 
    Preloaded; a test sets the variables through ctypes. */
 
@@ -11,6 +11,9 @@
 
 /* Descriptors: one byte is written to the first, then one is read from the second. -1: none. */
 int mmap_reached = -1, mmap_goes_on = -1;
+
+/* The same, before the next pwritev, preadv or fdatasync. */
+int file_reached = -1, file_goes_on = -1;
 
 /* Before the next pwritev or preadv: shorten this file to so many bytes and touch that address. */
 int shorten_fd = -1;
@@ -42,16 +45,35 @@ static void shorten(void)
     (void)*touch;
 }
 
+static void stop(void)
+{
+    int reached = file_reached;
+    char byte = 0;
+    if (reached < 0)
+        return;
+    file_reached = -1;
+    if (write(reached, &byte, 1) != 1 || read(file_goes_on, &byte, 1) != 1)
+        _exit(9);
+}
+
 ssize_t pwritev(int fd, const struct iovec *vec, int count, off_t offset)
 {
     shorten();
+    stop();
     return syscall(SYS_pwritev, fd, vec, count, offset, 0);
 }
 
 ssize_t preadv2(int fd, const struct iovec *vec, int count, off_t offset, int flags)
 {
     shorten();
+    stop();
     return syscall(SYS_preadv2, fd, vec, count, offset, 0, flags);
+}
+
+int fdatasync(int fd)
+{
+    stop();
+    return syscall(SYS_fdatasync, fd);
 }
 
 /* What the same calls are called with _FILE_OFFSET_BITS. */

@@ -257,6 +257,59 @@ WITH_A_SHIM = {
         assert device.errors == 2
         device.close()
     """,
+    "a disk is closed while a thread is about to call the kernel": """
+        # With io_threads=0 also a flush is done by the thread that walks the ring.
+        from guestio.virtio.blk import BlockDevice
+        for kind, threads in ((1, 0), (0, 0), (4, 0), (1, 1), (0, 1), (4, 1)):
+            image, other = sys.argv[1], sys.argv[1] + ".other"
+            for path in image, other:
+                with open(path, "wb") as file:
+                    file.write(path[-1:].encode() * 4096)
+            device = BlockDevice(image, io_threads=threads)
+            number = device._fd
+            memory = collection(0x10000)
+            memory.write(0x4000, struct.pack("<IIQ", kind, 0, 0))
+            memory.fill(0x8000, 4096, 7)
+            memory.write(0x4100, b"s")
+            data = [(0x8000, 4096, 2 if kind == 0 else 0)] if kind < 4 else []
+            for i, (at, size, flag) in enumerate([(0x4000, 16, 0), *data, (0x4100, 1, 2)]):
+                more = 0 if at == 0x4100 else 1
+                memory.write(16 * i, struct.pack("<QIHH", at, size, flag | more, i + 1))
+            memory.store(0x1002, 1, 2)
+            ring = SplitRing(memory._space, 8, 0, 0x1000, 0x2000)
+            reached, go_on = os.pipe(), os.pipe()
+            variable("file_goes_on").value = go_on[0]
+            variable("file_reached").value = reached[1]
+            answers = []
+            def serve():
+                chains, *_ = ring.turn(device.server)
+                answers.extend(device.process(0, chain) for chain in chains)
+            thread = threading.Thread(target=serve, daemon=True)
+            thread.start()
+            assert os.read(reached[0], 1) == bytes(1)
+            device.close()
+            with open(other, "rb+", buffering=0) as file:
+                assert file.fileno() != number, "the call that comes now meets another file"
+                os.write(go_on[1], bytes(1))
+                finish(thread)
+                for answer in answers:
+                    if not isinstance(answer, int):
+                        answer.result(30)
+                wait_for(lambda: device._fd < 0)
+                assert os.pread(file.fileno(), 4096, 0) == b"r" * 4096
+            assert memory.read(0x4100, 1) == bytes(1)
+            assert memory.read(0x8000, 1) == (b"e" if kind == 0 else bytes([7]))
+            if kind == 1:
+                assert open(image, "rb").read() == bytes([7]) * 4096
+            for fd in (*reached, *go_on):
+                os.close(fd)
+            try:
+                os.fstat(number)
+            except OSError:
+                pass
+            else:
+                raise AssertionError("the image stays open")
+    """,
 }
 
 

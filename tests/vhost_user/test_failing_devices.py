@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import struct
 import time
@@ -19,7 +20,7 @@ from guestio.errors import DeviceError
 from guestio.ratelog import LOG
 from guestio.vhost_user import Backend
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
-from guestio.virtio.blk import S_IOERR, T_GET_ID, BlockDevice
+from guestio.virtio.blk import S_IOERR, T_GET_ID, T_IN, T_OUT, BlockDevice
 from guestio.virtio.device import Device, DeviceId
 from tests.vhost_user.serving import (
     BUFFERS,
@@ -254,7 +255,7 @@ def test_a_disk_of_ones_own(tmp_path: Path, mode: dict[str, bool], late: bool) -
 
     class Spoiled(BlockDevice):
         def process(self, queue: int, chain: Chain) -> int | Future[int]:
-            if struct.unpack_from("<Q", chain.readable.read(), 8)[0] != 3:
+            if struct.unpack_from("<Q", chain.readable.read(0, 16), 8)[0] != 3:
                 return super().process(queue, chain)
             if not late:
                 raise ValueError("this sector is bad")
@@ -263,22 +264,59 @@ def test_a_disk_of_ones_own(tmp_path: Path, mode: dict[str, bool], late: bool) -
             return promised
 
     image = tmp_path / "image"
-    image.write_bytes(bytes(8192))
+    image.write_bytes(b"i" * 8192)
     device = Spoiled(image)
+    answers = {T_GET_ID: (b"image".ljust(20, b"\0"), bytes(20)), T_IN: (b"i" * 512, bytes(512))}
     with Serving(device, tmp_path / "socket") as serving, Driver(serving.path, **mode) as driver:
         place = BUFFERS + 0x20000
-        for sector, status in itertools.product((1, 3, 4), (0, 0x77)):
-            # Reads never get here.
-            driver.memory.write(place, struct.pack("<IIQ", T_GET_ID, 0, sector))
-            driver.memory.write(place + 0x1000, bytes(20) + bytes([status]))
+        for kind, sector, status in itertools.product((T_GET_ID, T_IN), (1, 3, 4), (0, 0x77)):
+            good, untouched = answers[kind]
+            size = len(good)
+            driver.memory.write(place, struct.pack("<IIQ", kind, 0, sector))
+            driver.memory.write(place + 0x1000, untouched + bytes([status]))
             driver.run_raw(
-                0, Desc(driver.at(place), 16), Desc(driver.at(place + 0x1000), 21, WRITE)
+                0, Desc(driver.at(place), 16), Desc(driver.at(place + 0x1000), size + 1, WRITE)
             )
-            found = driver.memory.read(place + 0x1000, 21)
-            if sector == 3:
-                assert found == bytes(20) + bytes([S_IOERR])
-            else:
-                assert found == b"image".ljust(21, b"\0")
+            found = driver.memory.read(place + 0x1000, size + 1)
+            assert found == (untouched + bytes([S_IOERR]) if sector == 3 else good + b"\0")
+        # Nor does a write get past it.
+        for sector in (3, 4):
+            driver.memory.write(place, struct.pack("<IIQ", T_OUT, 0, sector) + b"w" * 512)
+            driver.memory.write(place + 0x1000, b"\x77")
+            driver.run_raw(
+                0, Desc(driver.at(place), 528), Desc(driver.at(place + 0x1000), 1, WRITE)
+            )
+            assert driver.memory.read(place + 0x1000, 1) == bytes([S_IOERR if sector == 3 else 0])
+        assert image.read_bytes()[3 * 512 :][:1024] == b"i" * 512 + b"w" * 512
+    assert device.failures == 0
+    device.close()
+
+
+@pytest.mark.parametrize("without", ["subclass", "attribute"])
+def test_a_disk_without_a_server(tmp_path: Path, without: str) -> None:
+    """Everything goes through `process`, and failures are counted as ever."""
+    seen: list[int] = []
+
+    class Watched(BlockDevice):
+        def process(self, queue: int, chain: Chain) -> int | Future[int]:
+            seen.append(chain.head)
+            return super().process(queue, chain)
+
+    image = tmp_path / "image"
+    image.write_bytes(bytes(8192))
+    device = (Watched if without == "subclass" else BlockDevice)(image)
+    if without == "attribute":
+        device.server = None
+    with Serving(device, tmp_path / "socket") as serving, Driver(serving.path) as driver:
+        place = BUFFERS + 0x20000
+        os.truncate(image, 512)
+        for sector, status in ((0, 0), (8, S_IOERR)):
+            driver.memory.write(place, struct.pack("<IIQ", T_IN, 0, sector))
+            driver.run_raw(0, Desc(place, 16), Desc(place + 0x1000, 513, WRITE))
+            assert driver.memory.read(place + 0x1200, 1) == bytes([status])
+        assert serving.stats.failed_requests == 1
+    assert device.failures == device.errors == 1
+    assert len(seen) == (2 if without == "subclass" else 0)
     device.close()
 
 

@@ -455,6 +455,24 @@ class TestTrim:
         assert disk.trim(kind, (0, 8, 0), bad) == S_IOERR
         assert image.read_bytes() == before
 
+    @pytest.mark.parametrize("kind", [T_DISCARD, T_WRITE_ZEROES])
+    def test_the_most_sectors_and_one_more(self, tmp_path: Path, kind: int) -> None:
+        path = tmp_path / "large"
+        size = 3 * 512 * MAX_TRIM_SECTORS
+        with path.open("wb") as file:
+            file.truncate(size)
+        device = BlockDevice(path)
+        disk = Disk(device)
+        last = MAX_TRIM_SECTORS - 1
+        disk.write(last, b"x" * 1024)
+        flags = 0 if kind == T_DISCARD else UNMAP
+        for many in (MAX_TRIM_SECTORS + 1, 2 * MAX_TRIM_SECTORS, 3 * MAX_TRIM_SECTORS):
+            assert disk.trim(kind, (0, many, flags)) == S_IOERR
+        assert disk.read(last, 1024) == b"x" * 1024
+        assert disk.trim(kind, (0, MAX_TRIM_SECTORS, flags)) == S_OK
+        assert disk.read(last, 1024) == bytes(512) + b"x" * 512
+        device.close()
+
     @pytest.mark.parametrize(
         ("kind", "flags"),
         [(T_DISCARD, UNMAP), (T_DISCARD, 2), (T_WRITE_ZEROES, 2), (T_WRITE_ZEROES, 2**31 | UNMAP)],

@@ -446,6 +446,12 @@ class TestClosing:
         closing.join(0.1)
         assert closing.is_alive()
         late = requests.start(T_FLUSH)
+        # The core leaves everything to the device, which refuses it.
+        assert requests.start(T_IN, 8, reply=512) == 0
+        assert requests.reply(3, 512) == (S_IOERR, b"\xee" * 512)
+        for kind, length in ((T_IN, 512), (T_OUT, 0)):
+            chain = requests.take(kind, 8, b"" if kind == T_IN else b"w" * 512, length)
+            assert requests.device.server.is_large(chain)
         gate.go.set()
         closing.join(LIMIT)
         assert not closing.is_alive()
@@ -477,6 +483,92 @@ class TestClosing:
             del disk
         assert names() == []
         assert len(os.listdir("/proc/self/fd")) <= fds  # noqa: PTH208
+
+
+class TestSlices:
+    """What takes long is done by threads, in slices between which it may be given up."""
+
+    @pytest.fixture(autouse=True)
+    def _small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(blk, "TRIM_SLICE_BYTES", SIZE // 4)
+        monkeypatch.setattr(blk, "SLICE_BYTES", 4096)
+        monkeypatch.setattr(blk, "GIVE_UP_AFTER", 0.0)
+
+    KINDS = ((T_DISCARD, 0), (T_WRITE_ZEROES, 0), (T_WRITE_ZEROES, 1))
+
+    @pytest.mark.parametrize(("kind", "flags"), KINDS)
+    def test_a_queue_that_stops_gives_the_rest_up(
+        self, image: Path, make, kind: int, flags: int
+    ) -> None:
+        requests, before = make(), image.read_bytes()
+        device = requests.device
+        chain = requests.take(kind, 0, struct.pack("<QII", 0, SECTORS, flags))
+        work = device._work(chain, device._patience[0])
+        for done in (1, 2):
+            next(work)
+            assert image.read_bytes() == bytes(done * SIZE // 4) + before[done * SIZE // 4 :]
+        device.stopping(0)
+        with pytest.raises(StopIteration):
+            next(work)
+        assert requests.reply(0, 0)[0] == S_IOERR
+        assert image.read_bytes() == bytes(SIZE // 2) + before[SIZE // 2 :]
+
+    @pytest.mark.parametrize(("kind", "flags"), KINDS)
+    def test_a_queue_that_goes_on_is_given_all_the_time(
+        self, image: Path, make, kind: int, flags: int
+    ) -> None:
+        """The stop was for the requests of before."""
+        requests = make()
+        requests.device.stopping(0)
+        assert blk_result(requests.start(kind, 0, struct.pack("<QII", 0, SECTORS, flags))) == 1
+        assert requests.reply(0, 0)[0] == S_OK
+        assert image.read_bytes() == bytes(SIZE)
+        requests.device.stopping(0)
+        requests.take(T_IN)
+        chain = requests.take(T_IN, 0, reply=16384)
+        work = requests.device._work(chain, requests.device._patience[0])
+        assert len(list(work)) == 3
+        assert requests.reply(2, 16384) == (S_OK, bytes(16384))
+
+    @pytest.mark.parametrize("threads", [0, 2])
+    @pytest.mark.parametrize(("kind", "flags"), KINDS)
+    def test_trims_are_never_done_where_the_ring_is_walked(
+        self, image: Path, make, kind: int, flags: int, threads: int
+    ) -> None:
+        requests = make(io_threads=threads)
+        answer = requests.start(kind, 0, struct.pack("<QII", 0, SECTORS, flags))
+        assert isinstance(answer, Future)
+        assert answer.result(LIMIT) == 1
+        assert image.read_bytes() == bytes(SIZE)
+
+    @pytest.mark.parametrize("threads", [0, 2])
+    @pytest.mark.parametrize("kind", [T_IN, T_OUT])
+    def test_nor_is_what_is_large(
+        self, image: Path, monkeypatch: pytest.MonkeyPatch, make, kind: int, threads: int
+    ) -> None:
+        monkeypatch.setattr(blk, "INLINE_BYTES", 16 + 8192 + 1)
+        requests, contents = make(io_threads=threads), image.read_bytes()
+        ring = requests.rig.ring
+        for index, length in enumerate((8192, 8192 + 512)):
+            source, room = (b"", length) if kind == T_IN else (b"w" * length, 0)
+            here, there = READ_AT, WRITE_AT
+            requests.disk.memory.write(here, struct.pack("<IIQ", kind, 0, 0) + source)
+            head = requests.rig.put_chain(
+                4 * index, Desc(here, 16 + len(source)), Desc(there, room + 1, WRITE)
+            )
+            requests.rig.offer(head)
+            chains, _, served, _ = ring.turn(requests.device.server)
+            assert (served, len(chains)) == ((1, 0) if length == 8192 else (0, 1))
+            for chain in chains:
+                answer = requests.device.process(0, chain)
+                assert isinstance(answer, Future)
+                ring.complete(chain, answer.result(LIMIT))
+            ring.publish()
+            assert requests.disk.memory.read(there + room, 1) == bytes(1)
+            if kind == T_IN:
+                assert requests.disk.memory.read(there, length) == contents[:length]
+            else:
+                assert image.read_bytes() == source + contents[length:]
 
 
 @pytest.mark.parametrize("count", [-1, 65])
@@ -533,8 +625,9 @@ class TestStuck:
             "device._work = wait\n"
             "class Never:\n"
             "    def is_large(self, chain): return True\n"
-            "    def close(self): pass\n"
-            "device.server = Never()\n"
+            "    def retire(self): pass\n"
+            "    def close(self, released): pass\n"
+            "device._server = Never()\n"
             "device.process(0, None)\n"
             "assert begun.wait(10)\n"
             "device.close()\n"

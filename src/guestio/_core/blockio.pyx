@@ -11,6 +11,7 @@ disk unless too much is dirty or a part of a page has to be read first, and ther
 ext4 and tmpfs refuse RWF_NOWAIT for buffered writes (EOPNOTSUPP).
 """
 
+cimport cython
 from libc.errno cimport EAGAIN, EFAULT, EINTR, EOPNOTSUPP, errno
 
 from guestio._core.border cimport as_size, u8, u32, u64
@@ -56,11 +57,12 @@ cdef struct Plan:
     bint reading
 
 
+@cython.final   # its methods call each other once or more per request
 cdef class BlockServer(Server):
     """Serves VIRTIO_BLK_T_IN and VIRTIO_BLK_T_OUT; leaves all else to the device.
 
     Args:
-        fd: The image; it stays the caller's and must outlive this object.
+        fd: The image; it stays the caller's, who must not close it before :meth:`close` says so.
         size: Its bytes, a multiple of 512.
         writable: Whether writes are served.
         waits: Whether a request may wait for the disk where the ring is walked. If not, a read of
@@ -80,6 +82,8 @@ cdef class BlockServer(Server):
     """
 
     cdef int fd
+    cdef int users        # calls that use the image at this moment
+    cdef object released  # called once there are none
     cdef u64 size
     cdef bint writable
     cdef readonly bint waits
@@ -95,9 +99,33 @@ cdef class BlockServer(Server):
         self.writable, self.waits = writable, waits
         self.inline_bytes, self.report = as_size(inline_bytes, "inline_bytes"), report
 
-    def close(self):
-        """Forget the image: its number may be another file's soon. All requests fail from now on."""
-        self.fd = -1
+    def retire(self):
+        """Leave all requests of rings to the device from now on."""
+        self.inline_bytes = 0
+
+    def close(self, released=None):
+        """Forget the image; requests that begin now fail.
+
+        Args:
+            released: Called once no call uses the image: only then may it be closed, as its number
+                may soon be another file's. Now, or by the thread whose call is the last.
+        """
+        self.hold()
+        self.fd, self.released = -1, released
+        self.let_go()
+
+    cpdef int hold(self) except -2:
+        """Keep the image from being closed until :meth:`let_go`; its descriptor, -1 if closed."""
+        self.users += 1
+        return self.fd
+
+    cpdef int let_go(self) except -1:
+        """Undo one :meth:`hold`."""
+        self.users -= 1
+        if not self.users and self.released is not None:
+            released, self.released = self.released, None
+            released()
+        return 0
 
     def process(self, Chain chain not None, *, bint wait=True):
         """Serve one request.
@@ -201,19 +229,21 @@ cdef class BlockServer(Server):
         cdef u64 done = plan.done, end = plan.done + min(most, plan.length - plan.done)
         cdef Py_ssize_t moved
         cdef long offset
-        cdef int n, error, outcome = MOVED, flags = 0 if wait else RWF_NOWAIT
+        cdef int fd, n, error, outcome = MOVED, flags = 0 if wait else RWF_NOWAIT
         if not plan.reading and data.vanished(plan.start + done, end - done):
             plan.error = EFAULT
             return FAILED
         data.enter()
+        # Others run while data moves, and may close the image.
+        fd = self.hold()
         while done < end:
             n = data.window_batch(plan.start + done, end - done, batch)
             offset = <long>(plan.offset + done)
             with nogil:
                 if plan.reading:
-                    moved = preadv2(self.fd, batch, n, offset, flags)
+                    moved = preadv2(fd, batch, n, offset, flags)
                 else:
-                    moved = pwritev(self.fd, batch, n, offset)
+                    moved = pwritev(fd, batch, n, offset)
                 error = errno
             if moved > 0:
                 done += moved
@@ -226,6 +256,7 @@ cdef class BlockServer(Server):
             outcome = WOULD_WAIT if moved < 0 and flags and error == EAGAIN else FAILED
             plan.error = error if moved < 0 else 0
             break
+        self.let_go()
         if plan.reading:
             # After a failure it is unknown how much of the rest was written.
             data.mark(plan.start + plan.done, end - plan.done)

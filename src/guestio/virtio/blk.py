@@ -114,6 +114,11 @@ class BlockDevice(Device):
             when there is something to wait for. 0: :meth:`process` waits itself; one is started
             all the same for what is large, discards and write-zeroes.
 
+    Attributes:
+        server: Serves plain reads and writes in the compiled core, past :meth:`process`. None in a
+            subclass that overrides :meth:`process`, which is given every request. May be set to
+            None, before the device is served, for the same.
+
     Raises:
         DeviceError: The image cannot be opened or served.
 
@@ -155,7 +160,7 @@ class BlockDevice(Device):
         if num_queues > 1:
             self.features |= F_MQ
         self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
-        self.server: BlockServer = BlockServer(
+        self._server = BlockServer(
             self._fd,
             self.size,
             writable=not read_only,
@@ -163,6 +168,8 @@ class BlockDevice(Device):
             inline_bytes=INLINE_BYTES,
             report=functools.partial(_report, self.path),
         )
+        # What the core serves never reaches `process`: an overriding one must see all requests.
+        self.server = self._server if type(self).process is _PROCESS else None
         self._lock = threading.Lock()
         self._errors = self._image_errors = 0
         self._flushing = threading.Lock()
@@ -170,6 +177,7 @@ class BlockDevice(Device):
         self._threads: SlicedThreads | None = None
         self._patience = [_Patience() for _ in range(num_queues)]
         self._closed = False
+        self._image_closed = threading.Event()
         self._serve: dict[int, Callable[[int, Chain, _Patience], Work]] = {
             T_FLUSH: self._flush,
             T_GET_ID: self._get_id,
@@ -190,7 +198,7 @@ class BlockDevice(Device):
     @property
     def failures(self) -> int:
         """Those of them that failed while data moved: because of the file, or memory that went."""
-        return self._image_errors + self.server.errors
+        return self._image_errors + self._server.errors
 
     def config(self) -> bytes:
         """The configuration space (section 5.2.4)."""
@@ -220,20 +228,31 @@ class BlockDevice(Device):
             or may wait for the disk and there are threads for that.
         """
         if not self._closed:
-            large = self.server.is_large(chain)
+            large = self._server.is_large(chain)
             if not large:
                 # What was not cached a moment ago may be by now: that look started to read it.
-                served = self.server.process(chain, wait=not self.io_threads)
+                served = self._server.process(chain, wait=not self.io_threads)
                 if served is not None:
                     return served
             work = self._work(chain, self._patience[queue])
             if not (large or self.io_threads or _kind(chain) in _TRIMS):
-                return _all_of(work)
+                return self._serve_here(chain, work)
             with self._lock:
                 if not self._closed:
                     if self._threads is None:
                         self._threads = SlicedThreads(max(self.io_threads, 1), "guestio-blk")
                     return self._threads.submit(queue, work)
+        return self._refuse(chain)
+
+    def _serve_here(self, chain: Chain, work: Work) -> int:
+        """Do work in one go, in this thread, with the image open meanwhile."""
+        try:
+            return _all_of(work) if self._server.hold() >= 0 else self._refuse(chain)
+        finally:
+            self._server.let_go()
+
+    def _refuse(self, chain: Chain) -> int:
+        """Answer a request that a closed device is given."""
         self._count_error()
         return _answer(chain.writable, S_IOERR, 0) if chain.writable.total else 0
 
@@ -244,7 +263,7 @@ class BlockDevice(Device):
 
     def _work(self, chain: Chain, patience: _Patience) -> Work:
         """Serve any request, in whichever thread has the time, slice by slice."""
-        transfer = self.server.transfer(chain)
+        transfer = self._server.transfer(chain)
         if transfer is not None:
             while (served := transfer.step(SLICE_BYTES)) is None:
                 yield
@@ -379,15 +398,32 @@ class BlockDevice(Device):
             if self._closed:
                 return
             self._closed, threads = True, self._threads
+        self._server.retire()
+        until = time.monotonic() + DEVICE_CLOSE_TIMEOUT
         if threads is None:
-            self._close_image()
-        elif not threads.close(DEVICE_CLOSE_TIMEOUT, self._close_image):
+            self._let_go_of_image()
+        else:
+            threads.close(DEVICE_CLOSE_TIMEOUT, self._let_go_of_image)
+        if not self._image_closed.wait(max(until - time.monotonic(), 0)):
             log.error("%s: the disk does not answer; the image stays open", self.path)
+
+    def _let_go_of_image(self) -> None:
+        """Close the image once no thread is in a system call with it.
+
+        A thread that is about to make one would otherwise make it with whichever file is opened
+        next: that may have the same number.
+        """
+        self._server.close(self._close_image)
 
     def _close_image(self) -> None:
         fd, self._fd = self._fd, -1
-        self.server.close()
-        os.close(fd)
+        try:
+            os.close(fd)
+        finally:
+            self._image_closed.set()
+
+
+_PROCESS: Final = BlockDevice.process
 
 
 class _Patience:
