@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import gc
+import sys
+import traceback
 
 import pytest
 
@@ -24,8 +26,15 @@ def pytest_sessionfinish() -> None:
     """Look for memory that nothing refers to any more; the report goes to a file."""
     if "asan" in variant.NAME:
         gc.collect()
+        # Only Python's stack, which the sanitizer does not search, refers to running frames.
+        running = [
+            frame
+            for top in sys._current_frames().values()
+            for frame, _ in traceback.walk_stack(top)
+        ]
         with contextlib.suppress(AttributeError):  # a runtime without it
             ctypes.CDLL(None).__lsan_do_recoverable_leak_check()
+        del running
 
 
 @pytest.fixture(autouse=True)
