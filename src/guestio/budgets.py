@@ -67,6 +67,10 @@ MAX_PIPES = 64
 """Pipes that are notified in place of an eventfd at a time, each by a thread, in the whole process;
 further ones are refused."""
 
+MAX_QUEUED = 4096
+"""Messages that may wait in a socket which is given as call descriptor; with more it is closed. A
+socket's buffer holds some hundred."""
+
 FRONTEND_QUESTIONS_PER_TURN = 1024
 """Requests of a back-end that a front-end answers before its caller, or a stop, has its turn."""
 

@@ -341,6 +341,66 @@ def socket_pair() -> tuple[int, int]:
     return one.detach(), two.detach()
 
 
+def own_end_in_call_fd(raw: Raw) -> None:
+    """Give a call fd in whose queue is the connection itself, some sockets deep."""
+    inner, outer = socket.socketpair(), socket.socketpair()
+    socket.send_fds(inner[1], [b"x"], [raw.sock.fileno()])
+    socket.send_fds(outer[1], [b"x"], [inner[0].fileno()])
+    raw.request(F.SET_VRING_CALL, VringFd(0, has_fd=True), [outer[0].fileno()])
+    for sock in (*inner, *outer):
+        sock.close()
+
+
+def own_end_in_call_fd_later(raw: Raw) -> None:
+    """The same, but it is sent after the call fd was taken."""
+    one, two = socket.socketpair()
+    raw.request(F.SET_VRING_CALL, VringFd(0, has_fd=True), [one.fileno()])
+    raw.request(F.GET_FEATURES)
+    raw.sock.recv(100)
+    with contextlib.suppress(BrokenPipeError):
+        socket.send_fds(two, [b"x"], [raw.sock.fileno()])
+    one.close()
+    two.close()
+
+
+def own_end_in_channel(raw: Raw) -> None:
+    """The same with the back-end channel, which stays open."""
+    one, two = socket.socketpair()
+    raw.negotiate()
+    socket.send_fds(two, [b"x"], [raw.sock.fileno()])
+    raw.request(F.SET_BACKEND_REQ_FD, b"", [one.fileno()])
+    one.close()
+    raw.own(two.detach())
+
+
+def own_end_to_itself(raw: Raw) -> None:
+    """The connection itself is under way on the connection."""
+    raw.request(F.GET_FEATURES, b"", [raw.sock.fileno()])
+
+
+def own_end_in_half_a_message(raw: Raw) -> None:
+    raw.send(encode_message(F.SET_FEATURES, bytes(8))[:5], [raw.sock.fileno()])
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        own_end_in_call_fd,
+        own_end_in_call_fd_later,
+        own_end_in_channel,
+        own_end_to_itself,
+        own_end_in_half_a_message,
+    ],
+)
+def test_one_that_leaves_its_end_of_the_connection_is_gone(
+    survivor: Serving, give: Callable[[Raw], None]
+) -> None:
+    """A process that dies does not hang up: its end lives on where the back-end has it."""
+    with Raw(survivor) as raw:
+        give(raw)
+    survivor.let_go()
+
+
 class TestPipes:
     """User-mode Linux takes notifications from a socket pair; others from a pipe."""
 
@@ -396,6 +456,23 @@ class TestPipes:
             accepted.close()
         for sock in pair:
             sock.close()
+
+    def test_a_socket_with_no_end_of_messages_is_closed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(foreign, "MAX_QUEUED", 2)
+        before = footprint()
+        one, two = socket.socketpair()
+        with one:
+            for _ in range(3):
+                socket.send_fds(one, [b"x"], [0])
+            notifier = foreign.PipeNotifier(two.detach())
+            one.settimeout(WAIT)
+            with contextlib.suppress(ConnectionResetError):
+                assert one.recv(1) == b""
+            os.eventfd_write(notifier.fd, 1)
+            notifier.close()
+        until(lambda: footprint() == before)
 
     def test_not_too_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(foreign, "MAX_PIPES", 1)

@@ -23,21 +23,22 @@ from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 from guestio.budgets import SEND_TIMEOUT
 from guestio.errors import GuestioError, ProtocolError, again
-from guestio.vhost_user.foreign import check_channel, close_foreign, close_socket
+from guestio.vhost_user.foreign import (
+    CONTROL_SPACE,
+    check_channel,
+    close_foreign,
+    close_socket,
+    received_fds,
+)
 from guestio.vhost_user.messages import HEADER_SIZE, MAX_FDS, Header, request_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 _READ_AHEAD: Final = 16384
-_FD_SIZE: Final = array.array("i").itemsize
-# As many as one message may carry for the kernel (SCM_MAX_FD), and some room for what else it may
-# add: what does not fit the kernel closes in the thread that receives, and that may wait.
-_CONTROL_SPACE: Final = socket.CMSG_SPACE(253 * _FD_SIZE) + 256
 # Non-blocking per call: the peer may share the file description and could clear O_NONBLOCK.
 _RECV_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
 _SEND_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-_SCM_PIDFD: Final = 4  # linux/socket.h; a socket option of the peer's can make the kernel add one
 _GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 
 
@@ -341,7 +342,7 @@ class Channel:
         size = wanted - len(pending) if self.with_fds else _READ_AHEAD
         self._check_open()
         try:
-            data, control, flags, _ = self._socket.recvmsg(size, _CONTROL_SPACE, _RECV_FLAGS)
+            data, control, flags, _ = self._socket.recvmsg(size, CONTROL_SPACE, _RECV_FLAGS)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -355,14 +356,9 @@ class Channel:
     def _adopt(self, control: list[tuple[int, int, bytes]], flags: int) -> None:
         """Take over what came beside the bytes; nothing but up to `MAX_FDS` fds may have."""
         known, beside = len(self._fds), not self.with_fds or self._header is not None
-        strange = False
-        for level, kind, data in control:
-            rights = (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-            if rights or (level, kind) == (socket.SOL_SOCKET, _SCM_PIDFD):
-                fds = array.array("i")
-                fds.frombytes(data[: len(data) - len(data) % _FD_SIZE])
-                self._fds.extend(fds)
-            strange |= not rights
+        self._fds.extend(received_fds(control))
+        rights = socket.SOL_SOCKET, socket.SCM_RIGHTS
+        strange = any((level, kind) != rights for level, kind, _ in control)
         if flags & socket.MSG_CTRUNC:
             self._fail("message carries more fds than this process may open")
         if beside and len(self._fds) > known:

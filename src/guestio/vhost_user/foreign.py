@@ -8,6 +8,7 @@ the rest is closed in a thread.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
 import socket
@@ -18,12 +19,18 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from guestio._core.foreign import close_aside, is_memory, socket_kind
-from guestio.budgets import CLOSE_GRACE, MAX_CLOSERS, MAX_PIPES
+from guestio.budgets import CLOSE_GRACE, MAX_CLOSERS, MAX_PIPES, MAX_QUEUED
 from guestio.errors import BackingError, ProtocolError
 from guestio.memory.backing import close_fd
 
 _ONE: Final = (1).to_bytes(8, "little")
 _EVENTFD: Final = "anon_inode:[eventfd]"
+_FD_SIZE: Final = array.array("i").itemsize
+CONTROL_SPACE: Final = socket.CMSG_SPACE(253 * _FD_SIZE) + 256
+"""Room for as many descriptors as one message may carry for the kernel (SCM_MAX_FD), and for what
+else it may add: what does not fit the kernel closes in the thread that receives, and that may
+wait."""
+_SCM_PIDFD: Final = 4  # linux/socket.h; a socket option of the peer's can make the kernel add one
 _DISK_FILE_SYSTEMS: Final = frozenset(
     {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "ramfs", "xfs", "zfs"}
 )
@@ -142,6 +149,8 @@ class PipeNotifier:
     def _run(self, pipe: int) -> None:
         if socket_kind(pipe) is not None:
             with socket.socket(fileno=pipe) as sock:
+                if not _receive_no_more(sock):
+                    close_socket(sock)
                 self._pass_on(lambda: sock.send(_ONE, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL))
             return
         own = -1
@@ -170,6 +179,45 @@ class PipeNotifier:
         self._closing = True
         os.eventfd_write(self.fd, 1)
         self._thread.join(CLOSE_GRACE)
+
+
+def _receive_no_more(sock: socket.socket) -> bool:
+    """Empty a socket's queue, and let nothing in any more; False if there is no end of it.
+
+    A descriptor that nobody receives stays open: a front-end's own end of its connection, say,
+    which then never ends.
+    """
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RD)
+    for _ in range(MAX_QUEUED):
+        try:
+            data, control, _, _ = sock.recvmsg(
+                65536, CONTROL_SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+            )
+        except OSError:
+            return True
+        close_foreign(received_fds(control))
+        if not data:
+            return True
+    return False
+
+
+def received_fds(control: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came beside the bytes of a message (``recvmsg``)."""
+    fds = array.array("i")
+    for level, kind, data in control:
+        if level == socket.SOL_SOCKET and kind in (socket.SCM_RIGHTS, _SCM_PIDFD):
+            fds.frombytes(data[: len(data) - len(data) % _FD_SIZE])
+    return list(fds)
+
+
+def queued_fds(fd: int) -> int:
+    """How many descriptors wait in a Unix socket to be received; 0 before Linux 5.6."""
+    try:
+        about = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    except OSError:
+        return 0
+    return next((int(line[8:]) for line in about.splitlines() if line[:8] == "scm_fds:"), 0)
 
 
 def close_foreign(fds: Iterable[int]) -> None:
