@@ -1,4 +1,4 @@
-"""The order in which requests are taken and shown: in turn, as they are done, or over each other.
+"""Requests are taken in the order of the ring, and shown in that order or as they are done.
 
 Where requests in flight are noted, a device that is gone is followed by one that goes on; the tests
 let that happen between any two steps.
@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import pytest
 
 from guestio._core.access import AddressSpace
+from guestio._core.blockio import BlockServer
 from guestio._core.chain import Chain
 from guestio._core.inflight import InflightQueue
 from guestio._core.ring import SplitRing
-from guestio._core.variant import CAPACITIES
 from guestio.addr import Permissions
 from guestio.errors import QueueError
 from guestio.iommu import Iotlb
@@ -30,8 +30,6 @@ AREAS = 0x40000
 BUFFERS = 0x100000
 ROOM = 32
 """Bytes that each request has for an answer."""
-MAX_HELD = CAPACITIES["RING_HELD"]
-"""Requests that may be overtaken at a time."""
 VERSION_AT = 8
 """Where a queue's part of the region for requests in flight says its version."""
 
@@ -288,109 +286,71 @@ class TestSettling:
         assert ordered.shown(0) == [(0, 0)]
 
 
-class TestOvertaking:
-    def test_those_behind_are_taken_first(self, noted: Bench) -> None:
-        noted.tell(1, 3)
-        noted.offer(0, 1, 2, 3)
-        chains, misses = noted.ring.pop()
-        assert [chain.head for chain in chains] == [1, 3]
-        assert [base for (base, _), _ in misses] == [noted.page(0), noted.page(2)]
-        assert (noted.ring.held_count, noted.ring.outstanding, noted.ring.next_avail) == (2, 4, 4)
-        progress = noted.ring.progress
-        noted.tell(2)
-        (second,), misses = noted.ring.pop()
-        assert second.head == 2
-        assert len(misses) == 1
-        assert noted.ring.progress == progress, "the oldest still waits"
-        noted.tell(0)
-        (first,) = noted.take()
-        assert noted.ring.progress != progress
-        for chain in (second, *chains, first):
-            noted.ring.complete(chain, chain.head)
-        noted.ring.publish()
-        assert noted.shown(0) == [(2, 2), (1, 1), (3, 3), (0, 0)]
+class TestWaiting:
+    """A request that lacks a translation, and those behind it."""
 
-    def test_a_request_is_failed_wherever_it_is(self, noted: Bench) -> None:
+    @pytest.mark.parametrize("order", ["ordered", "done", "noted"])
+    def test_nothing_overtakes_it(self, order: str) -> None:
+        bench = Bench(order=order)
+        bench.tell(1, 3)
+        bench.offer(0, 1, 2, 3)
+        chains, misses = bench.ring.pop()
+        assert chains == []
+        assert [base for (base, _), _ in misses] == [bench.page(0), bench.page(2)]
+        assert (bench.ring.next_avail, bench.ring.outstanding) == (0, 0)
+        progress = bench.ring.progress
+        bench.tell(0)
+        first, misses = bench.ring.pop()
+        assert [chain.head for chain in first] == [0, 1]
+        assert [base for (base, _), _ in misses] == [bench.page(2)]
+        assert bench.ring.progress != progress
+        bench.tell(2)
+        for chain in first + bench.take():
+            bench.ring.complete(chain, chain.head)
+        bench.ring.publish()
+        assert bench.shown(0) == [(head, head) for head in range(4)]
+        bench.close()
+
+    def test_what_was_taken_before_it_is_shown_as_it_is_done(self, noted: Bench) -> None:
+        noted.tell(0, 1)
         noted.offer(0, 1, 2)
+        (slow, fast), _ = noted.ring.pop()
+        noted.ring.complete(fast, 5)
+        noted.ring.publish()
+        assert noted.shown(0) == [(1, 5)]
+        noted.ring.complete(slow, 6)
+        noted.ring.publish()
+        assert noted.shown(0) == [(1, 5), (0, 6)]
+        assert noted.ring.resume_at == 2
+
+    def test_the_oldest_fails(self, noted: Bench) -> None:
+        noted.offer(0, 1)
         noted.ring.pop()
-        assert [noted.ring.lacking(i) is None for i in range(4)] == [False] * 3 + [True]
-        assert noted.ring.pop_faulty(3) is None
-        progress = noted.ring.progress
-        middle = noted.ring.pop_faulty(1)
-        assert middle is not None
-        assert (middle.head, noted.ring.held_count) == (1, 2)
-        assert middle.fault is not None
-        assert noted.ring.progress == progress
+        assert [base for (base, _), _ in noted.ring.lacking()] == [noted.page(0)]
         oldest = noted.ring.pop_faulty()
         assert oldest is not None
-        assert (oldest.head, noted.ring.progress) == (0, progress + 1)
-        noted.ring.complete(middle, 0)
+        assert oldest.head == 0
+        assert oldest.fault is not None
+        assert [base for (base, _), _ in noted.ring.lacking()] == [noted.page(1)]
         noted.ring.complete(oldest, 0)
-        noted.tell(2)
+        noted.tell(1)
         noted.ring.complete(noted.take()[0], 1)
         noted.ring.publish()
-        assert noted.shown(0) == [(1, 0), (0, 0), (2, 1)]
+        assert noted.shown(0) == [(0, 0), (1, 1)]
+        assert noted.ring.lacking() is None
+        assert noted.ring.pop_faulty() is None
 
-    def test_no_more_than_a_few_wait_at_a_time(self) -> None:
-        bench = Bench(128, order="noted")
-        bench.offer(*range(128))
-        bench.tell(*range(MAX_HELD + 1, 128))
-        chains = []
-        for _ in range(3):
-            taken, misses = bench.ring.pop(128)
-            chains += taken
-            assert len(misses) >= 1
-            assert bench.ring.held_count == MAX_HELD
-        # The next one finds no place to wait, so it and those behind it stay in the ring.
-        assert chains == []
-        assert bench.ring.next_avail == MAX_HELD
-        bench.tell(17)
-        (freed,), _ = bench.ring.pop(1)
-        assert freed.head == 17
-        chains, _ = bench.ring.pop(128)
-        assert [chain.head for chain in chains] == list(range(MAX_HELD + 1, 128))
-        assert bench.ring.held_count == MAX_HELD
-        bench.tell(*range(MAX_HELD + 1))
-        chains += bench.take()
-        for chain in [freed, *chains]:
-            bench.ring.complete(chain, chain.head % ROOM)
-        bench.ring.publish()
-        assert sorted(bench.shown(0)) == [(head, head % ROOM) for head in range(128)]
-        bench.close()
-
-    def test_one_that_comes_while_no_more_may_wait_is_noticed(self) -> None:
-        bench = Bench(2 * MAX_HELD, order="noted")
-        bench.offer(*range(MAX_HELD))
-        bench.ring.pop(2 * MAX_HELD)
-        assert bench.ring.held_count == MAX_HELD
-        bench.tell(100)
-        # Between the look at the ring and the wish for an announcement.
-        bench.offer(100)
-        assert bench.ring.enable_kicks() is True
-        (chain,), _ = bench.ring.pop()
-        assert chain.head == 100
-        bench.close()
-
-    def test_while_no_more_may_wait_it_rests(self) -> None:
-        """What is in the ring cannot be taken, so looking again at once would never end."""
-        bench = Bench(2 * MAX_HELD, order="noted")
-        bench.offer(*range(MAX_HELD + 1))
-        for _ in range(2):
-            chains, misses, served, resting = bench.ring.turn(None, 128, -1, True, True)
-            assert (chains, served, bench.ring.held_count) == ([], 0, MAX_HELD)
-            assert misses
+    def test_one_that_comes_meanwhile_does_not_keep_the_ring_busy(self, noted: Bench) -> None:
+        for count in range(1, 4):
+            noted.offer(count)
+            chains, misses, served, resting = noted.ring.turn(None, 128, -1, True)
+            assert (chains, served, len(list(misses))) == ([], 0, count)
             assert resting, "it is looked at again and again"
-            assert bench.ring.enable_kicks() is False
-        bench.tell(*range(MAX_HELD + 1))
-        chains, misses, _, _ = bench.ring.turn(None, 128, -1, True, True)
-        assert [chain.head for chain in chains] == list(range(MAX_HELD + 1))
-        assert not misses
-        bench.close()
 
-    def test_a_full_ring_of_requests_that_wait(self, noted: Bench) -> None:
+    def test_more_than_the_ring_has_entries(self, noted: Bench) -> None:
+        noted.tell(*range(8))
         noted.offer(*range(8))
-        assert noted.ring.pop()[0] == []
-        assert noted.ring.held_count == 8
+        noted.take()
         noted.offer(0)
         with pytest.raises(QueueError, match="with 8 requests not given back"):
             noted.ring.pop()
@@ -398,8 +358,9 @@ class TestOvertaking:
 
     @pytest.mark.parametrize("ahead", [9, 0x7FFF, 0x8000, 0xFFFF])
     def test_an_available_index_that_cannot_be(self, noted: Bench, ahead: int) -> None:
+        noted.tell(0, 1)
         noted.offer(0, 1)
-        noted.ring.pop()
+        noted.take()
         noted.set_avail_idx((2 + ahead) & 0xFFFF)
         with pytest.raises(QueueError, match="runs ahead of a ring of 8"):
             noted.ring.pop()
@@ -417,12 +378,11 @@ class TestOvertaking:
         with pytest.raises(QueueError):
             noted.ring.pop()
         with pytest.raises(QueueError):
-            noted.ring.lacking(0)
+            noted.ring.lacking()
 
     def test_a_head_that_is_offered_again_while_it_waits(self, noted: Bench) -> None:
         noted.offer(0, 0, 0)
         noted.ring.pop()
-        assert noted.ring.held_count == 3
         noted.tell(0)
         chains = noted.take()
         for chain in chains:
@@ -437,36 +397,81 @@ class TestOvertaking:
 class TestGoingOn:
     """Another device's side of the ring, with the same region."""
 
-    def hold(self, noted: Bench) -> None:
-        noted.tell(1, 3)
+    def leave(self, noted: Bench) -> None:
+        """Leave 0, 2 and 3 in flight; 1, which was taken after 0, is shown."""
+        noted.tell(*range(4))
         noted.offer(0, 1, 2, 3)
-        chains, _ = noted.ring.pop()
+        chains = noted.take()
         noted.ring.complete(chains[1], 5)
         noted.ring.publish()
         for chain in chains:
-            if chain.head == 1:
+            if chain.head != 1:
                 chain.settle(0)
+        noted.forget(*range(4))
 
     def test_what_was_in_flight_is_taken_first_and_in_order(self, noted: Bench) -> None:
-        self.hold(noted)
+        self.leave(noted)
         noted.offer(4)
         noted.ring = noted.device(77)
         assert noted.ring.resume_at == 77
         noted.tell(*range(8))
-        assert [chain.head for chain in noted.take()] == [0, 1, 2, 4]
+        assert [chain.head for chain in noted.take()] == [0, 2, 3, 4]
         assert noted.ring.resume_at == 5
 
     def test_it_may_still_lack_something(self, noted: Bench) -> None:
-        self.hold(noted)
+        self.leave(noted)
+        noted.offer(4)
         noted.ring = noted.device(0)
-        (chain,), misses = noted.ring.pop()
-        assert chain.head == 1
-        assert len(misses) == 2
-        faulty = noted.ring.pop_faulty(1)
+        noted.tell(2, 4)
+        chains, misses = noted.ring.pop()
+        assert chains == []
+        assert [base for (base, _), _ in misses] == [noted.page(0), noted.page(3)]
+        assert [base for (base, _), _ in noted.ring.lacking()] == [noted.page(0)]
+        progress = noted.ring.progress
+        faulty = noted.ring.pop_faulty()
         assert faulty is not None
-        assert faulty.head == 2
+        assert (faulty.head, faulty.fault is None) == (0, False)
+        assert noted.ring.progress != progress
+        chains, misses = noted.ring.pop()
+        assert [chain.head for chain in chains] == [2]
+        assert noted.ring.held_count == 1
+        noted.tell(3)
+        assert [chain.head for chain in noted.take()] == [3, 4]
 
-    def test_more_than_may_be_overtaken(self) -> None:
+    def test_what_it_lacks_keeps_what_comes_new_in_the_ring(self, noted: Bench) -> None:
+        self.leave(noted)
+        noted.ring = noted.device(0)
+        noted.tell(0, 2, 4)
+        noted.offer(4)
+        chains, _, served, resting = noted.ring.turn(None, 64, -1, True)
+        assert [chain.head for chain in chains] == [0, 2]
+        for chain in chains:
+            noted.ring.complete(chain, 0)
+        for _ in range(2):
+            chains, misses, served, resting = noted.ring.turn(None, 64, -1, True)
+            assert (chains, served, resting) == ([], 0, True)
+            assert [base for (base, _), _ in misses] == [noted.page(3)]
+
+    @pytest.mark.parametrize("work", [1, 2])
+    def test_what_does_not_fit_a_turn_is_taken_in_the_next(self, work: int) -> None:
+        bench = Bench(8, order="noted")
+        bench.tell(*range(8))
+        bench.offer(0, 1, 2)
+        bench.take()
+        bench.ring = SplitRing(
+            bench.space, 8, DESC, AVAIL, USED, inflight=bench.noted(), turn_bytes=work * ROOM
+        )
+        server = BlockServer(-1, 512)
+        taken = 0
+        for _ in range(5):
+            chains, _, served, resting = bench.ring.turn(server, 64, -1, True)
+            taken += len(chains) + served
+            if resting:
+                break
+        assert taken == 3
+        bench.close()
+
+    def test_many_of_them(self) -> None:
         bench = Bench(256, order="noted")
         bench.tell(*range(256))
         bench.offer(*range(200))
@@ -474,24 +479,80 @@ class TestGoingOn:
         bench.forget(*range(100))
         bench.ring = bench.device(0)
         chains, misses = bench.ring.pop()
-        assert [chain.head for chain in chains] == list(range(100, 200))
+        assert chains == []
         assert len(misses) == 100
-        assert bench.ring.held_count == 100
         bench.offer(200, 201)
-        assert [chain.head for chain in bench.ring.pop()[0]] == [200, 201]
-        bench.tell(*range(100))
-        assert [chain.head for chain in bench.take()] == list(range(100))
+        bench.tell(*range(99))
+        assert [chain.head for chain in bench.ring.pop()[0]] == list(range(99))
+        assert bench.ring.held_count == 101
+        bench.tell(99)
+        assert [chain.head for chain in bench.take()] == list(range(99, 202))
         bench.close()
 
     def test_twice_in_a_row(self, noted: Bench) -> None:
-        self.hold(noted)
+        self.leave(noted)
         for _ in range(3):
             noted.ring = noted.device(0)
             noted.ring.pop()
-        noted.tell(*range(8))
-        assert sorted(chain.head for chain in noted.ring.pop()[0]) == [0, 2]
+        noted.tell(0, 2)
+        assert [chain.head for chain in noted.ring.pop()[0]] == [0, 2]
         noted.ring = noted.device(0)
-        assert [chain.head for chain in noted.take()] == [0, 1, 2]
+        noted.tell(*range(8))
+        assert [chain.head for chain in noted.take()] == [0, 2, 3]
+
+    @pytest.mark.parametrize("base", [0, 0xFFFD])
+    def test_at_a_stop_an_index_is_enough(self, base: int) -> None:
+        """Whoever goes on is told where, and is not given the notes."""
+        bench = Bench(base=base, order="noted")
+        bench.tell(0, 1, 3)
+        bench.offer(0, 1, 2, 3)
+        first, second = bench.ring.pop()[0]
+        bench.ring.complete(second, 1)
+        bench.ring.publish()
+        bench.ring.complete(first, 0)
+        bench.ring.publish()
+        assert bench.ring.give_back() == 0
+        assert bench.ring.resume_at == bench.used_idx == (base + 2) & 0xFFFF
+        bench.tell(2)
+        without = SplitRing(
+            bench.space, 8, DESC, AVAIL, USED, base=bench.ring.resume_at, ordered=True
+        )
+        assert [chain.head for chain in without.pop()[0]] == [2, 3]
+        bench.close()
+
+    def test_what_was_in_flight_before_is_given_back_at_a_stop(self, noted: Bench) -> None:
+        noted.tell(0, 1, 2)
+        noted.offer(0, 1, 2)
+        noted.ring.complete(noted.take()[0], 0)
+        noted.ring.publish()
+        noted.forget(0)
+        noted.ring = noted.device(0)
+        noted.iotlb.invalidate_mapping(0, AREAS)
+        assert noted.ring.give_back() == 0, "the ring cannot be reached"
+        noted.iotlb.set_mapping(0, 0, AREAS, RW)
+        noted.iotlb.set_mapping(noted.page(1), noted.page(1), PAGE, Permissions.READ)
+        assert noted.ring.pop()[0] == []
+        assert noted.ring.give_back() == 2
+        assert (noted.ring.held_count, noted.ring.outstanding, noted.ring.resume_at) == (0, 0, 1)
+        without = SplitRing(noted.space, 8, DESC, AVAIL, USED, base=1, ordered=True)
+        noted.tell(1, 2)
+        assert [chain.head for chain in without.pop()[0]] == [1, 2]
+        # Nor is it done once more by one with the notes.
+        noted.offer(3)
+        noted.tell(3)
+        noted.ring = noted.device(0)
+        assert noted.ring.held_count == 0
+        assert [chain.head for chain in noted.take()] == [1, 2, 3]
+
+    def test_what_was_overtaken_before_stays_in_the_notes(self, noted: Bench) -> None:
+        self.leave(noted)
+        noted.ring = noted.device(0)
+        noted.ring.pop()
+        assert noted.ring.give_back() == 2
+        assert noted.ring.resume_at == 2
+        noted.ring = noted.device(0)
+        noted.tell(*range(8))
+        assert [chain.head for chain in noted.take()] == [0, 2, 3]
 
     def test_a_region_that_cannot_be_followed_breaks_the_ring(self, noted: Bench) -> None:
         part = noted.noted()

@@ -42,8 +42,8 @@ class Request:
 class OrderMachine(RuleBasedStateMachine):
     """A driver, a device, an IOMMU, and now and then the end of one of them.
 
-    The model keeps requests in lists: offered, held (overtaken), taken, and completed but not
-    shown. What is shown is compared with the used ring after every step.
+    The model keeps requests in lists: offered, held (in flight when a device died), taken, and
+    completed but not shown. What is shown is compared with the used ring after every step.
     """
 
     SIZE = 8
@@ -58,6 +58,7 @@ class OrderMachine(RuleBasedStateMachine):
         self.held: list[Request] = []
         self.taken: list[Request] = []
         self.shown = base
+        self.turns_taken = 0
         self.told: set[int] = set()
         self.areas = True
         self.turns = itertools.count()
@@ -102,14 +103,8 @@ class OrderMachine(RuleBasedStateMachine):
         self.bench.iotlb.set_mapping(0, 0, AREAS, RW)
         self.areas = True
 
-    def expected(self) -> tuple[list[Request], list[Request]]:
-        """What is taken next, and what is held then."""
-        if not self.noted:
-            ready = list(itertools.takewhile(lambda each: each.head in self.told, self.offered))
-            return ready, []
-        waiting = self.held + self.offered
-        ready = [each for each in waiting if each.head in self.told]
-        return ready, [each for each in waiting if each.head not in self.told]
+    def ready(self, waiting: list[Request]) -> list[Request]:
+        return list(itertools.takewhile(lambda each: each.head in self.told, waiting))
 
     @rule()
     def pop(self) -> None:
@@ -118,38 +113,41 @@ class OrderMachine(RuleBasedStateMachine):
             assert chains == []
             assert misses != []
             return
-        ready, held = self.expected()
-        assert [chain.head for chain in chains] == [each.head for each in ready]
-        lacking = held if self.noted else [e for e in self.offered if e.head not in self.told]
+        again = self.ready(self.held)
+        self.held = self.held[len(again) :]
+        fresh = [] if self.held else self.ready(self.offered)
+        self.offered = self.offered[len(fresh) :]
+        self.turns_taken += len(fresh)
+        assert [chain.head for chain in chains] == [each.head for each in again + fresh]
         pages = {base for (base, length), _ in misses for base in range(base, base + length, PAGE)}
+        lacking = [each for each in self.held or self.offered if each.head not in self.told]
         assert pages == {self.bench.page(each.head) for each in lacking}
-        for each, chain in zip(ready, chains, strict=True):
+        for each, chain in zip(again + fresh, chains, strict=True):
             each.chain = chain
             assert chain.fault is None
-        self.taken += ready
-        self.held = held
-        self.offered = [] if self.noted else self.offered[len(ready) :]
+        self.taken += again + fresh
 
-    @rule(index=st.integers(0, 3))
-    def look(self, index: int) -> None:
-        found = self.bench.ring.lacking(index)
-        waiting = self.held if self.noted else self.offered[:1]
-        if not self.areas or index >= len(waiting):
+    @rule()
+    def look(self) -> None:
+        found = self.bench.ring.lacking()
+        waiting = self.held or self.offered
+        if not self.areas or not waiting:
             assert found is None
         else:
-            head = waiting[index].head
+            head = waiting[0].head
             pages = [] if head in self.told else [self.bench.page(head)]
             assert [base for (base, _), _ in found or []] == pages
 
-    @rule(index=st.integers(0, 3))
-    def fail(self, index: int) -> None:
-        chain = self.bench.ring.pop_faulty(index)
-        waiting = self.held if self.noted else self.offered
-        if not self.areas or index >= (len(waiting) if self.noted else min(len(waiting), 1)):
+    @rule()
+    def fail(self) -> None:
+        chain = self.bench.ring.pop_faulty()
+        waiting = self.held or self.offered
+        if not self.areas or not waiting:
             assert chain is None
             return
+        self.turns_taken += not self.held
+        each = waiting.pop(0)
         assert chain is not None
-        each = waiting.pop(index)
         assert chain.head == each.head
         assert (chain.fault is None) == (each.head in self.told)
         each.chain = chain
@@ -203,6 +201,40 @@ class OrderMachine(RuleBasedStateMachine):
             self.held = again
         else:
             self.offered = again + self.offered
+
+    @precondition(lambda self: self.bench.order != "done")
+    @rule(notes=st.booleans())
+    def stop(self, notes: bool) -> None:
+        """All that was taken is finished, and an index says where the rest begins.
+
+        Only what a device that died had let others overtake needs the notes again.
+        """
+        self.find_areas()
+        for each in self.taken:
+            if each.written is None:
+                assert each.chain is not None
+                each.written = 0
+                self.bench.ring.complete(each.chain, 0)
+        self.bench.ring.publish()
+        shown = self.bench.shown(self.shown)
+        assert sorted(shown) == sorted((each.head, each.written) for each in self.taken)
+        self.shown = self.bench.used_idx
+        self.free += [each.head for each in self.taken]
+        self.taken = []
+        given = 0
+        while self.held and self.held[-1].turn == self.turns_taken - 1:
+            each = self.held.pop()
+            self.offered.insert(0, each)
+            self.turns_taken -= 1
+            given += 1
+        assert self.bench.ring.give_back() == given
+        base = self.bench.ring.resume_at
+        if not self.held:
+            assert base == self.shown
+            if self.noted and not notes:
+                self.bench.close()
+                self.bench.region, self.bench.order = None, "ordered"
+        self.bench.ring = self.bench.device(base)
 
     @invariant()
     def counts(self) -> None:

@@ -94,10 +94,8 @@ enum {
        least a message of 44 bytes; the odd rest of a tiny one cuts the next. */
     READ_AHEAD = GUESTIO_CAPACITY_OF(32768, 100),
 
-    /* Rings: requests that wait for a translation while others overtake them, descriptors and
-       pieces of memory after which a look ends, looks at a ring between two looks elsewhere, and
-       requests served in the core that the driver is shown at a time. */
-    RING_HELD = GUESTIO_CAPACITY_OF(64, 1),
+    /* Rings: descriptors and pieces of memory after which a look ends, looks at a ring between two
+       looks elsewhere, and requests served in the core that the driver is shown at a time. */
     RING_LOOK_WORK = GUESTIO_CAPACITY_OF(1 << 16, 4),
     RING_LOOKS = GUESTIO_CAPACITY_OF(64, 1),
     RING_PUBLISH_EACH = GUESTIO_CAPACITY_OF(8, 2),

@@ -27,7 +27,6 @@ cdef extern from "capacity.h" nogil:
         QUESTION_SLOTS
         QUESTION_BATCH
         READ_AHEAD
-        RING_HELD
         RING_LOOK_WORK
         RING_LOOKS
         RING_PUBLISH_EACH

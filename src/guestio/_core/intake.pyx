@@ -239,7 +239,7 @@ cdef class Intake:
             misses = Misses()
             try:
                 served = queue.ring.run_turn(
-                    queue.server, LOOP_REQUESTS, queue.call, True, False, chains, misses, &resting
+                    queue.server, LOOP_REQUESTS, queue.call, True, chains, misses, &resting
                 )
             except GuestioError as error:
                 outcome = error

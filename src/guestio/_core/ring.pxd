@@ -40,6 +40,7 @@ cdef class SplitRing(RingAreas):
     cdef IoVector table
     cdef Chain spare
     cdef u16 *held
+    cdef int held_at      # the first of those that were not taken again
     cdef u16 *shown
     cdef Completed *pending
     cdef u32 pending_count
@@ -49,20 +50,20 @@ cdef class SplitRing(RingAreas):
     cdef u64 turn_bytes
     cdef Quota quota
     cdef u64 charged      # pieces of this ring's requests that the quota counts
-    cdef bint crowded     # the next request lacks something, and as many wait as may
+    cdef bint crowded     # no request is taken until another one is completed
 
     cdef int waiting(self) except -1
     cdef int run_turn(
-        self, Server server, int limit, int call, bint rest, bint late, list chains,
-        Misses misses, bint *resting,
+        self, Server server, int limit, int call, bint rest, list chains, Misses misses,
+        bint *resting,
     ) except -1
     cdef int take(self, int limit, Server server, list chains, Misses misses) except -1
     cdef int take_held(self, Server server, list chains, Misses misses) except -1
     cdef int take_new(self, int limit, Server server, list chains, Misses misses) except -1
     cdef void advance(self, int head) noexcept
-    cdef void forget_held(self, int at) noexcept
+    cdef void forget_held(self) noexcept
     cdef int dispatch(self, Server server, list chains) except -1
-    cdef int lacking_head(self, int index) except -2
+    cdef int lacking_head(self) except -2
     cpdef disable_kicks(self)
     cdef bint more_after_request(self) except -1
     cdef bint look(self, int head, Misses misses, bint lenient) except -1

@@ -9,14 +9,11 @@ Indices are published with one release store each, after everything they cover.
 
 from cpython.exc cimport PyErr_NoMemory
 from libc.stdlib cimport calloc, free
-from libc.string cimport memmove
 
 from guestio._core.access cimport AddressSpace, IoVector
 from guestio._core.areas cimport RingAreas, current
 from guestio._core.border cimport as_address, as_seconds, u8
-from guestio._core.capacity cimport (
-    RING_HELD, RING_LOOK_WORK, RING_LOOKS, RING_PUBLISH_EACH,
-)
+from guestio._core.capacity cimport RING_LOOK_WORK, RING_LOOKS, RING_PUBLISH_EACH
 from guestio._core.chain cimport NOT_SERVED, Chain, Quota, Server, i64, is_moving, new_chain
 from guestio._core.foreign cimport notify
 from guestio._core.inflight cimport InflightQueue
@@ -84,8 +81,7 @@ cdef class SplitRing(RingAreas):
             index says where to go on after a stop or a crash. Otherwise they are shown as they
             complete.
         inflight: Where to note which requests are in flight, for whoever goes on after a crash.
-            With it, a request that lacks a translation is overtaken by those behind it; and
-            requests that are noted in it already are taken first, whatever ``base`` is.
+            Requests that are noted in it already are taken first, whatever ``base`` is.
         turn_bytes: Bytes of requests that are served in one turn, before others have theirs; the
             last request may exceed it.
         quota: Limits the memory of requests that were taken and not completed, together with other
@@ -94,8 +90,9 @@ cdef class SplitRing(RingAreas):
     Attributes:
         next_avail: The ring position that is taken next.
         outstanding: Requests taken and not completed; those that wait to be shown are not counted.
-        held_count: Requests taken that wait for a translation while others overtake them.
-        progress: Changes whenever another request is the oldest that was not taken or is held.
+        held_count: Requests that were in flight when the device before this one ended, and that
+            were not taken again yet.
+        progress: Changes whenever a request is taken.
         broken: Why the ring stopped, or None.
 
     One thread at a time.
@@ -156,8 +153,7 @@ cdef class SplitRing(RingAreas):
 
         Requests are taken in the order in which the driver made them available. One that lacks
         translations ends the list and stays in the ring; those behind it are looked at too, so
-        that everything that is missing can be asked for at once. Where requests in flight are
-        noted it is overtaken instead, and looked at again each time.
+        that everything that is missing can be asked for at once.
 
         Args:
             limit: Requests to look at, at most; fewer if they are very large.
@@ -179,9 +175,7 @@ cdef class SplitRing(RingAreas):
             self.keep_nothing()
         return chains, list(misses)
 
-    def turn(
-        self, Server server, int limit=64, int call=-1, bint rest=False, bint late=False
-    ):
+    def turn(self, Server server, int limit=64, int call=-1, bint rest=False):
         """Serve the ring for one turn: all that can be done for it without leaving the core.
 
         What was completed before is shown; the available requests are taken, as by :meth:`pop`;
@@ -195,8 +189,6 @@ cdef class SplitRing(RingAreas):
             rest: Whether to ask for an announcement of the next request if there is none now. Not
                 while requests wait for translations: those that come then are found when the
                 answers do.
-            late: The answers are late, so ask for an announcement in any case, if requests may be
-                overtaken.
 
         Returns:
             ``(chains, misses, served, resting)``: as from :meth:`pop`, but the misses as
@@ -210,12 +202,12 @@ cdef class SplitRing(RingAreas):
         cdef list chains = []
         cdef Misses misses = Misses()
         cdef bint resting
-        cdef int served = self.run_turn(server, limit, call, rest, late, chains, misses, &resting)
+        cdef int served = self.run_turn(server, limit, call, rest, chains, misses, &resting)
         return chains, misses, served, resting
 
     cdef int run_turn(
-        self, Server server, int limit, int call, bint rest, bint late, list chains,
-        Misses misses, bint *resting,
+        self, Server server, int limit, int call, bint rest, list chains, Misses misses,
+        bint *resting,
     ) except -1:
         """As :meth:`turn`; the requests served."""
         cdef int served = 0
@@ -230,9 +222,11 @@ cdef class SplitRing(RingAreas):
                 if self.areas_ready(misses):
                     if self.pending_count:
                         self.show_pending()
-                    if chains or not rest or self.moved >= self.turn_bytes:
+                    if chains or not rest or self.moved >= self.turn_bytes or (
+                        self.held_count and not misses.count and not self.crowded
+                    ):
                         resting[0] = False
-                    elif not misses.count or (late and self.inflight is not None):
+                    elif not misses.count:
                         resting[0] = not self.more_after_request()
         finally:
             self.keep_nothing()
@@ -252,76 +246,56 @@ cdef class SplitRing(RingAreas):
             return served
         if self.held_count:
             served = self.take_held(server, chains, misses)
-        if self.areas_ready(misses):
+        # Nothing overtakes what waits, so that after a stop an index says where to go on.
+        if not self.held_count and self.areas_ready(misses):
             served += self.take_new(limit, server, chains, misses)
         self.check_areas()
         return served
 
     cdef int take_held(self, Server server, list chains, Misses misses) except -1:
-        """Take those of the overtaken requests that lack nothing any more."""
+        """Take what was in flight before, up to the first that lacks something."""
         cdef int at = 0, head, served = 0
-        while (
-            at < self.held_count and self.work < RING_LOOK_WORK
-            and self.moved < self.turn_bytes and current(self)
-            and not (self.charged and self.quota.used >= self.quota.most)
-        ):
-            head = self.held[at]
-            if not self.look(head, misses, False):
+        while at < self.held_count and may_take(self):
+            head = self.held[self.held_at + at]
+            self.look(head, misses, False)
+            if misses.count:
                 at += 1
             elif current(self):
-                self.forget_held(at)
+                self.forget_held()
                 served += self.dispatch(server, chains)
         return served
 
-    cdef void forget_held(self, int at) noexcept:
-        if not at:
-            self.progress += 1
+    cdef void forget_held(self) noexcept:
+        self.progress += 1
+        self.held_at += 1
         self.held_count -= 1
-        memmove(self.held + at, self.held + at + 1, (self.held_count - at) * sizeof(u16))
 
     cdef int take_new(self, int limit, Server server, list chains, Misses misses) except -1:
-        """Take requests that nobody has looked at yet, or only those behind one that waits."""
+        """Take requests that are new; those behind one that waits are only looked at."""
         cdef u16 at = self.next_avail
         cdef int head, left = min(self.waiting(), limit), served = 0
-        cdef bint lacks
-        while (
-            left > 0 and self.work < RING_LOOK_WORK and self.moved < self.turn_bytes
-            and current(self)
-        ):
-            if self.charged and self.quota.used >= self.quota.most:
-                # One of the requests that are held is completed first.
-                self.crowded = True
-                break
+        while left > 0 and may_take(self):
             left -= 1
             head = self.head_at(at)
-            lacks = not self.look(head, misses, False)
+            self.look(head, misses, False)
             if not current(self):
                 break
             at += 1
-            if self.inflight is None:
-                if misses.count:
-                    continue
-            elif lacks and self.held_count >= RING_HELD:
-                self.crowded = True
-                break
+            if misses.count:
+                continue
             self.advance(head)
-            if lacks:
-                self.held[self.held_count] = head
-                self.held_count += 1
-            else:
-                served += self.dispatch(server, chains)
-                # Others ran while the data moved; what is missing now is found by the caller.
-                if not self.reachable():
-                    break
+            served += self.dispatch(server, chains)
+            # Others ran while the data moved; what is missing now is found by the caller.
+            if not self.reachable():
+                break
         return served
 
     cdef void advance(self, int head) noexcept:
         """Take the next request of the ring."""
         self.next_avail += 1
         self.outstanding += 1
-        if self.inflight is None:
-            self.progress += 1
-        else:
+        self.progress += 1
+        if self.inflight is not None:
             self.inflight.take(<u16>head)
 
     cdef bint look(self, int head, Misses misses, bint lenient) except -1:
@@ -386,24 +360,23 @@ cdef class SplitRing(RingAreas):
             )
         return ahead
 
-    cdef int lacking_head(self, int index) except -2:
-        """The first descriptor of a request that waits for a translation, or -1."""
-        if self.inflight is not None:
-            return self.held[index] if index < self.held_count else -1
-        return self.head_at(self.next_avail) if not index and self.waiting() else -1
+    cdef int lacking_head(self) except -2:
+        """The first descriptor of the request that is taken next, or -1."""
+        if not self.reachable():
+            return -1
+        if self.held_count:
+            return self.held[self.held_at]
+        return self.head_at(self.next_avail) if self.waiting() else -1
 
-    def lacking(self, int index=0):
-        """What a request lacks that waits for a translation.
-
-        Args:
-            index: Which one, the oldest first. Without overtaking there is one at most.
+    def lacking(self):
+        """What the request that is taken next lacks.
 
         Returns:
             As the misses of :meth:`pop`; None if there is no such request, or the ring itself
             cannot be reached.
         """
         cdef Misses misses = Misses()
-        cdef int head = self.lacking_head(index) if self.reachable() else -1
+        cdef int head = self.lacking_head()
         if head < 0:
             return None
         try:
@@ -413,11 +386,8 @@ cdef class SplitRing(RingAreas):
             self.keep_nothing()
         return list(misses)
 
-    def pop_faulty(self, int index=0):
-        """Take a request although some of it cannot be reached.
-
-        Args:
-            index: As for :meth:`lacking`.
+    def pop_faulty(self):
+        """Take the next request although some of it cannot be reached.
 
         Returns:
             A chain with ``fault`` set (unless it can be reached by now), or None if there is none
@@ -426,7 +396,7 @@ cdef class SplitRing(RingAreas):
         Raises:
             QueueError: The driver broke a rule.
         """
-        cdef int head = self.lacking_head(index) if self.reachable() else -1
+        cdef int head = self.lacking_head()
         if head < 0:
             return None
         try:
@@ -434,8 +404,8 @@ cdef class SplitRing(RingAreas):
             self.check_areas()
             if not current(self):
                 return None
-            if self.inflight is not None:
-                self.forget_held(index)
+            if self.held_count:
+                self.forget_held()
             else:
                 self.advance(head)
             self.spare.position = self.next_avail - 1
@@ -597,20 +567,26 @@ cdef class SplitRing(RingAreas):
         self.pending_count += 1
 
     def give_back(self):
-        """Take back the newest requests that wait for a translation, as far as none overtook them.
+        """Put back into the ring what was in flight before and was not taken again.
 
-        They were not done, so whoever goes on begins with them, also without the notes of what is
-        in flight. For a stop; nothing is given back while the ring cannot be reached.
+        For a stop: so the index says where to go on, also to a device that is not given the notes.
+        What the device before this one had overtaken no index can say: that stays in the notes.
+        Nothing is given back while the ring cannot be reached.
 
         Returns:
             How many.
         """
         cdef int given = 0
-        while self.held_count and self.reachable():
-            if self.head_at(self.next_avail - 1) != self.held[self.held_count - 1]:
+        cdef u16 head
+        # What was in flight is only known once the ring was reached.
+        if self.inflight is None or not self.reachable():
+            return given
+        while self.held_count:
+            head = self.held[self.held_at + self.held_count - 1]
+            if self.head_at(self.next_avail - 1) != head:
                 break
             self.held_count -= 1
-            self.inflight.release(self.held[self.held_count])
+            self.inflight.release(head)
             self.next_avail -= 1
             self.outstanding -= 1
             given += 1
@@ -745,3 +721,12 @@ cdef class SplitRing(RingAreas):
             self.store16(self.used, 0, 0)
         full_barrier()
         return not self.crowded and self.load16(self.avail, 2) != self.next_avail
+
+
+cdef inline bint may_take(SplitRing ring) noexcept:
+    """Whether another request may be looked at in this turn."""
+    if ring.work >= RING_LOOK_WORK or ring.moved >= ring.turn_bytes or not current(ring):
+        return False
+    # One of the requests that the device holds is completed first.
+    ring.crowded = ring.charged and ring.quota.used >= ring.quota.most
+    return not ring.crowded

@@ -23,7 +23,6 @@ CAPACITIES: dict[str, int] = {
     "IOV_BATCH": capacity.IOV_BATCH,
     "QUESTION_SLOTS": capacity.QUESTION_SLOTS,
     "READ_AHEAD": capacity.READ_AHEAD,
-    "RING_HELD": capacity.RING_HELD,
     "RING_LOOK_WORK": capacity.RING_LOOK_WORK,
     "RING_PUBLISH_EACH": capacity.RING_PUBLISH_EACH,
     "LOOP_REQUESTS": capacity.LOOP_REQUESTS,

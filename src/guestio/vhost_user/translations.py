@@ -416,7 +416,7 @@ class Translations:
     def _look(self) -> None:
         """Deal with questions that are late: ask again, and give up in the end.
 
-        Those who wait have a look themselves: others may overtake what they wait for.
+        Those who wait have a look as well: their first request may lack nothing any more.
         """
         now = time.monotonic()
         with self._lock:

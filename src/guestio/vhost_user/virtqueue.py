@@ -6,8 +6,7 @@ is done, and whoever stops the queue waits for it.
 
 Nothing is lost by a stop or a crash, because whoever goes on can always tell where: without a
 region that notes the requests in flight, requests are shown to the driver in the order of the ring,
-and the used index says it all; with one (INFLIGHT_SHMFD), they are shown as they complete, and
-those behind one that lacks a translation overtake it.
+and the used index says it all; with one (INFLIGHT_SHMFD), they are shown as they complete.
 
 Threads: a queue is served in its poller's thread, with its lock held. Whoever changes it takes the
 lock too, so it may be set up and stopped from any thread.
@@ -31,7 +30,6 @@ from guestio._core.chain import Chain
 from guestio._core.foreign import drain_eventfd, notify_eventfd
 from guestio._core.intake import Attended, Intake
 from guestio._core.misses import Misses, touched
-from guestio._core.questions import REPEAT_AFTER
 from guestio._core.ring import SplitRing
 from guestio.addr import shown
 from guestio.budgets import SLOW_DEVICE, TURN_SECONDS
@@ -352,7 +350,7 @@ class Virtqueue:
             while self._settled:
                 ring.complete(self._settled.popleft())
             watching = host.poll_seconds and time.monotonic() < self._watch_until
-            outcome = ring.turn(host.device.server, TURN, call, not watching, self._is_late())
+            outcome = ring.turn(host.device.server, TURN, call, not watching)
             taken = self._conclude(ring, outcome)
             if taken is None:
                 return False
@@ -366,10 +364,6 @@ class Virtqueue:
             ):
                 return True
         return True
-
-    def _is_late(self) -> bool:
-        """Whether the translations that the queue waits for take so long that others are heard."""
-        return self._parked_at is not None and time.monotonic() - self._parked_at >= REPEAT_AFTER
 
     def _conclude(self, ring: SplitRing, outcome: Outcome) -> int | None:
         """Do what is left to do after a turn of the ring.
@@ -388,16 +382,13 @@ class Virtqueue:
                 self._watch_until = time.monotonic() + host.poll_seconds
         if missing:
             self._park(ring, missing)
-            # Where requests may be overtaken, those that come are taken meanwhile.
-            if ring.inflight is None:
-                return None
-        else:
-            self._unpark()
+            return None
+        self._unpark()
         if not resting:
             return taken
         if self._polled:
             self._poller.set_timer(self, time.monotonic() + POLL_INTERVAL, self._run)
-        elif not missing and host.intake is not None and not host.poll_seconds:
+        elif host.intake is not None and not host.poll_seconds:
             self._attend(host.intake, ring)
         return None
 
@@ -610,9 +601,6 @@ class Virtqueue:
             self._parked_at, self._parked_for = now, ring.progress
         if not self._give_up(ring, late=now - self._parked_at >= self._host.translations.patience):
             self._host.translations.ask(self.index, missing)
-        if ring.inflight is not None:
-            # Some may lack nothing any more while others still wait, or have come.
-            self._poller.set_timer(self, now + REPEAT_AFTER, self._run)
 
     def _unpark(self) -> None:
         self._parked_at = None
@@ -639,23 +627,22 @@ class Virtqueue:
             refused.clear()
             self._started, self._parked_at = False, None
             return True
-        for index in range(max(ring.held_count, 1)):
-            lacks = ring.lacking(index)
-            if lacks is None:
-                break
-            lost = touched(lacks, refused)
-            # The end of a request is the place of a block request's status: that may still come.
-            hopeless = lost and not self._host.translations.under_way(*lacks[-1])
-            if not lacks or hopeless or (late and not index):
-                refused -= lost
-                self._fail_lacking(ring, index)
-                return True
-        return False
+        lacks = ring.lacking()
+        if lacks is None:
+            return False
+        lost = touched(lacks, refused)
+        # The end of a request is the place of a block request's status: that may still come.
+        hopeless = lost and not self._host.translations.under_way(*lacks[-1])
+        if lacks and not hopeless and not late:
+            return False
+        refused -= lost
+        self._fail_lacking(ring)
+        return True
 
-    def _fail_lacking(self, ring: SplitRing, index: int) -> None:
+    def _fail_lacking(self, ring: SplitRing) -> None:
         """Fail a request that waits for what will not come."""
         host = self._host
-        chain = ring.pop_faulty(index)
+        chain = ring.pop_faulty()
         if chain is not None:
             host.statistics.traffic.count_requests(1)
             host.translations.report_access_fails(chain.access_fails)
