@@ -247,6 +247,35 @@ def test_everything_pinned_exceeds_the_capacity_until_it_may_go():
     assert iotlb.stats().evictions == 5
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda t: t.set_mapping(0, 1 << 40, 4096, RW),
+        lambda t: t.take(16, 4096),
+        lambda t: t.add(16, 4096, 0, RW),
+        lambda t: t.invalidate_mapping(0, 4096),
+        lambda t: t.set_mapping(0, 0, 0, RW),
+    ],
+    ids=["move", "take", "add", "cut", "empty"],
+)
+def test_a_call_that_is_refused_evicts_nothing(refused):
+    """Also where there are more entries than there should be, as all were pinned."""
+    iotlb = Iotlb(2)
+    iotlb.pin(0, 0x10000)
+    for page in range(6):
+        iotlb.set_mapping(page << 12, page << 20, 4096, RW)
+    iotlb.unpin(0, 0x10000)
+    before = list(iotlb), iotlb.stats(), iotlb.generation
+    with iotlb.guard(0, 1, R):
+        try:
+            assert not refused(iotlb)
+        except (RuntimeError, ValueError):
+            pass
+        assert (list(iotlb), iotlb.stats()._replace(hits=0), iotlb.generation) == before
+    iotlb.set_mapping(0x20000, 0, 4096, RW)
+    assert len(iotlb) == 2
+
+
 def test_an_insertion_looks_at_few_entries_that_are_in_use():
     """With all of a large map in use, insertions go on, and what is let go of is found later."""
     iotlb = Iotlb(20_000)

@@ -40,6 +40,7 @@ cdef class IntervalMap:
 
     cdef int begin_change(self, int inserts) except -1
     cdef void end_change(self) noexcept
+    cdef void refuse_change(self) noexcept
     cdef void put(self, u64 first, Entry entry) noexcept
     cdef bint cut_span(self, Span span) noexcept
     cdef void overwrite_span(self, Span span, u64 target, u64 perm) noexcept

@@ -116,6 +116,10 @@ cdef class IntervalMap:
             self.generation += gone
         pthread_rwlock_unlock(&self.lock)
 
+    cdef void refuse_change(self) noexcept:
+        """Unlock the tree without a change, not even an eviction that others left to be done."""
+        pthread_rwlock_unlock(&self.lock)
+
     cdef void put(self, u64 first, Entry entry) noexcept:
         if self.limit:
             enqueue(&self.queue, entry.stamp, first)
@@ -271,17 +275,15 @@ cdef class IntervalMap:
         as_span(start, length, &span, False)
         cdef u64 to = as_address(target, "target")
         cdef u64 access = as_access(perm, "perm")
-        cdef bint taken, own = False
+        cdef bint taken
         cdef Lease mine
         self.begin_change(3)
         taken = self.takes_away(span, to, access)
-        if drain and taken:
-            own = self.leases.used_by_me(span, &mine)
-        if not own:
-            self.overwrite_span(span, to, access)
-        self.end_change()
-        if own:
+        if drain and taken and self.leases.used_by_me(span, &mine):
+            self.refuse_change()
             self.leases.refuse(span, mine)
+        self.overwrite_span(span, to, access)
+        self.end_change()
         if drain and taken:
             self.leases.wait(span, None)
         return taken
@@ -356,7 +358,9 @@ cdef class IntervalMap:
         free_of_others = at.leaf is NULL or at.leaf.head.key[at.index] > span.last
         if free_of_others:
             self.overwrite_span(span, to, access)
-        self.end_change()
+            self.end_change()
+        else:
+            self.refuse_change()
         return free_of_others
 
     def take(self, start, length):
@@ -386,11 +390,13 @@ cdef class IntervalMap:
                 whole = found.item[0].first >= span.first and (
                     found.item[found.count - 1].last <= span.last
                 )
-                if whole:
-                    for i in range(found.count):
-                        erase_entry(&self.tree, found.item[i].first)
-                    self.generation += 1
-            self.end_change()
+            if collected and found.count and whole:
+                for i in range(found.count):
+                    erase_entry(&self.tree, found.item[i].first)
+                self.generation += 1
+                self.end_change()
+            else:
+                self.refuse_change()
         try:
             return list_of_mappings(&found) if whole else None
         finally:
