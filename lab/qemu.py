@@ -71,6 +71,11 @@ def _fetch(home: Path, tell: Progress) -> None:
         run([str(made / PROGRAMS[0]), "--version"])
         shutil.rmtree(home / SUITE, ignore_errors=True)
         made.rename(home / SUITE)
+    except PartsError as error:
+        raise PartsError(
+            f"QEMU of {SUITE} is not to be had: {error}\nWith network access, "
+            "`python -m lab.qemu` fetches it."
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -56,6 +56,11 @@ def uml_kernel(progress: Progress | None = None) -> Kernel:
         work = Path(tempfile.mkdtemp(prefix="fetching-", dir=home))
         try:
             return _fetch(work, home / codename(), tell)
+        except PartsError as error:
+            raise PartsError(
+                f"User-mode Linux is not to be had (package {PACKAGE}): {error}\nWith network "
+                "access, `python -m lab.uml` fetches it."
+            ) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
 

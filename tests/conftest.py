@@ -5,11 +5,13 @@ import ctypes
 import gc
 import sys
 import traceback
+from collections.abc import Generator
 
 import pytest
 
 from guestio._core import variant
 from guestio.ratelog import LOG
+from lab.parts import PartsError
 
 
 def pytest_report_header() -> str:
@@ -41,3 +43,14 @@ def pytest_sessionfinish() -> None:
 def _log_lines_of_its_own() -> None:
     """What earlier tests logged is not counted against this one's lines."""
     LOG.flush()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    call: pytest.CallInfo[None],
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A part of the lab that is not to be had is named, without the way that led there."""
+    report = yield
+    if call.excinfo is not None and call.excinfo.errisinstance(PartsError):
+        report.longrepr = f"missing: {call.excinfo.value}"
+    return report

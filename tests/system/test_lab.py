@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from lab import parts
 from lab.guest import MIB, Guest, GuestError, GuestResult, QemuDisk, Script, Viommu
+from lab.qemu import new_qemu
+from lab.uml import uml_kernel
 
 PATTERN = bytes(range(256)) * 300
 PATTERN_OFFSET = 3 * MIB + 512
@@ -142,6 +144,16 @@ def test_modules_come_after_what_they_depend_on(guest_kernel: parts.Kernel) -> N
 def test_a_missing_program_is_named_with_its_package() -> None:
     with pytest.raises(parts.PartsError, match=r"apt-get install .* some-package"):
         parts.require_program("no-such-program", "some-package")
+
+
+@pytest.mark.parametrize(("fetch", "module"), [(uml_kernel, "lab.uml"), (new_qemu, "lab.qemu")])
+def test_what_cannot_be_fetched_is_named_with_the_command_that_fetches_it(
+    fetch: Callable[[], object], module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GUESTIO_LAB_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(parts.PartsError, match=rf"is not to be had.*(?s:.*)`python -m {module}`"):
+        fetch()
 
 
 def test_a_cached_kernel_serves_without_writing_or_network(
