@@ -145,6 +145,31 @@ class TestFrontEndsComeAndGo:
         with Driver(waiting) as driver:
             assert driver.run(0, b"late") == (OK, b"etal")
 
+    def test_without_memory_for_one(
+        self, serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It is lost, its descriptor is not, and the next one is served."""
+        serving.check_serves()
+        left = len(list(Path("/proc/self/fd").iterdir()))
+        failed = threading.Event()
+
+        class Short:
+            AF_UNIX, SOCK_STREAM = socket.AF_UNIX, socket.SOCK_STREAM
+
+            @staticmethod
+            def socket(*args: int) -> socket.socket:
+                if not failed.is_set():
+                    failed.set()
+                    raise MemoryError
+                return socket.socket(*args)
+
+        monkeypatch.setattr("guestio.vhost_user.backend.socket", Short)
+        with serving.connect():
+            assert failed.wait(10)
+            assert errors_of(caplog) in ([], ["serving failed"])
+        serving.check_serves()
+        until(lambda: len(list(Path("/proc/self/fd").iterdir())) == left)
+
 
 class TestServing:
     def test_for_a_number_of_front_ends(self, device: Mirror, path: Path) -> None:

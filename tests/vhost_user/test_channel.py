@@ -17,6 +17,7 @@ import pytest
 
 from guestio.errors import ProtocolError
 from guestio.vhost_user.channel import Channel, Message, PeerGoneError
+from guestio.vhost_user.foreign import received_fds
 from guestio.vhost_user.messages import (
     MAX_PAYLOAD_SIZE,
     U64,
@@ -231,6 +232,29 @@ def test_too_many_fds_in_pieces_end_the_channel(
     send_fds(peer, KICK[4:], [pipe[0]])
     with pytest.raises(ProtocolError, match="9 fds"):
         channel.recv()
+
+
+def test_without_memory_for_fds_they_are_closed(
+    pair: tuple[Channel, socket.socket], pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel, theirs = pair
+    calls = []
+
+    def short(control: list[tuple[int, int, bytes]]) -> list[int]:
+        calls.append(received_fds(control))
+        if len(calls) == 1:
+            raise MemoryError
+        return calls[1]
+
+    monkeypatch.setattr("guestio.vhost_user.channel.received_fds", short)
+    socket.send_fds(theirs, [KICK], list(pipe))
+    with pytest.raises(MemoryError):
+        channel.recv(1)
+    settled_closes()
+    assert len(calls[0]) == 2
+    for fd in calls[0]:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 def test_eight_fds_are_fine(pair: tuple[Channel, socket.socket], pipe: tuple[int, int]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import pytest
 
@@ -110,3 +111,32 @@ def test_closing_waits_for_what_was_submitted_but_not_for_ever() -> None:
     go.set()
     assert threads.close(LIMIT)
     assert (stuck.result(0), behind.result(0)) == (0, 3)
+
+
+def test_a_lack_of_memory_costs_the_work_and_not_the_thread(
+    one: SlicedThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking: list[str] = []
+
+    def short(name: str) -> Callable[..., Any]:
+        method = getattr(SlicedThreads, name)
+
+        def instead(self: SlicedThreads, *args: Any, **options: Any) -> Any:
+            if name in lacking and options.get("first", True):
+                lacking.remove(name)
+                raise MemoryError(name)
+            return method(self, *args, **options)
+
+        return instead
+
+    for name in ("_take", "_put", "_work_on"):
+        monkeypatch.setattr(SlicedThreads, name, short(name))
+    for name in ("_put", "_work_on"):
+        lacking.append(name)
+        with pytest.raises(MemoryError, match=name):
+            one.submit(0, steps([], "a", 3)).result(LIMIT)
+        assert one.submit(0, steps([], "b", 3)).result(LIMIT) == 3
+    lacking.append("_take")
+    assert one.submit(0, steps([], "c", 1)).result(LIMIT) == 1
+    assert one.submit(0, steps([], "d", 1)).result(LIMIT) == 1
+    assert lacking == []

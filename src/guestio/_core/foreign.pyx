@@ -13,6 +13,8 @@ a call proves nothing. What is used here does not depend on that flag:
   call began.
 """
 
+import os
+
 cdef extern from * nogil:
     """
     #ifndef _GNU_SOURCE
@@ -34,6 +36,12 @@ cdef extern from * nogil:
     #include <sys/uio.h>
     #include <time.h>
     #include <unistd.h>
+
+    static int accept_one(int fd)
+    {
+        int accepted = accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        return accepted < 0 ? -errno : accepted;
+    }
 
     enum { COMPLETIONS = 128, ATTEMPTS = 16, CLOSER_STACK = 64 * 1024 };
 
@@ -193,6 +201,8 @@ cdef extern from * nogil:
         return left;
     }
     """
+    int accept_one(int fd)
+    int close(int fd)
     int set_up_notifications()
     void notify_fd(int fd)
     void drain_fd(int fd)
@@ -224,6 +234,27 @@ def drain_eventfd(int fd):
     """Set an eventfd to 0. Never waits, whatever its owner made of the file description."""
     with nogil:
         drain_fd(fd)
+
+
+def accept_stream(int fd):
+    """Take the next connection of a listening socket, which does not wait.
+
+    Unlike :meth:`socket.socket.accept` it loses no descriptor for want of memory.
+
+    Returns:
+        A descriptor, which does not wait either.
+
+    Raises:
+        OSError: There is none, or it cannot be taken.
+    """
+    cdef int accepted = accept_one(fd)
+    if accepted < 0:
+        raise OSError(-accepted, os.strerror(-accepted))
+    try:
+        return accepted
+    except BaseException:
+        close(accepted)
+        raise
 
 
 def is_memory(int fd):

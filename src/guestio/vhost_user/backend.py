@@ -13,9 +13,11 @@ import threading
 import time
 from typing import Literal, Self
 
+from guestio._core.foreign import accept_stream
 from guestio.addr import check_int, check_seconds
 from guestio.budgets import FIRST_MESSAGE_TIMEOUT, LONGEST_TIMEOUT, STOP_TIMEOUT
 from guestio.errors import DeviceError
+from guestio.memory.backing import close_fd
 from guestio.ratelog import LOG
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.foreign import close_socket
@@ -182,12 +184,17 @@ class Backend:
 
     def _accept(self) -> None:
         try:
-            connected, _ = self._listener.accept()
+            fd = accept_stream(self._listener.fileno())
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
                 LOG.report(log, logging.ERROR, "cannot accept a front-end: %s", error.strerror)
                 self._pause_accepting()
             return
+        try:
+            connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+        except BaseException:
+            close_fd(fd)
+            raise
         self._poller.remove(self._listener.fileno())
         self.statistics.connections += 1
         channel = Channel(connected)

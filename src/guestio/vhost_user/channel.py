@@ -158,10 +158,11 @@ class Channel:
         """
         try:
             check_channel(fd)
+            sock = socket.socket(fileno=fd)
         except BaseException:
             close_foreign([fd])
             raise
-        return cls(socket.socket(fileno=fd), with_fds=with_fds, send_timeout=send_timeout)
+        return cls(sock, with_fds=with_fds, send_timeout=send_timeout)
 
     def fileno(self) -> int:
         """Return the socket's fd for a selector, -1 once closed."""
@@ -348,20 +349,26 @@ class Channel:
         except OSError as error:
             self._raise_gone(error)
         if control or flags & socket.MSG_CTRUNC:
-            self._adopt(control, flags)
+            known = len(self._fds)
+            try:
+                # All of them or, for want of memory, none.
+                self._fds.extend(received_fds(control))
+            except MemoryError:
+                close_foreign(received_fds(control))
+                raise
+            self._judge(control, flags, len(self._fds) > known)
         if not data:
             self._end(len(pending))
         self._buffer, self._start = pending + data, 0
 
-    def _adopt(self, control: list[tuple[int, int, bytes]], flags: int) -> None:
-        """Take over what came beside the bytes; nothing but up to `MAX_FDS` fds may have."""
-        known, beside = len(self._fds), not self.with_fds or self._header is not None
-        self._fds.extend(received_fds(control))
+    def _judge(self, control: list[tuple[int, int, bytes]], flags: int, more: bool) -> None:
+        """Refuse what came beside the bytes if it is anything but up to `MAX_FDS` fds."""
+        beside = not self.with_fds or self._header is not None
         rights = socket.SOL_SOCKET, socket.SCM_RIGHTS
         strange = any((level, kind) != rights for level, kind, _ in control)
         if flags & socket.MSG_CTRUNC:
             self._fail("message carries more fds than this process may open")
-        if beside and len(self._fds) > known:
+        if beside and more:
             self._fail("message carries fds beside its payload or on a channel without fds")
         if strange:
             self._fail("message carries ancillary data other than fds")

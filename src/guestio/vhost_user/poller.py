@@ -69,8 +69,10 @@ class Poller:
         """Stop waiting for ``fd``, before it is closed. Unknown ones are ignored."""
         if self._callbacks.pop(fd, None) is not None:
             # What is not called back for any more does no harm until it is closed.
-            with contextlib.suppress(OSError):
+            try:  # noqa: SIM105 - takes no memory
                 self._epoll.unregister(fd)
+            except OSError:
+                pass
 
     def again(self, callback: Callback) -> None:
         """Call back once, after what is ready now has had its turn."""
@@ -99,11 +101,14 @@ class Poller:
     def wake(self) -> None:
         """Make a waiting :meth:`run_once` return; nothing once closed."""
         while self._wake >= 0:
-            # If it cannot count any further it is readable as it is.
-            with contextlib.suppress(InterruptedError):
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_write(self._wake, 1)
-                return
+            # Takes no memory: a loop that is not woken for want of it would sleep on.
+            try:
+                os.eventfd_write(self._wake, 1)
+            except InterruptedError:
+                continue
+            except BlockingIOError:
+                pass  # It cannot count any further, and is readable as it is.
+            return
 
     @contextlib.contextmanager
     def woken_by_signals(self) -> Iterator[None]:

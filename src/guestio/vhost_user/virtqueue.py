@@ -306,7 +306,11 @@ class Virtqueue:
         """Have the queue served, soon and by its own thread. From any thread."""
         if not self._scheduled:
             self._scheduled = True
-            self._poller.again(self._run)
+            try:
+                self._poller.again(self._run)
+            except BaseException:
+                self._scheduled = False
+                raise
 
     def _kicked(self, fd: int) -> None:
         with self._lock:

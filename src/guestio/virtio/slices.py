@@ -68,9 +68,13 @@ class SlicedThreads:
 
     def _put(self, queue: int, work: Work, future: Future[int], *, first: bool) -> None:
         waiting = self._work.setdefault(queue, deque())
-        if not waiting:
-            self._turns.append(queue)
         (waiting.appendleft if first else waiting.append)((work, future))
+        if len(waiting) == 1:
+            try:
+                self._turns.append(queue)
+            except MemoryError:
+                waiting.clear()
+                raise
 
     def _take(self) -> tuple[int, Work, Future[int]] | None:
         """Wait for work; None once there is none and will be none."""
@@ -79,39 +83,53 @@ class SlicedThreads:
                 if self._closed:
                     return None
                 self._idle += 1
-                self._change.wait()
-                self._idle -= 1
-            queue = self._turns.popleft()
-            waiting = self._work[queue]
-            work, future = waiting.popleft()
-            if waiting:
-                self._turns.append(queue)
-        return queue, work, future
+                try:
+                    self._change.wait()
+                finally:
+                    self._idle -= 1
+            # Nothing from here on takes memory but the first, so nothing is lost for want of it.
+            taken = (queue := self._turns[0], *(waiting := self._work[queue])[0])
+            if len(waiting) > 1:
+                self._turns.rotate(-1)
+            else:
+                self._turns.popleft()
+            waiting.popleft()
+        return taken
 
     def _run(self) -> None:
-        while (taken := self._take()) is not None:
-            queue, work, future = taken
-            if not future.running() and not future.set_running_or_notify_cancel():
-                work.close()
-                continue
-            try:
-                next(work)
-            except StopIteration as finished:
-                future.set_result(finished.value)
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                with self._change:
-                    self._put(queue, work, future, first=True)
-                    if self._idle:
-                        self._change.notify()
+        while True:
             # Whoever waits in here must not keep what was done last.
-            del taken, work, future
+            taken = None
+            try:
+                if (taken := self._take()) is None:
+                    break
+                self._work_on(*taken)
+            except MemoryError as error:
+                # It costs what was to be done, and not the thread.
+                if taken is not None and not taken[2].done():
+                    taken[2].set_exception(error)
         with self._change:
             self._running -= 1
             last = None if self._running else self._last
         if last is not None:
             last()
+
+    def _work_on(self, queue: int, work: Work, future: Future[int]) -> None:
+        """Do a slice."""
+        if not future.running() and not future.set_running_or_notify_cancel():
+            work.close()
+            return
+        try:
+            next(work)
+        except StopIteration as finished:
+            future.set_result(finished.value)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            with self._change:
+                self._put(queue, work, future, first=True)
+                if self._idle:
+                    self._change.notify()
 
     def close(self, timeout: float, last: Callable[[], None] | None = None) -> bool:
         """Finish what was submitted, and take no more.
