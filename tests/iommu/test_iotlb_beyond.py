@@ -86,6 +86,29 @@ def test_a_merge_needs_no_room():
     assert iotlb.stats().evictions == 0
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_neighbors_become_one_that_ends_where_they_ended(order):
+    iotlb = Iotlb()
+    for number in order:
+        iotlb.set_mapping((2 + number) * PAGE, 0x100000 + number * PAGE, PAGE, RW)
+    assert list(iotlb) == [
+        (IovaRange(2 * PAGE, 3 * PAGE), MappedRange(0x100000, 3 * PAGE), RW),
+    ]
+    for beside in (2 * PAGE - 1, 5 * PAGE):
+        with pytest.raises(IotlbFails):
+            iotlb.lookup(beside, 1, R)
+
+
+@pytest.mark.parametrize("beside", [9, 11])
+def test_an_entry_that_grows_was_used(beside):
+    iotlb = Iotlb(2)
+    iotlb.set_mapping(10 * PAGE, 0x100000, PAGE, RW)
+    fill(iotlb, 20)
+    iotlb.set_mapping(beside * PAGE, 0x100000 + (beside - 10) * PAGE, PAGE, RW)
+    fill(iotlb, 30)
+    assert pages(iotlb) == [min(beside, 10), 30]
+
+
 def test_full_of_pinned_entries():
     """They stay, and whatever else comes is the first to go."""
     iotlb = Iotlb(2)

@@ -145,6 +145,25 @@ def test_more_permissions_do_not_wait():
     assert iotlb.lookup(0x1000, 0x10, W) == [MappedRange(0x4000, 0x10)]
 
 
+@pytest.mark.parametrize("changed", range(3))
+@pytest.mark.parametrize("restricted", [False, True])
+def test_any_of_many_that_a_change_takes_away_is_waited_for(changed, restricted):
+    """Three entries are mapped as one; all but one of them lead where they led."""
+    iotlb = Iotlb()
+    for page in range(3):
+        target, perm = 0x40000 + page * 0x1000, R
+        if page == changed:
+            target, perm = (target, RW) if restricted else (0x90000, R)
+        iotlb.set_mapping(0x1000 + page * 0x1000, target, 0x1000, perm)
+    before = list(iotlb)
+    with iotlb.guard(0x1000 + changed * 0x1000, 8, R):
+        with pytest.raises(RuntimeError, match="itself"):
+            iotlb.set_mapping(0x1000, 0x40000, 0x3000, R)
+        assert list(iotlb) == before
+    assert iotlb.overwrite(0x1000, 0x3000, 0x40000, R)
+    assert not iotlb.overwrite(0x1000, 0x3000, 0x40000, R)
+
+
 @pytest.mark.parametrize("how", REVOCATIONS)
 def test_nobody_waits_for_himself(memory, how):
     iotlb = memory.iommu.iotlb
