@@ -84,6 +84,10 @@ LOG_LINES = 60
 LOG_INTERVAL = 10.0
 """Seconds."""
 
+LOG_QUEUE = 1000
+"""Lines of the log of `guestio blk` that wait for standard error to be read; further ones are lost,
+and counted."""
+
 TURN_BYTES = 4 << 20
 """Bytes of a queue's requests that are moved in one turn, before the main channel, other queues and
 the stop flag have theirs. The last request may exceed it, by INLINE_BYTES at most."""

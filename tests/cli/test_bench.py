@@ -190,6 +190,7 @@ def test_the_back_end_lives_on_after_an_interrupt(
         (["s.sock", "--depth", "0"], "depth 0"),
         (["s.sock", "--depth", "many"], "many"),
         (["s.sock", "--time", "0"], "time"),
+        (["s.sock", "--time", "nan"], "not a number of seconds"),
         (["s.sock", "--queues", "0"], "queues 0"),
         (["s.sock", "--queues", "9"], "9 queues are wanted, the device has 1"),
         (["s.sock", "--queue-size", "100"], "power of two"),

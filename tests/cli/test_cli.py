@@ -73,7 +73,7 @@ def test_a_socket_in_use_is_refused_and_left_alone(tmp_path: Path, image: Path):
         listener.listen()
         done = run("blk", image, "--socket", path)
     assert done.returncode == 2
-    assert "somebody else" in done.stderr
+    assert "another process" in done.stderr
     assert path.exists()
 
 

@@ -72,7 +72,7 @@ def program(directory: Path, before: str = "", *options: str) -> Iterator[Progra
         made.process.stderr.close()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_nobody_is_there(tmp_path: Path, number: int) -> None:
     with program(tmp_path) as blk:
         blk.end(number)

@@ -206,6 +206,11 @@ class TestServing:
             driver.close()
         assert serving.stats.requests == 1
 
+    @pytest.mark.parametrize("name", ["", "a\0b"])
+    def test_what_is_no_name_of_a_file(self, device: Mirror, name: str) -> None:
+        with pytest.raises(DeviceError, match="not the name of a file"):
+            Backend(device, name)
+
     def test_stopping_before_it_begins(self, device: Mirror, path: Path) -> None:
         with Backend(device, path) as backend:
             backend.stop()
@@ -292,7 +297,7 @@ class TestSocket:
     def test_one_that_somebody_listens_on_is_not(self, device: Mirror, serving: Serving) -> None:
         with nothing_left():
             for _ in range(3):
-                with pytest.raises(DeviceError, match="somebody else is listening there"):
+                with pytest.raises(DeviceError, match="another process is listening there"):
                     Backend(device, serving.path)
         serving.check_serves()
 
@@ -309,7 +314,7 @@ class TestSocket:
                 client.connect(str(path))
         except BlockingIOError:
             pass
-        with pytest.raises(DeviceError, match="somebody else is listening there"):
+        with pytest.raises(DeviceError, match="another process is listening there"):
             Backend(device, path)
         assert path.exists()
         for client in waiting:

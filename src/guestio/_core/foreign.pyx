@@ -62,7 +62,10 @@ cdef extern from * nogil:
 
     static int set_up_notifications(void)
     {
-        source = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+        int first = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+        /* If the process was started with standard descriptors closed, theirs stay free. */
+        source = fcntl(first, F_DUPFD_CLOEXEC, 3);
+        close(first);
         open_completions();
         /* A child of fork(2) has no asynchronous I/O of its parent's. */
         return source < 0 ? -1 : pthread_atfork(NULL, NULL, forget_completions);

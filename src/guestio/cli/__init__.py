@@ -15,7 +15,8 @@ import click
 
 import guestio
 from guestio.budgets import EXIT_TIMEOUT
-from guestio.cli.bench import bench
+from guestio.cli.bench import Seconds, bench
+from guestio.cli.stderr import FORMAT, StderrLog, open_standard_descriptors
 from guestio.errors import GuestioError
 from guestio.vhost_user import Backend
 from guestio.virtio.blk import IO_THREADS, MAX_IO_THREADS, BlockDevice
@@ -23,7 +24,8 @@ from guestio.virtio.blk import IO_THREADS, MAX_IO_THREADS, BlockDevice
 BLK_HELP = """Serve IMAGE as a disk over vhost-user.
 
 The socket is ready when one line on standard error says so. One front-end is served at a time;
-when it goes away the next one may come. SIGINT and SIGTERM end the service and remove the socket.
+when it goes away the next one may come. SIGINT, SIGTERM and SIGHUP end the service with status 0
+and remove the socket.
 
 A complete QEMU command line for a guest with a virtual IOMMU in front of the disk:
 
@@ -38,9 +40,11 @@ iommu_platform=on,disable-legacy=on,ats=on \\
     -kernel vmlinuz -initrd initrd -append "root=/dev/vda"
 
 Guest memory must be shared (share=on). Without an IOMMU leave out the virtio-iommu-pci line and
-everything after num-queues. With intel-iommu use "-device intel-iommu,intremap=off,
-device-iotlb=on", put the disk below a port ("-device pcie-root-port,id=port0" and bus=port0), and
-boot with intel_iommu=on.
+everything after num-queues. With intel-iommu, boot with intel_iommu=on, put the disk below a port
+("-device pcie-root-port,id=port0" and bus=port0), and use
+
+\b
+  -device intel-iommu,intremap=off,device-iotlb=on
 """
 
 
@@ -114,7 +118,8 @@ def blk(
     serial: str | None,
 ) -> None:
     """Serve an image; the help text is ``BLK_HELP``."""
-    _log_to_stderr()
+    log = StderrLog()
+    stop = _Signals()
     try:
         with ExitStack() as stack:
             device = BlockDevice(
@@ -135,18 +140,28 @@ def blk(
                     queue_threads=queue_threads,
                 )
             )
-            _run_until_signalled(backend)
+            _run_until_signalled(backend, stop, log)
     except (GuestioError, ValueError) as error:
         _fail(str(error))
     except OSError as error:
         click.echo(f"guestio: the disk cannot be served: {error.strerror}", err=True)
         sys.exit(1)
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        click.echo(f"guestio: the disk cannot be served: {error} (ulimit -u, pids.max)", err=True)
+        sys.exit(1)
+    finally:
+        drained = log.drain(EXIT_GRACE)
+    if not drained:
+        # The end of Python waits for what is written to standard error.
+        os._exit(0)
 
 
 @cli.command()
 @click.option(
     "--seconds",
-    type=click.FloatRange(0.1, 3600),
+    type=Seconds(0.1, 3600),
     default=5.0,
     show_default=True,
     help="How long to write, read and compare.",
@@ -159,11 +174,14 @@ def demo(seconds: float) -> None:
     """
     from guestio.cli.demo import run
 
-    _log_to_stderr(logging.ERROR)
+    logging.basicConfig(level=logging.ERROR, format=FORMAT, stream=sys.stderr)
     sys.exit(run(seconds))
 
 
 cli.add_command(bench)
+
+EXIT_GRACE = 0.2
+"""Seconds that the end of a command waits for its log to be read."""
 
 
 def _fail(message: str) -> NoReturn:
@@ -172,11 +190,32 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _run_until_signalled(backend: Backend) -> None:
+class _Signals:
+    """Waits for SIGINT, SIGTERM or SIGHUP; one that arrives before is not lost.
+
+    The kernel may choose any thread for a signal: a byte wakes the main thread, which must handle
+    it. SIGHUP is left alone where it is ignored, as `nohup` does.
+    """
+
+    def __init__(self) -> None:
+        self._over, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(self._wake)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
+
+    def over(self) -> None:
+        """Make :meth:`wait` return. From any thread."""
+        os.write(self._wake, b"e")
+
+    def wait(self) -> None:
+        """Wait for a signal or :meth:`over`."""
+        select.select((self._over,), (), ())
+
+
+def _run_until_signalled(backend: Backend, stop: _Signals, log: StderrLog) -> None:
     """Serve in a thread, so that a signal is obeyed whatever keeps that thread."""
     errors: list[BaseException] = []
-    # The kernel may choose any thread for a signal: a byte wakes this one, which must handle it.
-    over, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def serve() -> None:
         try:
@@ -184,35 +223,26 @@ def _run_until_signalled(backend: Backend) -> None:
         except BaseException as error:
             errors.append(error)
         finally:
-            os.write(wake, b"e")
+            stop.over()
 
-    signal.set_wakeup_fd(wake)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: backend.stop())
     thread = threading.Thread(target=serve, name="guestio-serve", daemon=True)
     thread.start()
-    print(f"listening on {backend.path}", file=sys.stderr, flush=True)
-    select.select((over,), (), ())
+    log.say(f"listening on {backend.path}")
+    stop.wait()
+    backend.stop()
     thread.join(EXIT_TIMEOUT)
     if thread.is_alive():
-        # That thread may hold the lock of the log, and wait for whoever reads it.
         backend.remove_socket()
-        if select.select((), (sys.stderr,), (), 0)[1]:
-            os.write(sys.stderr.fileno(), b"guestio: ended although a request or a disk hangs\n")
+        log.say("guestio: ended although a request or a disk hangs")
+        log.drain(EXIT_GRACE)
         os._exit(0)
     if errors:
         raise errors[0]
 
 
-def _log_to_stderr(level: int = logging.INFO) -> None:
-    # One line a record, whatever the terminal's width: these lines are read by programs too.
-    logging.basicConfig(
-        level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
-
-
 def main() -> None:
     """Run the command; bad usage ends with one line and status 2."""
+    open_standard_descriptors()
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:

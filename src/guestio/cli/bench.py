@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import signal
 import sys
@@ -67,6 +68,19 @@ _SIZE = re.compile(r"(\d+)([kmg]?)(?:i?b)?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _TOLD_EVERY = 1.0
 _CONNECT_WAIT = 2.0
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds in a range, which `nan` is not."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """See `click.ParamType.convert`."""
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a number of seconds", param, ctx)
+        return number
 
 
 class Size(click.ParamType[int]):
@@ -344,14 +358,14 @@ def _show(job: Job, result: LoadResult, cpu: float | None) -> None:
 @click.option(
     "--time",
     "seconds",
-    type=click.FloatRange(0.01, 86400),
+    type=Seconds(0.01, 86400),
     default=5.0,
     show_default=True,
     help="Seconds to measure.",
 )
 @click.option(
     "--warm-up",
-    type=click.FloatRange(0, 3600),
+    type=Seconds(0, 3600),
     default=0.5,
     show_default=True,
     help="Seconds to run before that.",

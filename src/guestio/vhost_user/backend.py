@@ -291,6 +291,8 @@ def _inode(path: str) -> tuple[int, int]:
 
 
 def _listen(path: str) -> socket.socket:
+    if not path or "\0" in path:
+        raise DeviceError(f"cannot listen on {path!r}: it is not the name of a file")
     if len(os.fsencode(path)) > MAX_PATH:
         raise DeviceError(
             f"the socket path {path} is {len(os.fsencode(path))} bytes long; "
@@ -326,4 +328,4 @@ def _remove_stale(path: str) -> None:
         except OSError as error:
             if error.errno != errno.EAGAIN:
                 raise DeviceError(f"cannot listen on {path}: {error.strerror}") from error
-    raise DeviceError(f"cannot listen on {path}: somebody else is listening there")
+    raise DeviceError(f"cannot listen on {path}: another process is listening there")

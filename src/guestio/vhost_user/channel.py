@@ -367,7 +367,7 @@ class Channel:
         rights = socket.SOL_SOCKET, socket.SCM_RIGHTS
         strange = any((level, kind) != rights for level, kind, _ in control)
         if flags & socket.MSG_CTRUNC:
-            self._fail("message carries more fds than this process may open")
+            self._fail("message carries more fds than this process may open: raise ulimit -n")
         if beside and more:
             self._fail("message carries fds beside its payload or on a channel without fds")
         if strange:

@@ -507,7 +507,7 @@ def _open_image(path: str, read_only: bool) -> int:
     except OSError as error:
         hint = ""
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not read_only:
-            hint = " (a read-only image needs read_only)"
+            hint = " (a read-only image needs read_only=True, or --read-only)"
         raise DeviceError(f"cannot open the image {path}: {error.strerror}{hint}") from error
 
 

@@ -1,0 +1,127 @@
+"""Standard error that is not read, not open or on a full disk stops neither service nor its end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from guestio.testing import ScriptedGuest
+from tests.vhost_user.serving import SLACK, until
+
+BLK = [sys.executable, "-c", "from guestio.cli import main; main()", "blk"]
+SHELL = f'exec {sys.executable} -c \'from guestio.cli import main; main()\' blk "$0" --socket "$1"'
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    with path.open("wb") as file:
+        file.truncate(1 << 20)
+    return path
+
+
+@contextmanager
+def killed(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def read_a_sector(path: Path) -> None:
+    with ScriptedGuest(path) as guest:
+        assert guest.read(0, 512) == bytes(512)
+
+
+def end(process: subprocess.Popen[bytes], path: Path) -> None:
+    process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    assert process.wait(30) == 0
+    assert time.monotonic() - started < 2 * SLACK
+    assert not path.exists()
+
+
+def fill(pipe: int) -> None:
+    os.set_blocking(pipe, False)
+    for size in (4096, 1):
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(pipe, b"x" * size)
+    os.set_blocking(pipe, True)
+
+
+def test_a_pipe_that_is_not_read(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "socket"
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    arguments = [*BLK, str(image), "--socket", str(path)]
+    with killed(subprocess.Popen(arguments, stderr=writing)) as process:
+        assert os.read(reading, 4096) == f"listening on {path}\n".encode()
+        fill(writing)
+        for _ in range(20):
+            read_a_sector(path)
+        end(process, path)
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_full_disk(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "socket"
+    with Path("/dev/full").open("w") as full:
+        arguments = [*BLK, str(image), "--socket", str(path)]
+        with killed(subprocess.Popen(arguments, stderr=full)) as process:
+            until(path.exists)
+            read_a_sector(path)
+            end(process, path)
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", "<&- 2>&-", ">&- 2>&-", "<&-"])
+def test_no_image_gets_the_number_of_a_standard_descriptor(
+    tmp_path: Path, image: Path, closed: str
+) -> None:
+    path = tmp_path / "socket"
+    arguments = ["sh", "-c", f"{SHELL} {closed}", str(image), str(path)]
+    with killed(subprocess.Popen(arguments)) as process:
+        until(path.exists)
+        read_a_sector(path)
+        opened = [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in range(3)]  # noqa: PTH115
+        assert str(image) not in opened
+        assert not any("eventfd" in each or "socket" in each for each in opened)
+        end(process, path)
+
+
+def test_lines_that_were_lost_are_told(tmp_path: Path) -> None:
+    code = f"""
+import logging, os, time
+from guestio.cli.stderr import StderrLog
+log = StderrLog()
+for number in range(3000):
+    logging.getLogger("guestio").info("%d", number)
+print(open({str(tmp_path / "go")!r}).read(), end="")
+assert log.drain(30)
+logging.getLogger("guestio").info("later")
+assert log.drain(30)
+"""
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    # By then all has been said, to a pipe that takes a part of it.
+    with go.open("w"):
+        pass
+    _, logged = process.communicate(timeout=60)
+    assert process.returncode == 0, logged
+    *first, lost, last = logged.splitlines()
+    assert last.endswith("INFO later")
+    assert lost.endswith("lines were lost: standard error was not read")
+    assert int(lost.split()[3]) + len(first) == 3000
