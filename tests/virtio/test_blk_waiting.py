@@ -530,6 +530,23 @@ class TestSlices:
         assert len(list(work)) == 3
         assert requests.reply(2, 16384) == (S_OK, bytes(16384))
 
+    @pytest.mark.parametrize("kind", [T_IN, T_OUT])
+    def test_a_request_that_was_given_back_is_left(self, image: Path, make, kind: int) -> None:
+        """By a stop that gave it up: its memory is not the device's any more."""
+        requests, size = make(), 8192
+        device = requests.device
+        payload, reply = (b"", size) if kind == T_IN else (b"w" * size, 0)
+        chain = requests.take(kind, 0, payload, reply)
+        work = device._work(chain, device._patience[0])
+        next(work)
+        chain.settle(0)
+        before, answer = image.read_bytes(), requests.reply(0, reply)
+        with pytest.raises(StopIteration) as finished:
+            next(work)
+        assert finished.value.value == 0
+        assert (image.read_bytes(), requests.reply(0, reply)) == (before, answer)
+        assert device.errors == 0
+
     @pytest.mark.parametrize("threads", [0, 2])
     @pytest.mark.parametrize(("kind", "flags"), KINDS)
     def test_trims_are_never_done_where_the_ring_is_walked(
