@@ -9,15 +9,16 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from guestio import budgets
-from guestio._core.chain import Quota
+from guestio._core.chain import Chain, Quota
 from guestio._core.ring import SplitRing
 from guestio.errors import BackingError
-from guestio.memory import Backing
+from guestio.memory import Backing, GuestRegionCollection
 from guestio.ratelog import LOG
 from guestio.vhost_user import memory as memory_module
 from guestio.vhost_user import translations
@@ -40,7 +41,7 @@ from tests.vhost_user.serving import (
     errors_of,
     until,
 )
-from tests.virtio.rings import PAGE, WRITE, Desc, physical
+from tests.virtio.rings import PAGE, WRITE, Desc, Rig, physical
 
 F = FrontendRequest
 HEADERS = 0x40000
@@ -97,10 +98,26 @@ def disk(image: Path, request: pytest.FixtureRequest) -> Iterator[BlockDevice]:
     device.close()
 
 
+def small_ring(size: int = 0x40000) -> tuple[GuestRegionCollection, Rig]:
+    """Memory with a ring of 64 entries in its first pages."""
+    return physical(size, size=64, desc=0, avail=0x2000, used=0x3000)
+
+
+def flush(device: BlockDevice) -> tuple[Rig, Chain, Future[int]]:
+    """Begin a flush."""
+    memory, rig = small_ring()
+    memory.write(0x4000, struct.pack("<IIQ", T_FLUSH, 0, 0))
+    rig.offer(rig.put_chain(0, Desc(0x4000, 16), Desc(0x5000, 1, WRITE)))
+    (chain,), _ = rig.ring.pop()
+    answer = device.process(0, chain)
+    assert not isinstance(answer, int)
+    return rig, chain, answer
+
+
 class TestTurns:
     def test_a_turn_ends_after_some_bytes(self, image: Path) -> None:
         device = BlockDevice(image)
-        memory, rig = physical(0x40000, size=64, desc=0, avail=0x2000, used=0x3000)
+        memory, rig = small_ring()
         ring = SplitRing(memory._space, 64, 0, 0x2000, 0x3000, turn_bytes=3 * 4096)
         memory.write(0x4000, struct.pack("<IIQ", T_OUT, 0, 0))
         for i in range(10):
@@ -230,7 +247,7 @@ class TestDisk:
     ) -> None:
         monkeypatch.setattr(blk, "GIVE_UP_AFTER", 0.0)
         device = BlockDevice(image)
-        memory, rig = physical(0x800000, size=64, desc=0, avail=0x2000, used=0x3000)
+        memory, rig = small_ring(0x800000)
         memory.write(0x4000, struct.pack("<IIQ", T_IN, 0, 0))
         head = rig.put_chain(
             0, Desc(0x4000, 16), Desc(0x10000, 6 * MIB, WRITE), Desc(0x5000, 1, WRITE)
@@ -251,7 +268,7 @@ class TestDisk:
     def test_ranges_that_overlap_are_refused_as_a_whole(self, image: Path) -> None:
         device = BlockDevice(image)
         os.pwrite(device._fd, b"x" * 4096, 0)
-        memory, rig = physical(0x40000, size=64, desc=0, avail=0x2000, used=0x3000)
+        memory, rig = small_ring()
         for ranges, expected in (
             (((0, 8, 0), (7, 8, 0)), S_IOERR),
             (((8, 8, 0), (0, 9, 0)), S_IOERR),
@@ -307,12 +324,7 @@ class TestDisk:
 
         monkeypatch.setattr(blk.os, "fdatasync", fail)
         device = BlockDevice(image)
-        memory, rig = physical(0x40000, size=64, desc=0, avail=0x2000, used=0x3000)
-        memory.write(0x4000, struct.pack("<IIQ", T_FLUSH, 0, 0))
-        rig.offer(rig.put_chain(0, Desc(0x4000, 16), Desc(0x5000, 1, WRITE)))
-        (chain,), _ = rig.ring.pop()
-        answer = device.process(0, chain)
-        assert not isinstance(answer, int)
+        rig, chain, answer = flush(device)
         assert answer.result(WAIT) == 1
         assert device.failures == 1
         assert errors_of(caplog) == [f"{image}: flush failed: Input/output error"]
@@ -334,25 +346,20 @@ class TestDisk:
 
         monkeypatch.setattr(blk.os, "fdatasync", hang)
         device = BlockDevice(image)
-        memory, rig = physical(0x40000, size=64, desc=0, avail=0x2000, used=0x3000)
-        memory.write(0x4000, struct.pack("<IIQ", T_FLUSH, 0, 0))
-        rig.offer(rig.put_chain(0, Desc(0x4000, 16), Desc(0x5000, 1, WRITE)))
-        (chain,), _ = rig.ring.pop()
-        answer = device.process(0, chain)
+        _, _, answer = flush(device)
         assert entered.wait(WAIT)
         started = time.monotonic()
         device.close()
         assert time.monotonic() - started < budgets.DEVICE_CLOSE_TIMEOUT * SLACK
         assert errors_of(caplog) == [f"{image}: the disk does not answer; the image stays open"]
         go.set()
-        assert not isinstance(answer, int)
         answer.result(WAIT)
         until(lambda: device._fd < 0, "the image stays open")
 
 
 class TestOutstanding:
     def test_a_ring_takes_no_more_than_its_quota(self) -> None:
-        memory, rig = physical(0x40000, size=64, desc=0, avail=0x2000, used=0x3000)
+        memory, rig = small_ring()
         quota = Quota(40)
         ring = SplitRing(memory._space, 64, 0, 0x2000, 0x3000, quota=quota)
         other = SplitRing(memory._space, 64, 0, 0x2000, 0x3000, quota=quota)

@@ -66,14 +66,20 @@ cdef extern from * nogil:
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
     }
 
+    /* Most of memory is clean: eight words at a time are passed over while it is. */
+    static inline size_t pass_clean(const uint64_t *seen, size_t i, size_t n)
+    {
+        while (i + 8 <= n && !(seen[i] | seen[i + 1] | seen[i + 2] | seen[i + 3] | seen[i + 4]
+                               | seen[i + 5] | seen[i + 6] | seen[i + 7]))
+            i += 8;
+        return i;
+    }
+
     static uint64_t list_pages(const uint64_t *seen, size_t n, uint64_t first, uint64_t *page)
     {
         uint64_t *at = page;
         for (size_t i = 0; i < n; i++) {
-            /* Most of memory is clean: pass over eight words at a time while it is. */
-            while (i + 8 <= n && !(seen[i] | seen[i + 1] | seen[i + 2] | seen[i + 3] | seen[i + 4]
-                                   | seen[i + 5] | seen[i + 6] | seen[i + 7]))
-                i += 8;
+            i = pass_clean(seen, i, n);
             if (i == n)
                 break;
             for (uint64_t bits = seen[i]; bits; bits &= bits - 1)
@@ -89,9 +95,7 @@ cdef extern from * nogil:
     {
         uint64_t *at = group;
         for (size_t i = 0; i < n; i++) {
-            while (i + 8 <= n && !(seen[i] | seen[i + 1] | seen[i + 2] | seen[i + 3] | seen[i + 4]
-                                   | seen[i + 5] | seen[i + 6] | seen[i + 7]))
-                i += 8;
+            i = pass_clean(seen, i, n);
             if (i == n)
                 break;
             uint64_t bits = seen[i], word = first + 64 * i;
@@ -134,6 +138,10 @@ cdef inline u64 word_mask(u64 index, u64 first, u64 last) noexcept nogil:
     if index == last >> 6:
         mask &= <u64>-1 >> (63 - (last & 63))
     return mask
+
+
+cdef inline bint is_dirty(AtomicBitmap bitmap, u64 page) noexcept:
+    return page < bitmap.pages and peek_word(&bitmap.word[page >> 6]) >> (page & 63) & 1
 
 
 cdef class AtomicBitmap:
@@ -223,8 +231,7 @@ cdef class AtomicBitmap:
 
     def is_set(self, addr):
         """Whether the page that holds byte ``addr`` is dirty."""
-        cdef u64 page = as_address(addr) // self.page_size
-        return page < self.pages and bool(peek_word(&self.word[page >> 6]) >> (page & 63) & 1)
+        return is_dirty(self, as_address(addr) // self.page_size)
 
     def set_bit(self, page):
         """Mark page number ``page``; beyond the end nothing happens."""
@@ -240,10 +247,7 @@ cdef class AtomicBitmap:
 
     def is_bit_set(self, page):
         """Whether page number ``page`` is dirty."""
-        cdef u64 number = as_address(page, "page")
-        return number < self.pages and bool(
-            peek_word(&self.word[number >> 6]) >> (number & 63) & 1
-        )
+        return is_dirty(self, as_address(page, "page"))
 
     def slice_at(self, offset):
         """The bitmap seen from byte ``offset`` on, as a :class:`BitmapSlice`."""
