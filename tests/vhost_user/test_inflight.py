@@ -656,9 +656,11 @@ class TestRegion:
             with pytest.raises(BackingError, match="do not fit"):
                 InflightRegion.from_fd(replace(self.GOOD, mmap_offset=64), backing.fd)
 
-    def test_a_file_that_cannot_be_written_or_mapped(self, tmp_path: Path) -> None:
-        (tmp_path / "region").write_bytes(bytes(4096))
-        read_only = os.open(tmp_path / "region", os.O_RDONLY)
+    def test_a_file_that_cannot_be_written_or_mapped(self) -> None:
+        # No file in a temporary directory: in a container that is on no file system for memory.
+        writable = os.memfd_create("region")
+        os.ftruncate(writable, 4096)
+        read_only = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY)
         pipe = os.pipe()
         try:
             for fd, why in (
@@ -669,7 +671,7 @@ class TestRegion:
                 with pytest.raises(BackingError, match=why):
                     InflightRegion.from_fd(self.GOOD, fd)
         finally:
-            for fd in (read_only, *pipe):
+            for fd in (writable, read_only, *pipe):
                 os.close(fd)
 
     def test_a_sealed_file(self) -> None:
