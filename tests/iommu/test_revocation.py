@@ -174,6 +174,16 @@ def test_nobody_waits_for_himself(memory, how):
     REVOCATIONS[how](iotlb)
 
 
+def test_a_drain_does_not_wait_for_its_own_thread(memory):
+    iotlb = memory.iommu.iotlb
+    with memory.iommu.translate(0x1400, 0x800, RW):
+        for limit in (0.1, None, float("inf")):
+            with pytest.raises(RuntimeError, match="itself"):
+                iotlb.drain(0x1BFF, 1, limit)
+        assert iotlb.drain(0x1C00, 0x400)
+    assert iotlb.drain(0x1400, 0x800)
+
+
 def test_readers_do_not_wait_for_each_other_nor_for_a_revocation(memory):
     first = memory.iommu.translate(0x1000, 0x10, R)
     revocation = Background(lambda: memory.iommu.iotlb.invalidate_mapping(0x1000, 0x1000))
