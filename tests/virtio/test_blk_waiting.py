@@ -317,6 +317,7 @@ class TestFlush:
     def test_reads_are_served_while_it_waits(
         self, image: Path, make, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        forget(image)  # skips, if it must, before anything waits
         requests, gate = make(io_threads=2), Gate(monkeypatch)
         flush = requests.start(T_FLUSH)
         gate.await_entered()
@@ -435,6 +436,7 @@ class TestClosing:
     def test_it_waits_for_what_is_under_way(
         self, image: Path, make, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        forget(image)  # skips, if it must, before anything waits
         requests, gate = make(io_threads=1), Gate(monkeypatch)
         flush = requests.start(T_FLUSH)
         gate.await_entered()
