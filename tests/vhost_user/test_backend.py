@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from guestio.errors import DeviceError
+from guestio.errors import DeviceError, GuestioError
 from guestio.guest.disk import ScriptedGuest
 from guestio.vhost_user import Backend, Frontend
 from guestio.vhost_user.backend import ACCEPT_PAUSE
 from guestio.vhost_user.channel import PeerGoneError
+from guestio.vhost_user.foreign import is_pipe
 from guestio.virtio.blk import BlockDevice
 from tests.vhost_user.serving import (
     OK,
@@ -167,6 +168,26 @@ class TestFrontEndsComeAndGo:
         with serving.connect():
             assert failed.wait(10)
             assert errors_of(caplog) in ([], ["serving failed"])
+        serving.check_serves()
+        until(lambda: len(list(Path("/proc/self/fd").iterdir())) == left)
+
+    def test_without_memory_to_judge_a_descriptor(
+        self, serving: Serving, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        serving.check_serves()
+        left = len(list(Path("/proc/self/fd").iterdir()))
+        failed = threading.Event()
+
+        def short(fd: int) -> bool:
+            if not failed.is_set():
+                failed.set()
+                raise MemoryError
+            return is_pipe(fd)
+
+        monkeypatch.setattr("guestio.vhost_user.virtqueue.is_pipe", short)
+        with pytest.raises(GuestioError), Driver(serving.path) as driver:
+            driver.run(0, b"lost")
+        assert failed.is_set()
         serving.check_serves()
         until(lambda: len(list(Path("/proc/self/fd").iterdir())) == left)
 

@@ -283,7 +283,12 @@ class Virtqueue:
                 pipe.close()
         if fd is None:
             return
-        if name == "call" and is_pipe(fd):
+        try:
+            piped = name == "call" and is_pipe(fd)
+        except BaseException:
+            close_foreign([fd])
+            raise
+        if piped:
             pipe = PipeNotifier(fd)
             fd = pipe.fd
             self._pipes[fd] = pipe
