@@ -1,6 +1,7 @@
 """A revocation returns only when nobody uses the old translation any more."""
 
 import gc
+import re
 import threading
 import time
 
