@@ -391,3 +391,18 @@ def test_batches_and_changes_on_several_threads():
         assert looker.returns()
     assert len(set(seen)) > 1
     iotlb.check()
+
+
+def test_who_would_wait_for_itself_is_named():
+    iotlb = Iotlb()
+    iotlb.set_mapping(0x1000, 0x8000, 0x2000, RW)
+    said = (
+        f"thread {threading.current_thread().name} would wait for itself: it still uses "
+        "0x1800..0x187f (inclusive), which a change of 0x1000..0x2fff takes away"
+    )
+    with iotlb.guard(0x1800, 0x80, R):
+        with pytest.raises(RuntimeError, match=re.escape(said)):
+            iotlb.invalidate_mapping(0x1000, 0x2000)
+        with pytest.raises(RuntimeError, match=re.escape(said)):
+            iotlb.set_mapping(0x1000, 0xA000, 0x2000, RW)
+        assert iotlb.lookup(0x1000, 1, R) == [MappedRange(0x8000, 1)]
