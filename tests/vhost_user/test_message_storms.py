@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from guestio._core.variant import NAME
 from guestio.errors import GuestioError
 from guestio.vhost_user import translations
 from guestio.vhost_user.exchange import RefusedError
@@ -46,6 +47,8 @@ from tests.virtio.rings import PAGE
 
 F = FrontendRequest
 GIB = 1 << 30
+LITTLE = (512 if "asan" in NAME else 64) << 20
+"""Bytes of memory that tables and their like may take; a sanitizer keeps what was freed."""
 
 
 def resident() -> int:
@@ -71,7 +74,7 @@ class TestMemory:
                 driver.frontend.sync()
                 driver.frontend.request(F.ADD_MEM_REG, one_more, [fd])
         os.close(fd)
-        assert resident() - before < 64 << 20
+        assert resident() - before < LITTLE
 
     def test_a_table_that_is_set_again_and_again(self, survivor: Serving) -> None:
         with Driver(survivor.path, queues=2) as driver:
@@ -93,7 +96,7 @@ class TestInflight:
             until(lambda: len(footprint()[0]) <= len(after[0]) + 1)
             driver.add_queue(0)
             assert driver.run(0, b"noted") == (OK, b"deton")
-        assert resident() - before < 64 << 20
+        assert resident() - before < LITTLE
 
     @pytest.mark.parametrize(
         ("size", "offset"),
@@ -109,7 +112,7 @@ class TestInflight:
             for _ in range(20):
                 raw.request(F.SET_INFLIGHT_FD, Inflight(size, offset, 2, 32768), [fd])
         os.close(fd)
-        assert resident() - before < 64 << 20
+        assert resident() - before < LITTLE
 
 
 class TestRings:
