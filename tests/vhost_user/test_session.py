@@ -646,6 +646,29 @@ def test_started_ring_keeps_its_set_up_until_stopped(
     assert peer.send(request_, other, need_reply=True) == ACK
 
 
+def test_a_ring_goes_on_where_it_stopped() -> None:
+    """Its base is then the one that was answered, so to set that again changes nothing."""
+    peer = Peer()
+    start(peer)
+    peer.send(F.GET_VRING_BASE, VringState(0, 0))
+    peer.send(F.SET_VRING_KICK, VringFd(0, True), count=1)
+    assert peer.session.vrings[0].started
+    assert peer.send(F.SET_VRING_BASE, VringState(0, 7), need_reply=True) == ACK
+    assert peer.send(F.SET_VRING_BASE, VringState(0, 5), need_reply=True) == NACK
+
+
+def test_features_that_the_handler_refuses_are_not_negotiated() -> None:
+    peer = Peer()
+    before = peer.state()
+    peer.handler.error = DeviceError("not these")
+    fewer = U64(ALL_FEATURES & ~ACCESS_PLATFORM)
+    assert peer.send(F.SET_FEATURES, fewer, need_reply=True) == NACK
+    assert peer.state() == before
+    assert peer.session.access_platform
+    assert peer.send(F.SET_FEATURES, fewer, need_reply=True) == ACK
+    assert not peer.session.access_platform
+
+
 def test_features_come_before_rings() -> None:
     peer = Peer(negotiated=False)
     peer.send(F.SET_PROTOCOL_FEATURES, U64(OFFERED_PROTOCOL_FEATURES))
