@@ -76,15 +76,21 @@ class Requests:
         return data[-1], data[:-1]
 
 
-def forget(path: Path) -> None:
-    """Drop a file from the page cache, or skip the test."""
-    with path.open("r+b") as file:
+def need_to_know_what_is_cached(path: Path) -> None:
+    """Skip the test where a file system does not tell; before anything waits."""
+    with path.open("rb") as file:
         try:
             os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
         except BlockingIOError:
             pass
         except OSError as error:
             pytest.skip(f"{path.parent} does not tell what is cached: {error.strerror}")
+
+
+def forget(path: Path) -> None:
+    """Drop a file from the page cache, or skip the test."""
+    need_to_know_what_is_cached(path)
+    with path.open("r+b") as file:
         os.fsync(file.fileno())
         for _ in range(100):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -317,7 +323,7 @@ class TestFlush:
     def test_reads_are_served_while_it_waits(
         self, image: Path, make, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        forget(image)  # skips, if it must, before anything waits
+        need_to_know_what_is_cached(image)
         requests, gate = make(io_threads=2), Gate(monkeypatch)
         flush = requests.start(T_FLUSH)
         gate.await_entered()
@@ -436,7 +442,7 @@ class TestClosing:
     def test_it_waits_for_what_is_under_way(
         self, image: Path, make, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        forget(image)  # skips, if it must, before anything waits
+        need_to_know_what_is_cached(image)
         requests, gate = make(io_threads=1), Gate(monkeypatch)
         flush = requests.start(T_FLUSH)
         gate.await_entered()
