@@ -132,6 +132,14 @@ HALF_MESSAGE_TIMEOUT = 1.0
 FIRST_MESSAGE_TIMEOUT = 1.0
 """Seconds after which a front-end that has not sent a message makes way for another that waits."""
 
+MAX_WAITING = 16
+"""Front-ends that wait until the one that is served goes; one more is hung up."""
+
+WAITING_LOOK = 0.5
+"""Seconds between looks at front-ends that wait: one that is gone is forgotten, and one that has
+passed descriptors is hung up. None does so before it is answered, and a descriptor that is not
+received stays open: the other end of the connection that is served, say, which then never ends."""
+
 SEND_TIMEOUT = 5.0
 """Seconds that a peer may read nothing of what it was sent; then it is disconnected. Nothing more
 is read from it meanwhile, and its queues are served on."""

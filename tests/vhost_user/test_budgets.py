@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import socket
 import struct
 import threading
 import time
@@ -470,6 +472,68 @@ class TestMessages:
                 time.sleep(0.4)
                 raw.request(F.GET_FEATURES)
                 assert len(raw.sock.recv(100)) == 20
+
+    def test_one_that_is_gone_does_not_wait(self, survivor: Serving) -> None:
+        with Raw(survivor) as raw:
+            raw.request(F.GET_FEATURES)
+            assert len(raw.sock.recv(100)) == 20
+            with Raw(survivor):
+                until(lambda: survivor.backend._waiting)
+            until(lambda: not survivor.backend._waiting)
+
+    def test_those_that_wait_are_served_in_order(self, survivor: Serving) -> None:
+        with Raw(survivor) as first, Raw(survivor) as second, Raw(survivor) as third:
+            for raw in (third, second, first):
+                raw.request(F.GET_FEATURES)
+            for raw in (first, second, third):
+                assert len(raw.sock.recv(100)) == 20
+                raw.sock.settimeout(0.05)
+                with pytest.raises(TimeoutError):
+                    raw.sock.recv(100)
+                raw.sock.shutdown(socket.SHUT_RDWR)
+
+    def test_more_than_may_wait(self, survivor: Serving, caplog: pytest.LogCaptureFixture) -> None:
+        with contextlib.ExitStack() as stack:
+            first, *others = (
+                stack.enter_context(Raw(survivor)) for _ in range(budgets.MAX_WAITING + 1)
+            )
+            first.request(F.GET_FEATURES)
+            assert len(first.sock.recv(100)) == 20
+            until(lambda: len(survivor.backend._waiting) == budgets.MAX_WAITING)
+            with Raw(survivor) as raw:
+                assert raw.closed()
+            others[0].request(F.GET_FEATURES)
+            first.sock.shutdown(socket.SHUT_RDWR)
+            assert len(others[0].sock.recv(100)) == 20
+        (line,) = errors_of(caplog)
+        assert line.endswith("front-end refused: 16 others wait")
+
+    def test_one_that_leaves_its_end_with_another_that_waits(
+        self, survivor: Serving, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As a process does that has two connections, passes one by the other, and dies."""
+        with Raw(survivor) as first:
+            first.request(F.GET_FEATURES)
+            assert len(first.sock.recv(100)) == 20
+            with Raw(survivor) as second:
+                second.request(F.GET_FEATURES, b"", [first.sock.fileno()])
+        survivor.let_go()
+        (line,) = errors_of(caplog)
+        assert "1 descriptors came from it while it waited" in line
+
+    def test_one_that_passes_descriptors_while_it_waits(
+        self, survivor: Serving, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with Raw(survivor) as first, Raw(survivor) as second:
+            first.request(F.GET_FEATURES)
+            assert len(first.sock.recv(100)) == 20
+            until(lambda: survivor.backend._waiting)
+            second.request(F.GET_FEATURES, b"", [second.memfd()])
+            assert second.closed()
+            # Not that it would matter to the other one.
+            first.request(F.GET_FEATURES)
+            assert len(first.sock.recv(100)) == 20
+        assert len(errors_of(caplog)) == 1
 
     def test_one_that_reads_no_replies_is_served_on_until_its_time_is_over(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

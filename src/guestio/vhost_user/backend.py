@@ -7,20 +7,28 @@ import errno
 import gc
 import logging
 import os
+import select
 import socket
 import stat
 import threading
 import time
+from collections import deque
 from typing import Literal, Self
 
 from guestio._core.foreign import accept_stream
 from guestio.addr import check_int, check_seconds
-from guestio.budgets import FIRST_MESSAGE_TIMEOUT, LONGEST_TIMEOUT, STOP_TIMEOUT
+from guestio.budgets import (
+    FIRST_MESSAGE_TIMEOUT,
+    LONGEST_TIMEOUT,
+    MAX_WAITING,
+    STOP_TIMEOUT,
+    WAITING_LOOK,
+)
 from guestio.errors import DeviceError
 from guestio.memory.backing import close_fd
 from guestio.ratelog import LOG
 from guestio.vhost_user.channel import Channel
-from guestio.vhost_user.foreign import close_socket
+from guestio.vhost_user.foreign import close_socket, queued_fds
 from guestio.vhost_user.poller import Poller
 from guestio.vhost_user.service import Service
 from guestio.vhost_user.session import MAX_QUEUES
@@ -122,6 +130,8 @@ class Backend:
         self._queue_threads = queue_threads
         self._stopping = threading.Event()
         self._service: Service | None = None
+        self._waiting: deque[socket.socket] = deque()
+        self._paused = False
         self._accepted_at = 0.0
         self._poller = Poller()
         try:
@@ -140,6 +150,7 @@ class Backend:
         """
         try:
             with self._poller.woken_by_signals():
+                self._listen_again()
                 while not self._stopping.is_set() and connections != 0:
                     self._serve_one()
                     if connections is not None and not self._stopping.is_set():
@@ -148,6 +159,7 @@ class Backend:
             self._poller.remove(self._listener.fileno())
             self._poller.clear_timer(self)
             self._poller.clear_timer((self, "silent"))
+            self._poller.clear_timer((self, "waiting"))
             if self._service is not None:
                 self._service.close()
 
@@ -158,11 +170,11 @@ class Backend:
         if unclean:
             # What refers to itself, as an error and its frames do, may keep guest memory mapped.
             gc.collect()
-        self._poller.remove(self._listener.fileno())
         self._poller.clear_timer((self, "silent"))
-        self._listen_again()
         while not self._stopping.is_set():
             try:
+                if self._waiting and self._service is None and not self._paused:
+                    self._begin(self._waiting.popleft())
                 self._poller.run_once()
             except Exception:
                 # A mistake of the device or of ours: it costs this connection, not the next.
@@ -195,7 +207,64 @@ class Backend:
         except BaseException:
             close_fd(fd)
             raise
-        self._poller.remove(self._listener.fileno())
+        if self._service is None and not self._waiting:
+            self._begin(connected)
+        else:
+            self._have_wait(connected)
+
+    def _have_wait(self, connected: socket.socket) -> None:
+        """Have a front-end wait until the one that is served goes.
+
+        What it sends is not read. It is not left to the listener's queue, where a descriptor that
+        it sends would stay open unseen: the other end of the connection that is served, say, which
+        then never ends.
+        """
+        if len(self._waiting) >= MAX_WAITING:
+            LOG.report(log, logging.ERROR, "front-end refused: %d others wait", MAX_WAITING)
+            close_socket(connected)
+            return
+        first = not self._waiting
+        try:
+            self._waiting.append(connected)
+        except BaseException:
+            close_socket(connected)
+            raise
+        if first:
+            self._look_at_waiting()
+        else:
+            self._drop_waiting(connected)
+        self._limit_silence()
+
+    def _look_at_waiting(self) -> None:
+        """Let go of front-ends that wait no more, or should not, as long as any waits."""
+        for waiting in list(self._waiting):
+            self._drop_waiting(waiting)
+        if self._waiting:
+            when = time.monotonic() + WAITING_LOOK
+            self._poller.set_timer((self, "waiting"), when, self._look_at_waiting)
+
+    def _drop_waiting(self, waiting: socket.socket) -> None:
+        """Let go of a front-end if it is gone, or has passed descriptors before it was answered."""
+        poll = select.poll()
+        poll.register(waiting, 0)
+        gone = bool(poll.poll(0))
+        passed = queued_fds(waiting.fileno())
+        if not gone and not passed:
+            return
+        if passed:
+            self.statistics.protocol_errors += 1
+            LOG.report(
+                log,
+                logging.ERROR,
+                "front-end disconnected: %d descriptors came from it while it waited for another "
+                "one to go",
+                passed,
+            )
+        self._waiting.remove(waiting)
+        close_socket(waiting)
+
+    def _begin(self, connected: socket.socket) -> None:
+        """Serve a front-end from now on."""
         self.statistics.connections += 1
         channel = Channel(connected)
         try:
@@ -215,23 +284,22 @@ class Backend:
             channel.close()
             raise
         self._accepted_at = time.monotonic()
-        # Without it, one that says nothing stays.
-        with contextlib.suppress(OSError):
-            self._poller.add(self._listener.fileno(), self._another_waits)
+        self._limit_silence()
 
-    def _another_waits(self) -> None:
-        """Another front-end waits to be accepted: one that has said nothing yet makes way."""
-        self._poller.remove(self._listener.fileno())
-        self._poller.set_timer(
-            (self, "silent"), self._accepted_at + FIRST_MESSAGE_TIMEOUT, self._make_way
-        )
+    def _limit_silence(self) -> None:
+        """Have a front-end that has said nothing yet make way for another that waits."""
+        if self._waiting and self._service is not None:
+            self._poller.set_timer(
+                (self, "silent"), self._accepted_at + FIRST_MESSAGE_TIMEOUT, self._make_way
+            )
 
     def _make_way(self) -> None:
         service = self._service
-        if service is not None and not service.closed and not service.heard:
-            service.disconnect(
-                f"no message within {FIRST_MESSAGE_TIMEOUT} s, and another front-end waits"
-            )
+        if not self._waiting or service is None or service.closed or service.heard:
+            return
+        service.disconnect(
+            f"no message within {FIRST_MESSAGE_TIMEOUT} s, and another front-end waits"
+        )
 
     def _lines_hidden(self, seconds: float) -> None:
         """Have the number of hidden log lines logged when their interval is over."""
@@ -243,11 +311,13 @@ class Backend:
         self._poller.again(arm)
 
     def _pause_accepting(self) -> None:
-        """Look away for a while from a front-end that goes on waiting."""
+        """Look away for a while from front-ends that go on waiting."""
+        self._paused = True
         self._poller.remove(self._listener.fileno())
         self._poller.set_timer(self, time.monotonic() + ACCEPT_PAUSE, self._listen_again)
 
     def _listen_again(self) -> None:
+        self._paused = False
         try:
             self._poller.add(self._listener.fileno(), self._accept)
         except OSError as error:
@@ -267,8 +337,10 @@ class Backend:
         if self._listener.fileno() >= 0:
             LOG.unwatch(self._lines_hidden)
             LOG.flush()
-            # Who waits to be accepted may have sent descriptors already.
-            close_socket(self._listener)
+            # Who waits may have sent descriptors already.
+            for waiting in (*self._waiting, self._listener):
+                close_socket(waiting)
+            self._waiting.clear()
             self._poller.close()
             self.remove_socket()
 
