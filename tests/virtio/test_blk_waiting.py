@@ -469,6 +469,22 @@ class TestClosing:
         assert requests.reply(0, 0)[0] == requests.reply(1, 4096)[0] == S_OK
         assert requests.reply(1, 4096)[1] == image.read_bytes()[4096:8192]
 
+    @pytest.mark.parametrize("threads", [0, 1])
+    def test_while_a_request_is_looked_at(
+        self, make, monkeypatch: pytest.MonkeyPatch, threads: int
+    ) -> None:
+        requests = make(io_threads=threads)
+        device, look = requests.device, requests.device._work
+
+        def close_first(chain: Chain, patience: blk._Patience) -> blk.Work:
+            device.close()
+            return look(chain, patience)
+
+        monkeypatch.setattr(device, "_work", close_first)
+        assert requests.start(T_FLUSH) == 1
+        assert requests.reply(0, 0)[0] == S_IOERR
+        assert names() == []
+
     def test_nothing_goes_on_afterwards(self, make) -> None:
         requests = make(io_threads=2)
         assert blk_result(requests.start(T_FLUSH)) == 1
@@ -594,6 +610,9 @@ class TestSlices:
                 assert requests.disk.memory.read(there, length) == contents[:length]
             else:
                 assert image.read_bytes() == source + contents[length:]
+            chain = requests.take(kind, 0, source, room)
+            assert requests.device.server.is_large(chain) == (length > 8192)
+            ring.complete(chain, 0)
 
 
 @pytest.mark.parametrize("count", [-1, 65])
