@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 
 import pytest
 
-from guestio import ratelog
+from guestio import budgets, ratelog
 from guestio.ratelog import RateLimitedLog
 
 log = logging.getLogger("guestio.test_ratelog")
@@ -100,7 +101,81 @@ def test_a_trace(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
         raise ValueError("of a device")
     except ValueError:
         limited.report(log, logging.WARNING, "failed", trace=True)
-    assert caplog.records[-1].exc_info is not None
+    record = caplog.records[-1]
+    assert record.exc_info is None
+    assert record.exc_text is not None
+    assert record.exc_text.startswith("Traceback (last calls):\n")
+    assert record.exc_text.endswith("ValueError: of a device")
+    assert "raise ValueError" in record.exc_text
+
+
+class MuteError(Exception):
+    def __str__(self) -> str:
+        raise asyncio.CancelledError
+
+
+class Text(str):
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        raise ValueError
+
+
+def deep(level: int) -> None:
+    if level:
+        deep(level - 1)
+    try:
+        raise KeyError("first" * 5000)
+    except KeyError as error:
+        raise ValueError("second\nINFO forged" + "\t" * 5000) from error
+
+
+def test_texts_of_foreign_code_are_one_short_line(caplog: pytest.LogCaptureFixture) -> None:
+    limited = RateLimitedLog(burst=100, lines=100, interval=10)
+    for value in (
+        MuteError(),
+        Text("ok"),
+        ValueError("A" * 5_000_000),
+        "a\nb\x1b[2J\udc80",
+        ValueError("é" * 20),
+        "\n" * 5_000_000,
+        3,
+    ):
+        limited.report(log, logging.WARNING, "it says %s", value)
+    found = lines(caplog)
+    assert found[0] == "it says (MuteError, whose str() raised CancelledError)"
+    assert found[1] == "it says ok"
+    assert found[2] == "it says " + "A" * budgets.LOG_TEXT + "... (5000000 characters)"
+    assert found[3] == "it says a\\nb\\x1b[2J\\udc80"
+    assert found[4] == "it says " + "é" * 20
+    assert len(found[5]) < budgets.LOG_TEXT + 50
+    assert found[6] == "it says 3"
+
+
+def test_a_trace_is_bounded_and_forges_no_line(caplog: pytest.LogCaptureFixture) -> None:
+    limited = RateLimitedLog(burst=100, lines=100, interval=10)
+    for level in (0, 500):
+        try:
+            deep(level)
+        except ValueError as error:
+            limited.report(log, logging.WARNING, "failed", trace=error)
+        text = caplog.records[-1].exc_text
+        assert text is not None
+        assert len(text) <= budgets.LOG_TRACE + 4
+        assert "\nINFO" not in text
+        assert text.rstrip().endswith("characters)")
+        assert "KeyError" in text or level
+        assert "ValueError: second\\nINFO forged" in text
+
+
+def test_a_trace_of_causes_that_go_in_a_circle(caplog: pytest.LogCaptureFixture) -> None:
+    limited = RateLimitedLog(burst=100, lines=100, interval=10)
+    first, second = ValueError("first"), ValueError("second")
+    first.__context__, second.__cause__ = second, first
+    limited.report(log, logging.WARNING, "failed", trace=first)
+    text = caplog.records[-1].exc_text
+    assert text is not None
+    assert (text.count("first"), text.count("second")) == (1, 1)
 
 
 def test_nothing_is_lost_between_threads(caplog: pytest.LogCaptureFixture) -> None:

@@ -88,6 +88,19 @@ LOG_QUEUE = 1000
 """Lines of the log of `guestio blk` that wait for standard error to be read; further ones are lost,
 and counted."""
 
+LOG_TEXT = 400
+"""Characters of one text that foreign code puts into a log line, that of a device's exception for
+example; the rest is cut off, and the line says how long it was."""
+
+LOG_TRACE = 4000
+"""Characters of a traceback in the log; its beginning is cut off."""
+
+LOG_FRAMES = 16
+"""Calls of a traceback in the log, the last ones."""
+
+LOG_CAUSES = 4
+"""Exceptions in a traceback in the log: the one that was raised last and what led to it."""
+
 TURN_BYTES = 4 << 20
 """Bytes of a queue's requests that are moved in one turn, before the main channel, other queues and
 the stop flag have theirs. The last request may exceed it, by INLINE_BYTES at most."""
@@ -98,6 +111,9 @@ TURN_SECONDS = 0.01
 SLOW_DEVICE = 1.0
 """Seconds that a device may work on requests in the thread of their queue without being reported.
 Nothing else that this thread serves has a turn meanwhile."""
+
+SLOW_ANSWER = 10.0
+"""Seconds that a device may take to answer a request later without being named in the log."""
 
 INLINE_BYTES = 2 << 20
 """Bytes of a block request that are moved where the ring is walked; larger ones are moved by the

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
+import logging
 import os
+import pickle
 import re
 import struct
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ import pytest
 
 from guestio import budgets
 from guestio._core.chain import Chain
-from guestio.errors import DeviceError
+from guestio.errors import DeviceError, GuestioError
 from guestio.ratelog import LOG
 from guestio.vhost_user import Backend
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
@@ -25,8 +29,11 @@ from guestio.virtio.device import Device, DeviceId
 from tests.vhost_user.serving import (
     BUFFERS,
     Driver,
+    Later,
+    Mirror,
     Serving,
     errors_of,
+    nothing_left,
     until,
     warnings_of,
 )
@@ -79,7 +86,33 @@ def raising(error: BaseException) -> Callable[[Chain], object]:
 
 
 NONSENSE = [None, -1, 6, 1 << 70, True, "5", 1.0, float("nan"), NoNumber(), [], object()]
-ERRORS = [DeviceError("no"), RuntimeError("no"), MemoryError(), StopIteration(), AssertionError()]
+
+
+class MuteError(Exception):
+    """Cannot say what is wrong."""
+
+    def __str__(self) -> str:
+        raise AttributeError("code")
+
+
+class MuteDeviceError(DeviceError):
+    """Cannot say what is wrong."""
+
+    def __str__(self) -> str:
+        raise GeneratorExit
+
+
+ERRORS = [
+    DeviceError("no"),
+    RuntimeError("no"),
+    MemoryError(),
+    StopIteration(),
+    AssertionError(),
+    MuteError(),
+    MuteDeviceError(),
+    GeneratorExit(),
+    asyncio.CancelledError(),
+]
 NOW: list[Callable[[Chain], object]] = [
     *(raising(error) for error in ERRORS),
     *(lambda chain, value=value: value for value in NONSENSE),
@@ -220,7 +253,10 @@ class TestWords:
             (lambda chain: None, "Faulty.process returned None; return the number of bytes"),
             (lambda chain: True, "Faulty.process returned True; return the number of bytes"),
             (lambda chain: 9, "Faulty.process returned 9, but the request has room for 5 bytes"),
-            (raising(DeviceError("on fire")), "queue 0: request failed: on fire"),
+            (
+                raising(DeviceError("on fire")),
+                "queue 0: request failed: Faulty.process raised DeviceError: on fire",
+            ),
             (raising(ValueError("on fire")), "queue 0: request failed: Faulty.process raised"),
         ],
     )
@@ -246,6 +282,258 @@ class TestWords:
             device.answer = lambda chain: promised
             check_failed(driver, driver.submit(0, b"text"))
             assert "the future of Faulty.process ended with None; return" in warnings_of(caplog)[0]
+
+    def test_of_a_cancelled_answer(
+        self, device: Faulty, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with Serving(device, tmp_path / "socket") as serving, Driver(serving.path) as driver:
+            promised: Future[object] = Future()
+            promised.cancel()
+            device.answer = lambda chain: promised
+            check_failed(driver, driver.submit(0, b"text"))
+            assert warnings_of(caplog) == [
+                "queue 0: request failed: the future of Faulty.process was cancelled"
+            ]
+
+    @pytest.mark.parametrize("late", [False, True])
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (ValueError("x\nINFO forged" + "A" * 5_000_000), "ValueError: x\\nINFO forgedAAA"),
+            (DeviceError("x\nINFO forged"), "DeviceError: x\\nINFO forged"),
+            (MuteError(), "MuteError: (MuteError, whose str() raised AttributeError)"),
+        ],
+    )
+    def test_of_an_exception(
+        self,
+        device: Faulty,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+        late: bool,
+        error: Exception,
+        said: str,
+    ) -> None:
+        """The traceback follows where it helps; nothing is forged or flooded."""
+
+        def work(chain: Chain) -> int:
+            raise fresh(error)
+
+        with ThreadPoolExecutor(1) as pool:
+            device.answer = (lambda chain: pool.submit(work, chain)) if late else work
+            with Serving(device, tmp_path / "socket") as serving, Driver(serving.path) as driver:
+                check_failed(driver, driver.submit(0, b"text"))
+        (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+        method = "the future of Faulty.process ended with" if late else "Faulty.process raised"
+        assert record.getMessage().startswith(f"queue 0: request failed: {method} {said}")
+        assert len(record.getMessage()) < 2 * budgets.LOG_TEXT
+        if isinstance(error, DeviceError):
+            assert record.exc_text is None
+        else:
+            assert record.exc_text is not None
+            assert ", in work" in record.exc_text
+            assert len(record.exc_text) < 2 * budgets.LOG_TRACE
+            assert "\nINFO" not in record.exc_text
+
+
+class Deaf(Future[int]):
+    """Never says that it is done."""
+
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        raise asyncio.CancelledError
+
+
+class Hasty(Future[int]):
+    """Says that it is done before it is."""
+
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        fn(self)
+
+
+class Stubborn(Future[int]):
+    """Cannot be cancelled."""
+
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        raise ValueError("no callback")
+
+    def cancel(self) -> bool:
+        raise GeneratorExit
+
+
+class TestStrangeFutures:
+    @pytest.mark.parametrize("kind", [Deaf, Hasty, Stubborn])
+    def test_fail(
+        self, device: Faulty, driver: Driver, serving: Serving, kind: type[Future[int]]
+    ) -> None:
+        made: list[tuple[Chain, Future[int]]] = []
+
+        def begin(chain: Chain) -> object:
+            made.append((chain, kind()))
+            return made[-1][1]
+
+        device.answer = begin
+        for count in (1, 2):
+            check_failed(driver, driver.submit(0, b"text"))
+            assert serving.stats.failed_requests == count
+        assert serving.stats.connections == 1
+        # Late answers go nowhere.
+        for chain, promised in made:
+            if not promised.done():
+                promised.set_result(5)
+            assert chain.writable.total == 0
+        device.answer = lambda chain: 0
+        driver.run(0, b"text")
+        assert serving.stats.failed_requests == 2
+
+
+class TestTheEndOfTheProgram:
+    """What a device may ask for: the call of `serve` ends with it, and its front-end is let go."""
+
+    @pytest.mark.parametrize("threads", [False, True], ids=["one thread", "queue threads"])
+    @pytest.mark.parametrize("where", ["process", "fail", "stopping", "reset", "config"])
+    @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+    @pytest.mark.parametrize("iommu", [False, True])
+    def test_is_obeyed(
+        self, tmp_path: Path, threads: bool, where: str, error: BaseException, iommu: bool
+    ) -> None:
+        class Ending(Faulty):
+            armed = False
+
+            def end(self, name: str) -> None:
+                if name == where and self.armed:
+                    raise fresh(error)
+
+            def stopping(self, queue: int) -> None:
+                self.end("stopping")
+
+            def reset(self) -> None:
+                self.end("reset")
+
+            def config(self) -> bytes:
+                self.end("config")
+                return b""
+
+        device = Ending()
+
+        def process(chain: Chain) -> object:
+            device.end("process")
+            raise ValueError("no")
+
+        def fail(chain: Chain) -> object:
+            device.end("fail")
+            return Device.fail(device, 0, chain)
+
+        device.answer, device.failure = process, fail
+        with nothing_left():
+            serving = Serving(device, tmp_path / "socket", queue_threads=threads)
+            with serving:
+                driver = Driver(serving.path, iommu=iommu)
+                check_failed(driver, driver.submit(0, b"text"))
+                device.armed = True
+                if where in ("process", "fail"):
+                    driver.prepare(0, b"more")
+                    driver.submit(0, b"text")
+                elif where in ("stopping", "reset"):
+                    driver.frontend.close()
+                else:
+                    with pytest.raises((GuestioError, OSError)):
+                        driver.frontend.get_config(0, 4)
+                until(lambda: not serving.alive)
+                assert type(serving.error) is type(error)
+                serving.error = None
+                # What was not answered is not shown as done.
+                assert driver.rings[0].used_idx == 1
+                assert serving.backend._service is not None
+                assert serving.backend._service.closed
+            driver.close()
+            del driver
+
+
+@pytest.mark.parametrize("error", [GeneratorExit(), asyncio.CancelledError(), MuteDeviceError()])
+@pytest.mark.parametrize("where", ["stopping", "reset", "config", "negotiated", "failures"])
+def test_other_methods_that_raise_end_nothing(
+    tmp_path: Path, where: str, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Wrong(Mirror):
+        wrong = False
+
+        def raise_in(self, name: str) -> None:
+            if name == where and self.wrong:
+                raise fresh(error)
+
+        def stopping(self, queue: int) -> None:
+            self.raise_in("stopping")
+
+        def reset(self) -> None:
+            self.raise_in("reset")
+
+        def config(self) -> bytes:
+            self.raise_in("config")
+            return super().config()
+
+        def negotiated(self, features: int) -> None:
+            self.raise_in("negotiated")
+
+        @property
+        def failures(self) -> int:
+            self.raise_in("failures")
+            return 0
+
+    device = Wrong()
+    with Serving(device, tmp_path / "socket") as serving:
+        device.wrong = True
+        with contextlib.suppress(GuestioError, OSError), Driver(serving.path) as driver:
+            driver.run(0, b"text")
+            if where == "config":
+                with pytest.raises(GuestioError):
+                    driver.frontend.get_config(0, 4)
+                # Only this was refused.
+                driver.run(0, b"more")
+            driver.frontend.reset_device()
+        serving.let_go()
+        assert serving.alive
+        if not (isinstance(error, MuteDeviceError) and where in ("reset", "config", "negotiated")):
+            assert any(f"Wrong.{where}" in r.getMessage() for r in caplog.records)
+        device.wrong = False
+        serving.check_serves()
+        assert serving.stats.failed_requests == 0
+
+
+def test_a_forgotten_answer_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guestio.vhost_user.virtqueue.SLOW_ANSWER", 0.05)
+    device = Later()
+    with Serving(device, tmp_path / "socket", stop_timeout=0.1) as serving:
+        with Driver(serving.path) as driver:
+            assert serving.stats.outstanding == 0
+            for source in (b"LATE 0", b"LATE 1"):
+                driver.submit(0, source)
+                device.expect(source)
+            assert serving.stats.outstanding == 2
+            assert "outstanding=2" in str(serving.stats)
+            assert pickle.loads(pickle.dumps(serving.stats)).outstanding == 2
+            until(lambda: len(warnings_of(caplog)) >= 2)
+            assert re.fullmatch(
+                r"queue 0: Later\.process has not answered a request for \d+ s; it holds 2, and "
+                r"their driver waits until it completes their futures",
+                warnings_of(caplog)[0],
+            )
+            device.finish(b"LATE 0")
+            device.finish(b"LATE 1")
+            driver.wait(0, 1)
+            until(lambda: serving.stats.outstanding == 0)
+            said = len(warnings_of(caplog))
+            driver.run(0, b"text")
+            time.sleep(0.15)
+            assert len(warnings_of(caplog)) == said
+            # It is looked at again.
+            driver.submit(0, b"LATE 2")
+            until(lambda: len(warnings_of(caplog)) > said)
+            device.expect(b"LATE 2")
+            device.finish(b"LATE 2")
+            driver.wait(0, 3)
+        serving.let_go()
+        assert serving.stats.outstanding == 0
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -332,10 +620,24 @@ class TestNoDevice:
             (lambda: with_attributes(num_queues=0), "num_queues 0 is not in 1..256"),
             (lambda: with_attributes(num_queues=257), "num_queues 257 is not in 1..256"),
             (lambda: with_attributes(num_queues=True), "num_queues must be an integer"),
+            (lambda: with_attributes(error_status=256), "Faulty.error_status 256 is not in 0..255"),
+            (lambda: with_attributes(error_status=-1), "Faulty.error_status -1 is not in 0..255"),
+            (lambda: with_attributes(error_status="x"), "Faulty.error_status must be an integer"),
+            (lambda: with_attributes(features=-1), "Faulty.features"),
+            (lambda: with_attributes(features=1 << 64), "Faulty.features"),
+            (lambda: with_attributes(features="x"), "Faulty.features must be an integer"),
+            (
+                lambda: with_attributes(config=lambda: None),
+                "Faulty.config returned None; return bytes",
+            ),
+            (
+                lambda: with_attributes(config=lambda: "A" * 5000),
+                "Faulty.config returned 'A.{,60}; return bytes",
+            ),
         ],
     )
     def test_is_served(self, tmp_path: Path, make: Callable[[], Any], said: str) -> None:
-        with pytest.raises((TypeError, ValueError), match=said):
+        with pytest.raises((TypeError, ValueError, DeviceError), match=said):
             Backend(make(), tmp_path / "socket")
         assert not (tmp_path / "socket").exists()
 

@@ -320,7 +320,12 @@ class TestEnds:
         begin(driver, device, b"LATE")
         device.promised(b"LATE").set_exception(DeviceError("the disk is on fire"))
         driver.wait(0, 0)
-        assert warnings_of(caplog) == ["queue 0: request failed: the disk is on fire"]
+        assert warnings_of(caplog) == [
+            (
+                "queue 0: request failed: the future of Later.process ended with DeviceError: "
+                "the disk is on fire"
+            )
+        ]
         assert errors_of(caplog) == []
 
     def test_requests_with_faults_among_them(self, device: Later, serving: Serving) -> None:
@@ -605,6 +610,11 @@ class Overtaken(Future[int]):
         self.looked.set()
         assert self.go_on.wait(WAIT)
         return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self.looked.set()
+        assert self.go_on.wait(WAIT)
+        return super().exception(timeout)
 
 
 class Promising(Later):

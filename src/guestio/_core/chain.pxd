@@ -35,8 +35,13 @@ cdef Chain new_chain()
 
 
 cdef inline bint is_moving(Chain chain) noexcept:
-    """As :meth:`Chain.in_use`."""
+    """Whether a call is moving the data of a chain that has not been handed out."""
     return chain.readable.users or chain.writable.users
+
+
+cdef inline bint is_in_use(Chain chain) noexcept:
+    """As :meth:`Chain.in_use`."""
+    return is_moving(chain) or (chain.end is not None and chain.end.users)
 
 
 cdef class Quota:

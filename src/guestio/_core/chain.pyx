@@ -46,7 +46,22 @@ cdef class Chain:
 
     def in_use(self):
         """Whether a call is moving its data at this moment, without the GIL."""
-        return is_moving(self)
+        return is_in_use(self)
+
+    def stamp(self, value):
+        """Have ``value`` be the last writable byte once no call moves the data any more.
+
+        For the status of a request that failed: a call that is under way may write it over. Does
+        nothing if there is none.
+
+        Raises:
+            ValueError: It is no byte.
+        """
+        cdef u64 byte = as_address(value, "value")
+        if byte > 255:
+            raise ValueError(f"value {value} is not in 0..255")
+        if self.writable.users:
+            self.writable.stamp = 1 + <int>byte
 
     @property
     def tail(self):
@@ -71,8 +86,8 @@ cdef class Chain:
 
         The request is complete once its ring is told so as well, by ``complete``. Any thread. The
         memory may not be touched any more. A thread that is copying at this moment nevertheless
-        finishes with memory that is kept for it, and revocations wait for it; but the driver may
-        see the request as complete already.
+        finishes with memory that is kept for it; revocations wait for it, and so does
+        ``complete``.
 
         Raises:
             ValueError: It was settled before, or has less room.
@@ -85,6 +100,8 @@ cdef class Chain:
                 f"{count} bytes written to a request with room for {self.writable.total}"
             )
         self.settled, self.written = True, count
+        if self.writable.stamp and not self.writable.users:
+            self.writable.put_stamp()
         # What was written through buffers of its slices is marked dirty by this.
         self.readable.close()
         self.writable.close()

@@ -14,7 +14,9 @@ from guestio._core.access cimport AddressSpace, IoVector
 from guestio._core.areas cimport RingAreas, current
 from guestio._core.border cimport as_address, as_seconds, u8
 from guestio._core.capacity cimport RING_LOOK_WORK, RING_LOOKS, RING_PUBLISH_EACH
-from guestio._core.chain cimport NOT_SERVED, Chain, Quota, Server, i64, is_moving, new_chain
+from guestio._core.chain cimport (
+    NOT_SERVED, Chain, Quota, Server, i64, is_in_use, is_moving, new_chain,
+)
 from guestio._core.foreign cimport notify
 from guestio._core.inflight cimport InflightQueue
 from guestio._core.mapping cimport holes, met_holes
@@ -534,6 +536,10 @@ cdef class SplitRing(RingAreas):
             chain: The request. Its memory must not be touched any more.
             written: The number of bytes written to it; None for a request that is settled.
 
+        Returns:
+            Whether it was given back. Not while another thread moves its data, which its driver
+            would see change: it is settled, and is to be completed again later.
+
         Raises:
             ValueError: It was given back before, comes from another ring, or has less room.
         """
@@ -545,9 +551,12 @@ cdef class SplitRing(RingAreas):
             chain.settle(written)
         elif not chain.settled:
             raise ValueError(f"request {chain.head} is not settled")
+        if is_in_use(chain):
+            return False
         # Whoever keeps the request does not keep the ring, nor its memory.
         chain.done, chain.ring = True, None
         self.finish(chain)
+        return True
 
     cdef void finish(self, Chain chain) noexcept:
         """Put a request where it is to be shown."""

@@ -76,6 +76,7 @@ cdef class IoVector:
     cdef list loans           # one to a fragment, once slices of it were given away
     cdef int users            # calls that use the memory without the GIL
     cdef bint closing         # closed meanwhile: the last of them gives the memory back
+    cdef int stamp            # 1 + what is to be its last byte then, or 0
 
     cdef int adopt(self, RegionTable table, AtomicBitmap second) except -1
     cdef int push(self, void *base, size_t size, u64 addr, const Origin *origin) except -1
@@ -87,6 +88,7 @@ cdef class IoVector:
     cdef int finish_close(self) except -1
     cdef void enter(self) noexcept nogil
     cdef int leave(self) except -1
+    cdef int put_stamp(self) except -1
     cdef int mark_loans(self) except -1
     cdef IoVector last_byte(self)
     cdef void release(self) noexcept

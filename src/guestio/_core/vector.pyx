@@ -313,7 +313,23 @@ cdef class IoVector:
         self.users -= 1
         if self.closing and not self.users:
             self.closing = False
+            self.put_stamp()
             self.finish_close()
+        return 0
+
+    cdef int put_stamp(self) except -1:
+        """Write the last byte that was asked for, after the last call that might have written it."""
+        cdef u64 size = 0
+        cdef int i
+        cdef u8 value = <u8>(self.stamp - 1)
+        if not self.stamp:
+            return 0
+        self.stamp = 0
+        for i in range(self.count):
+            size += self.vec[i].iov_len
+        if size:
+            self.transfer(&value, size - 1, 1, True)
+            self.mark(size - 1, 1)
         return 0
 
     cdef IoVector last_byte(self):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gc
 import logging
+import operator
 import os
 import select
 import socket
@@ -16,7 +18,7 @@ from collections import deque
 from typing import Literal, Self
 
 from guestio._core.foreign import accept_stream
-from guestio.addr import check_int, check_seconds
+from guestio.addr import check_address, check_int, check_seconds, shown
 from guestio.budgets import (
     FIRST_MESSAGE_TIMEOUT,
     LONGEST_TIMEOUT,
@@ -30,7 +32,7 @@ from guestio.ratelog import LOG
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.foreign import close_socket, queued_fds
 from guestio.vhost_user.poller import Poller
-from guestio.vhost_user.service import Service
+from guestio.vhost_user.service import Service, check_config
 from guestio.vhost_user.session import MAX_QUEUES
 from guestio.vhost_user.statistics import Statistics
 from guestio.virtio.device import (
@@ -77,7 +79,8 @@ class Backend:
             one thread at a time, so this is for devices whose requests take long in system calls.
 
     Raises:
-        DeviceError: The path is too long or in use, or its directory cannot be written.
+        DeviceError: The path is too long or in use, or its directory cannot be written; or the
+            device's ``config()`` returned no bytes.
 
     Attributes:
         statistics: Counters over all front-ends so far.
@@ -107,6 +110,15 @@ class Backend:
             raise TypeError(f"{type(device).__name__}.device_id is missing: the type of the device")
         if not 1 <= check_int(device.num_queues, "num_queues") <= MAX_QUEUES:
             raise ValueError(f"num_queues {device.num_queues} is not in 1..{MAX_QUEUES}")
+        if device.error_status is not None and not (
+            0 <= check_int(device.error_status, f"{type(device).__name__}.error_status") <= 255
+        ):
+            raise ValueError(
+                f"{type(device).__name__}.error_status {shown(device.error_status)} is not in "
+                "0..255, nor None"
+            )
+        check_address(device.features, f"{type(device).__name__}.features")
+        check_config(device, device.config())
         if iommu not in ("auto", "off"):
             raise ValueError(f"iommu {iommu!r} is neither 'auto' nor 'off'")
         if indirect not in ("auto", "on", "off"):
@@ -115,7 +127,7 @@ class Backend:
             raise ValueError(f"poll_us {poll_us} must not be negative")
         self.device = device
         self.path = os.fspath(path)
-        self.statistics = Statistics(device_failures=lambda: device.failures)
+        self.statistics = Statistics(device_failures=functools.partial(_failures, device))
         self._offered = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_EVENT_IDX
         if iommu == "auto":
             self._offered |= 1 << VIRTIO_F_ACCESS_PLATFORM
@@ -147,6 +159,10 @@ class Backend:
 
         Args:
             connections: Return after so many front-ends; None for no limit.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: The device raised it, or a signal handler. The front-end
+                has been released; what it waits for is not answered.
         """
         try:
             with self._poller.woken_by_signals():
@@ -176,9 +192,11 @@ class Backend:
                 if self._waiting and self._service is None and not self._paused:
                     self._begin(self._waiting.popleft())
                 self._poller.run_once()
-            except Exception:
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:
                 # A mistake of the device or of ours: it costs this connection, not the next.
-                log.exception("serving failed")
+                LOG.report(log, logging.ERROR, "serving failed", trace=True)
                 self._drop()
             if self._is_done():
                 return
@@ -355,6 +373,18 @@ class Backend:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _failures(device: Device) -> int:
+    """What a device counts, or 0 if it does not."""
+    try:
+        return operator.index(device.failures)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        name = type(device).__name__
+        LOG.report(log, logging.ERROR, "%s.failures is no number", name, trace=True)
+        return 0
 
 
 def _inode(path: str) -> tuple[int, int]:

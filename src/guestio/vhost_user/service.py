@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import reprlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -120,6 +121,7 @@ class Service:
                 self._threads.append(thread)
             host = QueueHost(
                 device,
+                device.error_status,
                 statistics,
                 self._bursts,
                 self._translations,
@@ -143,6 +145,7 @@ class Service:
             self._session = Session(self)
             poller.add(channel.fileno(), self._receive)
             poller.waiter = self._wait
+            statistics.device_holds = functools.partial(_outstanding, self._queues)
             undo.pop_all()
 
     def _wait(self, epoll: int, seconds: float) -> list[int]:
@@ -175,7 +178,7 @@ class Service:
                     break
             self._poller.again(self._receive)
         except ConnectionLostError as error:
-            LOG.report(log, logging.ERROR, "front-end disconnected: %s", str(error))
+            LOG.report(log, logging.ERROR, "front-end disconnected: %s", error)
             self.close()
         except PeerGoneError:
             self.close()
@@ -234,7 +237,7 @@ class Service:
         """Log what the front-end was refused, and let go of it: a traceback keeps memory mapped."""
         error, self._session.last_refusal = self._session.last_refusal, None
         if error is not None:
-            self._bursts.report("the front-end was refused: %s", str(error))
+            self._bursts.report("the front-end was refused: %s", error)
 
     def close(self) -> None:
         """Give everything back. Calling it again does nothing."""
@@ -242,8 +245,10 @@ class Service:
             return
         self.closed = True
         self._poller.waiter = None
-        until = self._announce_stop(self._queues)
+        until = time.monotonic() + self._stop_timeout
+        interrupt: BaseException | None = None
         steps: list[Callable[[], object]] = [
+            lambda: self._announce_stop(self._queues),
             self._hang_up,
             *(functools.partial(queue.reset, until) for queue in self._queues),
             *(thread.close for thread in self._threads),
@@ -251,15 +256,24 @@ class Service:
             lambda: self._set_inflight(None),
             self._count,
             self._let_go_of_memory,
-            self._device.reset,
+            self._reset_device,
         ]
         for step in steps:
             # One that fails (for want of memory, say) must not keep the others from being taken.
             try:
                 step()
-            except Exception:
+            except BaseException as error:
                 self.unclean = True
-                log.exception("front-end %d was not released as usual", self._stats.connections)
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    interrupt = error
+                    continue
+                LOG.report(
+                    log,
+                    logging.ERROR,
+                    "front-end %d was not released as usual",
+                    self._stats.connections,
+                    trace=True,
+                )
         stats = self._stats
         LOG.report(
             log,
@@ -273,6 +287,31 @@ class Service:
             stats.iotlb_invalidations,
             stats.iotlb_refused,
         )
+        if interrupt is not None:
+            raise interrupt
+
+    def _call_device(self, name: str, *args: object) -> object:
+        """Call a method of the device.
+
+        Raises:
+            DeviceError: It raised what is not of guestio.
+        """
+        try:
+            return getattr(self._device, name)(*args)
+        except (GuestioError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            called, kind = f"{type(self._device).__name__}.{name}", type(error).__name__
+            self._bursts.report("%s raised", called, trace=True)
+        # Outside of the handler: the device's error would be this one's context.
+        raise DeviceError(f"{called} raised {kind}")
+
+    def _reset_device(self) -> None:
+        try:
+            self._call_device("reset")
+        except GuestioError as error:
+            # The front-end's queues are reset all the same.
+            self._bursts.report("the device was not reset: %s", error)
 
     def _hang_up(self) -> None:
         self._poller.remove(self._channel.fileno())
@@ -280,6 +319,7 @@ class Service:
         self._poller.clear_timer((self, "half"))
         self._channel.close()
         self._session.last_refusal = None
+        self._stats.device_holds = int
 
     def _let_go_of_memory(self) -> None:
         self._shared = SharedMemory()
@@ -293,10 +333,12 @@ class Service:
 
     def _thread_failed(self, error: BaseException) -> None:
         """A mistake in a queue's thread is dealt with like one in ours, once for a front-end."""
+        # An error that its own traceback refers to would stay, and what its frames refer to.
+        errors = [error]
 
         def fail() -> None:
             if not self.closed:
-                raise error
+                raise errors.pop()
 
         self._poller.again(fail)
 
@@ -345,7 +387,7 @@ class Service:
         """See :class:`SessionHandler`."""
         if features == self._negotiated:
             return
-        self._device.negotiated(features)
+        self._call_device("negotiated", features)
         self._negotiated = features
         self._translations.serve(self._channel if self.translating else None)
         self._change_memory(self._shared)
@@ -442,13 +484,14 @@ class Service:
 
     def get_config(self, offset: int, size: int) -> bytes:
         """See :class:`SessionHandler`."""
-        return self._device.config()[offset : offset + size].ljust(size, b"\0")
+        config = check_config(self._device, self._call_device("config"))
+        return config[offset : offset + size].ljust(size, b"\0")
 
     def set_config(self, offset: int, data: bytes, flags: int) -> None:
         """See :class:`SessionHandler`."""
         if flags & ConfigFlag.LIVE_MIGRATION:
             raise DeviceError("migration of this device's state is not supported")
-        self._device.write_config(offset, data)
+        self._call_device("write_config", offset, data)
 
     def get_status(self) -> int:
         """See :class:`SessionHandler`."""
@@ -475,7 +518,7 @@ class Service:
     def _reset(self, *, keep_base: bool = False) -> None:
         self._reset_queues(keep_base=keep_base)
         self._status = 0
-        self._device.reset()
+        self._reset_device()
 
     def iotlb(self, message: IotlbMessage) -> None:
         """See :class:`SessionHandler`."""
@@ -537,7 +580,7 @@ class Service:
 
     def _broken(self, queue: Virtqueue, error: GuestioError) -> None:
         """Report a queue that its driver ruined; the others go on. From any thread."""
-        LOG.report(log, logging.ERROR, "queue %d stopped: %s", queue.index, str(error))
+        LOG.report(log, logging.ERROR, "queue %d stopped: %s", queue.index, error)
         self._poller.again(self._need_reset)
 
     def _need_reset(self) -> None:
@@ -550,3 +593,20 @@ class Service:
             bool(self._session.protocol_features & ProtocolFeature.REPLY_ACK)
         )
         self._translations.set_channel(fd)
+
+
+def _outstanding(queues: Sequence[Virtqueue]) -> int:
+    return sum(queue.outstanding for queue in queues)
+
+
+def check_config(device: Device, config: object) -> bytes:
+    """What ``device.config()`` returned, if that is a configuration space.
+
+    Raises:
+        DeviceError: It is not.
+    """
+    if not isinstance(config, (bytes, bytearray)):
+        raise DeviceError(
+            f"{type(device).__name__}.config returned {reprlib.repr(config)}; return bytes"
+        )
+    return bytes(config)

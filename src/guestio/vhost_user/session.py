@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from guestio.addr import ADDRESS_SPACE
 from guestio.errors import GuestioError, ProtocolError
+from guestio.ratelog import one_line
 from guestio.vhost_user.handler import InflightHandler, SessionHandler
 from guestio.vhost_user.messages import (
     U64,
@@ -233,7 +234,9 @@ class Session:
                 if acknowledge and not rule.replies:
                     self.last_refusal = error
                     return encode_ack(request, _REFUSED)
-                raise ProtocolError(f"{request_name(request)} refused: {error}") from error
+                raise ProtocolError(
+                    f"{request_name(request)} refused: {one_line(error)}"
+                ) from error
             # Looked at again: the message may be the one that negotiates REPLY_ACK.
             if reply is None and (acknowledge or self._acknowledges(message)):
                 return encode_ack(request, 0)

@@ -28,6 +28,7 @@ class Statistics:
         access_fails: Accesses that their translation forbade.
         traffic: What the core counts.
         device_failures: Tells how many requests the device answered with an error by itself.
+        device_holds: Tells how many requests the device has and has not answered.
     """
 
     connections: int = 0
@@ -40,16 +41,21 @@ class Statistics:
     access_fails: int = 0
     traffic: Traffic = field(default_factory=Traffic, repr=False)
     device_failures: Callable[[], int] = field(default=lambda: 0, repr=False)
+    device_holds: Callable[[], int] = field(default=lambda: 0, repr=False)
 
     def __str__(self) -> str:
         """All counters, for people."""
-        names = [name for name in vars(self) if name not in ("traffic", "device_failures")]
+        hidden = ("traffic", "device_failures", "device_holds")
+        names = [name for name in vars(self) if name not in hidden]
         names += [name for name, value in vars(type(self)).items() if isinstance(value, property)]
         return " ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def __getstate__(self) -> dict[str, object]:
         """A snapshot for another process: what the device counts is counted up to now."""
-        return vars(self) | {"device_failures": functools.partial(int, self.device_failures())}
+        return vars(self) | {
+            name: functools.partial(int, getattr(self, name)())
+            for name in ("device_failures", "device_holds")
+        }
 
     @property
     def requests(self) -> int:
@@ -60,6 +66,11 @@ class Statistics:
     def failed_requests(self) -> int:
         """Those of them that could not be served."""
         return self.traffic.failed_requests + self.device_failures()
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that the device holds at this moment: it answers them later."""
+        return self.device_holds()
 
     @property
     def iotlb_misses(self) -> int:
@@ -83,6 +94,6 @@ class Bursts:
     From any thread.
     """
 
-    def report(self, message: str, *args: object, trace: bool = False) -> None:
+    def report(self, message: str, *args: object, trace: bool | BaseException = False) -> None:
         """Log a warning, or only count it."""
         LOG.report(log, logging.WARNING, message, *args, trace=trace)

@@ -392,9 +392,7 @@ class Translations:
         if self._channel is None or self._lost:
             return
         if not isinstance(error, PeerGoneError) or isinstance(error, ConnectionLostError):
-            LOG.report(
-                log, logging.ERROR, "the back-end channel is of no use any more: %s", str(error)
-            )
+            LOG.report(log, logging.ERROR, "the back-end channel is of no use any more: %s", error)
         self._lost = True
         self._poller.again(self._close_lost)
 

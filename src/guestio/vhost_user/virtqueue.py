@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from guestio._core.chain import Chain
 from guestio._core.foreign import drain_eventfd, notify_eventfd
@@ -32,7 +33,7 @@ from guestio._core.intake import Attended, Intake
 from guestio._core.misses import Misses, touched
 from guestio._core.ring import SplitRing
 from guestio.addr import shown
-from guestio.budgets import SLOW_DEVICE, TURN_SECONDS
+from guestio.budgets import SLOW_ANSWER, SLOW_DEVICE, TURN_SECONDS
 from guestio.errors import DeviceError, GuestioError, ProtocolError, QueueError
 from guestio.memory.backing import close_fd
 from guestio.vhost_user.foreign import PipeNotifier, check_eventfd, close_foreign, is_pipe
@@ -60,12 +61,24 @@ COPY_GRACE = 0.25
 """Seconds beyond its time limit that a stop waits for system calls that move a request's memory."""
 
 
+COPY_LOOK = 0.01
+"""Seconds between looks at requests that were answered while a system call moves their memory."""
+
+
+class _Late(NamedTuple):
+    """An answer that is to come, and since when the device has the request (monotonic time)."""
+
+    answer: Future[int]
+    since: float
+
+
 @dataclass(frozen=True)
 class QueueHost:
     """What the queues of a back end share.
 
     Attributes:
         device: Serves the requests.
+        error_status: That of the device's type.
         statistics: Where to count.
         bursts: Where to report what a guest may cause any number of times.
         translations: Whom to ask for what is missing.
@@ -78,6 +91,7 @@ class QueueHost:
     """
 
     device: Device
+    error_status: int | None
     statistics: Statistics
     bursts: Bursts
     translations: Translations
@@ -109,9 +123,12 @@ class Virtqueue:
         self._poller = poller
         self._lock = threading.RLock()
         self._scheduled = False
-        self._late: dict[Chain, Future[int]] = {}
+        self._late: dict[Chain, _Late] = {}
         self._late_change = threading.Condition()
         self._settled: deque[Chain] = deque()
+        self._moving: list[Chain] = []
+        self._watching = False
+        self._told_of: tuple[float, float] = (0.0, 0.0)
         self._pipes: dict[int, PipeNotifier] = {}
         self._clear()
 
@@ -137,6 +154,11 @@ class Virtqueue:
         return self._kick is not None or self._polled
 
     @property
+    def outstanding(self) -> int:
+        """Requests that the device holds, or whose memory it still uses."""
+        return len(self._late) + len(self._settled) + len(self._moving)
+
+    @property
     def lock(self) -> threading.RLock:
         """Held while the queue is served or changed."""
         return self._lock
@@ -147,7 +169,9 @@ class Virtqueue:
             return
         try:
             self._host.device.stopping(self.index)
-        except Exception:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
             self._host.bursts.report(
                 "queue %d: %s failed", self.index, self._method("stopping"), trace=True
             )
@@ -236,6 +260,9 @@ class Virtqueue:
             self._unpark()
             self._host.translations.forget(self.index)
             self._poller.clear_timer(self)
+            self._poller.clear_timer((self, "moving"))
+            self._poller.clear_timer((self, "slow"))
+            self._watching = False
             self._set_fd("kick", None)
             self._polled = False
 
@@ -356,8 +383,8 @@ class Virtqueue:
         call = -1 if self._call is None else self._call
         until = time.monotonic() + TURN_SECONDS
         for _ in range(TURN):
-            while self._settled:
-                ring.complete(self._settled.popleft())
+            if self._settled:
+                self._complete_settled(ring)
             watching = host.poll_seconds and time.monotonic() < self._watch_until
             outcome = ring.turn(host.device.server, TURN, call, not watching)
             taken = self._conclude(ring, outcome)
@@ -431,21 +458,26 @@ class Virtqueue:
         """
         untold = None
         began = time.monotonic()
-        for chain in chains:
-            answer = self._process(chain)
-            if isinstance(answer, Future):
-                chain.hand_over()
-                self._late[chain] = answer
-                answer.add_done_callback(functools.partial(self._finish, chain))
-            elif (
-                chain.fault is None
-                or chain.tail is not None
-                or self._host.device.error_status is None
-            ):
-                ring.complete(chain, answer)
-            else:
-                chain.settle(0)
-                untold = chain
+        try:
+            for chain in chains:
+                answer = self._process(chain)
+                if isinstance(answer, Future):
+                    self._await(chain, answer, began)
+                elif (
+                    chain.fault is None or chain.tail is not None or self._host.error_status is None
+                ):
+                    if not ring.complete(chain, answer):
+                        self._withhold(chain)
+                else:
+                    chain.settle(0)
+                    untold = chain
+        except BaseException:
+            # Serving ends. What was not answered is not shown, and must not keep memory in use.
+            for chain in chains:
+                if chain not in self._late:
+                    with contextlib.suppress(ValueError):
+                        chain.settle(0)
+            raise
         if (took := time.monotonic() - began) >= SLOW_DEVICE:
             self._host.bursts.report(
                 "queue %d: %s took %d s for %d requests, and nothing else was served meanwhile; "
@@ -466,6 +498,72 @@ class Virtqueue:
         """A method of the device, for people."""
         return f"{type(self._host.device).__name__}.{name}"
 
+    def _await(self, chain: Chain, answer: Future[int], since: float) -> None:
+        """Have a request completed once its future is done."""
+        chain.hand_over()
+        self._late[chain] = _Late(answer, since)
+        if not self._watching:
+            self._watching = True
+            self._poller.set_timer((self, "slow"), since + SLOW_ANSWER, self._look_for_slow)
+        try:
+            answer.add_done_callback(functools.partial(self._finish, chain))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            self._host.bursts.report(
+                "queue %d: request failed: the future of %s takes no callback",
+                self.index,
+                self._method("process"),
+                trace=True,
+            )
+            self._take_back(chain)
+
+    def _look_for_slow(self) -> None:
+        """Name a device that has not answered for long; again each time it took twice as long."""
+        with self._late_change:
+            oldest = next(iter(self._late.values()), None)
+        if oldest is None:
+            self._watching = False
+            return
+        now, since = time.monotonic(), oldest.since
+        age = now - since
+        told_of, told_at = self._told_of
+        if age >= SLOW_ANSWER and (since != told_of or age >= 2 * told_at):
+            self._told_of = since, age
+            self._host.bursts.report(
+                "queue %d: %s has not answered a request for %d s; it holds %d, and their driver "
+                "waits until it completes their futures",
+                self.index,
+                self._method("process"),
+                age,
+                len(self._late),
+            )
+        when = now + SLOW_ANSWER - age % SLOW_ANSWER
+        self._poller.set_timer((self, "slow"), when, self._look_for_slow)
+
+    def _complete_settled(self, ring: SplitRing) -> None:
+        """Complete requests that were answered, once no system call moves their memory."""
+        for _ in range(len(self._settled)):
+            chain = self._settled.popleft()
+            if not ring.complete(chain):
+                self._withhold(chain)
+
+    def _withhold(self, chain: Chain) -> None:
+        """Complete a request later: its driver must not get memory back that is still written."""
+        # The thread that took it may have to wait for it.
+        chain.hand_over()
+        if not self._moving:
+            self._poller.set_timer(
+                (self, "moving"), time.monotonic() + COPY_LOOK, self._look_at_moving
+            )
+        self._moving.append(chain)
+
+    def _look_at_moving(self) -> None:
+        with self._lock:
+            self._settled.extend(self._moving)
+            self._moving.clear()
+            self._serve()
+
     def _process(self, chain: Chain) -> int | Future[int]:
         """What the device says to a request; where it failed, what it says to that."""
         bursts, method = self._host.bursts, self._method("process")
@@ -476,32 +574,63 @@ class Virtqueue:
                     return answer
                 return _plausible(answer, chain, f"{method} returned")
             bursts.report("queue %d: request refused: %s", self.index, chain.fault)
-        except GuestioError as error:
-            bursts.report("queue %d: request failed: %s", self.index, str(error))
-        except Exception:
-            bursts.report("queue %d: request failed: %s raised", self.index, method, trace=True)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self._report_failure(error, f"{method} raised")
         return self._fail(chain)
 
-    def _fail(self, chain: Chain) -> int:
-        """Tell the driver that a request failed, as its device does it or else as its type does."""
+    def _report_failure(self, error: BaseException, what: str) -> None:
+        """Log why a request failed; with the traceback, if that is not an error of guestio's."""
+        if isinstance(error, _NonsenseError):
+            self._host.bursts.report("queue %d: request failed: %s", self.index, error)
+            return
+        self._host.bursts.report(
+            "queue %d: request failed: %s %s: %s",
+            self.index,
+            what,
+            type(error).__name__,
+            error,
+            trace=not isinstance(error, GuestioError) and error,
+        )
+
+    def _fail(self, chain: Chain, *, late: bool = False) -> int:
+        """Tell the driver that a request failed, as its device does it or else as its type does.
+
+        Args:
+            chain: The request.
+            late: Whether this is called in a thread of the device's, in which nothing ends that
+                the device wants to end.
+        """
         device, method = self._host.device, self._method("fail")
         self._host.statistics.traffic.count_failed()
         written = None
         try:
             written = _plausible(device.fail(self.index, chain), chain, f"{method} returned")
-        except Exception as error:
-            self._host.bursts.report(
-                "queue %d: %s",
-                self.index,
-                str(error) if isinstance(error, GuestioError) else f"{method} raised",
-                trace=not isinstance(error, GuestioError),
-            )
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)) and not late:
+                raise
+            self._report_failure(error, f"{method} raised")
         finally:
             if written is None:
-                # The status byte may be gone with its file, or have been given up already.
-                with contextlib.suppress(GuestioError):
-                    written = Device.fail(device, self.index, chain)
-        return written or 0
+                written = self._fail_as_type(chain)
+            elif self._host.error_status is not None and chain.in_use():
+                chain.stamp(self._host.error_status)
+        return written
+
+    def _fail_as_type(self, chain: Chain) -> int:
+        """As `Device.fail`, whatever the device makes of it."""
+        status, tail = self._host.error_status, chain.tail
+        if status is None or tail is None:
+            return 0
+        try:
+            tail.write(bytes([status]))
+        except GuestioError:
+            # The byte may be gone with its file, or have been given up already.
+            return 0
+        if chain.in_use():
+            chain.stamp(status)
+        return int(chain.fault is None and chain.writable.total == 1)
 
     def _finish(self, chain: Chain, answer: Future[int]) -> None:
         """Take a late answer, in whatever thread it was found.
@@ -511,10 +640,13 @@ class Virtqueue:
         """
         if chain not in self._late:
             return
-        written = 0
+        written = None
         try:
             written = self._late_answer(chain, answer)
         finally:
+            if written is None:
+                # A signal came in between: even so its driver must not see it succeed.
+                written = self._fail_as_type(chain)
             with self._late_change:
                 if self._late.pop(chain, None) is not None:
                     self._give_back(chain, written)
@@ -530,14 +662,27 @@ class Virtqueue:
 
     def _late_answer(self, chain: Chain, answer: Future[int]) -> int:
         whose = f"the future of {self._method('process')} ended with"
+        # In the main thread such an exception may come of a signal.
+        late = threading.current_thread() is not threading.main_thread()
         try:
-            return _plausible(answer.result(), chain, whose)
-        except GuestioError as error:
-            said = str(error)
-        except BaseException as error:
-            said = f"{whose} {type(error).__name__}: {error}"
-        self._host.bursts.report("queue %d: request failed: %s", self.index, said)
-        return self._fail(chain)
+            if answer.cancelled():
+                self._host.bursts.report(
+                    "queue %d: request failed: the future of %s was cancelled",
+                    self.index,
+                    self._method("process"),
+                )
+                return self._fail(chain, late=late)
+            # One that only pretends to be done must not be waited for.
+            error = answer.exception(0)
+            if error is None:
+                return _plausible(answer.result(0), chain, whose)
+        except BaseException as raised:
+            if isinstance(raised, (KeyboardInterrupt, SystemExit)) and not late:
+                raise
+            self._report_failure(raised, whose)
+        else:
+            self._report_failure(error, whose)
+        return self._fail(chain, late=late)
 
     def give_up(self, iova: int, size: int) -> None:
         """Fail the requests that the device holds and that use a range of addresses.
@@ -545,7 +690,7 @@ class Virtqueue:
         For a revocation that has waited for them long enough. From any thread.
         """
         with self._late_change:
-            held = [chain for chain in self._late if _uses(chain, iova, iova + size)]
+            held = [chain for chain in list(self._late) if _uses(chain, iova, iova + size)]
         self._disown(held, "their memory is taken away")
 
     def _disown(self, held: list[Chain], why: str) -> None:
@@ -560,20 +705,37 @@ class Virtqueue:
             why,
         )
         for chain in held:
-            answer = self._late.get(chain)
-            if answer is None:
-                continue
-            written = self._fail(chain)
-            with self._late_change:
-                if self._late.pop(chain, None) is None:
-                    continue
-                self._give_back(chain, written)
-            # What has not begun need not begin any more.
-            with contextlib.suppress(Exception):
-                answer.cancel()
+            self._take_back(chain)
+
+    def _take_back(self, chain: Chain) -> None:
+        """Fail a request that the device still holds."""
+        late = self._late.get(chain)
+        if late is None:
+            return
+        written = self._fail(chain)
+        with self._late_change:
+            if self._late.pop(chain, None) is None:
+                return
+            self._give_back(chain, written)
+        # What has not begun need not begin any more.
+        try:
+            late.answer.cancel()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            self._host.bursts.report(
+                "queue %d: the future of %s cannot be cancelled",
+                self.index,
+                self._method("process"),
+                trace=True,
+            )
 
     def _drain(self, until: float) -> None:
-        """Wait for the requests that take time, and complete them; fail them when time is up."""
+        """Wait for the requests that take time, and complete them; fail them when time is up.
+
+        Those whose memory is still moved by a system call then are not shown to the driver: whoever
+        goes on begins with them.
+        """
         with self._late_change:
             while self._late and (left := until - time.monotonic()) > 0:
                 self._late_change.wait(left)
@@ -581,25 +743,29 @@ class Virtqueue:
         if held:
             self._disown(held, "the queue stops")
             self._host.given_up()
-            self._wait_for_copies(held, until + COPY_GRACE)
+        self._settled.extend(self._moving)
+        self._moving.clear()
+        self._wait_for_copies(until + COPY_GRACE)
         while self._settled:
             chain = self._settled.popleft()
             if self._ring is not None:
                 self._ring.complete(chain)
 
-    def _wait_for_copies(self, held: list[Chain], until: float) -> None:
-        """Wait for system calls that move the memory of requests which were given up.
+    def _wait_for_copies(self, until: float) -> None:
+        """Wait for system calls that move the memory of requests which were answered or given up.
 
         The memory is kept for a call that does not return; its kernel may still write to it.
         """
-        while (moving := sum(chain.in_use() for chain in held)) and time.monotonic() < until:
+        while (moving := sum(c.in_use() for c in list(self._settled))) and time.monotonic() < until:
             time.sleep(0.001)
         if moving:
+            self._host.given_up()
             self._host.bursts.report(
-                "queue %d: the memory of %d requests stays in use until system calls that move it "
-                "return",
+                "queue %d: %d requests are not given back to their driver: system calls of %s "
+                "still move their memory, and write to it until they return",
                 self.index,
                 moving,
+                self._method("process"),
             )
 
     def _park(self, ring: SplitRing, missing: Misses) -> None:
@@ -659,22 +825,27 @@ class Virtqueue:
         self.wake()
 
 
+class _NonsenseError(DeviceError):
+    """A device's answer is no number of bytes; the message names its method."""
+
+
 def _plausible(written: object, chain: Chain, whose: str) -> int:
     """What a device says that it wrote, if that is possible.
 
     Raises:
-        DeviceError: It is not.
+        _NonsenseError: It is not.
     """
     try:
         if isinstance(written, bool):
             raise TypeError
-        count = operator.index(written)  # type: ignore[arg-type]
+        # An integer of a class of its own may compare as it likes.
+        count = int.__index__(operator.index(written))  # type: ignore[arg-type]
     except TypeError:
-        raise DeviceError(
+        raise _NonsenseError(
             f"{whose} {reprlib.repr(written)}; return the number of bytes written"
         ) from None
     if not 0 <= count <= chain.writable.total:
-        raise DeviceError(
+        raise _NonsenseError(
             f"{whose} {shown(count)}, but the request has room for {chain.writable.total} "
             "bytes; return the number of bytes written"
         )
