@@ -1,6 +1,9 @@
 """A queue of a device behind an endpoint, with a real block device on it."""
 
+import os
 import struct
+import threading
+import time
 from concurrent.futures import Future
 
 import pytest
@@ -215,6 +218,7 @@ def raising(error):
 MISTAKES = {
     "raises": lambda chain: 1 / 0,
     "raises ours": lambda chain: raising(DeviceError("no")),
+    "raises no Exception": lambda chain: raising(GeneratorExit()),
     "none": lambda chain: None,
     "negative": lambda chain: -1,
     "too many": lambda chain: len(chain.writable) + 1,
@@ -255,8 +259,47 @@ class TestMistakesOfTheDevice:
         rig.disk.answer = lambda chain: 1 / 0
         rig.disk.fail = lambda queue, chain: 1 / 0
         rig.add(T_IN, 3)
-        assert rig.go() == [(0xFF, 0)]
+        assert rig.go() == [(S_IOERR, 0)]
         assert rig.queue.failed == 2
+
+    def test_the_end_of_the_program_is_no_failure(self, rig):
+        rig.disk.answer = lambda chain: raising(SystemExit(3))
+        rig.add(T_IN, 3)
+        with pytest.raises(SystemExit):
+            rig.go()
+        assert rig.driver.collect() == []
+
+    def test_memory_that_a_system_call_moves_is_not_given_back(self, rig):
+        reading, feeding = os.pipe()
+        reads = []
+
+        def answer(chain):
+            thread = threading.Thread(
+                target=lambda: reads.append(chain.writable.from_file(reading))
+            )
+            thread.start()
+            deadline = time.monotonic() + 10
+            while not chain.in_use():
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            rig.thread = thread
+            raise DeviceError("no")
+
+        rig.disk.answer = answer
+        rig.add(T_IN, 3)
+        threading.Timer(0.1, os.write, (feeding, bytes(513))).start()
+        assert rig.go() == [(S_IOERR, 0)]
+        assert reads == [513]
+        rig.thread.join()
+        rig.queue._answer_timeout = 0.02
+        rig.add(T_IN, 3)
+        with pytest.raises(DeviceError, match="not done after"):
+            rig.go()
+        assert rig.driver.collect() == []
+        os.write(feeding, bytes(513))
+        rig.thread.join()
+        os.close(reading)
+        os.close(feeding)
 
     def test_an_answer_that_never_comes(self, rig):
         """The queue ends, in bounded time; the request's memory stays the device's."""

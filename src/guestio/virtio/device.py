@@ -89,12 +89,16 @@ class Device(ABC):
             queue: Index of its queue.
             chain: The request: what the driver gave to read and what it gave to write.
 
+        A system call that moves the request's memory should return before the request is answered:
+        the driver is shown it only then, and a stop does not wait for it without a limit.
+
         Returns:
             How many bytes were written from the start of ``chain.writable`` on, or a future of it.
 
         Raises:
-            GuestioError: The request cannot be served; :meth:`fail` is called for it. The same if
-                the future ends with an exception or is cancelled.
+            GuestioError: The request cannot be served; :meth:`fail` is called for it. The same
+                with all else that is raised, and if the future ends with an exception or is
+                cancelled; but SystemExit and KeyboardInterrupt that are raised here end serving.
         """
 
     def fail(self, queue: int, chain: Chain) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Final
@@ -11,7 +13,8 @@ from guestio._core.chain import Chain
 from guestio._core.ring import SplitRing
 from guestio.addr import IovaRange, Permissions, check_int, check_seconds
 from guestio.budgets import ENDPOINT_ANSWER_TIMEOUT
-from guestio.errors import AccessError, DeviceError
+from guestio.errors import AccessError, DeviceError, GuestioError
+from guestio.ratelog import LOG
 from guestio.virtio.device import Device
 
 if TYPE_CHECKING:
@@ -70,7 +73,7 @@ class EndpointQueue:
             raise TypeError(f"notify must be callable, not {type(notify).__name__}")
         self._answer_timeout = check_seconds(answer_timeout, "answer_timeout")
         self.failed = 0
-        self._stuck: tuple[Chain, Future[int]] | None = None
+        self._stuck: object = None
         self._device = device
         self._index = number
         self._endpoint = memory.endpoint
@@ -102,7 +105,7 @@ class EndpointQueue:
         for _ in range(TURN):
             chains, misses = ring.pop()
             for chain in chains:
-                ring.complete(chain, self._process(chain))
+                self._complete(chain, self._process(chain))
             for miss in misses:
                 if miss not in reported:
                     reported.add(miss)
@@ -111,32 +114,55 @@ class EndpointQueue:
                 faulty = ring.pop_faulty()
                 if faulty is None:
                     return False
-                ring.complete(faulty, self._process(faulty))
+                self._complete(faulty, self._process(faulty))
             self._publish(reported)
             if not chains and not misses and not ring.enable_kicks():
                 return False
         return True
 
+    def _complete(self, chain: Chain, written: int) -> None:
+        """Give a request back, once no system call moves its memory any more."""
+        until = time.monotonic() + self._answer_timeout
+        if self._ring.complete(chain, written):
+            return
+        while not self._ring.complete(chain):
+            if time.monotonic() >= until:
+                self._stuck = chain
+                raise self._no_answer()
+            time.sleep(0.001)
+
     def _process(self, chain: Chain) -> int:
-        method = "process"
         try:
             if chain.fault is None:
-                try:
-                    answer = self._device.process(self._index, chain)
-                    return self._written(method, chain, self._await(chain, answer))
-                except AccessError:
-                    pass  # its memory went away meanwhile
-                except Exception as error:
-                    if self._stuck is not None:
-                        raise
-                    self._note(method, error)
-            method = "fail"
-            return self._written(method, chain, self._device.fail(self._index, chain))
-        except Exception as error:
+                answer = self._device.process(self._index, chain)
+                return self._written("process", chain, self._await(chain, answer))
+        except AccessError:
+            pass  # its memory went away meanwhile
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
             if self._stuck is not None:
                 raise
-            self._note(method, error)
-            return 0
+            self._note("process", error)
+        return self._fail(chain)
+
+    def _fail(self, chain: Chain) -> int:
+        written = None
+        try:
+            written = self._written("fail", chain, self._device.fail(self._index, chain))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self._note("fail", error)
+        finally:
+            status = self._device.error_status
+            if written is None:
+                # The status byte may be gone.
+                with contextlib.suppress(GuestioError):
+                    written = Device.fail(self._device, self._index, chain)
+            if status is not None and chain.in_use():
+                chain.stamp(status)
+        return written or 0
 
     def _await(self, chain: Chain, answer: int | Future[int]) -> int:
         if not isinstance(answer, Future):
@@ -166,16 +192,18 @@ class EndpointQueue:
             )
         return written
 
-    def _note(self, method: str, error: Exception) -> None:
+    def _note(self, method: str, error: BaseException) -> None:
         self.failed += 1
         if self.failed == 1:
-            _log.error(
+            LOG.report(
+                _log,
+                logging.ERROR,
                 "%s.%s failed for a request of queue %d, whose driver is told; more of its kind "
                 "are only counted",
                 type(self._device).__name__,
                 method,
                 self._index,
-                exc_info=error,
+                trace=error,
             )
 
     def _publish(self, reported: set[tuple[IovaRange, int]]) -> None:
