@@ -835,15 +835,18 @@ def _plausible(written: object, chain: Chain, whose: str) -> int:
     Raises:
         _NonsenseError: It is not.
     """
-    try:
-        if isinstance(written, bool):
-            raise TypeError
-        # An integer of a class of its own may compare as it likes.
-        count = int.__index__(operator.index(written))  # type: ignore[arg-type]
-    except TypeError:
-        raise _NonsenseError(
-            f"{whose} {reprlib.repr(written)}; return the number of bytes written"
-        ) from None
+    if type(written) is int:
+        count = written
+    else:
+        try:
+            if isinstance(written, bool):
+                raise TypeError
+            # An integer of a class of its own may compare as it likes.
+            count = int.__index__(operator.index(written))  # type: ignore[arg-type]
+        except TypeError:
+            raise _NonsenseError(
+                f"{whose} {reprlib.repr(written)}; return the number of bytes written"
+            ) from None
     if not 0 <= count <= chain.writable.total:
         raise _NonsenseError(
             f"{whose} {shown(count)}, but the request has room for {chain.writable.total} "
