@@ -34,7 +34,7 @@ from guestio._core.misses import Misses, touched
 from guestio._core.ring import SplitRing
 from guestio.addr import shown
 from guestio.budgets import SLOW_ANSWER, SLOW_DEVICE, TURN_SECONDS
-from guestio.errors import DeviceError, GuestioError, ProtocolError, QueueError
+from guestio.errors import GuestioError, ProtocolError, QueueError
 from guestio.memory.backing import close_fd
 from guestio.vhost_user.foreign import PipeNotifier, check_eventfd, close_foreign, is_pipe
 from guestio.vhost_user.messages import VringAddr
@@ -825,7 +825,7 @@ class Virtqueue:
         self.wake()
 
 
-class _NonsenseError(DeviceError):
+class _NonsenseError(Exception):
     """A device's answer is no number of bytes; the message names its method."""
 
 
