@@ -14,7 +14,7 @@ import pytest
 
 from guestio._core.access import AddressSpace
 from guestio._core.blockio import BlockServer
-from guestio._core.chain import Chain
+from guestio._core.chain import Chain, Quota
 from guestio._core.inflight import InflightQueue
 from guestio._core.ring import SplitRing
 from guestio.addr import Permissions
@@ -22,7 +22,7 @@ from guestio.errors import QueueError
 from guestio.iommu import Iotlb
 from guestio.memory import GuestRegionCollection, MmapRegion
 from guestio.vhost_user.inflight import InflightRegion
-from tests.virtio.rings import PAGE, WRITE, Desc, HandRing
+from tests.virtio.rings import NEXT, PAGE, WRITE, Desc, HandRing
 
 RW = Permissions.READ_WRITE
 DESC, AVAIL, USED = 0x10000, 0x20000, 0x30000
@@ -471,6 +471,46 @@ class TestGoingOn:
         assert taken == 3
         bench.close()
 
+    def test_after_a_turn_that_a_revocation_cut_short(self, noted: Bench) -> None:
+        """What is left of them is taken in the next, although nobody announces it."""
+        for head in range(3):
+            noted.put(head, Desc(noted.page(head), 16, NEXT, head + 4))
+            noted.put(head + 4, Desc(noted.page(head + 4), 513, WRITE))
+        noted.tell(*range(8))
+        noted.offer(0, 1, 2)
+        noted.take()
+        noted.ring = noted.device(0)
+
+        def revoke(*_: object) -> None:
+            noted.forget(7)
+            noted.tell(7)
+
+        server = BlockServer(-1, 512, report=revoke)
+        done, turns = 0, 0
+        resting = False
+        while not resting:
+            chains, _, served, resting = noted.ring.turn(server, 64, -1, True)
+            assert chains == []
+            done, turns = done + served, turns + 1
+        assert done == 3
+        assert turns > 1
+        assert sorted(noted.shown(0)) == [(0, 0), (1, 0), (2, 0)]
+
+    def test_while_the_device_holds_as_much_as_it_may(self, noted: Bench) -> None:
+        noted.tell(*range(8))
+        noted.offer(0, 1)
+        noted.take()
+        noted.offer(2)
+        noted.ring = SplitRing(
+            noted.space, 8, DESC, AVAIL, USED, inflight=noted.noted(), quota=Quota(1)
+        )
+        for head in range(3):
+            (chain,), _, _, resting = noted.ring.turn(None, 64, -1, True)
+            assert (chain.head, resting) == (head, False)
+            assert noted.ring.turn(None, 64, -1, True)[0] == []
+            assert noted.ring.turn(None, 64, -1, True)[3], "it is looked at again and again"
+            noted.ring.complete(chain, 0)
+
     def test_many_of_them(self) -> None:
         bench = Bench(256, order="noted")
         bench.tell(*range(256))
@@ -532,17 +572,23 @@ class TestGoingOn:
         noted.iotlb.set_mapping(0, 0, AREAS, RW)
         noted.iotlb.set_mapping(noted.page(1), noted.page(1), PAGE, Permissions.READ)
         assert noted.ring.pop()[0] == []
+        noted.iotlb.invalidate_mapping(0, AREAS)
+        assert noted.ring.give_back() == 0, "the ring cannot be reached any more"
+        noted.iotlb.set_mapping(0, 0, AREAS, RW)
         assert noted.ring.give_back() == 2
         assert (noted.ring.held_count, noted.ring.outstanding, noted.ring.resume_at) == (0, 0, 1)
         without = SplitRing(noted.space, 8, DESC, AVAIL, USED, base=1, ordered=True)
         noted.tell(1, 2)
-        assert [chain.head for chain in without.pop()[0]] == [1, 2]
+        chains, _ = without.pop()
+        assert [chain.head for chain in chains] == [1, 2]
+        for chain in chains:
+            without.complete(chain, 0)
+        without.publish()
         # Nor is it done once more by one with the notes.
         noted.offer(3)
         noted.tell(3)
-        noted.ring = noted.device(0)
-        assert noted.ring.held_count == 0
-        assert [chain.head for chain in noted.take()] == [1, 2, 3]
+        noted.ring = noted.device(3)
+        assert [chain.head for chain in noted.take()] == [3]
 
     def test_what_was_overtaken_before_stays_in_the_notes(self, noted: Bench) -> None:
         self.leave(noted)
