@@ -145,10 +145,10 @@ class Backing:
                 )
             skip = begin % page
             mapping = HostMapping(own, begin - skip, length + skip, writable=writable, guard=guard)
+            return cls(mapping, length, skip, own, begin)
         except BaseException:
             close_fd(own)
             raise
-        return cls(mapping, length, skip, own, begin)
 
     @classmethod
     def from_file(

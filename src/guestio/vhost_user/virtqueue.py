@@ -296,24 +296,25 @@ class Virtqueue:
 
     def _set_fd(self, name: str, fd: int | None) -> None:
         """Replace one of the eventfds. A kick is noticed by its edge and never read."""
-        attribute = f"_{name}"
-        old: int | None = getattr(self, attribute)
-        setattr(self, attribute, None)
-        if old is not None:
-            self._poller.remove(old)
-            if name == "kick":
-                drain_eventfd(old)
-            pipe = self._pipes.pop(old, None)
-            if pipe is None:
-                close_fd(old)
-            else:
-                pipe.close()
-        if fd is None:
-            return
         try:
+            attribute = f"_{name}"
+            old: int | None = getattr(self, attribute)
+            setattr(self, attribute, None)
+            if old is not None:
+                self._poller.remove(old)
+                if name == "kick":
+                    drain_eventfd(old)
+                pipe = self._pipes.pop(old, None)
+                if pipe is None:
+                    close_fd(old)
+                else:
+                    pipe.close()
+            if fd is None:
+                return
             piped = name == "call" and is_pipe(fd)
         except BaseException:
-            close_foreign([fd])
+            if fd is not None:
+                close_foreign([fd])
             raise
         if piped:
             pipe = PipeNotifier(fd)
