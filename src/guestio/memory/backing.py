@@ -44,9 +44,10 @@ class Backing:
         self._mapping: Final = mapping
         self._skip: Final = skip
         self.size: Final = size
-        self.fd = fd
         self.file_offset: Final = file_offset
         self.writable: Final = mapping.writable
+        # The last: a caller whose object cannot be made closes the descriptor.
+        self.fd = fd
 
     @classmethod
     def anonymous(cls, size: int, *, guard: bool = False) -> Self:
