@@ -250,7 +250,14 @@ class TestWhatIsNotCached:
         try:
             device = BlockDevice(shm, io_threads=2)
             disk = Disk(device)
+            assert not device.server.waits
             assert disk.read(8, 4096) == image.read_bytes()[4096:8192]
+            with shm.open("rb") as file:
+                try:
+                    os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+                except OSError as error:
+                    # It is asked once, not for each read.
+                    assert device.server.waits == (error.errno == errno.EOPNOTSUPP)
             assert isinstance(Requests(device).start(T_IN, 8, reply=4096), int)
             assert disk.device.errors == 0
             assert names() == []
