@@ -100,6 +100,16 @@ def forget(path: Path) -> None:
     pytest.fail("the page cache keeps the file")
 
 
+def _lacks_nowait(path: Path) -> bool:
+    """Whether a file system does not know RWF_NOWAIT."""
+    with path.open("rb") as file:
+        try:
+            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        except OSError as error:
+            return error.errno == errno.EOPNOTSUPP
+    return False
+
+
 def cached_pages(fd: int) -> int:
     """How many pages of a file are in the page cache (mincore(2))."""
     with mmap.mmap(fd, 0) as mapped:
@@ -252,12 +262,8 @@ class TestWhatIsNotCached:
             disk = Disk(device)
             assert not device.server.waits
             assert disk.read(8, 4096) == image.read_bytes()[4096:8192]
-            with shm.open("rb") as file:
-                try:
-                    os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
-                except OSError as error:
-                    # It is asked once, not for each read.
-                    assert device.server.waits == (error.errno == errno.EOPNOTSUPP)
+            # It is asked once, not for each read.
+            assert device.server.waits == _lacks_nowait(shm)
             assert isinstance(Requests(device).start(T_IN, 8, reply=4096), int)
             assert disk.device.errors == 0
             assert names() == []
