@@ -18,6 +18,14 @@ def pytest_report_header() -> str:
     return f"guestio's core: {variant.NAME}"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what states how a core of larger capacities behaves."""
+    for mark in item.iter_markers("capacity"):
+        for name, least in mark.kwargs.items():
+            if (has := variant.CAPACITIES[name]) < least:
+                pytest.skip(f"states what a core with {name} of {least} does; here it is {has}")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _no_garbage_of_others() -> None:
     """Let go of what earlier modules left in cycles: tests here count fds and mappings."""

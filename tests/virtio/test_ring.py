@@ -253,6 +253,7 @@ class TestTaking:
         assert rig.ring.pop() == ([], [])
         assert rig.ring.pop_faulty() is None
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_order_is_the_drivers(self) -> None:
         _, rig = physical()
         for head in (6, 1, 3):
@@ -263,6 +264,7 @@ class TestTaking:
         assert rig.ring.next_avail == 3
         assert rig.ring.outstanding == 3
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_a_limit(self) -> None:
         _, rig = physical()
         for head in range(5):
@@ -280,6 +282,7 @@ class TestTaking:
         rig.view.write(rig.avail + 6, b"\xff\xff" * 7)
         rig.pop_one()
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_it_begins_where_it_is_told(self) -> None:
         _, rig = physical(base=0xFFFE)
         rig.view.write(rig.used + 2, b"\xfe\xff")
@@ -341,6 +344,7 @@ class TestGivingBack:
         _, rig = physical()
         assert rig.ring.publish() is False
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_out_of_order(self) -> None:
         _, rig = physical()
         for head in range(3):

@@ -107,6 +107,7 @@ class TestMisses:
         tables.tell_missing(misses)
         assert rig.pop_one().readable.total == 24
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_later_requests_are_looked_at_but_not_taken(self, tables: Tables, rig: Rig) -> None:
         for head in range(5):
             rig.put(head, Desc(BUF + PAGE * head, 8))
@@ -139,6 +140,7 @@ class TestMisses:
         with pytest.raises(QueueError, match="loop"):
             rig.ring.pop()
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_the_limit_bounds_the_look_ahead(self, tables: Tables, rig: Rig) -> None:
         for head in range(8):
             rig.put(head, Desc(BUF + PAGE * head, 8))

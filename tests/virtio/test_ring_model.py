@@ -268,6 +268,7 @@ def touched(misses: list[tuple[tuple[int, int], int]]) -> set[tuple[int, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", range(BATCHES))
+@pytest.mark.capacity(RING_LOOK_WORK=1024)
 def test_core_and_model_agree(batch: int) -> None:
     region = MmapRegion.anonymous(0, MEMORY)
     memory = GuestRegionCollection.from_regions([region])

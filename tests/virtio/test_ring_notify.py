@@ -73,6 +73,7 @@ class TestDriverIsNotified:
             told.append(serve(rig))
         assert told == [False] * 3 + [True] + [False] * 4
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_when_a_batch_passes_the_event(self) -> None:
         rig = ready(event_idx=True)
         serve(rig)
@@ -88,6 +89,7 @@ class TestDriverIsNotified:
         count=st.integers(1, 8),
         near=st.booleans(),
     )
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_the_formula_of_the_specification(
         self, start: int, event: int, count: int, near: bool
     ) -> None:
@@ -117,6 +119,7 @@ class TestDeviceIsNotified:
         assert rig.ring.enable_kicks() is False
         assert rig.used_flags == 0
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_with_event_index_by_the_next_index(self) -> None:
         rig = ready(event_idx=True)
         rig.ring.disable_kicks()

@@ -119,6 +119,7 @@ def noted() -> Iterator[Bench]:
     made.close()
 
 
+@pytest.mark.capacity(RING_LOOK_WORK=1024)
 class TestInTurn:
     @pytest.mark.parametrize("done", list(itertools.permutations(range(4))))
     def test_any_order_of_completion(self, ordered: Bench, done: tuple[int, ...]) -> None:
@@ -394,6 +395,7 @@ class TestWaiting:
         assert noted.ring.next_avail == 3
 
 
+@pytest.mark.capacity(RING_LOOK_WORK=1024)
 class TestGoingOn:
     """Another device's side of the ring, with the same region."""
 

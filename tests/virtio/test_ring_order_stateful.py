@@ -249,6 +249,7 @@ class OrderMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
+@pytest.mark.capacity(RING_LOOK_WORK=1024)
 def test_requests_in_any_order_and_devices_that_come_and_go() -> None:
     run_state_machine_as_test(
         OrderMachine,

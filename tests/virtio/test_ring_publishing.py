@@ -26,6 +26,7 @@ class TestRevokedAmidATurn:
         ("count", "at"),
         [(1, 1), (EACH, EACH), (EACH + 1, EACH), (2 * EACH, 2 * EACH), (2 * EACH, EACH + 1)],
     )
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_the_used_ring_is_not_written_any_more(self, count: int, at: int) -> None:
         """A server's callback takes the used ring away; what was completed is shown later."""
         size = 64

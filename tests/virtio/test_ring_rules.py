@@ -215,6 +215,7 @@ class TestAvailableIndex:
         rig.set_avail_idx(index)
         check_broken(rig, f"available index {index} runs ahead of a ring of 8")
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_backwards(self) -> None:
         _, rig = physical()
         rig.put(0, Desc(A, 1))
@@ -224,6 +225,7 @@ class TestAvailableIndex:
         with pytest.raises(QueueError, match="available index 2 runs ahead"):
             rig.ring.pop()
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_requests_that_were_not_given_back_count(self) -> None:
         _, rig = physical()
         rig.put(0, Desc(A, 1))
@@ -238,6 +240,7 @@ class TestAvailableIndex:
         with pytest.raises(QueueError):
             rig.finish(chains[0])
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_requests_that_were_given_back_but_not_shown_count(self) -> None:
         _, rig = physical()
         rig.put(0, Desc(A, 1))
@@ -363,6 +366,7 @@ class TestAreas:
 class TestHoles:
     """Buffers where no memory is: the request fails, the ring lives."""
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_a_buffer_outside_memory(self) -> None:
         _, rig = physical()
         rig.put_chain(0, Desc(A, 16), Desc(0x10000000, 512, WRITE), Desc(C, 1, WRITE))
@@ -521,6 +525,7 @@ class TestBounds:
         assert ring.enable_kicks() is True, "the others are announced as available still"
         assert len(ring.pop()[0]) == 1
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_many_pieces_end_the_look_ahead(self) -> None:
         tables = Tables(0x100000)
         rig = tables.rig(size=64, desc=0x1000, avail=0x2000, used=0x3000)
@@ -538,6 +543,7 @@ class TestBounds:
         assert len(chains) == 4
         assert all(chain.readable.count == 4 * PAGE for chain in chains)
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_many_misses_end_the_look_ahead(self) -> None:
         tables = Tables()
         rig = tables.rig(size=1024, desc=0x10000, avail=0x20000, used=0x30000, indirect=True)
