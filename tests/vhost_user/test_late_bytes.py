@@ -189,6 +189,29 @@ class TestAnAnswer:
         assert driver.result(0, number, 4) == (0x11, b"good")
         assert driver.rings[0].used_entry(number) == (2 * number, 4)
 
+    def test_that_waits_long_is_reported(
+        self,
+        device: Reader,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("guestio.vhost_user.virtqueue.SLOW_ANSWER", 0.05)
+        with Serving(device, tmp_path / "socket") as serving, Driver(serving.path) as driver:
+            device.answers += [lambda chain: 4, lambda chain: 4]
+            for _ in range(2):
+                number = driver.submit(0, b"PIPE")
+                until(lambda: warnings_of(caplog))
+                assert warnings_of(caplog)[0] == (
+                    "queue 0: 1 requests that Reader.process has answered wait for its system "
+                    "calls, which still move their memory after 0 s"
+                )
+                assert serving.stats.outstanding == 1
+                device.release()
+                driver.wait(0, number)
+                until(lambda: serving.stats.outstanding == 0)
+                caplog.clear()
+
     def test_marks_the_status(self, device: Reader, tmp_path: Path) -> None:
         """What is written over at the end is as dirty as all else."""
         device.answers.append(fail)

@@ -611,11 +611,6 @@ class Overtaken(Future[int]):
         assert self.go_on.wait(WAIT)
         return super().result(timeout)
 
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        self.looked.set()
-        assert self.go_on.wait(WAIT)
-        return super().exception(timeout)
-
 
 class Promising(Later):
     """Its promises are those of `Overtaken`; what it fails may be answered meanwhile."""

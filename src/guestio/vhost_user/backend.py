@@ -393,7 +393,7 @@ def _inode(path: str) -> tuple[int, int]:
 
 
 def _listen(path: str) -> socket.socket:
-    if not path or "\0" in path:
+    if not path or b"\0" in os.fsencode(path):
         raise DeviceError(f"cannot listen on {path!r}: it is not the name of a file")
     if len(os.fsencode(path)) > MAX_PATH:
         raise DeviceError(

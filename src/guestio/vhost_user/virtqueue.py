@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -127,6 +127,8 @@ class Virtqueue:
         self._late_change = threading.Condition()
         self._settled: deque[Chain] = deque()
         self._moving: list[Chain] = []
+        self._moving_since: float | None = None
+        self._tell_after = SLOW_ANSWER
         self._watching = False
         self._told_of: tuple[float, float] = (0.0, 0.0)
         self._pipes: dict[int, PipeNotifier] = {}
@@ -558,12 +560,27 @@ class Virtqueue:
                 (self, "moving"), time.monotonic() + COPY_LOOK, self._look_at_moving
             )
         self._moving.append(chain)
+        if self._moving_since is None:
+            self._moving_since, self._tell_after = time.monotonic(), SLOW_ANSWER
 
     def _look_at_moving(self) -> None:
         with self._lock:
             self._settled.extend(self._moving)
             self._moving.clear()
             self._serve()
+            if not self._moving or self._moving_since is None:
+                self._moving_since = None
+                return
+            if (age := time.monotonic() - self._moving_since) >= self._tell_after:
+                self._tell_after = 2 * age
+                self._host.bursts.report(
+                    "queue %d: %d requests that %s has answered wait for its system calls, which "
+                    "still move their memory after %d s",
+                    self.index,
+                    len(self._moving),
+                    self._method("process"),
+                    age,
+                )
 
     def _process(self, chain: Chain) -> int | Future[int]:
         """What the device says to a request; where it failed, what it says to that."""
@@ -663,25 +680,24 @@ class Virtqueue:
 
     def _late_answer(self, chain: Chain, answer: Future[int]) -> int:
         whose = f"the future of {self._method('process')} ended with"
-        # In the main thread such an exception may come of a signal.
         late = threading.current_thread() is not threading.main_thread()
         try:
-            if answer.cancelled():
-                self._host.bursts.report(
-                    "queue %d: request failed: the future of %s was cancelled",
-                    self.index,
-                    self._method("process"),
-                )
-                return self._fail(chain, late=late)
             # One that only pretends to be done must not be waited for.
-            error = answer.exception(0)
-            if error is None:
-                return _plausible(answer.result(0), chain, whose)
-        except BaseException as raised:
-            if isinstance(raised, (KeyboardInterrupt, SystemExit)) and not late:
+            return _plausible(answer.result(0), chain, whose)
+        except CancelledError:
+            self._host.bursts.report(
+                "queue %d: request failed: the future of %s was cancelled",
+                self.index,
+                self._method("process"),
+            )
+        except BaseException as error:
+            # In the main thread these may come of a signal instead.
+            if (
+                isinstance(error, (KeyboardInterrupt, SystemExit))
+                and not late
+                and answer.exception(0) is not error
+            ):
                 raise
-            self._report_failure(raised, whose)
-        else:
             self._report_failure(error, whose)
         return self._fail(chain, late=late)
 
@@ -746,6 +762,7 @@ class Virtqueue:
             self._host.given_up()
         self._settled.extend(self._moving)
         self._moving.clear()
+        self._moving_since = None
         self._wait_for_copies(until + COPY_GRACE)
         while self._settled:
             chain = self._settled.popleft()
