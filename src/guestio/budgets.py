@@ -106,7 +106,8 @@ TURN_BYTES = 4 << 20
 the stop flag have theirs. The last request may exceed it, by INLINE_BYTES at most."""
 
 TURN_SECONDS = 0.01
-"""Seconds after which callbacks that wait let the descriptors be looked at again."""
+"""Seconds after which callbacks that wait let the descriptors be looked at again, and after which a
+device is given no more of the requests that were taken: the others are put back into the ring."""
 
 SLOW_DEVICE = 1.0
 """Seconds that a device may work on requests in the thread of their queue without being reported.

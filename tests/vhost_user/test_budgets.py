@@ -218,6 +218,105 @@ class TestTurns:
                 thread.join()
 
 
+class Slow(Mirror):
+    """Takes its time for each request, without a future."""
+
+    def process(self, queue: int, chain: Chain) -> int | Future[int]:
+        time.sleep(2 * budgets.TURN_SECONDS)
+        return super().process(queue, chain)
+
+
+class TestSlowDevices:
+    @pytest.mark.parametrize("options", [{}, {"iommu": True}, {"inflight": True}])
+    @pytest.mark.parametrize("threads", [False, True], ids=["one thread", "queue threads"])
+    def test_the_rest_of_a_batch_waits(
+        self, tmp_path: Path, threads: bool, options: dict[str, bool]
+    ) -> None:
+        device = Slow(1)
+        sources = [b"request %d" % i for i in range(30)]
+        with (
+            Serving(device, tmp_path / "socket", queue_threads=threads) as serving,
+            Driver(serving.path, **options) as driver,  # type: ignore[arg-type]
+        ):
+            for source in sources:
+                driver.prepare(0, source)
+            driver.handles[0].kick()
+            until(lambda: device.seen)
+            driver.frontend.sync()
+            assert len(device.seen) < len(sources)
+            base = driver.stop(0)
+            assert base == len(device.seen) == driver.rings[0].used_idx < len(sources)
+            driver.start(0, base)
+            driver.handles[0].kick()
+            driver.wait(0, base)
+            serving.backend.stop()
+            serving._thread.join(WAIT)
+            assert len(device.seen) < len(sources)
+        assert [source for _, source in device.seen] == sources[: len(device.seen)]
+
+    def test_all_of_a_batch_is_served_in_the_end(self, tmp_path: Path) -> None:
+        device = Slow()
+        with (
+            Serving(device, tmp_path / "socket") as serving,
+            Driver(serving.path, queues=2) as driver,
+        ):
+            sources = [b"request %d" % i for i in range(20)]
+            numbers = [driver.submit(0, source) for source in sources]
+            assert driver.run(1, b"other") == (OK, b"rehto")
+            assert len(device.seen) < len(sources)
+            for number, source in zip(numbers, sources, strict=True):
+                driver.wait(0, number)
+                assert driver.result(0, number, len(source)) == (OK, source[::-1])
+            assert [source for queue, source in device.seen if not queue] == sources
+            assert serving.stats.requests == 21
+
+    def test_what_is_put_back_is_taken_again(self) -> None:
+        memory, rig = small_ring()
+        quota = Quota(1 << 20)
+        ring = SplitRing(memory._space, 64, 0, 0x2000, 0x3000, quota=quota, ordered=True)
+        for i in range(5):
+            rig.offer(rig.put_chain(2 * i, Desc(0x4000, 16), Desc(0x5000, 1, WRITE)))
+        chains, *_ = ring.turn(None, 64, -1, True)
+        heads = [chain.head for chain in chains]
+        rest = chains[2:]
+        used = quota.used
+        ring.put_back(rest)
+        assert (rest, ring.outstanding, ring.next_avail) == ([], 2, 2)
+        assert quota.used == used * 2 // 5
+        with pytest.raises(ValueError, match="was not handed out by this ring"):
+            ring.put_back(chains[2:])
+        with pytest.raises(ValueError, match="completed before"):
+            ring.complete(chains[2], 0)
+        # One that came before those of this turn stays.
+        again, *_ = ring.turn(None, 64, -1, True)
+        assert [chain.head for chain in again] == heads[2:]
+        both = [chains[1], *again]
+        ring.put_back(both)
+        assert both == chains[1:2]
+        for chain in chains[:2]:
+            ring.complete(chain, 0)
+        assert (quota.used, ring.resume_at) == (0, 0)
+        ring.publish()
+        assert (ring.resume_at, rig.used_idx) == (2, 2)
+
+    def test_what_follows_one_that_was_served_stays(self, image: Path) -> None:
+        device = BlockDevice(image)
+        memory, rig = small_ring()
+        ring = SplitRing(memory._space, 64, 0, 0x2000, 0x3000)
+        for i, kind in enumerate((T_FLUSH, T_OUT, T_FLUSH)):
+            memory.write(0x4000 + 16 * i, struct.pack("<IIQ", kind, 0, 0))
+            data = [Desc(0x5000, 4096)] if kind == T_OUT else []
+            rig.offer(
+                rig.put_chain(3 * i, Desc(0x4000 + 16 * i, 16), *data, Desc(0x6000 + i, 1, WRITE))
+            )
+        chains, _, served, _ = ring.turn(device.server, 64, -1, True)
+        assert (len(chains), served) == (2, 1)
+        rest = list(chains)
+        ring.put_back(rest)
+        assert (rest, ring.next_avail) == (chains[:1], 2)
+        device.close()
+
+
 class TestDisk:
     def test_a_queue_that_stops_gives_up_zeroing(
         self, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -592,6 +592,29 @@ class TestGoingOn:
         noted.ring = noted.device(3)
         assert [chain.head for chain in noted.take()] == [3]
 
+    def test_what_is_put_back_is_taken_again(self, noted: Bench) -> None:
+        """Both what was in flight before and what is new."""
+        noted.tell(0, 1, 2, 3)
+        noted.offer(0, 1)
+        noted.take()
+        noted.ring = noted.device(0)
+        noted.offer(2, 3)
+        for kept in (3, 2, 1, 0):
+            chains = noted.ring.pop()[0]
+            assert [chain.head for chain in chains] == [0, 1, 2, 3]
+            rest = chains[kept:]
+            noted.ring.put_back(rest)
+            assert rest == []
+            held = max(2 - kept, 0)
+            assert (noted.ring.held_count, noted.ring.outstanding) == (held, max(kept, 2))
+            noted.ring.put_back(chains[:kept])
+            assert (noted.ring.held_count, noted.ring.next_avail) == (2, 2)
+        assert noted.ring.give_back() == 2
+        assert (noted.ring.resume_at, noted.ring.outstanding) == (0, 0)
+        noted.ring = noted.device(0)
+        assert noted.ring.held_count == 0
+        assert [chain.head for chain in noted.take()] == [0, 1, 2, 3]
+
     def test_what_was_overtaken_before_stays_in_the_notes(self, noted: Bench) -> None:
         self.leave(noted)
         noted.ring = noted.device(0)

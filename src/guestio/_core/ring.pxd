@@ -41,6 +41,7 @@ cdef class SplitRing(RingAreas):
     cdef Chain spare
     cdef u16 *held
     cdef int held_at      # the first of those that were not taken again
+    cdef u16 first_new    # where the turn began to take requests that were not in flight
     cdef u16 *shown
     cdef Completed *pending
     cdef u32 pending_count

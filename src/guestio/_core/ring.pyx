@@ -69,6 +69,13 @@ cdef enum:
 cdef u64 CHAIN_BYTES = <u64>1 << 32
 
 
+cdef inline void discharge(SplitRing ring, Chain chain) noexcept:
+    if chain.charge:   # not that of a request that was served at once
+        ring.charged -= chain.charge
+        ring.quota.used -= chain.charge
+        chain.charge = 0
+
+
 cdef class SplitRing(RingAreas):
     """A split virtqueue as its device sees it.
 
@@ -246,6 +253,7 @@ cdef class SplitRing(RingAreas):
         self.crowded = False
         if not self.areas_ready(misses):
             return served
+        self.first_new = self.next_avail
         if self.held_count:
             served = self.take_held(server, chains, misses)
         # Nothing overtakes what waits, so that after a stop an index says where to go on.
@@ -568,12 +576,44 @@ cdef class SplitRing(RingAreas):
         completed.element.head = chain.head
         completed.element.written = <u32>min(chain.written, <u64>0xFFFFFFFF)
         completed.done = True
-        if chain.charge:   # not that of a request that was served at once
-            self.charged -= chain.charge
-            self.quota.used -= chain.charge
-            chain.charge = 0
+        discharge(self, chain)
         self.outstanding -= 1
         self.pending_count += 1
+
+    def put_back(self, list chains not None):
+        """Have requests taken again later that were handed out and that nobody has worked on.
+
+        Only the newest ones can be, as far as no other was served between them, in the turn in
+        which they were taken.
+
+        Args:
+            chains: The last of those that :meth:`pop` or :meth:`turn` returned, in their order.
+                Those that are put back are removed; their memory must not be touched any more.
+
+        Raises:
+            ValueError: One was given back before, or comes from another ring.
+        """
+        cdef Chain chain
+        while chains:
+            chain = chains[-1]
+            if chain.done or chain.ring is not self:
+                raise ValueError(f"request {chain.head} was not handed out by this ring")
+            if chain.position != <u16>(self.next_avail - 1):
+                break
+            if self.next_avail != self.first_new:
+                if self.inflight is not None:
+                    self.inflight.release(<u16>chain.head)
+                self.next_avail -= 1
+                self.outstanding -= 1
+            elif self.held_at and self.held[self.held_at - 1] == chain.head:
+                self.held_at -= 1
+                self.held_count += 1
+            else:
+                break
+            chains.pop()
+            discharge(self, chain)
+            chain.settle(0)
+            chain.done, chain.ring = True, None
 
     def give_back(self):
         """Put back into the ring what was in flight before and was not taken again.

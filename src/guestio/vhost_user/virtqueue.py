@@ -57,6 +57,9 @@ SPIN = 50e-6
 MAX_REFUSED = 4096
 """Refused pages that are remembered for a queue."""
 
+PASS_PAUSE = 0.0002
+"""Seconds between looks whether another thread has taken the lock of a queue."""
+
 COPY_GRACE = 0.25
 """Seconds beyond its time limit that a stop waits for system calls that move a request's memory."""
 
@@ -103,6 +106,47 @@ class QueueHost:
     poll_seconds: float
 
 
+class QueueLock:
+    """Held while a queue is served or changed; the thread that changes it has its turn.
+
+    A thread that serves a queue without a pause would take a plain lock again before one that waits
+    for it wakes up.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._counting = threading.Lock()
+        self._wanted = 0
+
+    def acquire(self, seconds: float = -1) -> bool:
+        """Take the lock to change the queue, again if it is taken; whether that came in time."""
+        if self._lock.acquire(blocking=False):
+            return True
+        with self._counting:
+            self._wanted += 1
+        try:
+            return self._lock.acquire(timeout=seconds)
+        finally:
+            with self._counting:
+                self._wanted -= 1
+
+    def acquire_to_serve(self) -> None:
+        """Take the lock for a turn of the queue, after a thread that waits to change it."""
+        while self._wanted:
+            time.sleep(PASS_PAUSE)
+        self._lock.acquire()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
 class Virtqueue:
     """A virtqueue as the front-end set it up.
 
@@ -121,7 +165,7 @@ class Virtqueue:
         self.index = index
         self._host = host
         self._poller = poller
-        self._lock = threading.RLock()
+        self._lock = QueueLock()
         self._scheduled = False
         self._late: dict[Chain, _Late] = {}
         self._late_change = threading.Condition()
@@ -161,7 +205,7 @@ class Virtqueue:
         return len(self._late) + len(self._settled) + len(self._moving)
 
     @property
-    def lock(self) -> threading.RLock:
+    def lock(self) -> QueueLock:
         """Held while the queue is served or changed."""
         return self._lock
 
@@ -183,7 +227,7 @@ class Virtqueue:
 
         Whoever stops the queue waits for that turn, whatever the device does.
         """
-        if self._lock.acquire(timeout=SLOW_DEVICE):
+        if self._lock.acquire(SLOW_DEVICE):
             self._lock.release()
         else:
             self._host.bursts.report(
@@ -348,16 +392,22 @@ class Virtqueue:
                 raise
 
     def _kicked(self, fd: int) -> None:
-        with self._lock:
+        self._lock.acquire_to_serve()
+        try:
             # The queue may have been stopped since the poller found the descriptor readable.
             if fd == self._kick:
                 self._started = True
                 self._serve()
+        finally:
+            self._lock.release()
 
     def _run(self) -> None:
         self._scheduled = False
-        with self._lock:
+        self._lock.acquire_to_serve()
+        try:
             self._serve()
+        finally:
+            self._lock.release()
 
     def _serve(self) -> None:
         """Serve the queue for one turn."""
@@ -412,11 +462,16 @@ class Virtqueue:
         """
         chains, missing, served, resting = outcome
         host = self._host
-        taken = served + len(chains)
-        if taken:
-            host.statistics.traffic.count_requests(taken)
-            if chains:
-                self._begin(ring, chains)
+        given = len(chains)
+        if served or given:
+            try:
+                if chains:
+                    self._begin(ring, chains)
+            finally:
+                host.statistics.traffic.count_requests(served + len(chains))
+            if len(chains) < given:
+                # Also if others wait for translations.
+                self.wake()
             if host.poll_seconds:
                 self._watch_until = time.monotonic() + host.poll_seconds
         if missing:
@@ -424,7 +479,7 @@ class Virtqueue:
             return None
         self._unpark()
         if not resting:
-            return taken
+            return served + len(chains)
         if self._polled:
             self._poller.set_timer(self, time.monotonic() + POLL_INTERVAL, self._run)
         elif host.intake is not None and not host.poll_seconds:
@@ -456,13 +511,28 @@ class Virtqueue:
     def _begin(self, ring: SplitRing, chains: list[Chain]) -> None:
         """Have requests processed; those that take time are completed later.
 
+        Args:
+            ring: Where they come from.
+            chains: All that were taken. Once the turn is over the rest of them is removed and put
+                back into the ring: a device that takes its time for each of them keeps neither the
+                front-end nor other queues from their turns.
+
         Raises:
             QueueError: One failed and its driver cannot be told.
         """
         untold = None
-        began = time.monotonic()
+        began = now = time.monotonic()
+        at, taken = 0, len(chains)
         try:
-            for chain in chains:
+            while at < len(chains):
+                if now - began >= TURN_SECONDS and at and taken == len(chains):
+                    rest = chains[at:]
+                    ring.put_back(rest)
+                    chains[at:] = rest
+                    if not rest:
+                        break
+                chain = chains[at]
+                at += 1
                 answer = self._process(chain)
                 if isinstance(answer, Future):
                     self._await(chain, answer, began)
@@ -474,6 +544,7 @@ class Virtqueue:
                 else:
                     chain.settle(0)
                     untold = chain
+                now = time.monotonic()
         except BaseException:
             # Serving ends. What was not answered is not shown, and must not keep memory in use.
             for chain in chains:
@@ -481,7 +552,7 @@ class Virtqueue:
                     with contextlib.suppress(ValueError):
                         chain.settle(0)
             raise
-        if (took := time.monotonic() - began) >= SLOW_DEVICE:
+        if (took := now - began) >= SLOW_DEVICE:
             self._host.bursts.report(
                 "queue %d: %s took %d s for %d requests, and nothing else was served meanwhile; "
                 "have it return a future of what takes long",
