@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from guestio import Permissions
+from guestio._core import variant
+from guestio._core.chain import Chain
 from guestio.errors import DeviceError, GuestioError
 from guestio.guest.disk import ScriptedGuest
 from guestio.vhost_user import Backend, Frontend
@@ -31,6 +34,11 @@ from tests.vhost_user.serving import (
     nothing_left,
     until,
 )
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture
@@ -71,6 +79,27 @@ class TestFrontEndsComeAndGo:
                 with Driver(serving.path, queues=2, iommu=iommu) as driver:
                     driver.run(0, b"abc")
                     driver.run(1, b"abc")
+
+    @pytest.mark.skipif(
+        "asan" in variant.NAME, reason="the sanitizer keeps memory that was given back for a while"
+    )
+    def test_no_translation_stays_of_them(self, serving: Serving) -> None:
+        """Without help of the garbage collector, which cannot know how much memory they take."""
+        grown = []
+        with nothing_left():
+            before = resident()
+            for _ in range(6):
+                with Driver(serving.path, queues=0, iommu=True, map_all=False):
+                    assert serving.backend._service is not None
+                    iotlb = serving.backend._service._translations.iotlb
+                    for page in range(1 << 17):
+                        iotlb.set_mapping(page << 13, page << 12, 4096, Permissions.READ)
+                    grown.append(resident() - before)
+                    del iotlb
+                serving.let_go()
+                grown.append(resident() - before)
+        assert grown[0] > 8 << 20
+        assert grown[-1] < grown[0]
 
     def test_nothing_stays_of_one_that_vanishes_in_the_middle(self, serving: Serving) -> None:
         serving.check_serves()
@@ -429,3 +458,22 @@ def _update(iova: int, size: int, user: int, perm: int = 3) -> bytes:
     return (
         b"".join(n.to_bytes(8, "little") for n in (iova, size, user)) + bytes([perm, 2]) + bytes(6)
     )
+
+
+def test_one_that_serves_cannot_be_closed(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not even by its device: that is a request that fails, and nothing else."""
+
+    class Closing(Mirror):
+        def process(self, queue: int, chain: Chain) -> int:
+            serving.backend.close()
+            return 0
+
+    with Serving(Closing(), path) as serving, Driver(path) as driver:
+        for _ in range(2):
+            driver.run(0, b"close")
+            assert "cannot be closed while it serves: call stop()" in caplog.messages[-1]
+        with pytest.raises(DeviceError, match=r"call stop\(\)"):
+            serving.backend.close()
+        driver.frontend.sync()
+    assert errors_of(caplog) == []
+    assert not path.exists()

@@ -682,3 +682,44 @@ def test_one_that_works_long_in_its_thread_is_reported(
     )
     assert len(lines) == budgets.LOG_BURST + 1
     assert lines[-1].startswith("3 more lines like this")
+
+
+def _settles(chain: Chain) -> int:
+    chain.writable.write(b"done")
+    chain.settle(5)
+    return 5
+
+
+def _settles_and_raises(chain: Chain) -> int:
+    chain.settle(5)
+    raise OSError("after that")
+
+
+@pytest.mark.parametrize("answer", [_settles, _settles_and_raises])
+def test_one_that_settles_its_request_is_named(
+    device: Faulty, tmp_path: Path, caplog: pytest.LogCaptureFixture, answer: Callable[[Chain], int]
+) -> None:
+    device.answer = answer
+    with Serving(device, tmp_path / "socket") as serving, Driver(serving.path) as driver:
+        for number in range(2):
+            assert driver.submit(0, b"1234") == number
+            driver.wait(0, number)
+        driver.frontend.sync()
+        assert serving.stats.connections == 1
+        assert serving.stats.failed_requests >= 2
+    assert any("Faulty.process called Chain.settle" in line for line in caplog.messages)
+
+
+def test_one_that_settles_its_request_in_fail(
+    device: Faulty, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    device.answer, device.failure = _raises, _settles
+    with Serving(device, tmp_path / "socket") as serving, Driver(serving.path) as driver:
+        driver.wait(0, driver.submit(0, b"1234"))
+        driver.frontend.sync()
+        assert serving.stats.connections == 1
+    assert any("called Chain.settle" in line for line in caplog.messages)
+
+
+def _raises(chain: Chain) -> int:
+    raise OSError("no")

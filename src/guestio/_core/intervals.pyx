@@ -16,6 +16,7 @@ import numpy as np
 
 from cpython.list cimport PyList_New, PyList_SET_ITEM
 from cpython.ref cimport Py_INCREF
+from libc.stdlib cimport free
 from libc.stdint cimport UINT64_MAX
 
 from guestio._core.border cimport (
@@ -328,7 +329,8 @@ cdef class IntervalMap:
         open_tree(&fresh)
         self.begin_change(0)
         old, self.tree = self.tree, fresh
-        self.queue.count = 0
+        free(self.queue.heap)
+        self.queue.heap, self.queue.count, self.queue.room = NULL, 0, 0
         self.generation += 1
         self.invalidations += 1
         self.end_change()

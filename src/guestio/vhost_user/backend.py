@@ -144,6 +144,7 @@ class Backend:
         self._service: Service | None = None
         self._waiting: deque[socket.socket] = deque()
         self._paused = False
+        self._serving = False
         self._accepted_at = 0.0
         self._poller = Poller()
         try:
@@ -164,6 +165,7 @@ class Backend:
             KeyboardInterrupt, SystemExit: The device raised it, or a signal handler. The front-end
                 has been released; what it waits for is not answered.
         """
+        self._serving = True
         try:
             with self._poller.woken_by_signals():
                 self._listen_again()
@@ -176,8 +178,11 @@ class Backend:
             self._poller.clear_timer(self)
             self._poller.clear_timer((self, "silent"))
             self._poller.clear_timer((self, "waiting"))
-            if self._service is not None:
-                self._service.close()
+            try:
+                if self._service is not None:
+                    self._service.close()
+            finally:
+                self._serving = False
 
     def _serve_one(self) -> None:
         """Accept one front-end and serve it until it goes away."""
@@ -348,7 +353,16 @@ class Backend:
         self._poller.wake()
 
     def close(self) -> None:
-        """Remove the socket and release everything. Calling it again does nothing."""
+        """Remove the socket and release everything. Calling it again does nothing.
+
+        Raises:
+            DeviceError: :meth:`serve` has not returned; nothing changed.
+        """
+        if self._serving:
+            raise DeviceError(
+                f"the back-end of {self.path} cannot be closed while it serves: call stop(), and "
+                "close() once serve() has returned"
+            )
         if self._service is not None:
             self._service.close()
             self._service = None

@@ -291,6 +291,9 @@ class Translations:
         self._poller.clear_timer(self)
         self._poller.clear_timer((self, "flush"))
         self._shared = SharedMemory()
+        self._refused.clear()
+        # This object goes with the garbage collector, which knows nothing of how much that is.
+        self.forget_all()
 
     def _close_channel(self) -> None:
         """Close the back-end channel. The lock is held here, so that nobody is sending."""

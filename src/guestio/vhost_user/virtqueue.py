@@ -539,7 +539,7 @@ class Virtqueue:
                 elif (
                     chain.fault is None or chain.tail is not None or self._host.error_status is None
                 ):
-                    if not ring.complete(chain, answer):
+                    if not self._complete(ring, chain, answer):
                         self._withhold(chain)
                 else:
                     chain.settle(0)
@@ -567,6 +567,19 @@ class Virtqueue:
                 f"request {untold.head} failed and the byte for its status cannot be reached: "
                 f"{untold.fault}"
             )
+
+    def _complete(self, ring: SplitRing, chain: Chain, written: int) -> bool:
+        """As ``ring.complete``, also for a request that its device has settled by itself."""
+        try:
+            return ring.complete(chain, written)
+        except ValueError:
+            self._host.statistics.traffic.count_failed()
+            self._host.bursts.report(
+                "queue %d: %s called Chain.settle; return the number of bytes written instead",
+                self.index,
+                self._method("process"),
+            )
+            return ring.complete(chain)
 
     def _method(self, name: str) -> str:
         """A method of the device, for people."""
