@@ -270,6 +270,7 @@ class TestSlowDevices:
             assert [source for queue, source in device.seen if not queue] == sources
             assert serving.stats.requests == 21
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_what_is_put_back_is_taken_again(self) -> None:
         memory, rig = small_ring()
         quota = Quota(1 << 20)
@@ -299,6 +300,7 @@ class TestSlowDevices:
         ring.publish()
         assert (ring.resume_at, rig.used_idx) == (2, 2)
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_what_follows_one_that_was_served_stays(self, image: Path) -> None:
         device = BlockDevice(image)
         memory, rig = small_ring()

@@ -592,6 +592,7 @@ class TestGoingOn:
         noted.ring = noted.device(3)
         assert [chain.head for chain in noted.take()] == [3]
 
+    @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_what_is_put_back_is_taken_again(self, noted: Bench) -> None:
         """Both what was in flight before and what is new."""
         noted.tell(0, 1, 2, 3)
