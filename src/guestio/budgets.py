@@ -10,6 +10,10 @@ from __future__ import annotations
 STOP_TIMEOUT = 1.0
 """Seconds that a stop waits for requests that a device still holds; then they are disowned."""
 
+CANCEL_SECONDS = 0.1
+"""Seconds that the futures of disowned requests may take in all to be cancelled, when a class of
+the device's own does more than setting a flag; those that are left are not cancelled."""
+
 LONGEST_TIMEOUT = 3600.0
 """Seconds that a time limit of a back end may be set to at most; more is refused."""
 

@@ -723,3 +723,30 @@ def test_one_that_settles_its_request_in_fail(
 
 def _raises(chain: Chain) -> int:
     raise OSError("no")
+
+
+class Slack(Future[int]):
+    """Takes its time to be cancelled."""
+
+    cancelled_so_far = 0
+
+    def cancel(self) -> bool:
+        type(self).cancelled_so_far += 1
+        time.sleep(budgets.CANCEL_SECONDS)
+        return super().cancel()
+
+
+def test_futures_that_are_slow_to_cancel_delay_a_stop_once(
+    device: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Slack, "cancelled_so_far", 0)
+    device.answer = lambda chain: Slack()
+    with (
+        Serving(device, tmp_path / "socket", stop_timeout=0.05) as serving,
+        Driver(serving.path) as driver,
+    ):
+        numbers = [driver.submit(0, b"1234") for _ in range(20)]
+        driver.frontend.sync()
+        driver.stop(0)
+        driver.wait(0, numbers[-1])
+    assert Slack.cancelled_so_far == 1

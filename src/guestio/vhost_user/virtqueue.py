@@ -33,7 +33,7 @@ from guestio._core.intake import Attended, Intake
 from guestio._core.misses import Misses, touched
 from guestio._core.ring import SplitRing
 from guestio.addr import shown
-from guestio.budgets import SLOW_ANSWER, SLOW_DEVICE, TURN_SECONDS
+from guestio.budgets import CANCEL_SECONDS, SLOW_ANSWER, SLOW_DEVICE, TURN_SECONDS
 from guestio.errors import GuestioError, ProtocolError, QueueError
 from guestio.memory.backing import close_fd
 from guestio.vhost_user.foreign import PipeNotifier, check_eventfd, close_foreign, is_pipe
@@ -805,19 +805,23 @@ class Virtqueue:
             self._method("process"),
             why,
         )
+        spent = 0.0
         for chain in held:
-            self._take_back(chain)
+            spent += self._take_back(chain, cancel=spent < CANCEL_SECONDS)
 
-    def _take_back(self, chain: Chain) -> None:
-        """Fail a request that the device still holds."""
+    def _take_back(self, chain: Chain, *, cancel: bool = True) -> float:
+        """Fail a request that the device still holds; the seconds that its future's cancel took."""
         late = self._late.get(chain)
         if late is None:
-            return
+            return 0.0
         written = self._fail(chain)
         with self._late_change:
             if self._late.pop(chain, None) is None:
-                return
+                return 0.0
             self._give_back(chain, written)
+        if not cancel:
+            return 0.0
+        began = time.monotonic()
         # What has not begun need not begin any more.
         try:
             late.answer.cancel()
@@ -830,6 +834,7 @@ class Virtqueue:
                 self._method("process"),
                 trace=True,
             )
+        return time.monotonic() - began
 
     def _drain(self, until: float) -> None:
         """Wait for the requests that take time, and complete them; fail them when time is up.
