@@ -218,7 +218,7 @@ def kill_at_work(backend: BackEnd, region: Tracked) -> None:
 @pytest.mark.parametrize(
     ("program", "viommu"),
     [
-        pytest.param(["-m", "guestio", "blk"], Viommu.VIRTIO, id="command-viommu"),
+        pytest.param(["-c", SLOW_DISK], Viommu.VIRTIO, id="slow-viommu"),
         pytest.param(["-c", SLOW_DISK], Viommu.NONE, id="slow"),
     ],
 )
