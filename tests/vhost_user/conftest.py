@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vhost_user.closing import settled_closes
 from tests.vhost_user.serving import Later, Mirror, Serving, footprint, until
 
 
@@ -39,6 +40,7 @@ def survivor(shared_backend: Serving) -> Iterator[Serving]:
     mapping or thread is left of the case.
     """
     shared_backend.let_go()
+    settled_closes()
     before = footprint()
     yield shared_backend
     shared_backend.check_serves()
