@@ -62,7 +62,8 @@ class AccessError(GuestioError):
         length: Bytes asked for.
         access: What the access wanted to do; None where it does not matter.
         reason: Why it was refused, without the address.
-        target: The address behind a translation where the refusal happened; None without one.
+        target: The address behind a translation where the refusal happened; None without one, and
+            where it is ``addr`` itself.
         region: The memory region that refused the access; None where there is none, or where it
             is not a region that refuses.
     """

@@ -184,6 +184,16 @@ def test_an_explanation_names_what_is_wrong_and_what_is_near():
     assert iotlb.stats() == before
 
 
+def test_an_explanation_of_many_pieces_shows_some_and_counts_all():
+    iotlb = Iotlb()
+    for page in range(200):
+        iotlb.set_mapping(page << 13, page << 13, 0x1000, R)
+    lines = iotlb.explain(0, 200 << 13, R).splitlines()
+    assert "fails: 200 ranges not mapped, 0 refused" in lines[0]
+    assert lines[-3].strip() == "and 336 more pieces"
+    assert len(lines) == 1 + 64 + 1 + 2
+
+
 def test_counters_and_capacity():
     iotlb = Iotlb(capacity=2)
     iotlb.set_mapping(0, 0x8000, 0x1000, RW)

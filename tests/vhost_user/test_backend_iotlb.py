@@ -490,7 +490,9 @@ class TestSilence:
             assert len(set(hand.asked)) == len(hand.asked), "nothing is asked more than twice"
 
     @pytest.mark.parametrize("size", [100])
-    def test_translations_of_less_than_is_needed(self, impatient: Serving, size: int) -> None:
+    def test_translations_of_less_than_is_needed(
+        self, impatient: Serving, size: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """An endless dialogue: every question is answered, never with what is needed."""
         with Hand(impatient.path) as hand:
             hand.sizes[hand.at(BUFFERS)] = size
@@ -500,6 +502,7 @@ class TestSilence:
             assert time.monotonic() - started < 20 * TIMEOUT
             assert hand.used() == 1
             assert impatient.stats.failed_requests == 1
+            assert any("a request fails for want of time" in m for m in warnings_of(caplog))
 
     def test_a_ring_whose_translation_is_refused(
         self, serving: Serving, caplog: pytest.LogCaptureFixture

@@ -7,6 +7,9 @@ from typing import NamedTuple, Self
 from guestio._core.intervals import IntervalMap
 from guestio.addr import Permissions, check_access, check_range
 
+EXPLAINED = 64
+"""Pieces of an access that `Iotlb.explain` shows one by one."""
+
 
 class IotlbStats(NamedTuple):
     """What an :class:`Iotlb` has counted since it was made.
@@ -145,27 +148,34 @@ class Iotlb(IntervalMap):
     def explain(self, iova: int, length: int, access: Permissions) -> str:
         """Say in a few lines what an access would meet and which mappings are near.
 
-        It counts as no lookup. Meant for people; the wording may change.
+        It counts as no lookup. Meant for people; the wording may change. Of many pieces, the first
+        64 are shown and all are counted; the cost is linear in the mappings that the access meets.
         """
         at, size = check_range(iova, length, name="iova")
         wanted, end = check_access(access), at + size
         parts: list[str] = []
-        missing = refused = 0
+        missing = refused = pieces = 0
         for start, extent, target, perm in self.overlapping(at, size):
             if start > at:
-                parts.append(f"  {at:#x}+{start - at:#x} is not mapped")
+                if len(parts) < EXPLAINED:
+                    parts.append(f"  {at:#x}+{start - at:#x} is not mapped")
                 missing += 1
+            pieces += 1
             first, last = max(start, at), min(start + extent, end)
             allowed = perm.allows(wanted)
             refused += not allowed
-            parts.append(
-                f"  {first:#x}+{last - first:#x} -> {(target + first - start) % 2**64:#x} "
-                f"{perm.name}: {'ok' if allowed else f'{wanted.name} is refused'}"
-            )
+            if len(parts) < EXPLAINED:
+                parts.append(
+                    f"  {first:#x}+{last - first:#x} -> {(target + first - start) % 2**64:#x} "
+                    f"{perm.name}: {'ok' if allowed else f'{wanted.name} is refused'}"
+                )
             at = last
         if at < end:
-            parts.append(f"  {at:#x}+{end - at:#x} is not mapped")
+            if len(parts) < EXPLAINED:
+                parts.append(f"  {at:#x}+{end - at:#x} is not mapped")
             missing += 1
+        if pieces + missing > len(parts):
+            parts.append(f"  and {pieces + missing - len(parts)} more pieces")
         if missing or refused:
             verdict = f"fails: {missing} ranges not mapped, {refused} refused"
         else:

@@ -107,7 +107,8 @@ class IommuMemory(GuestMemory):
 
     Translation is all or nothing: if any byte of a range is unmapped or forbidden the access fails
     before anything moves. If a mapping leads to where there is no memory, the bytes before that
-    move. Errors name the I/O virtual address and carry the address behind it in ``target``.
+    move. Errors name the I/O virtual address and carry the address behind it in ``target``
+    where it differs.
     """
 
     def __init__(

@@ -918,6 +918,13 @@ class Virtqueue:
         if lacks and not hopeless and not late:
             return False
         refused -= lost
+        if late and not hopeless:
+            self._host.bursts.report(
+                "queue %d: a request fails for want of time: its translations were not complete "
+                "after %g s",
+                self.index,
+                self._host.translations.patience,
+            )
         self._fail_lacking(ring)
         return True
 
