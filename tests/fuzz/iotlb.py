@@ -1,8 +1,8 @@
 """Runs of IOTLB messages, plain and not, as the core takes them, against one at a time.
 
 The core must apply exactly those at the start that are plain, acknowledge each, leave the rest in
-the socket, and change the IOTLB as the public calls do; a question is answered exactly if all of
-its page came with what was asked for.
+the socket, and change the IOTLB as the public calls do; a question stays open as long as nothing
+of its page came with what was asked for. A part may be all that a request needs.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ class Run:
         for page, access in was_open:
             given = 0
             for sent in whole[:count]:
-                if sent.kind == UPDATE and sent.iova <= page < sent.iova + sent.length:
+                touched = sent.iova < page + PAGE and page < sent.iova + sent.length
+                if sent.kind == UPDATE and touched:
                     given |= sent.perm
             if not given & access:
                 assert self.misses.is_open(page, access)

@@ -11,12 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from guestio._core import variant
 from tests.vhost_user.fail_nth.matrix import MODES, Bench, cases
 from tests.vhost_user.fail_nth.script import Contents, whole_connection
 from tests.vhost_user.fail_nth.shim import ERRORS, SIGTERM, Server, build, fail_at_start, serving
 
 WITHIN = 10.0
 """Seconds that the next front-end may wait at most; where nothing else runs it is below one."""
+
+
+pytestmark = pytest.mark.skipif(
+    "asan" in variant.NAME, reason="a sanitizer's runtime must be the first that is loaded"
+)
 
 
 @pytest.fixture(scope="module")
