@@ -40,6 +40,9 @@ def survivor(shared_backend: Serving) -> Iterator[Serving]:
     mapping or thread is left of the case.
     """
     shared_backend.let_go()
+    # Of the case before, too, one may have waited that is gone now.
+    until(lambda: not shared_backend.backend._waiting)
+    shared_backend.let_go()
     settled_closes()
     before = footprint()
     yield shared_backend
