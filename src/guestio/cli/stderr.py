@@ -83,12 +83,19 @@ class StderrLog:
         """Wait for what has been logged to be written.
 
         Returns:
-            Whether it was. If not, a normal end of the process would wait for it, too.
+            Whether it was. If not, a normal end of the process would wait for it, too, or fail.
         """
         with self._records.all_tasks_done:
-            return self._records.all_tasks_done.wait_for(
+            if not self._records.all_tasks_done.wait_for(
                 lambda: not self._records.unfinished_tasks, seconds
-            )
+            ):
+                return False
+        try:
+            # What a full disk did not take stays in the stream's buffer.
+            sys.stderr.flush()
+        except OSError:
+            return False
+        return True
 
 
 def _record(name: str, level: int, text: str) -> logging.LogRecord:
