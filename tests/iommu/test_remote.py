@@ -396,6 +396,25 @@ class TestHostileClients:
             # What waits to be sent is bounded, however much was asked for.
             assert len(server._link._out) < EXPORT_BACKLOG + len(entries) * 64
 
+    def test_requests_that_were_read_do_not_delay_the_end(self):
+        looked_up = threading.Event()
+
+        def look_up(number):
+            looked_up.set()
+            time.sleep(0.1)
+
+        ours, theirs = socket.socketpair()
+        server = ExportServer(ours, look_up)
+        thread = threading.Thread(target=server.run)
+        # More than can be answered while the end is waited for.
+        theirs.send(pack(Kind.START, 0, 1, 3) * 500)
+        thread.start()
+        assert looked_up.wait(WAIT)
+        server.close()
+        thread.join(WAIT)
+        theirs.close()
+        assert not thread.is_alive()
+
     def test_a_lookup_that_fails(self, caplog):
         ours, theirs = socket.socketpair()
         server = ExportServer(ours, lambda number: 1 // number)

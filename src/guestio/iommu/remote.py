@@ -190,6 +190,9 @@ class _Link:
     def _step(self, selector: selectors.BaseSelector) -> None:
         while len(self._out) < EXPORT_BACKLOG and (message := self._framing.take()) is not None:
             self._deliver(*message)
+            if self._ended:
+                # What else has been read may take long.
+                return
         wanted = selectors.EVENT_WRITE if self._out else 0
         if len(self._out) < EXPORT_BACKLOG:
             wanted |= selectors.EVENT_READ
