@@ -157,7 +157,7 @@ CASES: dict[str, tuple[Callable[[Raw], None], str]] = {
     "a directory as kick": (with_fd(directory, F.SET_VRING_KICK), "kick fd of queue 0"),
     "a file as channel": (with_fd(file, F.SET_BACKEND_REQ_FD), "/memfd.*, not a connected"),
     "a pipe as channel": (with_fd(pipe, F.SET_BACKEND_REQ_FD), "pipe:.*, not a connected"),
-    # Its end would be noticed by nobody.
+    # The back-end would not notice its end.
     "its own connection as channel": (
         with_fd(lambda raw: raw.own(os.dup(raw.sock.fileno())), F.SET_BACKEND_REQ_FD),
         "is connected to '.*socket': pass one end of a socketpair",

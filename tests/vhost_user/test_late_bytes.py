@@ -268,7 +268,7 @@ class TestAStop:
             "queue 0: 1 requests are not given back to their driver: system calls of "
             "Reader.process still move their memory, and write to it until they return"
         )
-        # Whoever goes on begins with it.
+        # The next back-end begins with it.
         device.release()
         assert driver.rings[0].used_idx == 1
         driver.start(0, 1)

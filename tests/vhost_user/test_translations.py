@@ -308,7 +308,7 @@ def test_an_answer_is_under_way_if_it_is_about_the_last_page(rig: Rig) -> None:
 
 
 def test_what_was_refused_ends_with_the_stop(rig: Rig) -> None:
-    """Nothing of it is left for whoever has the number next."""
+    """Nothing of it is left for the next descriptor of that number."""
     rig.translations.refused(0).add((8 * PAGE, 1))
     rig.translations.refused(1).add((8 * PAGE, 1))
     rig.translations.forget(0)

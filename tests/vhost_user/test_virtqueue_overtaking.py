@@ -1,6 +1,6 @@
 """Behind an IOMMU, with a region for requests in flight: what lacks a translation is not overtaken.
 
-And nothing is lost or done twice, whoever stops, goes away or is killed meanwhile, also if a
+And nothing is lost or done twice, whichever side stops, goes away or is killed meanwhile, also if a
 back-end goes on that is not given the region.
 """
 

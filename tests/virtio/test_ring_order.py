@@ -474,7 +474,7 @@ class TestGoingOn:
         bench.close()
 
     def test_after_a_turn_that_a_revocation_cut_short(self, noted: Bench) -> None:
-        """What is left of them is taken in the next, although nobody announces it."""
+        """What is left of them is taken in the next, although no kick announces it."""
         for head in range(3):
             noted.put(head, Desc(noted.page(head), 16, NEXT, head + 4))
             noted.put(head + 4, Desc(noted.page(head + 4), 513, WRITE))
@@ -544,7 +544,7 @@ class TestGoingOn:
 
     @pytest.mark.parametrize("base", [0, 0xFFFD])
     def test_at_a_stop_an_index_is_enough(self, base: int) -> None:
-        """Whoever goes on is told where, and is not given the notes."""
+        """The next back-end is told where, and is not given the notes."""
         bench = Bench(base=base, order="noted")
         bench.tell(0, 1, 3)
         bench.offer(0, 1, 2, 3)

@@ -141,6 +141,7 @@ cdef inline u64 word_mask(u64 index, u64 first, u64 last) noexcept nogil:
 
 
 cdef inline bint is_dirty(AtomicBitmap bitmap, u64 page) noexcept:
+    """Whether a page is marked; one beyond the bitmap never is."""
     return page < bitmap.pages and peek_word(&bitmap.word[page >> 6]) >> (page & 63) & 1
 
 

@@ -70,6 +70,7 @@ cdef u64 CHAIN_BYTES = <u64>1 << 32
 
 
 cdef inline void discharge(SplitRing ring, Chain chain) noexcept:
+    """Give back what a request was charged; called for each, so it is read in place."""
     if chain.charge:   # not that of a request that was served at once
         ring.charged -= chain.charge
         ring.quota.used -= chain.charge
@@ -276,6 +277,7 @@ cdef class SplitRing(RingAreas):
         return served
 
     cdef void forget_held(self) noexcept:
+        """Go on behind the oldest of the requests that the notes had in flight."""
         self.progress += 1
         self.held_at += 1
         self.held_count -= 1
@@ -581,7 +583,7 @@ cdef class SplitRing(RingAreas):
         self.pending_count += 1
 
     def put_back(self, list chains not None):
-        """Have requests taken again later that were handed out and that nobody has worked on.
+        """Have requests taken again later that were handed out and that no device has worked on.
 
         Only the newest ones can be, as far as no other was served between them, in the turn in
         which they were taken.
@@ -773,7 +775,7 @@ cdef class SplitRing(RingAreas):
 
 
 cdef inline bint may_take(SplitRing ring) noexcept:
-    """Whether another request may be looked at in this turn."""
+    """Whether another request may be looked at in this turn; notes it if only the quota forbids."""
     if ring.work >= RING_LOOK_WORK or ring.moved >= ring.turn_bytes or not current(ring):
         return False
     # One of the requests that the device holds is completed first.

@@ -324,7 +324,7 @@ def close_fd(fd: int) -> None:
     Linux has closed it whatever it says, so an error (an interruption, or a late one of a file
     system) must not keep the caller from the rest of its work.
     """
-    try:  # noqa: SIM105 - takes no memory
+    try:  # noqa: SIM105 - `suppress` would need memory
         os.close(fd)
     except OSError:
         pass

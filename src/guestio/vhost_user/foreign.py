@@ -184,7 +184,7 @@ class PipeNotifier:
 def _receive_no_more(sock: socket.socket) -> bool:
     """Empty a socket's queue, and let nothing in any more; False if there is no end of it.
 
-    A descriptor that nobody receives stays open: a front-end's own end of its connection, say,
+    A descriptor that is not received stays open: a front-end's own end of its connection, say,
     which then never ends.
     """
     with contextlib.suppress(OSError):

@@ -69,7 +69,7 @@ class Poller:
         """Stop waiting for ``fd``, before it is closed. Unknown ones are ignored."""
         if self._callbacks.pop(fd, None) is not None:
             # What is not called back for any more does no harm until it is closed.
-            try:  # noqa: SIM105 - takes no memory
+            try:  # noqa: SIM105 - `suppress` would need memory
                 self._epoll.unregister(fd)
             except OSError:
                 pass

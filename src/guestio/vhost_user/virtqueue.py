@@ -225,7 +225,7 @@ class Virtqueue:
     def await_turn(self) -> None:
         """Wait until the thread of the queue has a turn to give, and report a device that has not.
 
-        Whoever stops the queue waits for that turn, whatever the device does.
+        A stop of the queue waits for that turn, whatever the device does.
         """
         if self._lock.acquire(SLOW_DEVICE):
             self._lock.release()
@@ -839,8 +839,8 @@ class Virtqueue:
     def _drain(self, until: float) -> None:
         """Wait for the requests that take time, and complete them; fail them when time is up.
 
-        Those whose memory is still moved by a system call then are not shown to the driver: whoever
-        goes on begins with them.
+        Those whose memory is still moved by a system call then are not shown to the driver: the
+        next back-end begins with them.
         """
         with self._late_change:
             while self._late and (left := until - time.monotonic()) > 0:
