@@ -52,43 +52,20 @@ macros = [macro for trait in traits for macro in trait.macros]
 if traits:
     macros += ["GUESTIO_CHECKS"]
 
+SOURCES = Path("src")
+CAPACITIES = SOURCES / "guestio/_core/base/capacity.h"
+
 EXTENSIONS = [
     Extension(
-        f"guestio._core.{name}",
-        [f"src/guestio/_core/{name}.pyx"],
-        include_dirs=["src/guestio/_core"],
-        depends=[str(header) for header in Path("src/guestio/_core").glob("*.h")],
+        ".".join(source.relative_to(SOURCES).with_suffix("").parts),
+        [str(source)],
+        include_dirs=[str(CAPACITIES.parent)],
+        depends=[str(CAPACITIES)],
         define_macros=[("GUESTIO_CORE", f'"{CORE}"'), *((macro, None) for macro in macros)],
         extra_compile_args=["-O3", "-fno-strict-aliasing", "-Wno-unused-function", *flags],
         extra_link_args=[flag for flag in flags if flag.startswith("-fsanitize=")],
     )
-    for name in (
-        "access",
-        "areas",
-        "bitmap",
-        "blockio",
-        "border",
-        "chain",
-        "driver",
-        "eviction",
-        "foreign",
-        "inflight",
-        "intake",
-        "intervals",
-        "iotlbfront",
-        "iotlbwire",
-        "leases",
-        "load",
-        "mapping",
-        "misses",
-        "questions",
-        "requests",
-        "ring",
-        "slices",
-        "tree",
-        "variant",
-        "vector",
-    )
+    for source in sorted(SOURCES.rglob("*.pyx"))
 ]
 
 setup(

@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 import pytest
 
-from guestio._core import variant
+from guestio._core.base import variant
 from guestio.ratelog import LOG
 from lab.parts import PartsError
 

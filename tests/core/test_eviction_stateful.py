@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from guestio import Iotlb, IotlbFails, Permissions
-from guestio._core.variant import CAPACITIES
+from guestio._core.base.variant import CAPACITIES
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 SLOTS = 64

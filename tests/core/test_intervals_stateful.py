@@ -14,7 +14,7 @@ from hypothesis.stateful import (
 )
 
 from guestio import IotlbFails, IovaRange, MappedRange, Permissions
-from guestio._core.intervals import IntervalMap
+from guestio._core.iommu.intervals import IntervalMap
 
 SPAN = 96
 BASES = (0, 1 << 63, (1 << 64) - SPAN)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from guestio import Iotlb, IotlbFails, Permissions
-from guestio._core.intervals import IntervalMap
-from guestio._core.variant import NAME
+from guestio._core.base.variant import NAME
+from guestio._core.iommu.intervals import IntervalMap
 
 PAGE = 4096
 R, RW = Permissions.READ, Permissions.READ_WRITE

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from guestio import Iotlb, Permissions
-from guestio._core import variant
+from guestio._core.base import variant
 
 pytestmark = pytest.mark.skipif(
     "asan" in variant.NAME, reason="the sanitizer keeps memory that was given back for a while"

@@ -3,10 +3,10 @@
 import pytest
 
 from guestio import Iotlb, IotlbFails, IovaRange, Permissions
-from guestio._core.access import AddressSpace
-from guestio._core.misses import touched
-from guestio._core.ring import SplitRing
-from guestio._core.vector import RegionTable
+from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.iommu.misses import touched
+from guestio._core.memory.vector import RegionTable
+from guestio._core.virtio.ring import SplitRing
 
 R, RW = int(Permissions.READ), int(Permissions.READ_WRITE)
 

@@ -7,10 +7,10 @@ import select
 import pytest
 
 from guestio import Iotlb
-from guestio._core.intake import Intake
-from guestio._core.intervals import IntervalMap
-from guestio._core.iotlbwire import IotlbUpdater, Traffic
-from guestio._core.questions import MissTable
+from guestio._core.iommu.intervals import IntervalMap
+from guestio._core.vhost_user.iotlb_feed import IotlbUpdater, Traffic
+from guestio._core.vhost_user.miss_table import MissTable
+from guestio._core.virtio.loop import Intake
 from guestio.addr import check_access, check_flag, check_seconds
 from tests.virtio.rings import physical
 

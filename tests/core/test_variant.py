@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import guestio
-from guestio._core import tree, variant
+from guestio._core.base import variant
+from guestio._core.iommu import tree
 
 ASKED = os.environ.get("GUESTIO_CORE", "normal")
 
@@ -19,7 +20,7 @@ def test_this_is_the_core_that_was_asked_for() -> None:
 
 
 def test_so_do_programs() -> None:
-    program = "from guestio._core import variant; print(variant.NAME)"
+    program = "from guestio._core.base import variant; print(variant.NAME)"
     said = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

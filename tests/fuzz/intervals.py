@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from guestio import IotlbFails, Permissions
-from guestio._core.intervals import IntervalMap
+from guestio._core.iommu.intervals import IntervalMap
 from tests.fuzz.choices import Choices
 
 WINDOW = 256

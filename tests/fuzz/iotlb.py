@@ -13,9 +13,9 @@ import struct
 from typing import NamedTuple
 
 from guestio import Iotlb, IotlbFails, IovaRange, Permissions
-from guestio._core.intervals import IntervalMap
-from guestio._core.iotlbwire import IotlbUpdater, Traffic
-from guestio._core.questions import PAGE, MissTable
+from guestio._core.iommu.intervals import IntervalMap
+from guestio._core.vhost_user.iotlb_feed import IotlbUpdater, Traffic
+from guestio._core.vhost_user.miss_table import PAGE, MissTable
 from guestio.vhost_user.messages import FrontendRequest
 from tests.fuzz.choices import Choices
 

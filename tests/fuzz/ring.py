@@ -13,7 +13,7 @@ import struct
 import numpy as np
 
 from guestio import GuestioError, GuestRegionCollection, Iotlb, MmapRegion, Permissions
-from guestio._core.access import AddressSpace
+from guestio._core.iommu.address_space import AddressSpace
 from guestio.virtio import SplitRing
 from guestio.virtio.blk import BlockDevice
 from tests.fuzz.choices import Choices

@@ -23,7 +23,7 @@ from guestio import (
     Permissions,
     VolatileSlice,
 )
-from guestio._core.intervals import IntervalMap
+from guestio._core.iommu.intervals import IntervalMap
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 SPACE = 1 << 64

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Self
 
-from guestio._core.iotlbfront import IotlbFront
-from guestio._core.load import LoadDriver
+from guestio.guest._load.iotlb_front import IotlbFront
+from guestio.guest._load.load import LoadDriver
 
 PAGE = 4096
 SECTOR = 512

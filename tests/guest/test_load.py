@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from guestio._core.chain import Chain
+    from guestio._core.virtio.chain import Chain
 
 MODES = ["off", "static", "strict"]
 SPAN = 1 << 20

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import pytest
 
-from guestio._core.load import LoadDriver
+from guestio.guest._load.load import LoadDriver
 from tests.guest.load_device import (
     BLOCK,
     DONE,

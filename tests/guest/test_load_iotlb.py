@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from guestio._core.iotlbfront import IotlbFront
+from guestio.guest._load.iotlb_front import IotlbFront
 from guestio.vhost_user.messages import (
     BackendRequest,
     FrontendRequest,

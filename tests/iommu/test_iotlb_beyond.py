@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guestio import Iotlb, IotlbFails, IovaRange, MappedRange, Permissions
-from guestio._core.access import AddressSpace, RegionTable
+from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.memory.vector import RegionTable
 
 NONE, R, W, RW = map(Permissions, range(4))
 TOP = 2**64

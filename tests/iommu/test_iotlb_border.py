@@ -13,7 +13,7 @@ from guestio import (
     Iotlb,
     Permissions,
 )
-from guestio._core.intervals import IntervalMap
+from guestio._core.iommu.intervals import IntervalMap
 from tests.memory.borders import cases, check_refusals
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE

@@ -22,8 +22,8 @@ from guestio import (
     MmapRegion,
     Permissions,
 )
-from guestio._core.access import AddressSpace
-from guestio._core.ring import SplitRing
+from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.virtio.ring import SplitRing
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 PAGE = 4096
@@ -278,7 +278,7 @@ def test_a_buffer_that_is_kept_is_marked_before_its_request_is_shown():
 
 
 def test_slices_of_a_vector_over_slices_are_marked_when_it_is_closed():
-    from guestio._core.access import IoVector
+    from guestio._core.memory.vector import IoVector
 
     region = MmapRegion.anonymous(0, 16 * PAGE, bitmap=AtomicBitmap(16 * PAGE))
     memory = GuestRegionCollection.from_regions([region])

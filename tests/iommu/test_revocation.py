@@ -19,7 +19,7 @@ from guestio import (
     MappedRange,
     Permissions,
 )
-from guestio._core.intervals import IntervalMap
+from guestio._core.iommu.intervals import IntervalMap
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 SHORT = 0.05

@@ -15,8 +15,9 @@ import pytest
 PRELUDE = """
 import ctypes, fcntl, gc, os, select, struct, sys, termios, threading, time, weakref
 from guestio import *
-from guestio._core.access import AddressSpace, RegionTable
-from guestio._core.ring import SplitRing
+from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.memory.vector import RegionTable
+from guestio._core.virtio.ring import SplitRing
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 PAGE = 4096
 

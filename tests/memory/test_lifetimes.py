@@ -322,7 +322,7 @@ RACES = """
 import faulthandler, gc, os, random, sys, threading, time
 import numpy as np
 from guestio import *
-from guestio._core.intervals import IntervalMap
+from guestio._core.iommu.intervals import IntervalMap
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 SIZE = 1 << 18
@@ -441,7 +441,7 @@ def test_a_vector_that_is_closed_while_its_error_is_made(fault):
     run(f"""
         import os
         from guestio import *
-        from guestio._core import vector as core
+        from guestio._core.memory import vector as core
         class Tables(Iommu):
             iotlb = Iotlb()
         backing = Backing.memfd(8192)

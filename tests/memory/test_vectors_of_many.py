@@ -154,8 +154,8 @@ def test_an_error_names_the_fragment_that_vanished(gone):
 
 def test_many_leases_are_all_given_back(scattered):
     """One to each descriptor: more than a vector has room for at first."""
-    from guestio._core.access import AddressSpace
-    from guestio._core.ring import SplitRing
+    from guestio._core.iommu.address_space import AddressSpace
+    from guestio._core.virtio.ring import SplitRing
 
     memory, _, tables, _ = scattered
     tables.iotlb.set_mapping(0, 0, 3 * PAGE, RW)

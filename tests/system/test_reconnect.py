@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from guestio._core.inflight import part_size
+from guestio._core.virtio.inflight import part_size
 from lab.guest import MIB, Guest, Script, VhostUserDisk, Viommu
 from lab.parts import Kernel, require_program
 

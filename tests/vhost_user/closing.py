@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from guestio._core.foreign import close_aside
+from guestio._core.base.syscalls import close_aside
 
 
 def closing() -> int:

@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from guestio._core.chain import Chain
-from guestio._core.foreign import close_aside
+from guestio._core.base.syscalls import close_aside
+from guestio._core.virtio.chain import Chain
 from guestio.addr import Permissions
 from guestio.errors import DeviceError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from guestio import Permissions
-from guestio._core import variant
-from guestio._core.chain import Chain
+from guestio._core.base import variant
+from guestio._core.virtio.chain import Chain
 from guestio.errors import DeviceError, GuestioError
 from guestio.guest.disk import ScriptedGuest
 from guestio.vhost_user import Backend, Frontend

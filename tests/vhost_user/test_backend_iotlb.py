@@ -15,7 +15,7 @@ from typing import Self
 
 import pytest
 
-from guestio._core.questions import REPEAT_AFTER
+from guestio._core.vhost_user.miss_table import REPEAT_AFTER
 from guestio.addr import Permissions
 from guestio.errors import QueueError
 from guestio.guest.blkqueue import Shape

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from guestio import budgets
-from guestio._core.chain import Chain, Quota
-from guestio._core.ring import SplitRing
+from guestio._core.virtio.chain import Chain, Quota
+from guestio._core.virtio.ring import SplitRing
 from guestio.errors import BackingError
 from guestio.memory import Backing, GuestRegionCollection
 from guestio.ratelog import LOG

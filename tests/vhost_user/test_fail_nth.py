@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from guestio._core import variant
+from guestio._core.base import variant
 from tests.vhost_user.fail_nth.matrix import MODES, Bench, cases
 from tests.vhost_user.fail_nth.script import Contents, whole_connection
 from tests.vhost_user.fail_nth.shim import ERRORS, SIGTERM, Server, build, fail_at_start, serving

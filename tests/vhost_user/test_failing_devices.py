@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from guestio import budgets
-from guestio._core.chain import Chain
+from guestio._core.virtio.chain import Chain
 from guestio.errors import DeviceError, GuestioError
 from guestio.ratelog import LOG
 from guestio.vhost_user import Backend

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from guestio._core import foreign as core
+from guestio._core.base import syscalls as core
 from guestio.budgets import CLOSE_GRACE, MAX_CLOSERS
 from guestio.errors import BackingError, ProtocolError
 from guestio.vhost_user import foreign

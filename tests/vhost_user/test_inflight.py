@@ -22,8 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guestio._core.inflight import InflightQueue, part_size
-from guestio._core.mapping import HostMapping
+from guestio._core.memory.mapping import HostMapping
+from guestio._core.virtio.inflight import InflightQueue, part_size
 from guestio.errors import BackingError, ProtocolError, QueueError
 from guestio.memory import Backing
 from guestio.vhost_user.inflight import InflightRegion
@@ -277,8 +277,8 @@ def test_whoever_comes_next_finds_what_was_not_shown(
 # and replaced three times as well: amid a batch, behind a used index, and behind the flags.
 PLAY = """
 import ctypes, mmap, os, signal, sys
-from guestio._core.inflight import InflightQueue
-from guestio._core.mapping import HostMapping
+from guestio._core.virtio.inflight import InflightQueue
+from guestio._core.memory.mapping import HostMapping
 
 region, ring, size = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 mapping = HostMapping(region, 0, 4096)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from guestio._core.blockio import BlockServer
-from guestio._core.intake import Attended, Intake
-from guestio._core.intervals import IntervalMap
-from guestio._core.iotlbwire import IotlbUpdater, Traffic
-from guestio._core.questions import PAGE, MissTable
+from guestio._core.iommu.intervals import IntervalMap
+from guestio._core.vhost_user.iotlb_feed import IotlbUpdater, Traffic
+from guestio._core.vhost_user.miss_table import PAGE, MissTable
+from guestio._core.virtio.block_server import BlockServer
+from guestio._core.virtio.loop import Attended, Intake
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import QueueError
 from guestio.iommu import Iotlb

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from guestio._core.chain import Chain
+from guestio._core.virtio.chain import Chain
 from guestio.errors import DeviceError
 from guestio.virtio.device import Device, DeviceId
 from tests.vhost_user.serving import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from guestio._core.variant import NAME
+from guestio._core.base.variant import NAME
 from guestio.errors import GuestioError
 from guestio.vhost_user import translations
 from guestio.vhost_user.exchange import RefusedError

@@ -11,10 +11,10 @@ from itertools import permutations
 
 import pytest
 
-from guestio._core.intervals import IntervalMap
-from guestio._core.iotlbwire import IotlbUpdater, Traffic
-from guestio._core.misses import touched
-from guestio._core.questions import (
+from guestio._core.iommu.intervals import IntervalMap
+from guestio._core.iommu.misses import touched
+from guestio._core.vhost_user.iotlb_feed import IotlbUpdater, Traffic
+from guestio._core.vhost_user.miss_table import (
     MAX_OUTSTANDING,
     PAGE,
     REPEAT_AFTER,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from guestio._core.chain import Chain
+from guestio._core.virtio.chain import Chain
 from guestio.addr import Permissions
 from guestio.errors import DeviceError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from guestio._core.chain import Chain
+from guestio._core.virtio.chain import Chain
 from guestio.addr import Permissions
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer

@@ -14,7 +14,7 @@ from itertools import cycle
 
 import pytest
 
-from guestio._core.questions import REPEAT_AFTER
+from guestio._core.vhost_user.miss_table import REPEAT_AFTER
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import IotlbFails
 from guestio.vhost_user.channel import Channel

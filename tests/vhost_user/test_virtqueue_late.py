@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guestio._core.chain import Chain
+from guestio._core.virtio.chain import Chain
 from guestio.errors import DeviceError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer

@@ -10,9 +10,9 @@ import random
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from guestio._core.access import AddressSpace
-from guestio._core.chain import Chain
-from guestio._core.ring import SplitRing
+from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.virtio.chain import Chain
+from guestio._core.virtio.ring import SplitRing
 from guestio.addr import IovaRange, Permissions
 from guestio.iommu import Iotlb
 from guestio.memory import GuestRegionCollection, MmapRegion

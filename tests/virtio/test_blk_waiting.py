@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guestio._core.chain import Chain
+from guestio._core.virtio.chain import Chain
 from guestio.virtio import blk
 from guestio.virtio.blk import (
     S_IOERR,

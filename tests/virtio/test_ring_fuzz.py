@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from guestio import GuestioError, GuestRegionCollection, Iotlb, MmapRegion, Permissions
-from guestio._core.access import AddressSpace
+from guestio._core.iommu.address_space import AddressSpace
 from guestio.virtio import SplitRing
 from guestio.virtio.blk import BlockDevice
 from guestio.virtio.device import settled

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from guestio._core.access import AddressSpace
-from guestio._core.chain import Chain
-from guestio._core.ring import SplitRing
+from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.virtio.chain import Chain
+from guestio._core.virtio.ring import SplitRing
 from guestio.addr import Permissions
 from guestio.errors import QueueError
 from guestio.iommu import Iotlb

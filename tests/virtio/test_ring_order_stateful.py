@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from guestio._core.chain import Chain
+from guestio._core.virtio.chain import Chain
 from tests.virtio.rings import PAGE
 from tests.virtio.test_ring_order import AREAS, RW, Bench
 

@@ -26,8 +26,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, Self, TypeAlias
 
-from guestio._core.load import LoadDriver
 from guestio.errors import DeviceError, GuestioError, ProtocolError, QueueError
+from guestio.guest._load.load import LoadDriver
 from guestio.guest.dma import PAGE
 from guestio.guest.plan import VERIFY_SPAN, LoadMemory, LoadPlan
 from guestio.vhost_user.channel import PeerGoneError

@@ -11,8 +11,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, get_args
 
-from guestio._core.iotlbfront import IotlbFront
 from guestio.addr import Permissions
+from guestio.guest._load.iotlb_front import IotlbFront
 from guestio.guest.disk import HIGH_MEMORY
 from guestio.guest.dma import PAGE, IommuMode, PageAllocator
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion

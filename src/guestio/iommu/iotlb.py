@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Self
 
-from guestio._core.intervals import IntervalMap
+from guestio._core.iommu.intervals import IntervalMap
 from guestio.addr import Permissions, check_access, check_range
 
 EXPLAINED = 64
@@ -39,13 +39,13 @@ class Iotlb(IntervalMap):
 
     Mappings may have any alignment and length. Setting one replaces whatever it overlaps;
     neighbours that are contiguous on both sides and have equal permissions become one.
-    :meth:`~guestio._core.intervals.IntervalMap.lookup` either resolves a whole range or lists all
-    that is missing and all that is forbidden.
+    :meth:`lookup` either resolves a whole range or lists all that is missing and all that is
+    forbidden.
 
     Args:
         capacity: Largest number of entries; beyond it the least recently used one is evicted.
-            None for no limit. Pinned ranges (:meth:`~guestio._core.intervals.IntervalMap.pin`)
-            and translations in use at that moment are never evicted, even if that exceeds it.
+            None for no limit. Pinned ranges (:meth:`pin`) and translations in use at that moment
+            are never evicted, even if that exceeds it.
 
     Threads: everything may be called from any thread. Lookups never wait. A change that takes a
     translation away returns only after everybody who was using it has finished (see

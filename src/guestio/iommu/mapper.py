@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self, SupportsIndex
 
-from guestio._core.intervals import IntervalMap
+from guestio._core.iommu.intervals import IntervalMap
 from guestio.addr import (
     ADDRESS_SPACE,
     IovaRange,

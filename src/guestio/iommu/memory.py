@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final, Self
 
-from guestio._core.access import AddressSpace, IoVector, VolatileSlice
-from guestio._core.bitmap import AtomicBitmap
+from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.memory.bitmap import AtomicBitmap
+from guestio._core.memory.slices import VolatileSlice
+from guestio._core.memory.vector import IoVector
 from guestio.addr import IovaRange, MappedRange, Permissions
 from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails
 from guestio.iommu.iotlb import Iotlb

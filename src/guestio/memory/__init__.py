@@ -5,8 +5,9 @@ every memory can do, with ``objects`` and ``streams`` on the other side of it, `
 whole maps. Copying itself is done by the compiled core.
 """
 
-from guestio._core.access import IoVector, VolatileSlice
-from guestio._core.bitmap import AtomicBitmap, BitmapSlice
+from guestio._core.memory.bitmap import AtomicBitmap, BitmapSlice
+from guestio._core.memory.slices import VolatileSlice
+from guestio._core.memory.vector import IoVector
 from guestio.memory.access import GuestMemory, SliceMemory
 from guestio.memory.atomic import GuestMemoryAtomic
 from guestio.memory.backing import Backing

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from guestio._core.access import AddressSpace, IoVector, VolatileSlice
+from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.memory.slices import VolatileSlice
+from guestio._core.memory.vector import IoVector
 from guestio.addr import (
     Ordering,
     Permissions,

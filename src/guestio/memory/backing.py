@@ -7,7 +7,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
-from guestio._core.mapping import HostMapping
+from guestio._core.memory.mapping import HostMapping
 from guestio.addr import check_int
 from guestio.errors import BackingError
 

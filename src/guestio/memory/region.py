@@ -8,9 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
-from guestio._core.access import AddressSpace, IoVector, RegionTable, VolatileSlice
-from guestio._core.bitmap import AtomicBitmap
-from guestio._core.mapping import HostMapping
+from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.memory.bitmap import AtomicBitmap
+from guestio._core.memory.mapping import HostMapping
+from guestio._core.memory.slices import VolatileSlice
+from guestio._core.memory.vector import IoVector, RegionTable
 from guestio.addr import Permissions, check_address, check_int, check_range, checked_add
 from guestio.errors import (
     InvalidAddressError,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from typing import Any, Protocol, TypeAlias
 
-from guestio._core.access import IoVector
+from guestio._core.memory.vector import IoVector
 from guestio.addr import check_int
 
 CHUNK = 1 << 20

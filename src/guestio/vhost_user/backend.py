@@ -17,7 +17,7 @@ import time
 from collections import deque
 from typing import Literal, Self
 
-from guestio._core.foreign import accept_stream
+from guestio._core.base.syscalls import accept_stream
 from guestio.addr import check_address, check_int, check_seconds, shown
 from guestio.budgets import (
     FIRST_MESSAGE_TIMEOUT,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar, Final
 
-from guestio._core.foreign import close_aside, is_memory, socket_kind
+from guestio._core.base.syscalls import close_aside, is_memory, socket_kind
 from guestio.budgets import CLOSE_GRACE, MAX_CLOSERS, MAX_PIPES, MAX_QUEUED
 from guestio.errors import BackingError, ProtocolError
 from guestio.memory.backing import close_fd

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from typing import Final, Self
 
-from guestio._core.inflight import InflightQueue, part_size
+from guestio._core.virtio.inflight import InflightQueue, part_size
 from guestio.addr import ADDRESS_SPACE
 from guestio.errors import ProtocolError
 from guestio.memory import Backing

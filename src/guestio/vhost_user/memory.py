@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from guestio._core.access import RegionTable
-from guestio._core.intervals import IntervalMap
+from guestio._core.iommu.intervals import IntervalMap
+from guestio._core.memory.vector import RegionTable
 from guestio.addr import Permissions
 from guestio.budgets import MAX_GUEST_MEMORY
 from guestio.errors import BackingError, InvalidAddressError

@@ -13,9 +13,9 @@ import reprlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from guestio._core.access import AddressSpace
-from guestio._core.chain import Quota
-from guestio._core.ring import SplitRing
+from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.virtio.chain import Quota
+from guestio._core.virtio.ring import SplitRing
 from guestio.budgets import (
     HALF_MESSAGE_TIMEOUT,
     OUTSTANDING_PIECES,

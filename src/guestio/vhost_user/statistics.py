@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from guestio._core.iotlbwire import Traffic
+from guestio._core.vhost_user.iotlb_feed import Traffic
 from guestio.ratelog import LOG
 
 log = logging.getLogger("guestio.vhost_user")

@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from guestio._core.chain import Chain
-from guestio._core.intake import Intake
-from guestio._core.intervals import IntervalMap
-from guestio._core.iotlbwire import IotlbUpdater
-from guestio._core.misses import Misses
-from guestio._core.questions import REPEAT_AFTER, MissTable, Question
+from guestio._core.iommu.intervals import IntervalMap
+from guestio._core.iommu.misses import Misses
+from guestio._core.vhost_user.iotlb_feed import IotlbUpdater
+from guestio._core.vhost_user.miss_table import REPEAT_AFTER, MissTable, Question
+from guestio._core.virtio.chain import Chain
+from guestio._core.virtio.loop import Intake
 from guestio.addr import IovaRange, Permissions
 from guestio.budgets import MAX_BACKLOG, SEND_RETRY, TURN_BYTES
 from guestio.errors import GuestioError

@@ -27,11 +27,11 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from guestio._core.chain import Chain
-from guestio._core.foreign import drain_eventfd, notify_eventfd
-from guestio._core.intake import Attended, Intake
-from guestio._core.misses import Misses, touched
-from guestio._core.ring import SplitRing
+from guestio._core.base.syscalls import drain_eventfd, notify_eventfd
+from guestio._core.iommu.misses import Misses, touched
+from guestio._core.virtio.chain import Chain
+from guestio._core.virtio.loop import Attended, Intake
+from guestio._core.virtio.ring import SplitRing
 from guestio.addr import shown
 from guestio.budgets import CANCEL_SECONDS, SLOW_ANSWER, SLOW_DEVICE, TURN_SECONDS
 from guestio.errors import GuestioError, ProtocolError, QueueError

@@ -4,8 +4,8 @@
 are devices. Rings are walked by the compiled core.
 """
 
-from guestio._core.chain import Chain
-from guestio._core.ring import SplitRing
+from guestio._core.virtio.chain import Chain
+from guestio._core.virtio.ring import SplitRing
 from guestio.virtio.device import Device, DeviceId, Status
 
 __all__ = ["Chain", "Device", "DeviceId", "SplitRing", "Status"]

@@ -30,9 +30,9 @@ from concurrent.futures import Future
 from itertools import pairwise
 from typing import Final
 
-from guestio._core.access import IoVector
-from guestio._core.blockio import BlockServer
-from guestio._core.chain import Chain
+from guestio._core.memory.vector import IoVector
+from guestio._core.virtio.block_server import BlockServer
+from guestio._core.virtio.chain import Chain
 from guestio.budgets import (
     DEVICE_CLOSE_TIMEOUT,
     GIVE_UP_AFTER,

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from typing import ClassVar
 
-from guestio._core.chain import Chain, Server
+from guestio._core.virtio.chain import Chain, Server
 from guestio.errors import DeviceError
 
 VIRTIO_F_INDIRECT_DESC = 28

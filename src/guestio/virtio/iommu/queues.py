@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Self
 
-from guestio._core.chain import Chain
-from guestio._core.ring import SplitRing
+from guestio._core.virtio.chain import Chain
+from guestio._core.virtio.ring import SplitRing
 from guestio.budgets import IOMMU_REQUESTS_PER_TURN, IOMMU_WAITING_REQUESTS
 from guestio.errors import AccessError
 from guestio.iommu.events import Event

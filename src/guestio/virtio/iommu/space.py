@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from guestio._core.intervals import IntervalMap
+from guestio._core.iommu.intervals import IntervalMap
 from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions, check_access, check_range
 from guestio.budgets import IOMMU_RECORDS_PER_ACCESS
 from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails

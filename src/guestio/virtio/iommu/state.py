@@ -16,7 +16,7 @@ from collections.abc import Generator, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from guestio._core.intervals import IntervalMap
+from guestio._core.iommu.intervals import IntervalMap
 from guestio.addr import ADDRESS_SPACE, Permissions
 from guestio.budgets import STOP_TIMEOUT
 from guestio.dma import DmaTarget, Journal

@@ -1,0 +1,30 @@
+"""Which build of the core this is: tests must not take one for another."""
+
+from guestio._core.base cimport capacity
+
+cdef extern from *:
+    """
+    #ifdef GUESTIO_CHECKS
+    enum { CHECKED = 1 };
+    #else
+    enum { CHECKED = 0 };
+    #endif
+    """
+    const char *GUESTIO_CORE
+    bint CHECKED
+
+NAME: str = GUESTIO_CORE.decode()
+CHECKS: bool = bool(CHECKED)
+CAPACITIES: dict[str, int] = {
+    "TREE_FANOUT": capacity.TREE_FANOUT,
+    "EVICTION_KEPT": capacity.EVICTION_KEPT,
+    "EVICTION_STALE": capacity.EVICTION_STALE,
+    "HOLD_GIL_UP_TO": capacity.HOLD_GIL_UP_TO,
+    "IOV_BATCH": capacity.IOV_BATCH,
+    "QUESTION_SLOTS": capacity.QUESTION_SLOTS,
+    "READ_AHEAD": capacity.READ_AHEAD,
+    "RING_LOOK_WORK": capacity.RING_LOOK_WORK,
+    "RING_PUBLISH_EACH": capacity.RING_PUBLISH_EACH,
+    "LOOP_REQUESTS": capacity.LOOP_REQUESTS,
+    "LOAD_ANSWERS": capacity.LOAD_ANSWERS,
+}

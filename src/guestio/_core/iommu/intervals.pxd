@@ -1,0 +1,56 @@
+"""C view of the interval map, for the modules of the core that look addresses up in bulk."""
+
+from guestio._core.base.checks cimport Span, u8, u32, u64
+from guestio._core.iommu.eviction cimport Queue
+from guestio._core.memory.leases cimport Leases
+from guestio._core.iommu.misses cimport Misses
+from guestio._core.iommu.pieces cimport Outcome, Pieces
+from guestio._core.iommu.tree cimport Entry, Tree
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_rwlock_t:
+        pass
+    ctypedef struct pthread_rwlockattr_t:
+        pass
+    int PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP
+    int pthread_rwlockattr_init(pthread_rwlockattr_t *)
+    int pthread_rwlockattr_setkind_np(pthread_rwlockattr_t *, int)
+    int pthread_rwlock_init(pthread_rwlock_t *, pthread_rwlockattr_t *)
+    int pthread_rwlock_destroy(pthread_rwlock_t *)
+    int pthread_rwlock_rdlock(pthread_rwlock_t *)
+    int pthread_rwlock_trywrlock(pthread_rwlock_t *)
+    int pthread_rwlock_wrlock(pthread_rwlock_t *)
+    int pthread_rwlock_unlock(pthread_rwlock_t *)
+
+
+cdef class IntervalMap:
+    cdef Tree tree
+    cdef bint merging
+    cdef size_t limit
+    cdef u64 tick
+    cdef Queue queue
+    cdef pthread_rwlock_t lock
+    cdef readonly Leases leases
+    cdef readonly u64 generation
+    cdef readonly u64 hits
+    cdef readonly u64 misses
+    cdef readonly u64 access_fails
+    cdef readonly u64 evictions
+    cdef readonly u64 invalidations
+
+    cdef int begin_change(self, int inserts) except -1
+    cdef void end_change(self) noexcept
+    cdef void refuse_change(self) noexcept
+    cdef void put(self, u64 first, Entry entry) noexcept
+    cdef bint cut_span(self, Span span) noexcept
+    cdef void overwrite_span(self, Span span, u64 target, u64 perm) noexcept
+    cdef bint takes_away(self, Span span, u64 target, u64 perm) noexcept
+    cdef void touch(self, Entry *entry) noexcept nogil
+    cdef int collect(self, Span span, Pieces *found) except -1
+    cdef Outcome resolve(self, Span span, u64 wanted, Pieces *found) except -1
+    cdef Outcome resolve_to(
+        self, Span span, u64 wanted, list found, list misses, list refused
+    ) except -1
+    cdef void count_outcome(self, Outcome outcome) noexcept
+    cdef list lookup_span(self, Span span, u64 wanted)
+    cdef int fails_of(self, Span span, u64 wanted, Misses failed) except -1

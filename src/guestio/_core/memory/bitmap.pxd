@@ -1,0 +1,37 @@
+"""C view of dirty bitmaps."""
+
+from guestio._core.base.checks cimport u64
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_rwlock_t:
+        pass
+    int pthread_rwlock_init(pthread_rwlock_t *, void *)
+    int pthread_rwlock_destroy(pthread_rwlock_t *)
+    int pthread_rwlock_rdlock(pthread_rwlock_t *)
+    int pthread_rwlock_wrlock(pthread_rwlock_t *)
+    int pthread_rwlock_unlock(pthread_rwlock_t *)
+
+
+cdef class AtomicBitmap:
+    cdef u64 *word
+    cdef readonly u64 pages
+    cdef readonly u64 byte_size
+    cdef readonly u64 page_size
+    cdef pthread_rwlock_t lock
+
+    cdef void mark(self, u64 start, u64 length) noexcept nogil
+    cdef void clear_pages(self, u64 first, u64 last) noexcept nogil
+    cdef int grow(self, u64 byte_size) except -1
+    cdef int pages_of(self, object start, object length, u64 *first, u64 *last) except -1
+    cdef object snapshot(self, bint clear)
+    cdef object pages_in(self, u64 first, u64 last, bint clear, u64 group)
+    cdef void take_chunk(
+        self, u64 at, size_t words, u64 first, u64 last, bint clear, u64 *taken
+    ) noexcept nogil
+
+
+cdef class BitmapSlice:
+    cdef readonly AtomicBitmap bitmap
+    cdef readonly u64 offset
+
+    cdef object within(self, object start, object length)

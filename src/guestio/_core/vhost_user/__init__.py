@@ -1,0 +1,1 @@
+"""IOTLB messages in bulk and the misses in flight: a feed of the event loop."""

@@ -1,0 +1,173 @@
+"""IOTLB traffic of vhost-user, in bulk: one trip for all the messages that have arrived.
+
+Behind an IOMMU a request of the driver costs a handful of these messages, so they are by far the
+most frequent ones. What is not plain stays in the socket, for the session, which knows all the
+rules.
+"""
+
+from libc.string cimport memcpy, memset
+
+from guestio._core.base.checks cimport Span, u8, u64
+from guestio._core.iommu.intervals cimport IntervalMap
+from guestio._core.vhost_user.miss_table cimport MissTable
+from guestio._core.iommu.tree cimport Cursor, Entry, floor_of
+from guestio._core.vhost_user.iotlb_message cimport (
+    ACK_BYTES, FROM_FRONTEND, HEADER_BYTES, INVALIDATE, MESSAGE_BYTES, MSG_DONTWAIT, MSG_NOSIGNAL,
+    REPLY, UPDATE, VERSION, VERSION_MASK, Header, Message, c_send, look, take,
+)
+
+
+cdef class Traffic:
+    """What is counted where it happens, in the core.
+
+    Attributes:
+        requests: Requests taken from queues.
+        failed_requests: Those of them that could not be served.
+        questions: Questions asked, repeated ones included.
+        updates: UPDATE messages applied.
+        invalidations: INVALIDATE messages applied.
+    """
+
+    def count_requests(self, u64 count):
+        """Add requests; as every count here, one step whatever other threads do."""
+        self.requests += count
+
+    def count_failed(self):
+        """Add a request that could not be served."""
+        self.failed_requests += 1
+
+    def count_questions(self, questions):
+        """Add what ``MissTable.ask`` returned."""
+        self.questions += <u64>len(questions) // MESSAGE_BYTES
+
+
+cdef class IotlbUpdater:
+    """Applies UPDATE and INVALIDATE messages to an IOTLB.
+
+    Args:
+        iotlb: What is changed.
+        users: Where the front-end's own addresses are in guest memory.
+        misses: The questions that updates answer.
+        traffic: Where to count.
+    """
+
+    def __init__(
+        self, IntervalMap iotlb not None, IntervalMap users not None, MissTable misses not None,
+        Traffic traffic not None,
+    ):
+        self.iotlb, self.users, self.misses, self.traffic = iotlb, users, misses, traffic
+        self.unsent = b""
+
+    def receive(self, int fd):
+        """Apply the messages at the start of what has arrived at a socket, as long as they are plain.
+
+        Plain is an UPDATE that lies in one piece of shared memory and an INVALIDATE, both of
+        ranges that nobody is using at the moment. They are taken from the socket and acknowledged.
+
+        Args:
+            fd: The socket; no message on it may be taken in part.
+
+        Returns:
+            ``(taken, unsent, ready)``: how many messages were applied, the acknowledgements that
+            could not be sent without waiting, and the waiters that miss nothing any more.
+
+        Cost: O(log n) a message, and three system calls.
+        """
+        cdef list ready = []
+        cdef size_t taken = self.receive_plain(fd, ready)
+        return taken, self.take_unsent(), ready
+
+    cdef bytes take_unsent(self):
+        cdef bytes unsent = self.unsent
+        self.unsent = b""
+        return unsent
+
+    cdef size_t receive_plain(self, int fd, list ready) except? 0:
+        """As :meth:`receive`; appends to ``ready``."""
+        cdef size_t size, at = 0
+        with nogil:
+            size = look(fd, self.buffer)
+        while size - at >= MESSAGE_BYTES and self.apply_one(self.buffer + at, ready):
+            at += MESSAGE_BYTES
+        if not at:
+            return 0
+        self.unsent += self.acknowledge(fd, at // MESSAGE_BYTES)
+        # Only now: to take them wakes the peer's thread if it sleeps on its socket, for nothing.
+        with nogil:
+            take(fd, self.buffer, at)
+        return at // MESSAGE_BYTES
+
+    cdef bytes acknowledge(self, int fd, size_t count):
+        """Send so many acknowledgements; what could not be sent."""
+        cdef Header header = Header(FROM_FRONTEND, VERSION | REPLY, 8)
+        cdef size_t i, size = count * ACK_BYTES
+        cdef Py_ssize_t sent
+        # They are smaller than what they acknowledge, so there is room.
+        memset(self.buffer, 0, size)
+        for i in range(count):
+            memcpy(self.buffer + i * ACK_BYTES, &header, HEADER_BYTES)
+        # A driver waits for these before it uses its memory for something else.
+        with nogil:
+            sent = max(c_send(fd, self.buffer, size, MSG_DONTWAIT | MSG_NOSIGNAL), 0)
+        return (<char *>self.buffer)[sent:size]
+
+    cdef bint apply_one(self, const u8 *data, list ready) except -1:
+        """Apply a message; False if it is not plain."""
+        cdef Header header
+        cdef Message message
+        memcpy(&header, data, HEADER_BYTES)
+        memcpy(&message, data + HEADER_BYTES, sizeof(Message))
+        if header.request != FROM_FRONTEND or header.size != sizeof(Message):
+            return False
+        if header.flags & (VERSION_MASK | REPLY) != VERSION:
+            return False
+        return self.change(&message, ready)
+
+    cdef bint change(self, const Message *message, list ready) except -1:
+        cdef Span span
+        cdef u64 rest = message.size - 1, target = 0
+        cdef bint done
+        if not message.size or rest > <u64>-1 - message.iova:
+            return False
+        span.first, span.last, span.empty = message.iova, message.iova + rest, False
+        if message.kind == UPDATE:
+            if not self.find_target(message, rest, &target):
+                return False
+        elif message.kind != INVALIDATE:
+            return False
+        self.iotlb.begin_change(3)
+        done = self.replace(span, message, target)
+        self.iotlb.end_change()
+        if done and message.kind == UPDATE:
+            self.misses.answer(span.first, rest, message.perm, ready)
+        return done
+
+    cdef bint find_target(self, const Message *message, u64 rest, u64 *target) noexcept:
+        """Where in guest memory an UPDATE leads to; False if it is not plain."""
+        cdef Cursor at
+        cdef Entry *entry
+        if message.perm > 3 or rest > <u64>-1 - message.uaddr:
+            return False
+        at = floor_of(&self.users.tree, message.uaddr)
+        if at.leaf is NULL:
+            return False
+        entry = &at.leaf.entry[at.index]
+        target[0] = message.uaddr + entry.delta
+        return entry.last >= message.uaddr + rest
+
+    cdef bint replace(self, Span span, const Message *message, u64 target) noexcept:
+        """Change the IOTLB, which is locked, unless somebody uses the translation.
+
+        The GIL is held since it was locked, and needed for a lease, so that nobody can begin to use
+        it in between. Nothing in here can fail: room was reserved when it was locked.
+        """
+        if self.iotlb.leases.held and self.iotlb.leases.used(span.first, span.last):
+            return False
+        if message.kind == INVALIDATE:
+            self.iotlb.cut_span(span)
+            self.iotlb.invalidations += 1
+            self.traffic.invalidations += 1
+        else:
+            self.iotlb.overwrite_span(span, target, message.perm)
+            self.traffic.updates += 1
+        return True

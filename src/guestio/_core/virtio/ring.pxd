@@ -1,0 +1,89 @@
+"""C view of the split virtqueue."""
+
+from guestio._core.iommu.address_space cimport IoVector
+from guestio._core.virtio.areas cimport RingAreas
+from guestio._core.base.checks cimport u32, u64
+from guestio._core.virtio.chain cimport Chain, Quota, Server, u16
+from guestio._core.virtio.inflight cimport InflightQueue
+from guestio._core.iommu.misses cimport Misses
+
+
+cdef struct Desc:
+    u64 addr
+    u32 size
+    u16 flags
+    u16 next
+
+
+cdef struct UsedElem:
+    u32 head
+    u32 written
+
+
+# A request that was completed, at the place in the used ring that it is for.
+cdef struct Completed:
+    UsedElem element
+    bint done
+
+
+cdef class SplitRing(RingAreas):
+    cdef readonly bint indirect
+    cdef readonly bint ordered
+    cdef readonly InflightQueue inflight
+    cdef readonly u16 next_avail
+    cdef readonly u16 next_used
+    cdef readonly int outstanding
+    cdef readonly int held_count
+    cdef readonly u64 progress
+    cdef bint signalled_valid
+    cdef bint notify_due
+    cdef IoVector table
+    cdef Chain spare
+    cdef u16 *held
+    cdef int held_at      # the first of those that were not taken again
+    cdef u16 first_new    # where the turn began to take requests that were not in flight
+    cdef u16 *shown
+    cdef Completed *pending
+    cdef u32 pending_count
+    cdef u16 show_at
+    cdef u64 work
+    cdef u64 moved        # bytes of the requests served in this turn
+    cdef u64 turn_bytes
+    cdef Quota quota
+    cdef u64 charged      # pieces of this ring's requests that the quota counts
+    cdef bint crowded     # no request is taken until another one is completed
+
+    cdef int waiting(self) except -1
+    cdef int run_turn(
+        self, Server server, int limit, int call, bint rest, list chains, Misses misses,
+        bint *resting,
+    ) except -1
+    cdef int take(self, int limit, Server server, list chains, Misses misses) except -1
+    cdef int take_held(self, Server server, list chains, Misses misses) except -1
+    cdef int take_new(self, int limit, Server server, list chains, Misses misses) except -1
+    cdef void advance(self, int head) noexcept
+    cdef void forget_held(self) noexcept
+    cdef int dispatch(self, Server server, list chains) except -1
+    cdef int lacking_head(self) except -2
+    cpdef disable_kicks(self)
+    cdef bint more_after_request(self) except -1
+    cdef bint look(self, int head, Misses misses, bint lenient) except -1
+    cdef int head_at(self, u16 position) except -1
+    cdef Chain hand_out(self)
+    cdef int keep_nothing(self) except -1
+    cdef void note_refused(self, Chain chain, Misses misses, size_t since)
+    cdef void finish(self, Chain chain) noexcept
+    cdef int show_pending(self) except -1
+    cdef int walk(self, Chain chain, Misses misses, bint lenient) except -1
+    cdef int walk_table(
+        self, IoVector table, u64 entries, u16 index, bint nested, Chain chain, u64 *sizes,
+        Misses misses, bint lenient,
+    ) except -1
+    cdef int add_buffer(
+        self, const Desc *desc, Chain chain, u64 *sizes, Misses misses, bint lenient
+    ) except -1
+    cdef int walk_indirect(
+        self, const Desc *desc, bint nested, Chain chain, u64 *sizes, Misses misses, bint lenient
+    ) except -1
+    cdef IoVector last_byte(self, u64 addr)
+    cdef bint wants_notification(self, u16 before) except -1

@@ -1,0 +1,783 @@
+"""The device's side of a split virtqueue (virtio 1.3, section 2.7).
+
+Everything in a ring was written by a driver that may be hostile and may change it while it is
+read: an index is loaded once and judged once, a descriptor is copied before it is looked at. Where
+the ring itself is may change at any time as well; see :mod:`guestio._core.virtio.areas`.
+
+Indices are published with one release store each, after everything they cover.
+"""
+
+from cpython.exc cimport PyErr_NoMemory
+from libc.stdlib cimport calloc, free
+
+from guestio._core.iommu.address_space cimport AddressSpace, IoVector
+from guestio._core.virtio.areas cimport RingAreas, current
+from guestio._core.base.checks cimport as_address, as_seconds, u8
+from guestio._core.base.capacity cimport RING_LOOK_WORK, RING_LOOKS, RING_PUBLISH_EACH
+from guestio._core.virtio.chain cimport (
+    NOT_SERVED, Chain, Quota, Server, i64, is_in_use, is_moving, new_chain,
+)
+from guestio._core.base.syscalls cimport notify
+from guestio._core.virtio.inflight cimport InflightQueue
+from guestio._core.memory.mapping cimport holes, met_holes
+from guestio._core.iommu.misses cimport Misses
+
+from guestio.errors import QueueError
+
+cdef extern from * nogil:
+    """
+    #define full_barrier() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    #include <time.h>
+    #if defined(__x86_64__)
+    #define relax() __builtin_ia32_pause()
+    #else
+    #define relax() ((void)0)
+    #endif
+    #include <poll.h>
+    static int readable(int fd)
+    {
+        /* An epoll descriptor keeps what is only looked at, edges included. */
+        struct pollfd one = {.fd = fd, .events = POLLIN};
+        return poll(&one, 1, 0) != 0;
+    }
+    static uint64_t now_ns(void)
+    {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
+    """
+    void relax()
+    u64 now_ns()
+    bint readable(int fd)
+    void full_barrier()
+
+cdef enum:
+    READ = 1
+    WRITE = 2
+    # Descriptor flags, and the flags of the two rings (section 2.7.5 to 2.7.8).
+    DESC_NEXT = 1
+    DESC_WRITE = 2
+    DESC_INDIRECT = 4
+    AVAIL_NO_INTERRUPT = 1
+    USED_NO_NOTIFY = 1
+    CHAIN_LIMIT = 1024    # descriptors of an indirect table in a ring smaller than this
+    CHAIN_PIECES = 1 << 21      # more than 4 GiB in pages have
+    CHAIN_CHARGE = 16           # pieces that a request costs besides its own
+    SPIN_MOST = 60              # seconds that a ring may be watched: nothing else runs
+
+cdef u64 CHAIN_BYTES = <u64>1 << 32
+
+
+cdef inline void discharge(SplitRing ring, Chain chain) noexcept:
+    """Give back what a request was charged; called for each, so it is read in place."""
+    if chain.charge:   # not that of a request that was served at once
+        ring.charged -= chain.charge
+        ring.quota.used -= chain.charge
+        chain.charge = 0
+
+
+cdef class SplitRing(RingAreas):
+    """A split virtqueue as its device sees it.
+
+    Args:
+        space: Where the addresses of rings, tables and buffers lead.
+        size: Entries, a power of two up to 32768.
+        desc, avail, used: Addresses of the three areas, aligned to 16, 2 and 4.
+        event_idx: VIRTIO_F_EVENT_IDX was negotiated.
+        indirect: VIRTIO_F_INDIRECT_DESC was negotiated.
+        base: Index of the next available entry.
+        ordered: Show completed requests in the order in which they were taken, so that the used
+            index says where to go on after a stop or a crash. Otherwise they are shown as they
+            complete.
+        inflight: Where to note which requests are in flight, for whoever goes on after a crash.
+            Requests that are noted in it already are taken first, whatever ``base`` is.
+        turn_bytes: Bytes of requests that are served in one turn, before others have theirs; the
+            last request may exceed it.
+        quota: Limits the memory of requests that were taken and not completed, together with other
+            rings; None for no limit.
+
+    Attributes:
+        next_avail: The ring position that is taken next.
+        outstanding: Requests taken and not completed; those that wait to be shown are not counted.
+        held_count: Requests that were in flight when the device before this one ended, and that
+            were not taken again yet.
+        progress: Changes whenever a request is taken.
+        broken: Why the ring stopped, or None.
+
+    One thread at a time.
+    """
+
+    def __cinit__(
+        self, space, size, desc, avail, used, *, event_idx=False, bint indirect=False, base=0,
+        bint ordered=False, InflightQueue inflight=None, turn_bytes=1 << 62,
+        Quota quota=None,
+    ):
+        cdef u32 entries = self.size
+        self.quota = Quota(1 << 62) if quota is None else quota
+        self.turn_bytes = as_address(turn_bytes, "turn_bytes")
+        self.indirect = indirect
+        if inflight is not None and (ordered or inflight.size < entries):
+            raise ValueError(
+                f"{inflight.size} requests in flight can be noted of a ring of {entries}, and "
+                "requests that are noted are not shown in order"
+            )
+        self.ordered, self.inflight = ordered, inflight
+        self.next_avail = self.show_at = as_address(base, "base") & 0xFFFF
+        self.pending = <Completed *>calloc(entries, sizeof(Completed))
+        self.held = <u16 *>calloc(entries, sizeof(u16))
+        self.shown = <u16 *>calloc(entries, sizeof(u16))
+        if self.pending is NULL or self.held is NULL or self.shown is NULL:
+            PyErr_NoMemory()
+        self.table = IoVector()
+
+    def __dealloc__(self):
+        # Nothing is charged of a ring that could not be made, whose quota is not even None.
+        if self.charged and self.quota is not None:
+            self.quota.used -= self.charged
+        free(self.pending)
+        free(self.held)
+        free(self.shown)
+
+    cdef int begin(self) except -1:
+        """Find out where the driver is, and what was in flight when somebody else stopped."""
+        cdef u16 head
+        self.next_used = self.load16(self.used, 2)
+        if self.inflight is None:
+            return 0
+        try:
+            heads = self.inflight.recover(self.next_used)
+        except QueueError as error:
+            self.broken = str(error)
+            raise
+        for head in heads:
+            if self.held_count < <int>self.size:
+                self.held[self.held_count] = head
+                self.held_count += 1
+        self.outstanding = self.held_count
+        self.next_avail = self.next_used + <u16>self.held_count
+        return 0
+
+    def pop(self, int limit=64):
+        """Take the available requests, as far as they can be translated.
+
+        Requests are taken in the order in which the driver made them available. One that lacks
+        translations ends the list and stays in the ring; those behind it are looked at too, so
+        that everything that is missing can be asked for at once.
+
+        Args:
+            limit: Requests to look at, at most; fewer if they are very large.
+
+        Returns:
+            ``(chains, misses)``: the requests taken, and ``(IovaRange, access)`` for everything
+            that is not mapped, or not for this access. Misses of the ring itself are among them.
+
+        Raises:
+            QueueError: The driver broke a rule; the ring is broken from now on.
+
+        Cost: O(descriptors) plus a lookup for each.
+        """
+        cdef list chains = []
+        cdef Misses misses = Misses()
+        try:
+            self.take(limit, None, chains, misses)
+        finally:
+            self.keep_nothing()
+        return chains, list(misses)
+
+    def turn(self, Server server, int limit=64, int call=-1, bint rest=False):
+        """Serve the ring for one turn: all that can be done for it without leaving the core.
+
+        What was completed before is shown; the available requests are taken, as by :meth:`pop`;
+        what the server can serve at once is, and shown every few requests; and the driver is
+        notified if it wants to be.
+
+        Args:
+            server: Serves requests; what it leaves is returned. None returns them all.
+            limit: As for :meth:`pop`.
+            call: Eventfd to notify the driver with, or -1.
+            rest: Whether to ask for an announcement of the next request if there is none now. Not
+                while requests wait for translations: those that come then are found when the
+                answers do.
+
+        Returns:
+            ``(chains, misses, served, resting)``: as from :meth:`pop`, but the misses as
+            :class:`~guestio._core.iommu.misses.Misses`; how many requests were served; and whether
+            nothing is to be done but for the chains and the misses, until the next request is
+            announced.
+
+        Raises:
+            QueueError: As :meth:`pop`.
+        """
+        cdef list chains = []
+        cdef Misses misses = Misses()
+        cdef bint resting
+        cdef int served = self.run_turn(server, limit, call, rest, chains, misses, &resting)
+        return chains, misses, served, resting
+
+    cdef int run_turn(
+        self, Server server, int limit, int call, bint rest, list chains, Misses misses,
+        bint *resting,
+    ) except -1:
+        """As :meth:`turn`; the requests served."""
+        cdef int served = 0
+        resting[0] = True
+        try:
+            if self.areas_ready(misses):
+                if self.pending_count:
+                    self.show_pending()
+                self.disable_kicks()
+                served = self.take(limit, server, chains, misses)
+                # Others ran while data moved.
+                if self.areas_ready(misses):
+                    if self.pending_count:
+                        self.show_pending()
+                    if chains or not rest or self.moved >= self.turn_bytes or (
+                        self.held_count and not misses.count and not self.crowded
+                    ):
+                        resting[0] = False
+                    elif not misses.count:
+                        resting[0] = not self.more_after_request()
+        finally:
+            self.keep_nothing()
+        if self.notify_due:
+            self.notify_due = False
+            if call >= 0:
+                with nogil:
+                    notify(call)
+        return served
+
+    cdef int take(self, int limit, Server server, list chains, Misses misses) except -1:
+        """Take requests into the list; the number of those that were served instead."""
+        cdef int served = 0
+        self.work = self.moved = 0
+        self.crowded = False
+        if not self.areas_ready(misses):
+            return served
+        self.first_new = self.next_avail
+        if self.held_count:
+            served = self.take_held(server, chains, misses)
+        # Nothing overtakes what waits, so that after a stop an index says where to go on.
+        if not self.held_count and self.areas_ready(misses):
+            served += self.take_new(limit, server, chains, misses)
+        self.check_areas()
+        return served
+
+    cdef int take_held(self, Server server, list chains, Misses misses) except -1:
+        """Take what was in flight before, up to the first that lacks something."""
+        cdef int at = 0, head, served = 0
+        while at < self.held_count and may_take(self):
+            head = self.held[self.held_at + at]
+            self.look(head, misses, False)
+            if misses.count:
+                at += 1
+            elif current(self):
+                self.forget_held()
+                served += self.dispatch(server, chains)
+        return served
+
+    cdef void forget_held(self) noexcept:
+        """Go on behind the oldest of the requests that the notes had in flight."""
+        self.progress += 1
+        self.held_at += 1
+        self.held_count -= 1
+
+    cdef int take_new(self, int limit, Server server, list chains, Misses misses) except -1:
+        """Take requests that are new; those behind one that waits are only looked at."""
+        cdef u16 at = self.next_avail
+        cdef int head, left = min(self.waiting(), limit), served = 0
+        while left > 0 and may_take(self):
+            left -= 1
+            head = self.head_at(at)
+            self.look(head, misses, False)
+            if not current(self):
+                break
+            at += 1
+            if misses.count:
+                continue
+            self.advance(head)
+            served += self.dispatch(server, chains)
+            # Others ran while the data moved; what is missing now is found by the caller.
+            if not self.reachable():
+                break
+        return served
+
+    cdef void advance(self, int head) noexcept:
+        """Take the next request of the ring."""
+        self.next_avail += 1
+        self.outstanding += 1
+        self.progress += 1
+        if self.inflight is not None:
+            self.inflight.take(<u16>head)
+
+    cdef bint look(self, int head, Misses misses, bint lenient) except -1:
+        """Fill the spare chain with a request; whether it lacks nothing."""
+        cdef size_t known = misses.count
+        if self.spare is None or is_moving(self.spare):
+            self.spare = new_chain()
+        elif not self.spare.blank:
+            self.spare.clear()
+        self.spare.head, self.spare.blank = head, False
+        self.walk(self.spare, misses, lenient)
+        # Which request it is was read from the ring: from nothing, if that is gone.
+        if met_holes(&holes):
+            self.check_areas()
+        return misses.count == known
+
+    cdef int dispatch(self, Server server, list chains) except -1:
+        """Have the request in the spare chain served, or hand it out; 1 if it was served."""
+        cdef Chain chain = self.spare
+        cdef i64 written
+        chain.position = self.next_avail - 1
+        if server is not None and chain.fault is None:
+            written = server.serve(chain)
+            if written != NOT_SERVED:
+                self.moved += chain.readable.total + chain.writable.total
+                chain.clear()
+                chain.written = <u64>written
+                self.finish(chain)
+                if self.pending_count >= RING_PUBLISH_EACH and self.reachable():
+                    self.show_pending()
+                return 1
+        chains.append(self.hand_out())
+        return 0
+
+    cdef int keep_nothing(self) except -1:
+        """Let go of what was only looked at: nobody else will, and a revocation waits for it."""
+        if self.spare is not None:
+            self.spare.clear()
+        return 0
+
+    cdef int head_at(self, u16 position) except -1:
+        return self.load16(self.avail, 4 + 2 * (position % self.size))
+
+    cdef Chain hand_out(self):
+        """Give the spare chain away; only from now on does it refer to the ring."""
+        cdef Chain chain = self.spare
+        chain.ring, self.spare = self, None
+        chain.charge = CHAIN_CHARGE + chain.readable.count + chain.writable.count
+        self.charged += chain.charge
+        self.quota.used += chain.charge
+        return chain
+
+    cdef int waiting(self) except -1:
+        """How many requests are available that were not taken."""
+        cdef u16 avail = self.load16(self.avail, 2)
+        cdef int ahead = <u16>(avail - self.next_avail)
+        if ahead + self.outstanding + <int>self.pending_count > <int>self.size:
+            raise self.wrong(
+                f"available index {avail} runs ahead of a ring of {self.size} whose next entry is "
+                f"{self.next_avail}, with {self.outstanding + <int>self.pending_count} requests "
+                "not given back"
+            )
+        return ahead
+
+    cdef int lacking_head(self) except -2:
+        """The first descriptor of the request that is taken next, or -1."""
+        if not self.reachable():
+            return -1
+        if self.held_count:
+            return self.held[self.held_at]
+        return self.head_at(self.next_avail) if self.waiting() else -1
+
+    def lacking(self):
+        """What the request that is taken next lacks.
+
+        Returns:
+            As the misses of :meth:`pop`; None if there is no such request, or the ring itself
+            cannot be reached.
+        """
+        cdef Misses misses = Misses()
+        cdef int head = self.lacking_head()
+        if head < 0:
+            return None
+        try:
+            self.look(head, misses, False)
+            self.check_areas()
+        finally:
+            self.keep_nothing()
+        return list(misses)
+
+    def pop_faulty(self):
+        """Take the next request although some of it cannot be reached.
+
+        Returns:
+            A chain with ``fault`` set (unless it can be reached by now), or None if there is none
+            or the ring itself cannot be reached.
+
+        Raises:
+            QueueError: The driver broke a rule.
+        """
+        cdef int head = self.lacking_head()
+        if head < 0:
+            return None
+        try:
+            self.look(head, Misses(), True)
+            self.check_areas()
+            if not current(self):
+                return None
+            if self.held_count:
+                self.forget_held()
+            else:
+                self.advance(head)
+            self.spare.position = self.next_avail - 1
+            return self.hand_out()
+        finally:
+            self.keep_nothing()
+
+    cdef int walk(self, Chain chain, Misses misses, bint lenient) except -1:
+        """Fill a chain. What is missing is added to the list, or made its fault if lenient."""
+        cdef u64 sizes[2]
+        if chain.head >= <int>self.size:
+            raise self.wrong(f"available entry names descriptor {chain.head} of {self.size}")
+        sizes[0] = sizes[1] = 0
+        return self.walk_table(
+            self.desc, self.size, <u16>chain.head, False, chain, sizes, misses, lenient
+        )
+
+    cdef int walk_table(
+        self, IoVector table, u64 entries, u16 index, bint nested, Chain chain, u64 *sizes,
+        Misses misses, bint lenient,
+    ) except -1:
+        """Follow a chain through a descriptor table, in the ring or indirect."""
+        cdef Desc desc
+        cdef u64 steps = 0
+        while True:
+            if index >= entries:
+                raise self.wrong(f"descriptor index {index} is outside its table of {entries}")
+            steps += 1
+            if steps > entries:
+                raise self.wrong(f"the chain from descriptor {chain.head} has a loop")
+            if not nested and not current(self):
+                return 0
+            table.transfer(<u8 *>&desc, 16 * <u64>index, 16, False)
+            self.work += 1
+            if nested and table.vanished(16 * <u64>index, 16):
+                chain.fault = "the file behind its indirect table was truncated by its owner"
+                return 0
+            if desc.flags & DESC_INDIRECT:
+                return self.walk_indirect(&desc, nested, chain, sizes, misses, lenient)
+            self.add_buffer(&desc, chain, sizes, misses, lenient)
+            if not desc.flags & DESC_NEXT:
+                return 0
+            index = desc.next
+
+    cdef int walk_indirect(
+        self, const Desc *desc, bint nested, Chain chain, u64 *sizes, Misses misses, bint lenient
+    ) except -1:
+        cdef IoVector table = self.table
+        cdef u64 entries = desc.size // 16
+        cdef size_t known = misses.count
+        if not self.indirect:
+            raise self.wrong("an indirect descriptor, but the feature was not negotiated")
+        if nested:
+            raise self.wrong("an indirect descriptor inside an indirect table")
+        if desc.flags & DESC_NEXT:
+            raise self.wrong("an indirect descriptor that continues")
+        if not desc.size or desc.size % 16 or entries > max(self.size, CHAIN_LIMIT):
+            raise self.wrong(f"an indirect table of {desc.size} bytes")
+        if desc.addr > <u64>-1 - (desc.size - 1):
+            raise self.wrong(f"an indirect table at {desc.addr:#x} passes 2**64")
+        table.release()
+        table.access, table.start = READ, desc.addr
+        if not self.space.translate(table, desc.addr, desc.size, READ, misses):
+            if lenient:
+                self.note_refused(chain, misses, known)
+                chain.fault = f"no translation of the indirect table at {desc.addr:#x}"
+            return 0
+        if table.stop:
+            chain.fault = f"no memory behind the indirect table at {table.stop_addr:#x}"
+            table.release()
+            return 0
+        try:
+            return self.walk_table(table, entries, 0, True, chain, sizes, misses, lenient)
+        finally:
+            table.release()
+
+    cdef int add_buffer(
+        self, const Desc *desc, Chain chain, u64 *sizes, Misses misses, bint lenient
+    ) except -1:
+        cdef bint writes = (desc.flags & DESC_WRITE) != 0
+        cdef IoVector out = chain.writable if writes else chain.readable
+        cdef int access = WRITE if writes else READ
+        cdef int before = out.count
+        cdef size_t known = misses.count
+        if not desc.size:
+            raise self.wrong(f"a descriptor of 0 bytes in the chain from {chain.head}")
+        if desc.addr > <u64>-1 - (desc.size - 1):
+            raise self.wrong(f"a buffer at {desc.addr:#x}+{desc.size:#x} passes 2**64")
+        if not writes and sizes[1]:
+            raise self.wrong("a device-readable descriptor after a device-writable one")
+        sizes[writes] += desc.size
+        if sizes[0] + sizes[1] > CHAIN_BYTES:
+            raise self.wrong(f"the chain from descriptor {chain.head} is longer than 2**32 bytes")
+        if not self.space.translate(out, desc.addr, desc.size, access, misses):
+            if lenient:
+                self.note_refused(chain, misses, known)
+                chain.fault = f"no translation of the buffer at {desc.addr:#x}+{desc.size:#x}"
+        elif out.stop:
+            chain.fault = f"no usable memory behind the buffer at {out.stop_addr:#x}"
+            out.stop = 0
+        self.work += out.count - before
+        if out.count > CHAIN_PIECES:
+            raise self.wrong(f"the chain from descriptor {chain.head} is in too many pieces")
+        if writes and chain.fault is not None:
+            chain.end = self.last_byte(desc.addr + (desc.size - 1))
+        return 0
+
+    cdef void note_refused(self, Chain chain, Misses misses, size_t since):
+        """Remember what the last failed translation found forbidden."""
+        cdef size_t i
+        for i in range(since, misses.count):
+            if misses.item[i].refused:
+                chain.access_fails.append(misses[i])
+
+    cdef IoVector last_byte(self, u64 addr):
+        cdef IoVector tail = IoVector()
+        tail.access, tail.start = WRITE, addr
+        if self.space.translate(tail, addr, 1, WRITE, Misses()) and not tail.stop:
+            return tail
+        return None
+
+    def complete(self, Chain chain not None, written=None):
+        """Give a request back; :meth:`publish` shows it.
+
+        Args:
+            chain: The request. Its memory must not be touched any more.
+            written: The number of bytes written to it; None for a request that is settled.
+
+        Returns:
+            Whether it was given back. Not while another thread moves its data, which its driver
+            would see change: it is settled, and is to be completed again later.
+
+        Raises:
+            ValueError: It was given back before, comes from another ring, or has less room.
+        """
+        if chain.done:
+            raise ValueError(f"request {chain.head} was completed before")
+        if chain.ring is not self:
+            raise ValueError(f"request {chain.head} was taken from another ring")
+        if written is not None:
+            chain.settle(written)
+        elif not chain.settled:
+            raise ValueError(f"request {chain.head} is not settled")
+        if is_in_use(chain):
+            return False
+        # Whoever keeps the request does not keep the ring, nor its memory.
+        chain.done, chain.ring = True, None
+        self.finish(chain)
+        return True
+
+    cdef void finish(self, Chain chain) noexcept:
+        """Put a request where it is to be shown."""
+        cdef u16 place = chain.position
+        cdef Completed *completed
+        if not self.ordered:
+            place = self.show_at + <u16>self.pending_count
+        completed = &self.pending[place % self.size]
+        completed.element.head = chain.head
+        completed.element.written = <u32>min(chain.written, <u64>0xFFFFFFFF)
+        completed.done = True
+        discharge(self, chain)
+        self.outstanding -= 1
+        self.pending_count += 1
+
+    def put_back(self, list chains not None):
+        """Have requests taken again later that were handed out and that no device has worked on.
+
+        Only the newest ones can be, as far as no other was served between them, in the turn in
+        which they were taken.
+
+        Args:
+            chains: The last of those that :meth:`pop` or :meth:`turn` returned, in their order.
+                Those that are put back are removed; their memory must not be touched any more.
+
+        Raises:
+            ValueError: One was given back before, or comes from another ring.
+        """
+        cdef Chain chain
+        while chains:
+            chain = chains[-1]
+            if chain.done or chain.ring is not self:
+                raise ValueError(f"request {chain.head} was not handed out by this ring")
+            if chain.position != <u16>(self.next_avail - 1):
+                break
+            if self.next_avail != self.first_new:
+                if self.inflight is not None:
+                    self.inflight.release(<u16>chain.head)
+                self.next_avail -= 1
+                self.outstanding -= 1
+            elif self.held_at and self.held[self.held_at - 1] == chain.head:
+                self.held_at -= 1
+                self.held_count += 1
+            else:
+                break
+            chains.pop()
+            discharge(self, chain)
+            chain.settle(0)
+            chain.done, chain.ring = True, None
+
+    def give_back(self):
+        """Put back into the ring what was in flight before and was not taken again.
+
+        For a stop: so the index says where to go on, also to a device that is not given the notes.
+        What the device before this one had overtaken no index can say: that stays in the notes.
+        Nothing is given back while the ring cannot be reached.
+
+        Returns:
+            How many.
+        """
+        cdef int given = 0
+        cdef u16 head
+        # What was in flight is only known once the ring was reached.
+        if self.inflight is None or not self.reachable():
+            return given
+        while self.held_count:
+            head = self.held[self.held_at + self.held_count - 1]
+            if self.head_at(self.next_avail - 1) != head:
+                break
+            self.held_count -= 1
+            self.inflight.release(head)
+            self.next_avail -= 1
+            self.outstanding -= 1
+            given += 1
+        return given
+
+    @property
+    def resume_at(self):
+        """Where whoever goes on after a stop begins; what is not shown by then is done again."""
+        if self.inflight is not None:
+            return self.next_avail
+        return <u16>(self.next_avail - self.outstanding - self.pending_count)
+
+    @property
+    def unpublished(self):
+        """Completed requests that :meth:`publish` has not shown yet."""
+        return self.pending_count
+
+    def publish(self):
+        """Show completed requests to the driver.
+
+        Returns:
+            Whether the driver wants to be notified of them; None if the used ring lacks a
+            translation (see :meth:`missing`); nothing was shown then.
+
+        Raises:
+            QueueError: The ring is broken.
+        """
+        cdef bint notify
+        if self.pending_count and not self.reachable():
+            return None
+        if self.pending_count:
+            self.show_pending()
+        notify, self.notify_due = self.notify_due, False
+        return notify
+
+    cdef int show_pending(self) except -1:
+        """Publish completions; the areas are translated. Remembers whether to notify."""
+        cdef u32 count = 0
+        cdef u64 slot
+        cdef u16 before = self.next_used
+        cdef Completed *completed
+        while self.pending_count:
+            completed = &self.pending[self.show_at % self.size]
+            if not completed.done:
+                break
+            completed.done = False
+            self.show_at += 1
+            self.pending_count -= 1
+            slot = 4 + 8 * <u64>(self.next_used % self.size)
+            self.used.transfer(<u8 *>&completed.element, slot, 8, True)
+            self.used.mark(slot, 8)
+            self.next_used += 1
+            self.shown[count] = <u16>completed.element.head
+            count += 1
+            if self.inflight is not None:
+                self.inflight.batch(<u16>completed.element.head)
+        if not count:
+            return 0
+        self.store16(self.used, 2, self.next_used)
+        if self.inflight is not None:
+            self.inflight.shown(self.shown, count, self.next_used)
+        if self.wants_notification(before):
+            self.notify_due = True
+        return self.check_areas()
+
+    cdef bint wants_notification(self, u16 before) except -1:
+        cdef u16 event
+        # The driver writes its wish, then looks at the index; we do it the other way round.
+        full_barrier()
+        if not self.event_idx:
+            return not self.load16(self.avail, 0) & AVAIL_NO_INTERRUPT
+        event = self.load16(self.avail, 4 + 2 * <u64>self.size)
+        if not self.signalled_valid:
+            self.signalled_valid = True
+            return True
+        return <u16>(self.next_used - event - 1) < <u16>(self.next_used - before)
+
+    cpdef disable_kicks(self):
+        """Tell the driver that it need not announce new requests. Only a hint."""
+        if not self.event_idx and self.reachable():
+            self.store16(self.used, 0, USED_NO_NOTIFY)
+
+    def rebind(self, AddressSpace space not None):
+        """Go on in other memory; requests that were taken keep what they have."""
+        # The memory of before goes at the end of this, when nothing refers to it any more.
+        before = self.spare, self.table
+        self.spare, self.table = None, IoVector()
+        RingAreas.rebind(self, space)
+
+    def spin(self, seconds, int other):
+        """Look for new requests for a while without sleeping, with the GIL held.
+
+        Args:
+            seconds: For how long, up to SPIN_MOST.
+            other: A descriptor; once it is readable, something else is to be done.
+
+        Returns:
+            Whether there are any. False also if the ring lacks a translation.
+
+        Raises:
+            ValueError: No such time.
+        """
+        cdef u64 until = now_ns() + <u64>(1e9 * as_seconds(seconds, "seconds", SPIN_MOST))
+        cdef u32 looks = 0
+        if not self.reachable():
+            return False
+        while self.load16(self.avail, 2) == self.next_avail:
+            looks += 1
+            if looks % RING_LOOKS == 0 and (now_ns() >= until or readable(other)):
+                return False
+            relax()
+        return True
+
+    def enable_kicks(self):
+        """Ask the driver to announce the next request.
+
+        Returns:
+            Whether requests are available already, so that no announcement may come; None if the
+            ring lacks a translation.
+        """
+        if not self.reachable():
+            return None
+        more = self.more_after_request()
+        self.check_areas()
+        return more
+
+    cdef bint more_after_request(self) except -1:
+        """Ask for an announcement; whether there are requests to be taken already."""
+        if self.event_idx:
+            self.store16(self.used, 4 + 8 * <u64>self.size, self.next_avail)
+        else:
+            self.store16(self.used, 0, 0)
+        full_barrier()
+        return not self.crowded and self.load16(self.avail, 2) != self.next_avail
+
+
+cdef inline bint may_take(SplitRing ring) noexcept:
+    """Whether another request may be looked at in this turn; notes it if only the quota forbids."""
+    if ring.work >= RING_LOOK_WORK or ring.moved >= ring.turn_bytes or not current(ring):
+        return False
+    # One of the requests that the device holds is completed first.
+    ring.crowded = ring.charged and ring.quota.used >= ring.quota.most
+    return not ring.crowded
