@@ -20,9 +20,9 @@ LONGEST_TIMEOUT = 3600.0
 IOMMU_DOMAIN_MAPPINGS = 1 << 20
 """Mappings of one domain of a virtio-iommu; a MAP beyond is answered with NOMEM."""
 IOMMU_TOTAL_MAPPINGS = 1 << 22
-"""Mappings of all domains of a virtio-iommu, those of each domain counted once more for every
-endpoint in it, which has a copy. About 60 bytes each. A MAP or ATTACH beyond is answered with
-NOMEM."""
+"""Mappings of all domains of a virtio-iommu, those of each domain counted once more for every DMA
+target that holds them. About 130 bytes each in a domain, 400 in the list of a target. A MAP, or an
+ATTACH of an endpoint with a target, beyond is answered with NOMEM."""
 IOMMU_WAITING_REQUESTS = 256
 """Requests of a virtio-iommu that wait for their answers. Its queue is not read on until one has
 been answered; a request that comes all the same is answered with NOMEM."""

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from guestio import GuestRegionCollection, MmapRegion, Permissions
+from guestio import DeviceError, GuestRegionCollection, MmapRegion, Permissions
 from guestio.budgets import IOMMU_RECORDS_PER_ACCESS, LOG_BURST
 from guestio.dma import DmaError
 from guestio.ratelog import LOG
@@ -49,45 +49,79 @@ class TestMappings:
         assert iommu.snapshot() == before
         send_all(iommu, unmap(1, PAGE, 2 * PAGE - 1), page(4))
 
-    def test_of_all_domains_and_their_copies(self):
-        """Each endpoint has a copy of its domain's mappings, so it counts again."""
-        iommu = VirtioIommu(endpoints=[8, 9, 10], max_total_mappings=10)
+    def test_of_all_domains_and_their_targets(self):
+        """Endpoints share their domain's mappings; each DMA target has a list of its own."""
+        physical = GuestRegionCollection.from_ranges([(0, 0x10000)])
+        iommu = VirtioIommu(endpoints=[8, 9, 10], max_total_mappings=6)
+        iommu.endpoint(8).add_target(RecordingTarget(), physical)
+        iommu.endpoint(10).add_target(RecordingTarget(), physical)
         send_all(iommu, attach(8, 1), attach(9, 1))
-        send_all(iommu, page(1), page(2), page(3))  # 3 and two copies: 9
+        send_all(iommu, page(1), page(2))  # 2, and 2 of the target
+        send_all(iommu, attach(10, 1))  # 2 more
         before = iommu.snapshot()
-        assert send(iommu, page(4)) is NOMEM
+        assert send(iommu, page(3)) is NOMEM
+        send_all(iommu, detach(10, 1), page(3))
         assert send(iommu, attach(10, 1)) is NOMEM
-        assert iommu.snapshot() == before
+        with pytest.raises(DeviceError, match="6 mappings"):
+            iommu.endpoint(9).add_target(RecordingTarget(), physical)
         send_all(iommu, attach(10, 2))
         assert send(iommu, page(1, domain=2)) is NOMEM
-        send_all(iommu, detach(9, 1), page(1, domain=2), page(2, domain=2))  # 6 and 4
-        assert send(iommu, page(3, domain=2)) is NOMEM
-        send_all(iommu, unmap(1, 0, 2**64 - 1), page(3, domain=2))
+        send_all(iommu, attach(10, 3), detach(10, 3), unmap(1, 3 * PAGE, 4 * PAGE - 1))
+        send_all(iommu, attach(10, 1))
+        assert iommu.snapshot() == before
+
+    def test_endpoints_cost_nothing(self):
+        iommu = VirtioIommu(endpoints=range(50), max_total_mappings=3)
+        send_all(iommu, *(attach(number, 1) for number in range(25)))
+        send_all(iommu, page(1), page(2), page(3))
+        send_all(iommu, *(attach(number, 1) for number in range(25, 50)))
+        assert iommu._state.total_mappings == 3
+        assert send(iommu, page(4)) is NOMEM
 
     def test_the_count_follows_every_way_out(self):
-        iommu = VirtioIommu(endpoints=[8, 9], max_total_mappings=8)
+        physical = GuestRegionCollection.from_ranges([(0, 0x10000)])
+        iommu = VirtioIommu(endpoints=[8, 9, 10], max_total_mappings=6)
+        handles = {}
+
+        def close_handles():
+            while handles:
+                handles.popitem()[1].close()
+
+        def remove():
+            close_handles()
+            for number in (8, 9):
+                iommu.remove_endpoint(number)
+
         for way_out in (
             lambda: send_all(iommu, detach(8, 1), detach(9, 1)),
             iommu.reset,
-            lambda: [iommu.remove_endpoint(number) for number in (8, 9)],
-            lambda: send_all(iommu, attach(8, 3), attach(9, 3)),
+            remove,
+            lambda: send_all(iommu, attach(10, 3), attach(8, 3), attach(9, 3)),
             lambda: send_all(iommu, attach(8, 4, flags=1), attach(9, 4, flags=1)),
+            lambda: [close_handles(), iommu.reset()],
         ):
+            for number in (8, 9):
+                if number not in iommu.endpoint_ids:
+                    iommu.add_endpoint(number)
+                if number not in handles:
+                    target = RecordingTarget()
+                    handles[number] = iommu.endpoint(number).add_target(target, physical)
             send_all(iommu, attach(8, 1), attach(9, 1), page(1), page(2))
             assert iommu._state.total_mappings == 6
             way_out()
             assert iommu._state.total_mappings == 0
-            for number in (8, 9):
-                if number not in iommu.endpoint_ids:
-                    iommu.add_endpoint(number)
 
-    def test_an_endpoint_that_comes_late_is_counted(self):
-        iommu = VirtioIommu(endpoints=[8, 9], max_total_mappings=7)
-        send_all(iommu, attach(8, 1), page(1), page(2))
+    def test_a_target_that_comes_late_is_counted(self):
+        physical = GuestRegionCollection.from_ranges([(0, 0x10000)])
+        iommu = VirtioIommu(endpoints=[8, 9], max_total_mappings=5)
+        send_all(iommu, attach(8, 1), attach(9, 1), page(1), page(2))
+        assert iommu._state.total_mappings == 2
+        handle = iommu.endpoint(9).add_target(RecordingTarget(), physical)
         assert iommu._state.total_mappings == 4
-        send_all(iommu, attach(9, 1))
-        assert iommu._state.total_mappings == 6
         assert send(iommu, page(3)) is NOMEM
+        handle.close()
+        assert iommu._state.total_mappings == 2
+        send_all(iommu, page(3))
 
     def test_a_refused_request_is_not_counted(self):
         physical = GuestRegionCollection.from_ranges([(0, 0x10000)])
@@ -98,10 +132,10 @@ class TestMappings:
         assert send(iommu, page(1)) is NOMEM
         assert iommu._state.total_mappings == 0
         send_all(iommu, page(1), page(2), page(1, domain=2))
-        assert iommu._state.total_mappings == 6
+        assert iommu._state.total_mappings == 5
         target._times, target.failures, target.remaining = 1, 0, 0
         assert send(iommu, attach(8, 2)) is not OK
-        assert iommu._state.total_mappings == 6
+        assert iommu._state.total_mappings == 5
 
     def test_a_bypass_domain_costs_nothing(self):
         iommu = VirtioIommu(endpoints=[8, 9], bypass=True, max_total_mappings=0)

@@ -58,8 +58,8 @@ cdef class AddressSpace:
         if self.iotlb is None:
             self.append_physical(out, addr, addr, length, access)
             return True
-        at = floor_of(&self.iotlb.tree, span.first)
-        if is_gap(&self.iotlb.tree, at, span.first, span.last):
+        at = floor_of(&self.iotlb.at.tree, span.first)
+        if is_gap(&self.iotlb.at.tree, at, span.first, span.last):
             # As for each new request of a driver that maps what it needs.
             self.iotlb.misses += 1
             failed.add(span.first, span.last, access, False)
@@ -136,7 +136,7 @@ cdef class AddressSpace:
             self.append_physical(out, span.first, span.first, span.last - span.first + 1, access)
         else:
             out.push_lease(self.iotlb.leases, span.first, span.last)
-            if not self.walk(out, span, access, floor_of(&self.iotlb.tree, span.first)):
+            if not self.walk(out, span, access, floor_of(&self.iotlb.at.tree, span.first)):
                 return None
             self.iotlb.hits += not out.stop
         return None if out.stop else out

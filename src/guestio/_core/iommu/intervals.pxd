@@ -23,20 +23,28 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_rwlock_unlock(pthread_rwlock_t *)
 
 
+# What a map has for itself, or shares with those that follow it.
+cdef struct Mappings:
+    Tree tree
+    pthread_rwlock_t lock
+    u64 generation
+
+
 cdef class IntervalMap:
-    cdef Tree tree
+    cdef Mappings *at          # what lookups see: its own, or those of `source`
+    cdef Mappings own
+    cdef IntervalMap source    # None unless it follows another map
     cdef bint merging
     cdef size_t limit
     cdef u64 tick
     cdef Queue queue
-    cdef pthread_rwlock_t lock
     cdef readonly Leases leases
-    cdef readonly u64 generation
     cdef readonly u64 hits
     cdef readonly u64 misses
     cdef readonly u64 access_fails
     cdef readonly u64 evictions
-    cdef readonly u64 invalidations
+    cdef u64 cuts
+    cdef u64 seen_cuts         # those of `source` before it was followed
 
     cdef int begin_change(self, int inserts) except -1
     cdef void end_change(self) noexcept

@@ -14,6 +14,7 @@ anybody's code.
 
 import numpy as np
 
+cimport cython
 from cpython.list cimport PyList_New, PyList_SET_ITEM
 from cpython.ref cimport Py_INCREF
 from libc.stdlib cimport free
@@ -39,6 +40,16 @@ from guestio._core.iommu.tree cimport (
 from guestio.addr import IovaRange, MappedRange, Permissions
 from guestio.errors import IotlbFails
 
+cdef u64 last_generation = 0
+
+
+cdef inline u64 next_generation() noexcept:
+    """A number that no map has had as its generation. Needs the GIL."""
+    global last_generation
+    last_generation += 1
+    return last_generation
+
+
 cdef tuple PERMISSIONS = tuple(Permissions(n) for n in range(4))
 
 
@@ -48,6 +59,8 @@ cdef tuple mapping_tuple(const Piece *piece):
     )
 
 
+# A map that follows another points into it, so that one must still be there when the map goes.
+@cython.no_gc_clear
 cdef class IntervalMap:
     """Disjoint address ranges, each with a target and permissions.
 
@@ -58,12 +71,12 @@ cdef class IntervalMap:
             the capacity is exceeded until it finds others. None for no limit.
 
     Attributes:
-        generation: Changes whenever a mapping is removed, cut, replaced or evicted.
         hits: Lookups that resolved.
         misses: Lookups with an unmapped byte.
         access_fails: Lookups that were mapped throughout but forbidden somewhere.
         evictions: Entries dropped to keep within the capacity.
-        invalidations: Calls of :meth:`cut` and :meth:`clear`.
+
+    Several maps can show the mappings of one, see :meth:`follow`.
 
     Memory: 50 to 65 bytes an entry, up to twice as much after removals; with a capacity, up to 64
     more.
@@ -78,60 +91,67 @@ cdef class IntervalMap:
             if not self.limit:
                 raise ValueError("capacity must be at least 1")
         self.leases = Leases()
+        self.at = &self.own
+        self.own.generation = next_generation()
         # A stream of batch lookups must not keep a change waiting for ever.
         if (
             pthread_rwlockattr_init(&fair)
             or pthread_rwlockattr_setkind_np(&fair, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP)
-            or pthread_rwlock_init(&self.lock, &fair)
+            or pthread_rwlock_init(&self.own.lock, &fair)
         ):
             raise MemoryError
-        open_tree(&self.tree)
+        open_tree(&self.own.tree)
 
     def __dealloc__(self):
-        close_tree(&self.tree)
+        close_tree(&self.own.tree)
         close_queue(&self.queue)
-        pthread_rwlock_destroy(&self.lock)
+        pthread_rwlock_destroy(&self.own.lock)
 
     cdef int begin_change(self, int inserts) except -1:
         """Lock the tree for a change that inserts at most so many entries.
 
         The GIL is let go of to wait, so nothing that was seen before may be relied on after.
         """
-        if pthread_rwlock_trywrlock(&self.lock):
+        if self.source is not None:
+            raise RuntimeError(
+                "this map shows the mappings of another one, such as a domain's; change them there"
+            )
+        if pthread_rwlock_trywrlock(&self.at.lock):
             with nogil:
-                pthread_rwlock_wrlock(&self.lock)
+                pthread_rwlock_wrlock(&self.at.lock)
         try:
-            reserve(&self.tree, inserts)
+            reserve(&self.at.tree, inserts)
             if self.limit:
-                make_room(&self.queue, &self.tree, inserts)
+                make_room(&self.queue, &self.at.tree, inserts)
         except BaseException:
-            pthread_rwlock_unlock(&self.lock)
+            pthread_rwlock_unlock(&self.at.lock)
             raise
         return 0
 
     cdef void end_change(self) noexcept:
         cdef size_t gone
-        if self.limit and self.tree.entries > self.limit:
-            gone = evict(&self.queue, &self.tree, self.leases, self.limit, &self.tick)
+        if self.limit and self.at.tree.entries > self.limit:
+            gone = evict(&self.queue, &self.at.tree, self.leases, self.limit, &self.tick)
             self.evictions += gone
-            self.generation += gone
-        pthread_rwlock_unlock(&self.lock)
+            if gone:
+                self.at.generation = next_generation()
+        pthread_rwlock_unlock(&self.at.lock)
 
     cdef void refuse_change(self) noexcept:
         """Unlock the tree without a change, not even an eviction that others left to be done."""
-        pthread_rwlock_unlock(&self.lock)
+        pthread_rwlock_unlock(&self.at.lock)
 
     cdef void put(self, u64 first, Entry entry) noexcept:
         if self.limit:
             enqueue(&self.queue, entry.stamp, first)
-        insert_entry(&self.tree, first, entry)
+        insert_entry(&self.at.tree, first, entry)
 
     cdef bint cut_span(self, Span span) noexcept:
         """Unmap a span, splitting what reaches out of it. Needs one reserved insertion.
 
         Returns whether anything was mapped there. O((k + 1) log n) for k entries met.
         """
-        cdef Cursor at = ceiling_of(&self.tree, span.first)
+        cdef Cursor at = ceiling_of(&self.at.tree, span.first)
         cdef Entry entry
         cdef u64 start
         cdef bint met = False
@@ -141,19 +161,19 @@ cdef class IntervalMap:
             if start < span.first:
                 at.leaf.entry[at.index].last = span.first - 1
             else:
-                erase_entry(&self.tree, start)
+                erase_entry(&self.at.tree, start)
             if entry.last >= span.last:
                 if entry.last > span.last:
                     self.put(span.last + 1, entry)
                 break
-            at = ceiling_of(&self.tree, entry.last + 1)
+            at = ceiling_of(&self.at.tree, entry.last + 1)
         if met:
-            self.generation += 1
+            self.at.generation = next_generation()
         return met
 
     cdef bint takes_away(self, Span span, u64 target, u64 perm) noexcept:
         """Whether mapping a span like this moves or restricts anything that is mapped now."""
-        cdef Cursor at = ceiling_of(&self.tree, span.first)
+        cdef Cursor at = ceiling_of(&self.at.tree, span.first)
         while at.leaf is not NULL and at.leaf.head.key[at.index] <= span.last:
             if at.leaf.entry[at.index].delta != target - span.first:
                 return True
@@ -165,7 +185,7 @@ cdef class IntervalMap:
     cdef void overwrite_span(self, Span span, u64 target, u64 perm) noexcept:
         """Map a span, whatever was there before. Needs two reserved insertions."""
         cdef Entry entry
-        cdef Cursor at = ceiling_of(&self.tree, span.first)
+        cdef Cursor at = ceiling_of(&self.at.tree, span.first)
         self.tick += 1
         entry.last, entry.delta, entry.perm = span.last, target - span.first, perm
         entry.stamp = self.tick
@@ -176,16 +196,16 @@ cdef class IntervalMap:
                 at.leaf.entry[at.index].stamp = self.tick
                 return
             self.cut_span(span)
-            at = ceiling_of(&self.tree, span.first)
+            at = ceiling_of(&self.at.tree, span.first)
         if self.merging:
             if at.leaf is not NULL and at.leaf.head.key[at.index] - 1 == span.last and joins(
                 &at.leaf.entry[at.index], &entry
             ):
                 entry.last = at.leaf.entry[at.index].last
-                erase_entry(&self.tree, span.last + 1)
-                at = ceiling_of(&self.tree, span.first)
+                erase_entry(&self.at.tree, span.last + 1)
+                at = ceiling_of(&self.at.tree, span.first)
             if at.leaf is NULL:
-                at = floor_of(&self.tree, span.first)
+                at = floor_of(&self.at.tree, span.first)
             else:
                 step_back(&at)
             if at.leaf is not NULL and at.leaf.entry[at.index].last + 1 == span.first and joins(
@@ -209,7 +229,7 @@ cdef class IntervalMap:
         cdef u64 first
         if span.empty:
             return 0
-        at = ceiling_of(&self.tree, span.first)
+        at = ceiling_of(&self.at.tree, span.first)
         while at.leaf is not NULL and at.leaf.head.key[at.index] <= span.last:
             first, entry = at.leaf.head.key[at.index], &at.leaf.entry[at.index]
             add_piece(found, first, entry.last, first + entry.delta, entry.perm, OK)
@@ -218,7 +238,7 @@ cdef class IntervalMap:
 
     cdef Outcome resolve(self, Span span, u64 wanted, Pieces *found) except -1:
         """What every part of a span is: mapped, missing or forbidden. Clipped, ascending."""
-        cdef Cursor at = ceiling_of(&self.tree, span.first)
+        cdef Cursor at = ceiling_of(&self.at.tree, span.first)
         cdef Outcome outcome = OK, part
         cdef u64 x = span.first, first, last
         cdef Entry *entry
@@ -314,7 +334,7 @@ cdef class IntervalMap:
             self.leases.check_self(span)
         self.begin_change(2)
         met = self.cut_span(span)
-        self.invalidations += 1
+        self.cuts += 1
         self.end_change()
         if drain:
             self.leases.wait(span, None)
@@ -328,11 +348,11 @@ cdef class IntervalMap:
             self.leases.check_self(span)
         open_tree(&fresh)
         self.begin_change(0)
-        old, self.tree = self.tree, fresh
+        old, self.at.tree = self.at.tree, fresh
         free(self.queue.heap)
         self.queue.heap, self.queue.count, self.queue.room = NULL, 0, 0
-        self.generation += 1
-        self.invalidations += 1
+        self.at.generation = next_generation()
+        self.cuts += 1
         self.end_change()
         close_tree(&old)
         if drain:
@@ -356,7 +376,7 @@ cdef class IntervalMap:
         cdef u64 to = as_address(target, "target")
         cdef u64 access = as_access(perm, "perm")
         self.begin_change(3)
-        at = ceiling_of(&self.tree, span.first)
+        at = ceiling_of(&self.at.tree, span.first)
         free_of_others = at.leaf is NULL or at.leaf.head.key[at.index] > span.last
         if free_of_others:
             self.overwrite_span(span, to, access)
@@ -394,8 +414,8 @@ cdef class IntervalMap:
                 )
             if collected and found.count and whole:
                 for i in range(found.count):
-                    erase_entry(&self.tree, found.item[i].first)
-                self.generation += 1
+                    erase_entry(&self.at.tree, found.item[i].first)
+                self.at.generation = next_generation()
                 self.end_change()
             else:
                 self.refuse_change()
@@ -423,7 +443,7 @@ cdef class IntervalMap:
         return [] if span.empty else self.lookup_span(span, wanted)
 
     cdef list lookup_span(self, Span span, u64 wanted):
-        cdef Cursor at = floor_of(&self.tree, span.first)
+        cdef Cursor at = floor_of(&self.at.tree, span.first)
         cdef Entry *entry
         cdef u64 target
         cdef list found
@@ -558,6 +578,8 @@ cdef class IntervalMap:
         cdef u64[::1] target = targets
         cdef u8[::1] outcome = status
         cdef u64 stamp = 0
+        cdef IntervalMap source = self.source  # keeps it, whatever this map follows meanwhile
+        cdef Mappings *at = self.at
         cdef u64 counts[4]
         counts[:] = [0, 0, 0, 0]
         if self.limit:
@@ -565,12 +587,12 @@ cdef class IntervalMap:
             stamp = self.tick
         if n:
             with nogil:
-                pthread_rwlock_rdlock(&self.lock)
+                pthread_rwlock_rdlock(&at.lock)
                 lookup_batch(
-                    self.tree.root, self.tree.height, &x[0], &size[0], 0 if same else 1, n,
+                    at.tree.root, at.tree.height, &x[0], &size[0], 0 if same else 1, n,
                     wanted, stamp, &target[0], &outcome[0], counts,
                 )
-                pthread_rwlock_unlock(&self.lock)
+                pthread_rwlock_unlock(&at.lock)
         self.hits += counts[OK] + counts[FRAGMENTED]
         self.misses += counts[MISS]
         self.access_fails += counts[ACCESS_FAIL]
@@ -600,7 +622,7 @@ cdef class IntervalMap:
         A mapping that holds ``addr`` is neither. Cost: O(log n).
         """
         cdef u64 x = as_address(addr)
-        cdef Cursor at = floor_of(&self.tree, x), after = ceiling_of(&self.tree, x)
+        cdef Cursor at = floor_of(&self.at.tree, x), after = ceiling_of(&self.at.tree, x)
         cdef Piece before_piece, after_piece
         cdef bint has_before, has_after
         if at.leaf is not NULL and at.leaf.entry[at.index].last >= x:
@@ -634,13 +656,53 @@ cdef class IntervalMap:
         if not drop_pin(&self.queue, span.first, span.last):
             raise ValueError(f"{start:#x}+{length:#x} is not pinned")
 
+    def follow(self, IntervalMap source):
+        """Have lookups see the mappings of another map instead of its own, which it must not have.
+
+        Lookups count and hold leases here, so :meth:`drain` of each follower waits for its own
+        users only. Changes are made at ``source`` and seen at once; here they raise RuntimeError.
+        Whoever takes a mapping away there, or has a map follow something else, waits for those who
+        use it afterwards: :func:`users_of`, :meth:`drain`.
+
+        Args:
+            source: A map without capacity that follows none; None to see nothing again.
+
+        Raises:
+            ValueError: This map has mappings or a capacity, or ``source`` is not such a map.
+
+        Cost: O(1).
+        """
+        if self.own.tree.entries or self.limit:
+            raise ValueError("a map with mappings of its own, or a capacity, cannot follow another")
+        if source is not None and (
+            source is self or source.source is not None or source.limit
+        ):
+            raise ValueError("only a map without capacity that follows none can be followed")
+        cdef IntervalMap old = self.source
+        self.cuts = self.invalidations + 1
+        # Numbers that nobody has seen yet, so that what was looked up before is looked up again.
+        self.own.generation = next_generation()
+        self.source = source
+        self.at = &self.own if source is None else &source.own
+        self.seen_cuts = 0 if source is None else source.cuts
+
+    @property
+    def invalidations(self):
+        """Calls of :meth:`cut` and :meth:`clear`, also those that were seen while following."""
+        return self.cuts if self.source is None else self.cuts + self.source.cuts - self.seen_cuts
+
+    @property
+    def generation(self):
+        """Changes whenever a mapping is removed, cut, replaced or evicted."""
+        return self.at.generation
+
     @property
     def capacity(self):
         """Largest number of entries, or None."""
         return self.limit or None
 
     def __len__(self):
-        return self.tree.entries
+        return self.at.tree.entries
 
     def __iter__(self):
         """The mappings as they are now: ``(IovaRange, MappedRange, Permissions)``, ascending."""
@@ -668,7 +730,7 @@ cdef class IntervalMap:
         Raises:
             AssertionError: One does not hold.
         """
-        check_tree(&self.tree)
+        check_tree(&self.at.tree)
         check_queue(&self.queue)
         before = None
         for first, length, target, perm in self.overlapping(0, 1 << 64):
@@ -678,6 +740,22 @@ cdef class IntervalMap:
                 if self.merging and before[0] == first:
                     assert (delta, perm) != before[1:], "neighbours were not joined"
             before = (first + length, delta, perm)
+
+
+def users_of(dict maps, start, length):
+    """Those of several maps of which a translation in a range is in use at this moment.
+
+    Args:
+        maps: The maps, as values.
+        start: First address.
+        length: Bytes, greater than 0.
+
+    Cost: O(maps + leases).
+    """
+    cdef Span span
+    cdef IntervalMap map
+    as_span(start, length, &span, False)
+    return [map for map in maps.values() if map.leases.used(span.first, span.last)]
 
 
 cdef list list_of_mappings(const Pieces *pieces):

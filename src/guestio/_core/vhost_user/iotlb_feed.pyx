@@ -148,7 +148,7 @@ cdef class IotlbUpdater:
         cdef Entry *entry
         if message.perm > 3 or rest > <u64>-1 - message.uaddr:
             return False
-        at = floor_of(&self.users.tree, message.uaddr)
+        at = floor_of(&self.users.at.tree, message.uaddr)
         if at.leaf is NULL:
             return False
         entry = &at.leaf.entry[at.index]
@@ -165,7 +165,7 @@ cdef class IotlbUpdater:
             return False
         if message.kind == INVALIDATE:
             self.iotlb.cut_span(span)
-            self.iotlb.invalidations += 1
+            self.iotlb.cuts += 1
             self.traffic.invalidations += 1
         else:
             self.iotlb.overwrite_span(span, target, message.perm)

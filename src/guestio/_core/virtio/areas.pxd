@@ -35,4 +35,4 @@ cdef class RingAreas:
 
 cdef inline bint current(RingAreas ring) noexcept:
     """Whether no translation was taken away since the areas were looked up."""
-    return ring.space.iotlb is None or ring.space.iotlb.generation == ring.generation
+    return ring.space.iotlb is None or ring.space.iotlb.at.generation == ring.generation

@@ -92,7 +92,7 @@ cdef class RingAreas:
             return True
         self.resolved = False
         if self.space.iotlb is not None:
-            self.generation = self.space.iotlb.generation
+            self.generation = self.space.iotlb.at.generation
         found = self.area(self.desc, self.desc_addr, 16 * self.size, READ, misses)
         found &= self.area(self.avail, self.avail_addr, 4 + 2 * self.size + tail, READ, misses)
         found &= self.area(

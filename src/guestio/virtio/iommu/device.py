@@ -73,7 +73,7 @@ class VirtioIommu:
         max_domains: Domains at a time; None for as many as endpoints.
         max_mappings: Mappings in each domain.
         max_total_mappings: Mappings in all domains, where those of a domain count once more for
-            every endpoint in it, which has a copy.
+            every DMA target that holds them. Endpoints cost nothing: they share their domain's.
         revoke_after: Seconds that clients of export sessions have to release memory that the guest
             unmapped; then it is taken from them. None to wait for ever.
         stop_timeout: Seconds that they have when the device is reset.
@@ -366,7 +366,7 @@ class VirtioIommu:
             what = f"is not attached and {'in' if space.bypass else 'not in'} bypass mode"
         else:
             kind = "bypass domain" if space.bypass else "domain"
-            others = ", ".join(str(e.id) for e in space.endpoints if e is not found)
+            others = ", ".join(str(e.id) for e in space.endpoints.values() if e is not found)
             what = f"is attached to {kind} {space.id}" + (f" with {others}" if others else "")
         lines = [f"endpoint {endpoint} {what}", found.iotlb.explain(first, size, access)]
         lines += [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Container, Hashable, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -71,11 +71,20 @@ class TargetStats:
 class Program:
     """One target and the ledger of what it holds. Its endpoints' requests are never concurrent."""
 
-    def __init__(self, target: DmaTarget, physical: GuestRegionCollection) -> None:
+    def __init__(
+        self,
+        target: DmaTarget,
+        physical: GuestRegionCollection,
+        count: Callable[[int], None],
+    ) -> None:
         self.target = target
         self.physical = physical
-        self.endpoints: list[Endpoint] = []
+        self.endpoints: dict[int, Endpoint] = {}
+        # How many of them are attached to a domain.
+        self.attached = 0
         self.current: Space | None = None
+        # Told how many mappings more or fewer it has.
+        self._count = count
         self._held: dict[int, DmaMapRequest] = {}
         self._missing: dict[int, tuple[DmaMapRequest, str]] = {}
         # With the memory, which must stay as long as the target may reach it.
@@ -162,23 +171,43 @@ class Program:
         Raises:
             Refused: UNSUPP: another endpoint of the target is in another domain.
         """
-        attached = [e.space for e in self.endpoints if e is not endpoint and e.space.id is not None]
-        if space.id is not None:
-            attached.append(space)
-        if any(other is not attached[0] for other in attached):
+        others = self.attached - (endpoint.id in self.endpoints and endpoint.space.id is not None)
+        here = self.current if others else None
+        if here is not None and space.id is not None and space is not here:
             raise Refused(
                 Status.UNSUPP,
-                f"{endpoint} shares a DMA target with an endpoint in domain {attached[0].id}",
+                f"{endpoint} shares a DMA target with an endpoint in domain {here.id}",
             )
-        wanted = attached[0] if attached else idle
+        wanted = space if space.id is not None else here or idle
         if self.current is not wanted:
             self.move(wanted, journal)
+
+    def join(self, endpoint: Endpoint) -> None:
+        """Count an endpoint among those that have it, once it follows that."""
+        self.endpoints[endpoint.id] = endpoint
+        self.attached += endpoint.space.id is not None
+
+    def part(self, endpoint: Endpoint) -> None:
+        """Undo :meth:`join`."""
+        del self.endpoints[endpoint.id]
+        self.attached -= endpoint.space.id is not None
+
+    def place(self, space: Space | None) -> None:
+        """Note whose mappings it holds, or is to hold next."""
+        if self.current is not None:
+            del self.current.programs[self.key]
+            self._count(-self.current.counted)
+        self.current = space
+        if space is not None:
+            space.programs[self.key] = self
+            self._count(space.counted)
 
     def move(self, space: Space, journal: Journal) -> None:
         """Exchange all that it holds for the mappings of a space."""
         wanted = self._requests_of(space)
-        before, self.current = self.current, space
-        journal.did(partial(setattr, self, "current", before))
+        before = self.current
+        self.place(space)
+        journal.did(partial(self.place, before))
         self._take(self._all(), journal)
         self.add(wanted, journal)
 
@@ -208,7 +237,7 @@ class Program:
         """As :meth:`move`, but what the target refuses is only noted: for a reset."""
         if self.current is space:
             return
-        self.current = space
+        self.place(space)
         for request in self._all():
             try:
                 self._unmap(request)

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from guestio.addr import Permissions, check_seconds
-from guestio.iommu.mapper import AddMapResult
 from guestio.virtio.iommu import wire
 from guestio.virtio.iommu.faults import FaultLog, FaultStats
 from guestio.virtio.iommu.space import Endpoint, ReservedRegion, Space
@@ -112,8 +111,7 @@ def _space(known: Mapping[str, Any], state: State) -> Space:
     space = Space(known["id"], known["bypass"], state.new_mapper())
     for first, last, gpa, flags in known["mappings"]:
         prot = Permissions(flags & 3)
-        if space.mapper.add_range(first, last - first + 1, gpa, prot) is AddMapResult.OVERLAP:
+        registers = bool(flags & wire.MAP_F_MMIO)
+        if not space.add(first, last - first + 1, gpa, prot, registers=registers):
             raise ValueError(f"domain {space.id} maps {first:#x}..{last:#x} twice")
-        if flags & wire.MAP_F_MMIO:
-            space.mmio.add(first)
     return space

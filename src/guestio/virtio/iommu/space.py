@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from guestio._core.iommu.intervals import IntervalMap
+from guestio._core.iommu.intervals import IntervalMap, users_of
 from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions, check_access, check_range
 from guestio.budgets import IOMMU_RECORDS_PER_ACCESS
 from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails
 from guestio.iommu import DirtyMode, Iommu, IommuMemory, Iotlb
-from guestio.iommu.mapper import BasicMemoryMapper, ExportError, ExportSession, MemRegion
+from guestio.iommu.mapper import (
+    AddMapResult,
+    BasicMemoryMapper,
+    ExportError,
+    ExportSession,
+    MemRegion,
+)
 from guestio.memory import AtomicBitmap, GuestRegionCollection
 from guestio.virtio.iommu.faults import FaultStats
 from guestio.virtio.iommu.wire import (
@@ -21,45 +28,134 @@ from guestio.virtio.iommu.wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Hashable, Iterable
 
     from guestio.dma import DmaTarget
     from guestio.iommu.events import Event
-    from guestio.iommu.mapper import MapEntry
     from guestio.virtio.iommu.programs import Program, TargetStats
 
 ReservedRegion = tuple[int, int, int]
 """``(first, last, subtype)`` of a reserved region, inclusive."""
 
 
-FEED_BATCH: Final = 4096
-"""Mappings listed at a time: a list of all of a domain's would take more memory than they do."""
+_EMPTY: Final = Iotlb()
+"""What an endpoint sees on its way from one space to the next."""
+
+
+class ReservedUnion:
+    """What is reserved for any of a domain's endpoints.
+
+    Endpoints of one machine mostly have the same regions, so equal ones are kept once. The union
+    of all is made when somebody asks for it after a change.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[ReservedRegion] = Counter()
+        self._union: IntervalMap | None = None
+
+    def add(self, regions: Iterable[ReservedRegion]) -> None:
+        """Reserve the regions of an endpoint."""
+        for region in regions:
+            if not self._counts[region]:
+                self._union = None
+            self._counts[region] += 1
+
+    def remove(self, regions: Iterable[ReservedRegion]) -> None:
+        """Undo one :meth:`add`."""
+        for region in regions:
+            self._counts[region] -= 1
+            if not self._counts[region]:
+                del self._counts[region]
+                self._union = None
+
+    def meets(self, first: int, last: int) -> bool:
+        """Whether anything in an inclusive range is reserved. O(log n) unless something changed."""
+        if not self._counts:
+            return False
+        union = self._union
+        if union is None:
+            union = IntervalMap()
+            for low, high, _ in self._counts:
+                union.overwrite(low, high - low + 1, low, Permissions.NONE)
+            self._union = union
+        after = union.neighbours(first)[1]
+        return bool(union.overlapping(first, 1)) or (after is not None and after[0] <= last)
 
 
 class Space:
     """Mappings and the endpoints that see them.
 
+    The mappings are kept here once, however many endpoints see them.
+
     Attributes:
         id: The guest's number of the domain; None for what unattached endpoints see.
         bypass: Whether every address is mapped to itself.
-        mapper: The mappings.
+        mapper: The mappings, each as the driver made it, and the sessions that export them.
+        iotlb: The same for lookups: neighbours are joined, and what passes 2**64 is cut off. The
+            IOTLBs of the endpoints follow it.
         mmio: First addresses of the mappings that have VIRTIO_IOMMU_MAP_F_MMIO.
-        endpoints: Who sees them.
+        endpoints: The endpoints that see them, by id.
+        iotlbs: Their IOTLBs, by id of the endpoint.
+        reserved: What the driver cannot map because of them.
+        programs: The DMA targets that hold them.
     """
 
     def __init__(self, number: int | None, bypass: bool, mapper: BasicMemoryMapper) -> None:
         self.id = number
         self.bypass = bypass
         self.mapper = mapper
+        self.iotlb = Iotlb()
         self.mmio: set[int] = set()
-        self.endpoints: list[Endpoint] = []
+        self.endpoints: dict[int, Endpoint] = {}
+        self.iotlbs: dict[int, IntervalMap] = {}
+        self.reserved = ReservedUnion()
+        self.programs: dict[Hashable, Program] = {}
         if bypass:
-            mapper.add_range(0, ADDRESS_SPACE, 0, Permissions.READ_WRITE)
+            self.add(0, ADDRESS_SPACE, 0, Permissions.READ_WRITE, registers=False)
+
+    def add(self, iova: int, size: int, gpa: int, prot: Permissions, *, registers: bool) -> bool:
+        """Add a mapping; False, and nothing changed, if something is mapped there."""
+        if self.mapper.add_range(iova, size, gpa, prot) is AddMapResult.OVERLAP:
+            return False
+        if registers:
+            self.mmio.add(iova)
+        # What would lie behind the last physical address is nowhere.
+        IntervalMap.overwrite(self.iotlb, iova, min(size, ADDRESS_SPACE - gpa), gpa, prot)
+        return True
+
+    def remove(self, iova: int, size: int) -> list[IntervalMap]:
+        """Remove the mappings of a range, none of which reaches out of it.
+
+        Returns:
+            The IOTLBs of which a translation in the range is still in use: wait for it.
+        """
+        if self.mmio:
+            self.mmio.difference_update(entry[0] for entry in self.mapper.mappings(iova, size))
+        self.mapper.remove_map(iova, size)
+        IntervalMap.cut(self.iotlb, iova, size)
+        return users_of(self.iotlbs, iova, size)
+
+    def enter(self, endpoint: Endpoint) -> None:
+        """Note that an endpoint sees these mappings, or will. O(1)."""
+        self.endpoints[endpoint.id] = endpoint
+        self.iotlbs[endpoint.id] = endpoint.iotlb
+        self.reserved.add(endpoint.reserved)
+        endpoint.space = self
+
+    def leave(self, endpoint: Endpoint) -> None:
+        """Undo :meth:`enter`. O(1)."""
+        del self.endpoints[endpoint.id], self.iotlbs[endpoint.id]
+        self.reserved.remove(endpoint.reserved)
 
     @property
     def counted(self) -> int:
         """Mappings that the driver made here, which are limited."""
         return 0 if self.id is None or self.bypass else len(self.mapper)
+
+    @property
+    def weight(self) -> int:
+        """How often each mapping is kept: here, and for each DMA target."""
+        return 1 + len(self.programs)
 
 
 class EndpointMemory(IommuMemory):
@@ -114,8 +210,9 @@ class Owner(Protocol):
 class Endpoint(Iommu):
     """A device behind the virtio-iommu: the IOMMU as that device sees it.
 
-    Its IOTLB always holds every mapping that it may use, so a miss is a fault: it is reported to
-    the guest and raises. Everything may be called from any thread.
+    Its IOTLB always shows every mapping that it may use, so a miss is a fault: it is reported to
+    the guest and raises. The mappings are those of its domain, which all endpoints there share.
+    Everything may be called from any thread.
 
     Attributes:
         id: The guest's number of it.
@@ -131,12 +228,16 @@ class Endpoint(Iommu):
         self.programs: list[Program] = []
         self._owner = owner
         self._iotlb = Iotlb()
+        self._iotlb.follow(_EMPTY)
         self._sessions: list[ExportSession] = []
         self._single: ExportSession | None = None
 
     @property
     def iotlb(self) -> Iotlb:
-        """What it may access now. Only its device changes it."""
+        """What it may access now; always the same object, with the endpoint's own counters.
+
+        Only requests to the virtio-iommu change it: what would change it here raises RuntimeError.
+        """
         return self._iotlb
 
     @property
@@ -293,20 +394,9 @@ class Endpoint(Iommu):
         """
         return self._owner.add_target(self.id, target, physical)
 
-    def learn(self, entry: MapEntry) -> None:
-        """Put a mapping into the IOTLB, where there is none. For the device."""
-        iova, size, gpa, prot = entry
-        # What would lie behind the last physical address is nowhere.
-        IntervalMap.overwrite(self._iotlb, iova, min(size, ADDRESS_SPACE - gpa), gpa, prot)
-
-    def feed(self) -> None:
-        """Put every mapping of its space into the empty IOTLB. For the device."""
-        at = 0
-        while at < ADDRESS_SPACE:
-            entries = self.space.mapper.mappings(at, ADDRESS_SPACE - at, limit=FEED_BATCH)
-            for entry in entries:
-                self.learn(entry)
-            at = entries[-1][0] + entries[-1][1] if entries else ADDRESS_SPACE
+    def show(self, space: Space | None) -> None:
+        """Have its IOTLB show the mappings of a space, or nothing. For the device. O(1)."""
+        self._iotlb.follow(_EMPTY if space is None else space.iotlb)
 
     def explain(self, iova: int, length: int = 1, access: Permissions = Permissions.READ) -> str:
         """Say in a few lines what an access would meet, and why."""

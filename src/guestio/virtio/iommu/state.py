@@ -1,11 +1,11 @@
 """The state of a virtio-iommu, and what requests do to it.
 
-Truth is kept once per domain, in a :class:`~guestio.iommu.BasicMemoryMapper`. Three kinds of user
-follow it: the IOTLB of every endpoint of the domain, the DMA targets behind those endpoints, and
-the export sessions of their clients. A mapping is added at the targets first, which may refuse,
-and becomes visible to the others when they all hold it. It is removed at the targets first too;
-then it goes from the domain and the IOTLBs, and the guest is told when the last access that had
-begun is over and the last client has released it.
+Truth is kept once per domain, in a :class:`~guestio.virtio.iommu.space.Space`. Three kinds of user
+follow it: the IOTLB of every endpoint of the domain, which shows the domain's mappings without a
+copy, the DMA targets behind those endpoints, and the export sessions of their clients. A mapping
+is added at the targets first, which may refuse, and becomes visible to the others when they all
+hold it. It is removed at the targets first too; then it goes from the domain, and the guest is told
+when the last access that had begun is over and the last client has released it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from guestio.budgets import STOP_TIMEOUT
 from guestio.dma import DmaTarget, Journal
 from guestio.errors import DeviceError
 from guestio.iommu.events import Event
-from guestio.iommu.iotlb import Iotlb
 from guestio.iommu.mapper import BasicMemoryMapper
 from guestio.memory import GuestRegionCollection
 from guestio.ratelog import LOG
@@ -68,8 +67,8 @@ class State:
         idle: What unattached endpoints see.
         bypass: Whether unattached endpoints reach all of memory.
         features: Feature bits that the driver accepted.
-        total_mappings: Mappings of all domains, and of each again for every endpoint in it, because
-            each endpoint has a copy.
+        total_mappings: Mappings of all domains, and of each again for every DMA target that holds
+            them, because each target's ledger lists them.
     """
 
     def __init__(self, owner: Owner, limits: Limits) -> None:
@@ -109,8 +108,7 @@ class State:
 
     def _domain_keys(self, number: int) -> set[Hashable]:
         space = self.domains.get(number)
-        programs = _programs_of(space) if space is not None else ()
-        return {("domain", number), *(program.key for program in programs)}
+        return {("domain", number), *(space.programs if space is not None else ())}
 
     def endpoint_keys(self, number: int) -> set[Hashable]:
         """What a request touches that moves an endpoint."""
@@ -158,7 +156,8 @@ class State:
         ):
             raise Refused(Status.UNSUPP, "the domain maps what is reserved for the endpoint")
         if not bypass and len(space.mapper):
-            self._check_total(len(space.mapper))
+            more = sum(program.current is not space for program in endpoint.programs)
+            self._check_total(len(space.mapper) * more)
         self._register(endpoint, space)
         try:
             yield from self._move(endpoint, space)
@@ -190,29 +189,21 @@ class State:
             raise Refused(Status.RANGE, "an address is not aligned")
         if start < self.limits.input_range[0] or end > self.limits.input_range[1]:
             raise Refused(Status.RANGE, "the range is outside of the input range")
-        if any(
-            first <= end and start <= last
-            for endpoint in space.endpoints
-            for first, last, _ in endpoint.reserved
-        ):
+        if space.reserved.meets(start, end):
             raise Refused(Status.INVAL, "the range is reserved")
         if not space.mapper.is_free(start, size):
             raise Refused(Status.INVAL, "something is mapped there")
         if len(space.mapper) >= self.limits.max_mappings:
             raise Refused(Status.NOMEM, f"the domain has {self.limits.max_mappings} mappings")
-        self._check_total(1 + len(space.endpoints))
+        self._check_total(space.weight)
         prot = Permissions(request.flags & (wire.MAP_F_READ | wire.MAP_F_WRITE))
         registers = bool(request.flags & wire.MAP_F_MMIO)
         with _all_or_nothing() as journal:
-            for program in _programs_of(space):
+            for program in space.programs.values():
                 requests = program.requests((start, size, phys, prot), registers)
                 program.add(requests, journal)
-        if registers:
-            space.mmio.add(start)
-        space.mapper.add_range(start, size, phys, prot)
-        self.count(1 + len(space.endpoints))
-        for endpoint in space.endpoints:
-            endpoint.learn((start, size, phys, prot))
+        space.add(start, size, phys, prot, registers=registers)
+        self.count(space.weight)
         yield from ()
 
     def _unmap(self, request: wire.Unmap) -> Waits:
@@ -226,32 +217,29 @@ class State:
         edges = space.mapper.mappings(start, 1) + space.mapper.mappings(end, 1)
         if any(at < start or at + length - 1 > end for at, length, _, _ in edges):
             raise Refused(Status.RANGE, "a mapping would be split")
-        programs = _programs_of(space)
         # The list may be as long as the quota, so it is only made where somebody needs it.
-        entries = space.mapper.mappings(start, size) if programs or space.mmio else []
+        entries = space.mapper.mappings(start, size) if space.programs else []
         with _all_or_nothing() as journal:
-            for program in programs:
+            for program in space.programs.values():
                 program.take(entries, space.mmio, journal)
-        space.mmio.difference_update(entry[0] for entry in entries)
         before = len(space.mapper)
-        space.mapper.remove_map(start, size)
-        self.count((len(space.mapper) - before) * (1 + len(space.endpoints)))
+        users = space.remove(start, size)
+        self.count((len(space.mapper) - before) * space.weight)
         waits = space.mapper.pending_faults()
-        for endpoint in space.endpoints:
-            IntervalMap.cut(endpoint.iotlb, start, size)
-            waits += _draining(endpoint.iotlb, start, size)
+        for iotlb in users:
+            waits += _draining(iotlb, start, size)
         yield waits
 
     def _check_total(self, more: int) -> None:
-        """Refuse what would have the domains and their endpoints' copies hold too many mappings."""
+        """Refuse what would have the domains and DMA targets hold too many mappings."""
         if self.total_mappings + more > self.limits.max_total_mappings:
             raise Refused(
                 Status.NOMEM,
-                f"domains and endpoints hold {self.limits.max_total_mappings} mappings together",
+                f"domains and DMA targets hold {self.limits.max_total_mappings} mappings together",
             )
 
     def count(self, mappings: int) -> None:
-        """Note that domains and endpoints hold so many mappings more."""
+        """Note that domains and DMA targets hold so many mappings more."""
         with self._lock:
             self.total_mappings += mappings
 
@@ -282,7 +270,7 @@ class State:
             if space.id is None or space.endpoints:
                 return
             if self.domains.pop(space.id, None) is not None:
-                self.total_mappings -= space.counted
+                self.total_mappings -= space.counted * space.weight
 
     def _move(self, endpoint: Endpoint, space: Space) -> Waits:
         """Have an endpoint see something else."""
@@ -290,26 +278,26 @@ class State:
             for program in endpoint.programs:
                 program.follow(endpoint, space, self.idle, journal)
         yield self._leave(endpoint, space)
-        endpoint.feed()
+        endpoint.show(space)
 
     def _leave(self, endpoint: Endpoint, space: Space) -> list[Event]:
         """Take away what an endpoint sees; what is to wait for before it may see anything else."""
         old = endpoint.space
         with self._lock:
-            old.endpoints.remove(endpoint)
-            space.endpoints.append(endpoint)
-            endpoint.space = space
-            self.total_mappings += space.counted - old.counted
+            old.leave(endpoint)
+            space.enter(endpoint)
+            for program in endpoint.programs:
+                program.attached += (space.id is not None) - (old.id is not None)
         self._drop_empty(old)
         moved = [session.move(space.mapper) for session in endpoint.sessions]
         waits = [event for event in moved if event is not None]
-        IntervalMap.clear(endpoint.iotlb)
+        endpoint.show(None)
         return waits + _draining(endpoint.iotlb, 0, ADDRESS_SPACE)
 
     def place(self, endpoint: Endpoint, space: Space) -> None:
         """Attach an endpoint that nobody uses yet, as when a snapshot is restored."""
         self._leave(endpoint, space)
-        endpoint.feed()
+        endpoint.show(space)
 
     def reset(self) -> Steps:
         """Detach every endpoint."""
@@ -320,7 +308,7 @@ class State:
         self.hurry()
         yield waits
         for endpoint in attached:
-            endpoint.feed()
+            endpoint.show(self.idle)
         return b""
 
     def hurry(self) -> None:
@@ -340,12 +328,12 @@ class State:
                         program.move(new, journal)
         self.bypass, self.features, self.idle = bypass, features, new
         if new is not old:
-            endpoints = list(old.endpoints)
+            endpoints = list(old.endpoints.values())
             for session in [s for e in endpoints for s in e.sessions if s.exports]:
                 session.revoke()
             yield [event for endpoint in endpoints for event in self._leave(endpoint, new)]
             for endpoint in endpoints:
-                endpoint.feed()
+                endpoint.show(new)
         return b""
 
     def add_endpoint(self, number: int, regions: list[ReservedRegion]) -> Steps:
@@ -353,9 +341,9 @@ class State:
         if number in self.endpoints:
             raise ValueError(f"endpoint {number} exists")
         endpoint = Endpoint(self._owner, number, regions, self.idle)
-        endpoint.feed()
+        endpoint.show(self.idle)
         with self._lock:
-            self.idle.endpoints.append(endpoint)
+            self.idle.enter(endpoint)
             self.endpoints[number] = endpoint
         yield from ()
         return b""
@@ -368,7 +356,7 @@ class State:
         del self.endpoints[number]
         yield self._leave(endpoint, self._nowhere)
         with self._lock:
-            self._nowhere.endpoints.remove(endpoint)
+            self._nowhere.leave(endpoint)
         for session in endpoint.sessions:
             session.close()
         return b""
@@ -376,14 +364,16 @@ class State:
     def add_target(self, number: int, target: DmaTarget, physical: GuestRegionCollection) -> Steps:
         """Have a target hold what an endpoint sees."""
         endpoint = self.endpoints[number]
-        program = self.programs.get(id(target)) or Program(target, physical)
+        program = self.programs.get(id(target)) or Program(target, physical, self.count)
         if program.physical is not physical:
             raise ValueError("the target was added before with other physical memory")
-        if endpoint in program.endpoints:
+        if number in program.endpoints:
             raise ValueError(f"the target belongs to endpoint {number} already")
         with _all_or_nothing(raises=True) as journal:
+            if endpoint.space.id is not None and program.current is not endpoint.space:
+                self._check_total(endpoint.space.counted)
             program.follow(endpoint, endpoint.space, self.idle, journal)
-        program.endpoints.append(endpoint)
+        program.join(endpoint)
         endpoint.programs.append(program)
         self.programs[id(target)] = program
         yield from ()
@@ -400,7 +390,7 @@ class State:
         """Take an endpoint from a target."""
         endpoint = self.endpoints[number]
         program = self.programs.get(id(target))
-        if program is None or endpoint not in program.endpoints:
+        if program is None or number not in program.endpoints:
             raise ValueError(f"the target does not belong to endpoint {number}")
         with _all_or_nothing(raises=True) as journal:
             if len(program.endpoints) == 1:
@@ -408,9 +398,10 @@ class State:
                 program.move(self._nowhere, journal)
             else:
                 program.follow(endpoint, self.idle, self.idle, journal)
-        program.endpoints.remove(endpoint)
+        program.part(endpoint)
         endpoint.programs.remove(program)
         if not program.endpoints:
+            program.place(None)
             del self.programs[id(target)]
         yield from ()
         return b""
@@ -445,7 +436,7 @@ def _all_or_nothing(*, raises: bool = False) -> Iterator[Journal]:
         raise Refused(status_of(error), str(error)) from error
 
 
-def _draining(iotlb: Iotlb, start: int, length: int) -> list[Event]:
+def _draining(iotlb: IntervalMap, start: int, length: int) -> list[Event]:
     """What to wait for before nobody uses a translation any more that has been taken away."""
     try:
         if iotlb.drain(start, length, 0):
@@ -470,8 +461,3 @@ def _draining(iotlb: Iotlb, start: int, length: int) -> list[Event]:
 
     threading.Thread(target=wait, name="guestio-iommu-drain", daemon=True).start()
     return [done]
-
-
-def _programs_of(space: Space) -> list[Program]:
-    """The targets that are told of a domain's mappings, each once."""
-    return list({id(p): p for endpoint in space.endpoints for p in endpoint.programs}.values())
