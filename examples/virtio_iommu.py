@@ -15,7 +15,7 @@ import tempfile
 
 from guestio import GuestRegionCollection
 from guestio.virtio.blk import S_OK, T_IN, BlockDevice
-from guestio.virtio.driver import DriverQueue, RingLayout
+from guestio.virtio.driver import DriverQueue
 from guestio.virtio.iommu import (
     EndpointQueue,
     FaultRecord,
@@ -24,6 +24,7 @@ from guestio.virtio.iommu import (
     VirtioIommu,
     wire,
 )
+from guestio.virtio.layout import RingLayout
 
 DISK = 8  # the endpoint that the disk is
 DOMAIN = 1

@@ -10,6 +10,9 @@ from __future__ import annotations
 STOP_TIMEOUT = 1.0
 """Seconds that a stop waits for requests that a device still holds; then they are disowned."""
 
+COPY_GRACE = 0.25
+"""Seconds beyond its limit that a stop waits for system calls that move a request's memory."""
+
 CANCEL_SECONDS = 0.1
 """Seconds that the futures of disowned requests may take in all to be cancelled, when a class of
 the device's own does more than setting a flag; those that are left are not cancelled."""
@@ -75,7 +78,7 @@ MAX_QUEUED = 4096
 """Messages that may wait in a socket which is given as call descriptor; with more it is closed. A
 socket's buffer holds some hundred."""
 
-FRONTEND_QUESTIONS_PER_TURN = 1024
+FRONTEND_MISSES_PER_TURN = 1024
 """Requests of a back-end that a front-end answers before its caller, or a stop, has its turn."""
 
 LOG_BURST = 10

@@ -26,8 +26,8 @@ Those that any part may raise are here. Those of one part are defined there, whi
     ├── Refused                     virtio.iommu.programs: a request's status; stays inside
     ├── PeerGoneError               vhost_user.channel: the connection ended
     │   └── ConnectionLostError     vhost_user.channel: it failed, as by a reset
-    ├── RefusedError                vhost_user.exchange: the back-end refused a request
-    ├── NoAnswerError               vhost_user.exchange: the back-end did not answer in time
+    ├── RefusedError                vhost_user.request_channel: the back-end refused a request
+    ├── NoAnswerError               vhost_user.request_channel: the back-end did not answer in time
     ├── BlkError                    guest.blkqueue: a disk answered a request with an error
     └── CorruptionError             guest.load: a disk returned other data than was written
 

@@ -8,9 +8,10 @@ import pytest
 
 from guestio import Iotlb
 from guestio._core.iommu.intervals import IntervalMap
-from guestio._core.vhost_user.iotlb_feed import IotlbUpdater, Traffic
+from guestio._core.vhost_user.iotlb_feed import IotlbFeed, IotlbUpdater
 from guestio._core.vhost_user.miss_table import MissTable
-from guestio._core.virtio.loop import Intake
+from guestio._core.virtio.counters import Counters
+from guestio._core.virtio.loop import CoreLoop
 from guestio.addr import check_access, check_flag, check_seconds
 from tests.virtio.rings import physical
 
@@ -49,7 +50,7 @@ def test_questions_have_a_time_limit(limit):
 def test_questions_are_asked_at_some_time():
     table = MissTable(math.inf)
     for call in (
-        lambda now: table.ask(1, [], now, acknowledged=False),
+        lambda now: table.request(1, [], now, acknowledged=False),
         table.repeat,
         table.expired,
         table.starved,
@@ -61,37 +62,41 @@ def test_questions_are_asked_at_some_time():
 
 
 @pytest.fixture
-def loop():
-    table = MissTable(1.0)
-    updater = IotlbUpdater(Iotlb(), IntervalMap(), table, Traffic())
-    return lambda patience: Intake(updater, table, patience)
+def feed():
+    table, counters = MissTable(1.0), Counters()
+    updater = IotlbUpdater(Iotlb(), IntervalMap(), table, counters)
+    return lambda patience: IotlbFeed(lambda: None, patience, updater, table, counters)
 
 
 @pytest.mark.parametrize("patience", NONSENSE)
-def test_patience_is_a_time(loop, patience):
+def test_patience_is_a_time(feed, patience):
     with pytest.raises(ValueError, match="patience"):
-        loop(patience)
+        feed(patience)
 
 
-def test_the_loop_waits_for_a_time(loop):
-    intake = loop(math.inf)
-    intake.alarm = -math.inf
-    intake.look_after = math.inf
+def test_the_feed_looks_after_misses_at_a_time(feed):
+    feed = feed(math.inf)
+    feed.alarm = -math.inf
+    feed.look_after = math.inf
     for name, value in (("alarm", math.nan), ("look_after", math.nan), ("look_after", -1)):
         with pytest.raises(ValueError, match=name):
-            setattr(intake, name, value)
-    assert (intake.alarm, intake.look_after) == (-math.inf, math.inf)
+            setattr(feed, name, value)
+    assert (feed.alarm, feed.look_after) == (-math.inf, math.inf)
+
+
+def test_the_loop_waits_for_a_time():
+    core = CoreLoop()
     reader, writer = os.pipe()
     with select.epoll() as poller:
         poller.register(reader, select.EPOLLIN)
         try:
             with pytest.raises(ValueError, match="seconds"):
-                intake.wait(poller.fileno(), math.nan)
-            assert intake.wait(poller.fileno(), 0)[0] == []
-            assert intake.wait(poller.fileno(), 1e-9)[0] == []
+                core.wait(poller.fileno(), math.nan)
+            assert core.wait(poller.fileno(), 0)[0] == []
+            assert core.wait(poller.fileno(), 1e-9)[0] == []
             os.write(writer, b"x")
             for seconds in (math.inf, 1e300, 1e7, -1, -math.inf, 2**31):
-                assert intake.wait(poller.fileno(), seconds)[0] == [reader]
+                assert core.wait(poller.fileno(), seconds)[0] == [reader]
         finally:
             os.close(reader)
             os.close(writer)

@@ -8,6 +8,7 @@ from pathlib import Path
 import guestio
 from guestio._core.base import variant
 from guestio._core.iommu import tree
+from guestio.guest._load import load
 
 ASKED = os.environ.get("GUESTIO_CORE", "normal")
 
@@ -15,8 +16,10 @@ ASKED = os.environ.get("GUESTIO_CORE", "normal")
 def test_this_is_the_core_that_was_asked_for() -> None:
     assert ASKED == variant.NAME
     assert variant.CHECKS is (ASKED != "normal")
-    assert Path(tree.__file__).parent == Path(variant.__file__).parent
-    assert Path(guestio.__file__).parent == Path(variant.__file__).parents[1]
+    core = Path(variant.__file__).parents[1]
+    assert Path(tree.__file__).parents[1] == core
+    assert Path(guestio.__file__).parent == core.parent
+    assert Path(load.__file__).parents[2] == core.parent
 
 
 def test_so_do_programs() -> None:

@@ -14,7 +14,8 @@ from guestio import GuestMemory, GuestRegionCollection, Iommu, IommuMemory, Iotl
 from guestio.addr import Permissions
 from guestio.vhost_user.frontend import Frontend, FrontendQueue
 from guestio.virtio.device import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1
-from guestio.virtio.driver import Completion, DriverQueue, RingLayout
+from guestio.virtio.driver import Completion, DriverQueue
+from guestio.virtio.layout import RingLayout
 
 README = Path(__file__).parents[2] / "README.md"
 PAGE = 4096

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from guestio import Iotlb, IotlbFails, IovaRange, Permissions
 from guestio._core.iommu.intervals import IntervalMap
-from guestio._core.vhost_user.iotlb_feed import IotlbUpdater, Traffic
+from guestio._core.vhost_user.iotlb_feed import IotlbUpdater
 from guestio._core.vhost_user.miss_table import PAGE, MissTable
+from guestio._core.virtio.counters import Counters
 from guestio.vhost_user.messages import FrontendRequest
 from tests.fuzz.choices import Choices
 
@@ -57,8 +58,8 @@ class Run:
         for start, length, guest in USERS:
             users.add(start, length, guest, Permissions.READ_WRITE)
         self.iotlb, self.model = Iotlb(), Iotlb()
-        self.misses, self.traffic = MissTable(5), Traffic()
-        self.updater = IotlbUpdater(self.iotlb, users, self.misses, self.traffic)
+        self.misses, self.counters = MissTable(5), Counters()
+        self.updater = IotlbUpdater(self.iotlb, users, self.misses, self.counters)
         self.asked: dict[tuple[int, int], set[int]] = {}
 
     def message(self) -> Sent:
@@ -108,10 +109,10 @@ class Run:
         assert target is not None
         self.model.set_mapping(sent.iova, target, sent.length, Permissions(sent.perm))
 
-    def ask(self) -> None:
+    def request(self) -> None:
         waiter = self.rng.randrange(3)
         page, access = self.rng.randrange(64) * PAGE, self.rng.randrange(1, 4)
-        self.misses.ask(waiter, [(IovaRange(page, PAGE), access)], 0, acknowledged=False)
+        self.misses.request(waiter, [(IovaRange(page, PAGE), access)], 0, acknowledged=False)
 
     def receive(self, held: tuple[int, int] | None = None) -> None:
         messages = [self.message() for _ in range(self.rng.choice((1, 2, 3, 8, 40)))]
@@ -166,7 +167,7 @@ def fuzz(data: bytes) -> None:
                 break
             match rng.randrange(5):
                 case 0:
-                    run.ask()
+                    run.request()
                 case 1:
                     held = rng.randrange(64) * PAGE, PAGE
                     with contextlib.suppress(IotlbFails):

@@ -14,9 +14,9 @@ import pytest
 from guestio.errors import DeviceError, GuestioError, QueueError
 from guestio.guest import BlkError, Request, ScriptedGuest, Shape
 from guestio.vhost_user.channel import PeerGoneError
-from guestio.vhost_user.exchange import NoAnswerError
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.messages import IotlbMessage
+from guestio.vhost_user.request_channel import NoAnswerError
 from guestio.virtio.blk import F_RO, S_IOERR, S_UNSUPP, T_IN
 from tests.vhost_user.disks import SIZE, Disk, own_disk, storage_daemon
 from tests.vhost_user.peer import nothing_left

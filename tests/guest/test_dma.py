@@ -14,8 +14,8 @@ from guestio.addr import Permissions
 from guestio.errors import DeviceError
 from guestio.guest.dma import PAGE, DmaSpace, IovaAllocator, PageAllocator
 from guestio.memory import GuestRegionCollection
-from guestio.vhost_user.exchange import Exchange
 from guestio.vhost_user.iotlb_service import IotlbService
+from guestio.vhost_user.request_channel import RequestChannel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ class Space:
 
     def __init__(self, memory: GuestRegionCollection, mode: str, *, reuse: bool = True) -> None:
         self.ours, self.theirs = socket.socketpair()
-        self.exchange = Exchange(self.ours, 5)
+        self.exchange = RequestChannel(self.ours, 5)
         self.iotlb = IotlbService(self.exchange, answer="caller", granularity=PAGE, pipeline=1)
         self.told: list[tuple[int, int]] = []
         self.iotlb.invalidate = lambda *ranges: self.told.extend(ranges)  # type: ignore[method-assign]

@@ -23,7 +23,7 @@ from guestio.vhost_user import Backend, Frontend
 from guestio.vhost_user.frontend import PROTOCOL_FEATURES
 from guestio.vhost_user.messages import Inflight, ProtocolFeature
 from guestio.virtio.device import Device, DeviceId
-from guestio.virtio.driver import RingLayout
+from guestio.virtio.layout import RingLayout
 from tests.virtio.rings import PAGE, WRITE, Desc, HandRing
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Serving:
             holds.set()
             go.wait(WAIT)
 
-        self.backend._poller.again(hold)
+        self.backend._loop.call_soon_threadsafe(hold)
         assert holds.wait(WAIT)
         try:
             yield
@@ -150,7 +150,7 @@ class Serving:
 
     def let_go(self) -> None:
         """Wait until the back-end has done away with a front-end that left."""
-        until(lambda: self.backend._service is None or not self.alive, "the back-end holds on")
+        until(lambda: self.backend._connection is None or not self.alive, "the back-end holds on")
 
     def check_serves(self) -> None:
         """Have one honest front-end served, in time and to the end."""

@@ -72,8 +72,8 @@ def print_growth(path: str) -> None:
         before = resident()
         for _ in range(6):
             with Driver(serving.path, queues=0, iommu=True, map_all=False):
-                assert serving.backend._service is not None
-                iotlb = serving.backend._service._translations.iotlb
+                assert serving.backend._connection is not None
+                iotlb = serving.backend._connection._translator.iotlb
                 for page in range(1 << 17):
                     iotlb.set_mapping(page << 13, page << 12, 4096, Permissions.READ)
                 print(resident() - before)
@@ -229,7 +229,7 @@ class TestFrontEndsComeAndGo:
                 raise MemoryError
             return is_pipe(fd)
 
-        monkeypatch.setattr("guestio.vhost_user.virtqueue.is_pipe", short)
+        monkeypatch.setattr("guestio.vhost_user.foreign.is_pipe", short)
         with pytest.raises(GuestioError), Driver(serving.path) as driver:
             driver.run(0, b"lost")
         assert failed.is_set()

@@ -13,7 +13,6 @@ import pytest
 from guestio.errors import DeviceError, GuestioError
 from guestio.memory import Backing, MmapRegion
 from guestio.ratelog import LOG
-from guestio.vhost_user.exchange import RefusedError
 from guestio.vhost_user.frontend import PROTOCOL_FEATURES, Frontend
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.messages import (
@@ -23,6 +22,7 @@ from guestio.vhost_user.messages import (
     VringFd,
     VringState,
 )
+from guestio.vhost_user.request_channel import RefusedError
 from guestio.virtio.device import Status
 from tests.vhost_user.serving import (
     BUFFERS,

@@ -23,13 +23,13 @@ from guestio.errors import BackingError
 from guestio.memory import Backing, GuestRegionCollection
 from guestio.ratelog import LOG
 from guestio.vhost_user import memory as memory_module
-from guestio.vhost_user import translations
+from guestio.vhost_user import translator
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.memory import SharedMemory
 from guestio.vhost_user.messages import FrontendRequest, MemoryRegion, encode_message
-from guestio.vhost_user.poller import Poller
 from guestio.virtio import blk
 from guestio.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, BlockDevice
+from guestio.virtio.loop import EventLoop
 from tests.vhost_user.hostile import Raw
 from tests.vhost_user.serving import (
     OK,
@@ -139,7 +139,7 @@ class TestTurns:
 
     def test_others_come_before_what_takes_long(self) -> None:
         """No edge is lost, and none is seen twice."""
-        poller = Poller()
+        loop = EventLoop()
         calls: list[int] = []
         fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(4)]
 
@@ -148,15 +148,15 @@ class TestTurns:
             time.sleep(1.5 * budgets.TURN_SECONDS)
 
         for index, fd in enumerate(fds):
-            poller.add(fd, lambda index=index: work(index), edge=True)
+            loop.add_reader(fd, lambda index=index: work(index), edge=True)
             os.eventfd_write(fd, 1)
         rounds = []
         while len(calls) < 4:
-            poller.run_once()
+            loop.run_once()
             rounds.append(len(calls))
         assert rounds[0] <= 2
         assert sorted(calls) == [0, 1, 2, 3]
-        poller.close()
+        loop.close()
         for fd in fds:
             os.close(fd)
 
@@ -487,7 +487,7 @@ class TestOutstanding:
     def test_a_device_that_holds_much_is_given_no_more(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("guestio.vhost_user.service.OUTSTANDING_PIECES", 60)
+        monkeypatch.setattr("guestio.virtio.host.OUTSTANDING_PIECES", 60)
         device = Later()
         with (
             Serving(device, tmp_path / "socket") as serving,
@@ -520,7 +520,7 @@ class TestMessages:
     def test_bytes_that_trickle_are_no_message(
         self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("guestio.vhost_user.service.HALF_MESSAGE_TIMEOUT", 0.3)
+        monkeypatch.setattr("guestio.vhost_user.connection.HALF_MESSAGE_TIMEOUT", 0.3)
         with Raw(survivor) as raw:
             raw.send(struct.pack("=III", F.SET_FEATURES, 1, 4000))
             until(lambda: _trickle(raw), "it may go on for ever")
@@ -528,7 +528,7 @@ class TestMessages:
     def test_a_slow_message_and_then_another(
         self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("guestio.vhost_user.service.HALF_MESSAGE_TIMEOUT", 0.6)
+        monkeypatch.setattr("guestio.vhost_user.connection.HALF_MESSAGE_TIMEOUT", 0.6)
         message = encode_message(F.SET_OWNER)
         with Raw(survivor) as raw:
             for _ in range(4):
@@ -679,9 +679,9 @@ class TestMessages:
             Serving(Mirror(), tmp_path / "socket", miss_timeout=0.5) as serving,
             Driver(serving.path, iommu=True, queues=1) as driver,
         ):
-            service = serving.backend._service
-            assert service is not None
-            back = service._translations._channel
+            connection = serving.backend._connection
+            assert connection is not None
+            back = connection._translator._channel
             assert back is not None
             monkeypatch.setattr(back, "_send_some", lambda data, fds: 0)
             driver.prepare(0, b"x")
@@ -691,7 +691,7 @@ class TestMessages:
             for _ in range(5):
                 driver.frontend.sync()
             assert time.monotonic() - started < SLACK
-            assert translations.MAX_BACKLOG >= 4096
+            assert translator.MAX_BACKLOG >= 4096
             assert driver.features & PLATFORM
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from guestio.errors import GuestioError, ProtocolError
 from guestio.vhost_user.channel import PeerGoneError
-from guestio.vhost_user.exchange import Exchange, NoAnswerError
 from guestio.vhost_user.messages import FrontendRequest, VringState, encode_ack, encode_message
+from guestio.vhost_user.request_channel import NoAnswerError, RequestChannel
 from tests.vhost_user.peer import WAIT, Hand, nothing_left
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def clean() -> Iterator[None]:
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[Exchange, Hand]]:
+def pair() -> Iterator[tuple[RequestChannel, Hand]]:
     ours, theirs = socket.socketpair()
-    exchange, hand = Exchange(ours, WAIT), Hand(theirs)
+    exchange, hand = RequestChannel(ours, WAIT), Hand(theirs)
     yield exchange, hand
     exchange.close()
     hand.close()
@@ -45,12 +45,12 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield made
 
 
-def ask(exchange: Exchange, request: int = _F.GET_FEATURES) -> int:
+def ask(exchange: RequestChannel, request: int = _F.GET_FEATURES) -> int:
     (pending,) = exchange.send(request, encode_message(request), replies=1)
     return exchange.wait_ack(pending)
 
 
-def test_replies_of_one_kind_keep_their_order(pair: tuple[Exchange, Hand]) -> None:
+def test_replies_of_one_kind_keep_their_order(pair: tuple[RequestChannel, Hand]) -> None:
     exchange, hand = pair
     pending = exchange.send(_F.GET_FEATURES, FEATURES * 3, replies=3)
     for value in (7, 8, 9):
@@ -59,7 +59,7 @@ def test_replies_of_one_kind_keep_their_order(pair: tuple[Exchange, Hand]) -> No
     assert [exchange.wait_ack(each) for each in reversed(pending)] == [9, 8, 7]
 
 
-def test_replies_of_different_kinds_may_change_places(pair: tuple[Exchange, Hand]) -> None:
+def test_replies_of_different_kinds_may_change_places(pair: tuple[RequestChannel, Hand]) -> None:
     exchange, hand = pair
     (slow,) = exchange.send(_F.GET_VRING_BASE, encode_message(_F.GET_VRING_BASE), replies=1)
     (fast,) = exchange.send(_F.IOTLB_MSG, encode_message(_F.IOTLB_MSG), replies=1)
@@ -70,7 +70,7 @@ def test_replies_of_different_kinds_may_change_places(pair: tuple[Exchange, Hand
 
 
 def test_one_who_waits_reads_for_the_others(
-    pair: tuple[Exchange, Hand], pool: ThreadPoolExecutor
+    pair: tuple[RequestChannel, Hand], pool: ThreadPoolExecutor
 ) -> None:
     exchange, hand = pair
     first = pool.submit(ask, exchange, _F.GET_FEATURES)
@@ -85,7 +85,7 @@ def test_one_who_waits_reads_for_the_others(
 
 
 def test_many_threads_each_get_their_own_reply(
-    pair: tuple[Exchange, Hand], pool: ThreadPoolExecutor
+    pair: tuple[RequestChannel, Hand], pool: ThreadPoolExecutor
 ) -> None:
     """The request carries a number in its code's place; the peer answers kinds in random order."""
     exchange, hand = pair
@@ -109,7 +109,7 @@ def test_many_threads_each_get_their_own_reply(
         call.result(WAIT)
 
 
-def test_no_answer_in_time(pair: tuple[Exchange, Hand]) -> None:
+def test_no_answer_in_time(pair: tuple[RequestChannel, Hand]) -> None:
     exchange, _ = pair
     exchange.timeout = 0.05
     began = time.monotonic()
@@ -122,7 +122,7 @@ def test_no_answer_in_time(pair: tuple[Exchange, Hand]) -> None:
 
 
 def test_an_answer_to_somebody_else_does_not_extend_the_wait(
-    pair: tuple[Exchange, Hand], pool: ThreadPoolExecutor
+    pair: tuple[RequestChannel, Hand], pool: ThreadPoolExecutor
 ) -> None:
     exchange, hand = pair
     exchange.timeout = 0.3
@@ -135,7 +135,7 @@ def test_an_answer_to_somebody_else_does_not_extend_the_wait(
         waiting.result(WAIT)
 
 
-def test_the_peer_hangs_up(pair: tuple[Exchange, Hand], pool: ThreadPoolExecutor) -> None:
+def test_the_peer_hangs_up(pair: tuple[RequestChannel, Hand], pool: ThreadPoolExecutor) -> None:
     exchange, hand = pair
     waiting = [pool.submit(ask, exchange) for _ in range(3)]
     for _ in waiting:
@@ -156,7 +156,7 @@ def test_the_peer_hangs_up(pair: tuple[Exchange, Hand], pool: ThreadPoolExecutor
         (b"\xff" * 12, "version"),
     ],
 )
-def test_what_no_peer_may_send(pair: tuple[Exchange, Hand], data: bytes, match: str) -> None:
+def test_what_no_peer_may_send(pair: tuple[RequestChannel, Hand], data: bytes, match: str) -> None:
     exchange, hand = pair
     hand.main.send(data)
     with pytest.raises(ProtocolError, match=match):
@@ -165,14 +165,16 @@ def test_what_no_peer_may_send(pair: tuple[Exchange, Hand], data: bytes, match: 
         ask(exchange)
 
 
-def test_fds_with_a_reply_are_refused_and_do_not_leak(pair: tuple[Exchange, Hand]) -> None:
+def test_fds_with_a_reply_are_refused_and_do_not_leak(pair: tuple[RequestChannel, Hand]) -> None:
     exchange, hand = pair
     hand.main.send(encode_ack(_F.GET_FEATURES, 1), [0, 1])
     with pytest.raises(ProtocolError, match="fds"):
         ask(exchange)
 
 
-def test_shut_down_wakes_everybody(pair: tuple[Exchange, Hand], pool: ThreadPoolExecutor) -> None:
+def test_shut_down_wakes_everybody(
+    pair: tuple[RequestChannel, Hand], pool: ThreadPoolExecutor
+) -> None:
     exchange, hand = pair
     waiting = [pool.submit(ask, exchange) for _ in range(3)]
     for _ in waiting:
@@ -183,10 +185,10 @@ def test_shut_down_wakes_everybody(pair: tuple[Exchange, Hand], pool: ThreadPool
             each.result(WAIT)
 
 
-def test_a_peer_that_does_not_read(pair: tuple[Exchange, Hand]) -> None:
+def test_a_peer_that_does_not_read(pair: tuple[RequestChannel, Hand]) -> None:
     ours, theirs = socket.socketpair()
     with theirs:
-        exchange = Exchange(ours, 0.1)
+        exchange = RequestChannel(ours, 0.1)
         try:
             with pytest.raises(GuestioError, match="did not read"):
                 for _ in range(1000):
@@ -196,7 +198,7 @@ def test_a_peer_that_does_not_read(pair: tuple[Exchange, Hand]) -> None:
             exchange.close()
 
 
-def test_closing_twice(pair: tuple[Exchange, Hand]) -> None:
+def test_closing_twice(pair: tuple[RequestChannel, Hand]) -> None:
     exchange, _ = pair
     exchange.close()
     exchange.close()

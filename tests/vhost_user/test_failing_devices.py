@@ -442,8 +442,8 @@ class TestTheEndOfTheProgram:
                 serving.error = None
                 # What was not answered is not shown as done.
                 assert driver.rings[0].used_idx == 1
-                assert serving.backend._service is not None
-                assert serving.backend._service.closed
+                assert serving.backend._connection is not None
+                assert serving.backend._connection.closed
             driver.close()
             del driver
 
@@ -501,7 +501,7 @@ def test_other_methods_that_raise_end_nothing(
 def test_a_forgotten_answer_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("guestio.vhost_user.virtqueue.SLOW_ANSWER", 0.05)
+    monkeypatch.setattr("guestio.virtio.queue.SLOW_ANSWER", 0.05)
     device = Later()
     with Serving(device, tmp_path / "socket", stop_timeout=0.1) as serving:
         with Driver(serving.path) as driver:
@@ -659,7 +659,7 @@ def test_statistics_are_readable(device: Faulty, tmp_path: Path) -> None:
 def test_one_that_works_long_in_its_thread_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("guestio.vhost_user.virtqueue.SLOW_DEVICE", 0.02)
+    monkeypatch.setattr("guestio.virtio.queue.SLOW_DEVICE", 0.02)
     device = Faulty()
 
     def work(chain: Chain) -> int:

@@ -29,12 +29,12 @@ from guestio.vhost_user.messages import (
     MemoryRegion,
     ProtocolFeature,
 )
-from guestio.vhost_user.poller import Poller
 from guestio.vhost_user.session import Session
-from guestio.vhost_user.statistics import Statistics
-from guestio.vhost_user.translations import Translations
+from guestio.vhost_user.translator import VhostUserTranslator
 from guestio.virtio.blk import S_IOERR, S_OK, S_UNSUPP, T_GET_ID, T_IN, T_OUT, BlockDevice
 from guestio.virtio.device import settled
+from guestio.virtio.loop import EventLoop
+from guestio.virtio.statistics import Statistics
 from tests.vhost_user.recording import ACCESS_PLATFORM, VIRTIO_F_VERSION_1, RecordingHandler
 from tests.virtio.rings import INDIRECT, NEXT, WRITE, Desc, Rig, linked, table
 
@@ -58,7 +58,7 @@ REGIONS = (
 class _Handler(RecordingHandler):
     """Gives IOTLB messages to translations."""
 
-    def __init__(self, translations: Translations) -> None:
+    def __init__(self, translations: VhostUserTranslator) -> None:
         super().__init__()
         self._translations = translations
 
@@ -75,10 +75,12 @@ class Side:
 
     def __init__(self, *, fast: bool) -> None:
         self.fast = fast
-        self.poller, self.stats = Poller(), Statistics()
+        self.loop, self.stats = EventLoop(), Statistics()
         self.woken: list[int] = []
         self.refused = 0
-        self.translations = Translations(self.poller, self.stats, self._wake, 60.0)
+        self.translations = VhostUserTranslator(
+            self.loop, self.stats, self._wake, lambda: None, 60.0
+        )
         memory = os.memfd_create("fast-and-slow")
         os.truncate(memory, 4 * PAGE)
         self.shared = SharedMemory().replaced([(region, memory) for region in REGIONS])
@@ -131,7 +133,7 @@ class Side:
 
     def ask(self, waiter: int, iova: int, length: int, access: int) -> None:
         """Somebody needs a translation."""
-        self.translations._misses.ask(
+        self.translations._misses.request(
             waiter, [(IovaRange(iova, length), access)], 0.0, acknowledged=True
         )
 
@@ -155,7 +157,7 @@ class Side:
         self.translations.iotlb.invalidate_all()
         self.channel.close()
         self.peer.close()
-        self.poller.close()
+        self.loop.close()
 
 
 def encoded(

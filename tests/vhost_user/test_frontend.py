@@ -36,7 +36,8 @@ from guestio.vhost_user.messages import (
     encode_iotlb,
     encode_message,
 )
-from guestio.virtio.driver import DriverQueue, RingLayout
+from guestio.virtio.driver import DriverQueue
+from guestio.virtio.layout import RingLayout
 from tests.vhost_user.disks import Disk, storage_daemon
 from tests.vhost_user.peer import WAIT, Hand, SessionPeer, nothing_left
 from tests.vhost_user.recording import DEVICE_FEATURES

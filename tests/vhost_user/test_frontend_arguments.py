@@ -10,7 +10,7 @@ import pytest
 from guestio.addr import Permissions
 from guestio.vhost_user.frontend import Frontend
 from guestio.vhost_user.sharing import MemoryTableTarget
-from guestio.virtio.driver import RingLayout
+from guestio.virtio.layout import RingLayout
 from tests.arguments import NONSENSE, numbers, refused
 from tests.vhost_user.peer import nothing_left
 

@@ -16,11 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guestio.addr import Permissions
-from guestio.budgets import FRONTEND_QUESTIONS_PER_TURN
+from guestio.budgets import FRONTEND_MISSES_PER_TURN
 from guestio.errors import GuestioError, ProtocolError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user.channel import Channel, PeerGoneError
-from guestio.vhost_user.exchange import NoAnswerError, RefusedError
 from guestio.vhost_user.frontend import PROTOCOL_FEATURES, Frontend
 from guestio.vhost_user.messages import (
     U64,
@@ -38,7 +37,8 @@ from guestio.vhost_user.messages import (
     encode_iotlb,
     encode_message,
 )
-from guestio.virtio.driver import RingLayout
+from guestio.vhost_user.request_channel import NoAnswerError, RefusedError
+from guestio.virtio.layout import RingLayout
 from tests.vhost_user.peer import WAIT, Hand, nothing_left
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ class TestQuestions:
         try:
             for _ in range(5):
                 # What one read takes in is answered too, or nobody would be told of the rest.
-                assert asked.service.service() <= FRONTEND_QUESTIONS_PER_TURN + 16384 // len(MISS)
+                assert asked.service.service() <= FRONTEND_MISSES_PER_TURN + 16384 // len(MISS)
         finally:
             stop.set()
             asked.service.close()
@@ -335,7 +335,7 @@ class TestQuestions:
         self, ask: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """However many questions came at once: the descriptor is readable, or all are answered."""
-        monkeypatch.setattr("guestio.vhost_user.iotlb_service.FRONTEND_QUESTIONS_PER_TURN", 5)
+        monkeypatch.setattr("guestio.vhost_user.iotlb_service.FRONTEND_MISSES_PER_TURN", 5)
         asked = ask("caller")
         total = 1500
         asked.questions.sendall(total * MISS)

@@ -17,7 +17,6 @@ from guestio.errors import ProtocolError
 from guestio.iommu import Iotlb
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user.channel import Channel
-from guestio.vhost_user.exchange import Exchange, NoAnswerError, RefusedError
 from guestio.vhost_user.iotlb_service import IotlbService, MissAction, MissAnswer
 from guestio.vhost_user.messages import (
     U64,
@@ -28,6 +27,7 @@ from guestio.vhost_user.messages import (
     encode_ack,
     encode_message,
 )
+from guestio.vhost_user.request_channel import NoAnswerError, RefusedError, RequestChannel
 from tests.vhost_user.peer import WAIT, Hand, nothing_left
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Rig:
         settings = {"answer": "thread", "granularity": PAGE, "pipeline": 1} | options
         ours, theirs = socket.socketpair()
         asked, asking = socket.socketpair()
-        self.exchange = Exchange(ours, WAIT)
+        self.exchange = RequestChannel(ours, WAIT)
         self.hand = Hand(theirs)
         self.service = IotlbService(self.exchange, **settings)
         self.backings = [Backing.memfd(0x10000) for _ in range(2)]
@@ -202,7 +202,7 @@ class TestGranularity:
     @pytest.mark.parametrize("bad", [{"granularity": 3}, {"granularity": 0}, {"pipeline": 0}])
     def test_bad_options(self, bad: dict[str, int]) -> None:
         ours, theirs = socket.socketpair()
-        exchange = Exchange(ours, 1)
+        exchange = RequestChannel(ours, 1)
         with theirs, pytest.raises(ValueError):
             IotlbService(exchange, **({"answer": "thread", "granularity": 1, "pipeline": 1} | bad))
         exchange.close()

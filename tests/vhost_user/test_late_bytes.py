@@ -196,7 +196,7 @@ class TestAnAnswer:
         caplog: pytest.LogCaptureFixture,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("guestio.vhost_user.virtqueue.SLOW_ANSWER", 0.05)
+        monkeypatch.setattr("guestio.virtio.queue.SLOW_ANSWER", 0.05)
         with Serving(device, tmp_path / "socket") as serving, Driver(serving.path) as driver:
             device.answers += [lambda chain: 4, lambda chain: 4]
             for _ in range(2):

@@ -11,8 +11,8 @@ import pytest
 
 from guestio._core.base.variant import NAME
 from guestio.errors import GuestioError
-from guestio.vhost_user import translations
-from guestio.vhost_user.exchange import RefusedError
+from guestio.vhost_user import translator
+from guestio.vhost_user.connection import MAX_MEM_SLOTS
 from guestio.vhost_user.frontend import PROTOCOL_FEATURES
 from guestio.vhost_user.messages import (
     U64,
@@ -28,7 +28,7 @@ from guestio.vhost_user.messages import (
     encode_iotlb,
     encode_message,
 )
-from guestio.vhost_user.service import MAX_MEM_SLOTS
+from guestio.vhost_user.request_channel import RefusedError
 from tests.vhost_user.hostile import Raw
 from tests.vhost_user.serving import (
     DESC,
@@ -161,7 +161,7 @@ class TestRings:
 class TestIotlb:
     @pytest.fixture
     def few(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
-        monkeypatch.setattr(translations, "MAX_TRANSLATIONS", 256)
+        monkeypatch.setattr(translator, "MAX_TRANSLATIONS", 256)
         with Serving(Mirror(), tmp_path / "socket") as serving:
             yield serving
             serving.check_serves()
@@ -172,9 +172,9 @@ class TestIotlb:
         with Driver(few.path, iommu=True) as driver:
             assert driver.features & PLATFORM
             exchange = driver.frontend._exchange
-            service = few.backend._service
-            assert service is not None
-            iotlb = service._translations.iotlb
+            connection = few.backend._connection
+            assert connection is not None
+            iotlb = connection._translator.iotlb
             user = driver.frontend.user_address(0)
 
             def anything() -> IotlbMessage:
@@ -199,7 +199,7 @@ class TestIotlb:
 
     def test_of_what_is_in_use(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A request that waits for its device keeps its pages, and nothing else is kept."""
-        monkeypatch.setattr(translations, "MAX_TRANSLATIONS", 256)
+        monkeypatch.setattr(translator, "MAX_TRANSLATIONS", 256)
         device = Later()
         with Serving(device, tmp_path / "socket") as serving:
             with Driver(serving.path, iommu=True) as driver:
@@ -219,9 +219,9 @@ class TestIotlb:
                     )
                     acknowledged = exchange.send(F.IOTLB_MSG, data, replies=500)
                     assert {exchange.wait_ack(each) for each in acknowledged} == {0}
-                service = serving.backend._service
-                assert service is not None
-                assert len(service._translations.iotlb) <= 256 + 8
+                connection = serving.backend._connection
+                assert connection is not None
+                assert len(connection._translator.iotlb) <= 256 + 8
                 device.finish(b"LATE")
                 driver.wait(0, number)
                 assert driver.result(0, number, 4) == (OK, b"ETAL")

@@ -13,14 +13,15 @@ import pytest
 
 from guestio._core.iommu.intervals import IntervalMap
 from guestio._core.iommu.misses import touched
-from guestio._core.vhost_user.iotlb_feed import IotlbUpdater, Traffic
+from guestio._core.vhost_user.iotlb_feed import IotlbUpdater
 from guestio._core.vhost_user.miss_table import (
     MAX_OUTSTANDING,
     PAGE,
     REPEAT_AFTER,
     MissTable,
-    Question,
+    PendingMiss,
 )
+from guestio._core.virtio.counters import Counters
 from guestio.addr import IovaRange, Permissions
 from guestio.iommu import Iotlb
 from guestio.vhost_user.messages import (
@@ -92,7 +93,7 @@ def left(sock: socket.socket) -> int:
         return 0
 
 
-def take_acks(table: MissTable, data: bytes) -> tuple[int, bool, list[Question], list[int]]:
+def take_acks(table: MissTable, data: bytes) -> tuple[int, bool, list[PendingMiss], list[int]]:
     """What becomes of acknowledgements that arrive; first how many bytes were taken."""
     with arrived(data) as (here, _):
         whole, refused, ready = table.receive(here.fileno())
@@ -120,14 +121,14 @@ class Table:
         self.now = 100.0
         self.unmarked = 0
 
-    def ask(
+    def request(
         self,
         waiter: int,
         *missing: tuple[IovaRange, int],
         acknowledged: bool = True,
         skip: tuple[tuple[int, int], ...] = (),
     ) -> list[tuple[int, int]]:
-        data = self.table.ask(waiter, missing, self.now, acknowledged=acknowledged, skip=skip)
+        data = self.table.request(waiter, missing, self.now, acknowledged=acknowledged, skip=skip)
         asked = decode(data)
         for _, _, marked in asked:
             self.unmarked += acknowledged
@@ -176,7 +177,7 @@ def table() -> Table:
 
 class TestAsking:
     def test_whole_pages(self, table: Table) -> None:
-        assert table.ask(0, need(0x1FFF, 2, W), need(0x5000, PAGE, RW)) == [
+        assert table.request(0, need(0x1FFF, 2, W), need(0x5000, PAGE, RW)) == [
             (0x1000, W),
             (0x2000, W),
             (0x5000, RW),
@@ -185,7 +186,7 @@ class TestAsking:
         assert table.table.asked == 3
 
     def test_the_last_page_of_the_address_space(self, table: Table) -> None:
-        assert table.ask(0, need(TOP - 1), need(TOP - 2 * PAGE, 2 * PAGE, W)) == [
+        assert table.request(0, need(TOP - 1), need(TOP - 2 * PAGE, 2 * PAGE, W)) == [
             (TOP - PAGE, RW),
             (TOP - 2 * PAGE, W),
         ]
@@ -193,45 +194,47 @@ class TestAsking:
         assert table.answer(TOP - 2 * PAGE) == {0}
 
     def test_a_page_once_for_everybody(self, table: Table) -> None:
-        assert table.ask(0, need(0x1000), need(0x1800)) == [(0x1000, R)]
-        assert table.ask(0, need(0x1004)) == []
-        assert table.ask(7, need(0x1FFF)) == []
+        assert table.request(0, need(0x1000), need(0x1800)) == [(0x1000, R)]
+        assert table.request(0, need(0x1004)) == []
+        assert table.request(7, need(0x1FFF)) == []
         assert table.answer(0x1000) == {0, 7}
-        assert table.ask(0, need(0x1000)) == [(0x1000, R)], "what was answered may be asked again"
+        assert table.request(0, need(0x1000)) == [(0x1000, R)], (
+            "what was answered may be asked again"
+        )
 
     @pytest.mark.parametrize("accesses", list(permutations((R, W, RW))))
     def test_what_is_read_and_written_is_asked_for_once(
         self, table: Table, accesses: tuple[int, ...]
     ) -> None:
         wanted = [need(0x1000 + access, 1, access) for access in accesses]
-        assert table.ask(0, *wanted) == [(0x1000, RW)]
+        assert table.request(0, *wanted) == [(0x1000, RW)]
         assert table.table.awaited(0) == 1
         assert table.answer(0x1000, PAGE, RW) == {0}
 
     def test_a_question_that_was_sent_is_not_changed(self, table: Table) -> None:
-        assert table.ask(0, need(0x1000, 1, R)) == [(0x1000, R)]
-        assert table.ask(1, need(0x1000, 1, W)) == [(0x1000, W)]
-        assert table.ask(2, need(0x1000, 1, R), need(0x1000, 1, W)) == []
+        assert table.request(0, need(0x1000, 1, R)) == [(0x1000, R)]
+        assert table.request(1, need(0x1000, 1, W)) == [(0x1000, W)]
+        assert table.request(2, need(0x1000, 1, R), need(0x1000, 1, W)) == []
         assert table.answer(0x1000, PAGE, R) == {0}
         assert table.answer(0x1000, PAGE, RW) == {1, 2}
 
     def test_after_a_refusal_of_both_each_is_asked_for(self, table: Table) -> None:
         both = need(0x1000, 1, R), need(0x1000, 1, W)
-        assert table.ask(0, *both) == [(0x1000, RW)]
+        assert table.request(0, *both) == [(0x1000, RW)]
         assert table.repeat() == [(0x1000, RW)]
         assert table.ack(1) == ([(0x1000, RW, [0])], {0})
         skip = ((0x1000, RW),)
-        assert table.ask(0, *both, skip=skip) == [(0x1000, R), (0x1000, W)]
+        assert table.request(0, *both, skip=skip) == [(0x1000, R), (0x1000, W)]
 
     def test_waiters_are_small_numbers(self, table: Table) -> None:
-        assert table.ask(255, need(0x1000)) == [(0x1000, R)]
+        assert table.request(255, need(0x1000)) == [(0x1000, R)]
         assert table.answer(0x1000) == {255}
         for waiter in (256, -1, 2**64):
             with pytest.raises(ValueError, match="waiter"):
-                table.ask(waiter, need(0x1000))
+                table.request(waiter, need(0x1000))
 
     def test_without_acknowledgements(self, table: Table) -> None:
-        assert table.ask(0, need(0x1000), acknowledged=False) == [(0x1000, R)]
+        assert table.request(0, need(0x1000), acknowledged=False) == [(0x1000, R)]
         assert table.table.deadline() == 105.0
         assert table.repeat() == [], "there is nothing to be learnt from it"
         assert table.ack(1) == ([], set()), "nobody asked for it"
@@ -239,11 +242,11 @@ class TestAsking:
 
     def test_not_what_was_refused(self, table: Table) -> None:
         skip = ((0x1000, R), (0x3000, W))
-        assert table.ask(0, need(0x1000, 0x3000), skip=skip) == [(0x2000, R), (0x3000, R)]
+        assert table.request(0, need(0x1000, 0x3000), skip=skip) == [(0x2000, R), (0x3000, R)]
         assert table.table.awaited(0) == 2
 
     def test_nothing(self, table: Table) -> None:
-        assert table.ask(0) == []
+        assert table.request(0) == []
         assert table.table.deadline() is None
         assert table.expired() == []
         assert table.answer(0, 2**64) == set()
@@ -251,38 +254,38 @@ class TestAsking:
 
 class TestAnswers:
     def test_only_who_misses_nothing_any_more_goes_on(self, table: Table) -> None:
-        table.ask(0, *pages(3))
-        table.ask(1, *pages(1))
-        table.ask(2, *pages(2))
+        table.request(0, *pages(3))
+        table.request(1, *pages(1))
+        table.request(2, *pages(2))
         assert table.answer(0x100000) == {1}
         assert table.answer(0x102000) == set()
         assert table.answer(0x101000) == {0, 2}
         assert len(table.table) == 0
 
     def test_a_large_one_answers_all_in_it(self, table: Table) -> None:
-        table.ask(0, *pages(4))
-        table.ask(1, need(0x200000))
+        table.request(0, *pages(4))
+        table.request(1, need(0x200000))
         assert table.answer(0x100000, 4 * PAGE) == {0}
         assert table.answer(0, 2**64) == {1}
 
     def test_a_large_one_that_begins_and_ends_within_pages(self, table: Table) -> None:
-        table.ask(0, *pages(3))
+        table.request(0, *pages(3))
         assert table.answer(0x100800, 2 * PAGE) == {0}
 
     def test_one_that_nobody_asked_for(self, table: Table) -> None:
-        table.ask(0, need(0x1000))
+        table.request(0, need(0x1000))
         assert table.answer(0x2000) == set()
         assert table.table.awaited(0) == 1
 
     def test_one_that_allows_too_little_answers_nothing(self, table: Table) -> None:
-        table.ask(0, need(0x1000, 1, W))
-        table.ask(0, need(0x1000, 1, R))
+        table.request(0, need(0x1000, 1, W))
+        table.request(0, need(0x1000, 1, R))
         assert table.answer(0x1000, PAGE, R) == set()
         assert table.table.awaited(0) == 1
         assert table.answer(0x1000, PAGE, W) == {0}
 
     def test_the_same_for_a_large_one(self, table: Table) -> None:
-        table.ask(0, *pages(2, access=RW))
+        table.request(0, *pages(2, access=RW))
         assert table.answer(0x100000, 16 * PAGE, W) == set()
         assert table.answer(0x100000, 16 * PAGE, RW) == {0}
 
@@ -292,7 +295,7 @@ class TestAcknowledgements:
 
     def test_after_the_answer_they_say_nothing_new(self, table: Table) -> None:
         for value in (0, 1):
-            table.ask(0, *pages(2))
+            table.request(0, *pages(2))
             assert len(table.repeat()) == 2
             table.answer(0x100000)
             assert table.answer(0x101000) == {0}
@@ -300,9 +303,9 @@ class TestAcknowledgements:
         assert table.table.refused == 0
 
     def test_refusals_are_those_of_the_oldest_questions(self, table: Table) -> None:
-        table.ask(0, *pages(1))
-        table.ask(0, *pages(2))
-        table.ask(1, *pages(3))
+        table.request(0, *pages(1))
+        table.request(0, *pages(2))
+        table.request(1, *pages(3))
         assert table.repeat() == [(0x100000, R), (0x101000, R), (0x102000, R)]
         assert table.ack(1) == ([(0x100000, R, [0, 1])], set())
         assert table.answer(0x101000) == {0}
@@ -312,44 +315,46 @@ class TestAcknowledgements:
 
     def test_success_without_an_answer_is_waited_for(self, table: Table) -> None:
         # The translation comes on another channel and may be overtaken.
-        table.ask(0, need(0x1000))
+        table.request(0, need(0x1000))
         table.repeat()
         assert table.ack(0) == ([], set())
         assert table.table.awaited(0) == 1
-        assert table.ask(0, need(0x1000)) == [], "it is not asked again, however often it is tried"
+        assert table.request(0, need(0x1000)) == [], (
+            "it is not asked again, however often it is tried"
+        )
         assert table.repeat() == []
         assert table.answer(0x1000) == {0}
 
     def test_success_with_an_answer_that_allows_too_little_is_a_refusal(self, table: Table) -> None:
-        table.ask(3, need(0x1000, 1, W))
+        table.request(3, need(0x1000, 1, W))
         assert table.answer(0x1000, PAGE, R) == set()
         assert table.repeat() == [(0x1000, W)]
         assert table.answer(0x1000, PAGE, R) == set()
         assert table.ack(0) == ([(0x1000, W, [3])], {3})
 
     def test_success_that_is_a_lie_is_found_out_by_time(self, table: Table) -> None:
-        table.ask(0, need(0x1000))
+        table.request(0, need(0x1000))
         table.repeat()
         table.ack(0)
         table.now = 105.0
         assert table.expired() == [(0x1000, R)]
 
     def test_they_belong_to_questions_even_if_those_were_forgotten(self, table: Table) -> None:
-        table.ask(0, need(0x1000))
-        table.ask(1, need(0x2000))
+        table.request(0, need(0x1000))
+        table.request(1, need(0x2000))
         table.repeat()
         table.table.forget(0)
         assert table.ack(1, 1) == ([(0x2000, R, [1])], {1})
 
     def test_more_than_there_were_questions(self, table: Table) -> None:
         assert table.ack(0, 1, 0) == ([], set())
-        table.ask(0, need(0x1000))
+        table.request(0, need(0x1000))
         assert table.ack(0, 1, 0) == ([], set()), "it was not to be acknowledged"
         assert table.answer(0x1000) == {0}
 
     @pytest.mark.parametrize("cut", [0, 1, 11, 12, 19])
     def test_incomplete_ones_are_left(self, table: Table, cut: int) -> None:
-        table.ask(0, *pages(2))
+        table.request(0, *pages(2))
         table.repeat()
         taken, whole, refused, ready = take_acks(table.table, acks(1) + acks(1)[:cut])
         assert whole == (cut == 0)
@@ -367,7 +372,7 @@ class TestAcknowledgements:
         ],
     )
     def test_what_is_none_is_left(self, table: Table, strange: bytes) -> None:
-        table.ask(0, *pages(2))
+        table.request(0, *pages(2))
         table.repeat()
         taken, whole, refused, _ = take_acks(table.table, acks(1) + strange + acks(1))
         assert not whole
@@ -378,16 +383,16 @@ class TestRepeating:
     """What has no answer is asked once more, with an acknowledgement."""
 
     def test_not_what_is_answered(self, table: Table) -> None:
-        table.ask(0, *pages(10))
+        table.request(0, *pages(10))
         assert table.answer(0x100000, 10 * PAGE) == {0}
         assert table.table.deadline() is None, "nobody needs to wake up for it"
         assert table.repeat() == []
         assert table.table.asked == 10
 
     def test_not_too_early(self, table: Table) -> None:
-        table.ask(0, need(0x1000))
+        table.request(0, need(0x1000))
         table.now += REPEAT_AFTER / 2
-        table.ask(0, need(0x2000))
+        table.request(0, need(0x2000))
         assert table.table.deadline() == 100 + REPEAT_AFTER
         table.now = 100 + REPEAT_AFTER
         assert table.look() == ([(0x1000, R)], set())
@@ -400,19 +405,19 @@ class TestRepeating:
         assert table.table.deadline() == 105.0
 
     def test_only_once(self, table: Table) -> None:
-        table.ask(0, *pages(2))
+        table.request(0, *pages(2))
         table.answer(0x101000)
         assert table.repeat() == [(0x100000, R)]
         assert table.repeat() == []
         assert table.ack(0) == ([], set())
         assert table.repeat() == []
-        assert table.ask(1, *pages(1)) == [], "it is under way"
+        assert table.request(1, *pages(1)) == [], "it is under way"
         assert table.answer(0x100000) == {0, 1}
         assert table.table.asked == 3
 
     def test_what_was_passed_over_although_others_are_answered(self, table: Table) -> None:
-        table.ask(0, *pages(5))
-        table.ask(1, need(0x200000))
+        table.request(0, *pages(5))
+        table.request(1, need(0x200000))
         table.answer(0x100000)
         table.answer(0x103000)
         table.now += REPEAT_AFTER
@@ -426,12 +431,12 @@ class TestRepeating:
         assert table.answer(0x101000) == {0}
 
     def test_all_when_there_are_no_answers_any_more(self, table: Table) -> None:
-        table.ask(0, *pages(5))
+        table.request(0, *pages(5))
         table.answer(0x101000)
         assert table.repeat() == [(0x100000 + i * PAGE, R) for i in (0, 2, 3, 4)]
 
     def test_an_acknowledgement_is_an_answer(self, table: Table) -> None:
-        asked = table.ask(0, *pages(BATCH + 44))
+        asked = table.request(0, *pages(BATCH + 44))
         assert table.ack(0) == ([], set())
         table.now += REPEAT_AFTER
         assert sorted(table.look()[0]) == asked[: BATCH - 1]
@@ -439,7 +444,7 @@ class TestRepeating:
         assert sorted(table.look()[0]) == asked[BATCH:]
 
     def test_all_are_refused(self, table: Table) -> None:
-        asked = table.ask(0, *pages(50))
+        asked = table.request(0, *pages(50))
         assert table.repeat() == asked
         refused, ready = table.ack(*[1] * 50)
         assert {page[:2] for page in refused} == set(asked)
@@ -449,48 +454,48 @@ class TestRepeating:
     def test_a_translation_that_allows_too_little_may_be_that_of_another_question(
         self, table: Table
     ) -> None:
-        table.ask(0, need(0x1000, 1, R))
-        table.ask(3, need(0x1000, 1, W))
+        table.request(0, need(0x1000, 1, R))
+        table.request(3, need(0x1000, 1, W))
         assert table.answer(0x1000, PAGE, R) == {0}
         assert table.answer(0x1000, PAGE, RW) == {3}
 
     def test_expiry_counts_from_the_first_question(self, table: Table) -> None:
-        table.ask(0, *pages(3))
+        table.request(0, *pages(3))
         table.answer(0x102000)
         assert len(table.repeat()) == 2
         assert table.table.deadline() == 105.0
         table.now = 105.0
         assert sorted(table.expired()) == [(0x100000, R), (0x101000, R)]
         # Late acknowledgements still belong to them.
-        table.ask(0, need(0x5000))
+        table.request(0, need(0x5000))
         table.repeat()
         assert table.ack(1, 1) == ([], set())
         assert table.ack(1) == ([(0x5000, R, [0])], {0})
 
     def test_an_acknowledgement_after_all_expired(self, table: Table) -> None:
-        table.ask(0, *pages(3))
+        table.request(0, *pages(3))
         assert len(table.repeat()) == 3
         table.now += 5
         assert len(table.expired()) == 3
-        assert len(table.ask(0, *pages(3))) == 3
+        assert len(table.request(0, *pages(3))) == 3
         assert len(table.repeat()) == 3
         assert table.ack(1, 1, 1) == ([], set()), "they were for the first ones"
         assert table.answer(0x100000, 2 * PAGE) == set()
         assert table.ack(1, 1, 1) == ([(0x102000, R, [0])], {0})
 
     def test_not_what_nobody_needs_any_more(self, table: Table) -> None:
-        table.ask(0, *pages(3))
-        table.ask(1, *pages(1))
+        table.request(0, *pages(3))
+        table.request(1, *pages(1))
         table.table.forget(0)
         assert table.repeat() == [(0x100000, R)]
         assert len(table.table) == 1
-        assert table.ask(2, *pages(2)) == [(0x101000, R)]
+        assert table.request(2, *pages(2)) == [(0x101000, R)]
 
     def test_nothing_of_before_a_reset(self, table: Table) -> None:
-        table.ask(0, *pages(10))
+        table.request(0, *pages(10))
         table.repeat()
         table.table.reset()
-        table.ask(1, need(0x1000), need(0x2000))
+        table.request(1, need(0x1000), need(0x2000))
         assert table.repeat() == [(0x1000, R), (0x2000, R)]
         assert table.ack(1) == ([(0x1000, R, [1])], set())
         assert len(table.table) == 1
@@ -498,7 +503,7 @@ class TestRepeating:
     def test_each_256th_is_acknowledged_in_any_case(self, table: Table) -> None:
         """However few are asked at a time (the table's helper counts along)."""
         for i in range(2 * BATCH):
-            table.ask(0, need(i * PAGE))
+            table.request(0, need(i * PAGE))
             if i != BATCH - 1:
                 table.answer(i * PAGE)
         assert table.repeat() == [], "what is to be acknowledged needs no second question"
@@ -506,19 +511,19 @@ class TestRepeating:
         assert table.ack(1) == ([], set())
 
     def test_asking_again_counts_as_well(self, table: Table) -> None:
-        table.ask(0, *pages(100))
+        table.request(0, *pages(100))
         assert len(table.repeat()) == 100
-        data = table.table.ask(1, pages(BATCH, 1 << 32), table.now, acknowledged=True)
+        data = table.table.request(1, pages(BATCH, 1 << 32), table.now, acknowledged=True)
         assert [marked for *_, marked in decode(data)] == [False] * (BATCH - 1) + [True]
 
 
 class TestTime:
     @pytest.mark.parametrize("acknowledged", [True, False])
     def test_questions_expire_in_their_order(self, table: Table, acknowledged: bool) -> None:
-        table.ask(0, need(0x1000), acknowledged=acknowledged)
+        table.request(0, need(0x1000), acknowledged=acknowledged)
         table.repeat()
         table.now = 102.0
-        table.ask(0, need(0x2000), acknowledged=acknowledged)
+        table.request(0, need(0x2000), acknowledged=acknowledged)
         table.repeat()
         assert table.table.deadline() == 105.0
         table.now = 104.9
@@ -535,16 +540,16 @@ class TestTime:
     def test_without_having_been_asked_again(self) -> None:
         """A time limit shorter than the patience."""
         table = Table(REPEAT_AFTER / 2)
-        table.ask(0, need(0x1000))
+        table.request(0, need(0x1000))
         assert table.table.deadline() == 100 + REPEAT_AFTER / 2
         table.now += REPEAT_AFTER
         assert table.expired() == [(0x1000, R)]
 
     def test_asking_again_after_it_expired(self, table: Table) -> None:
-        table.ask(0, need(0x1000), acknowledged=False)
+        table.request(0, need(0x1000), acknowledged=False)
         table.now += 5
         table.expired()
-        assert table.ask(0, need(0x1000), acknowledged=False) == [(0x1000, R)]
+        assert table.request(0, need(0x1000), acknowledged=False) == [(0x1000, R)]
         assert table.table.deadline() == 110.0
 
 
@@ -552,14 +557,14 @@ class TestRoom:
     """More is needed than may be in flight at a time."""
 
     def fill(self, table: Table, waiter: int = 0) -> list[tuple[int, int]]:
-        asked = table.ask(waiter, *pages(2 * MAX_OUTSTANDING))
+        asked = table.request(waiter, *pages(2 * MAX_OUTSTANDING))
         assert len(asked) == MAX_OUTSTANDING
         return asked
 
     def serve_rest(self, table: Table, waiter: int) -> None:
         """The waiter is woken until it has everything."""
         for _ in range(10):
-            asked = table.ask(waiter, *pages(2 * MAX_OUTSTANDING)[-1:])
+            asked = table.request(waiter, *pages(2 * MAX_OUTSTANDING)[-1:])
             for iova, _ in asked:
                 table.answer(iova)
             if asked:
@@ -584,7 +589,7 @@ class TestRoom:
             assert table.answer(iova) == set()
         assert table.answer(asked[-1][0]) == {0}
         # There is no room yet: acknowledgements are still to come.
-        assert table.ask(0, *pages(2 * MAX_OUTSTANDING)[-1:]) == []
+        assert table.request(0, *pages(2 * MAX_OUTSTANDING)[-1:]) == []
         assert table.table.deadline() == 105.0
         assert table.ack(0)[1] == {0}, "who could not ask is told that there is room"
         self.serve_rest(table, 0)
@@ -592,7 +597,7 @@ class TestRoom:
     def test_answers_but_never_an_acknowledgement(self, table: Table) -> None:
         for iova, _ in self.fill(table):
             table.answer(iova)
-        assert table.ask(0, *pages(2 * MAX_OUTSTANDING)[-1:]) == []
+        assert table.request(0, *pages(2 * MAX_OUTSTANDING)[-1:]) == []
         assert table.table.deadline() == 105.0
         table.now = 105.0
         assert table.expired() == []
@@ -601,24 +606,24 @@ class TestRoom:
 
     def test_no_answer_at_all(self, table: Table) -> None:
         self.fill(table)
-        assert table.ask(1, need(0x5000)) == []
+        assert table.request(1, need(0x5000)) == []
         table.now = 105.0
         assert len(table.expired()) == MAX_OUTSTANDING
         assert sorted(table.table.starved(table.now)) == [0, 1]
-        assert table.ask(1, need(0x5000)) == [(0x5000, R)]
+        assert table.request(1, need(0x5000)) == [(0x5000, R)]
 
     def test_again_and_again_without_any_answer(self, table: Table) -> None:
         # Every round asks for other pages; expectations of acknowledgements must not pile up.
         for round_ in range(20):
             first = 0x10000000 * (round_ + 1)
-            asked = table.ask(0, *pages(MAX_OUTSTANDING, first))
+            asked = table.request(0, *pages(MAX_OUTSTANDING, first))
             assert len(asked) == MAX_OUTSTANDING, round_
             table.now += 5
             assert len(table.expired()) == MAX_OUTSTANDING
 
     def test_who_waits_for_room_is_woken_once(self, table: Table) -> None:
         asked = self.fill(table)
-        table.ask(1, need(0x5000))
+        table.request(1, need(0x5000))
         ready: list[int] = []
         for i, (iova, _) in enumerate(asked):
             ready += table.table.answered(iova, PAGE, RW)
@@ -628,7 +633,7 @@ class TestRoom:
 
     def test_forgotten_ones_are_not_woken(self, table: Table) -> None:
         asked = self.fill(table)
-        table.ask(1, need(0x5000))
+        table.request(1, need(0x5000))
         table.table.forget(1)
         for i, (iova, _) in enumerate(asked):
             assert 1 not in table.answer(iova)
@@ -639,7 +644,7 @@ class TestRoom:
         """What it told unasked settles questions that are still in the socket."""
         asked = 0
         for i in range(100):
-            asked += len(table.ask(0, *pages(20, (i + 1) << 24)))
+            asked += len(table.request(0, *pages(20, (i + 1) << 24)))
             table.answer(0, 2**64)
         assert asked == MAX_OUTSTANDING
 
@@ -647,59 +652,59 @@ class TestRoom:
         asked = self.fill(table)
         again = [page for i, page in enumerate(asked) if not is_marked(i)]
         assert table.repeat() == again
-        assert table.ask(1, need(0x5000)) == []
+        assert table.request(1, need(0x5000)) == []
         assert table.ack(0, 0) == ([], set())
         assert len(table.ack(*[1] * len(again))[0]) == len(again)
-        assert table.ask(1, need(0x5000)) == [(0x5000, R)]
+        assert table.request(1, need(0x5000)) == [(0x5000, R)]
         assert table.answer(asked[BATCH - 1][0]) | table.answer(asked[-1][0]) == {0}
 
     def test_questions_that_are_still_to_be_acknowledged_keep_their_place(
         self, table: Table
     ) -> None:
         """However much is asked meanwhile, no acknowledgement is taken for another question's."""
-        table.ask(0, need(0x1000))
+        table.request(0, need(0x1000))
         table.repeat()
         table.answer(0x1000)
         for i in range(3 * MAX_OUTSTANDING):
-            assert table.ask(1, need(0x100000 + i * PAGE), acknowledged=False)
+            assert table.request(1, need(0x100000 + i * PAGE), acknowledged=False)
             assert table.answer(0x100000 + i * PAGE) == {1}
-        table.ask(2, need(0x2000))
+        table.request(2, need(0x2000))
         table.repeat()
         assert table.ack(1) == ([], set())
         assert table.ack(1) == ([(0x2000, R, [2])], {2})
 
     def test_a_huge_range_costs_what_may_be_in_flight(self, table: Table) -> None:
-        asked = table.ask(0, need(0, 2**63))
+        asked = table.request(0, need(0, 2**63))
         assert len(asked) == MAX_OUTSTANDING
 
 
 class TestForgetting:
     def test_a_waiter(self, table: Table) -> None:
-        table.ask(0, *pages(2))
-        table.ask(1, *pages(2))
+        table.request(0, *pages(2))
+        table.request(1, *pages(2))
         table.table.forget(0)
         assert table.table.awaited(0) == 0
         assert table.answer(0x100000, 2 * PAGE) == {1}
 
     def test_a_waiter_that_comes_again(self, table: Table) -> None:
-        table.ask(0, *pages(2))
+        table.request(0, *pages(2))
         table.table.forget(0)
-        assert table.ask(0, *pages(1)) == [(0x100000, R)], "an old answer may be wrong by now"
+        assert table.request(0, *pages(1)) == [(0x100000, R)], "an old answer may be wrong by now"
         assert table.table.awaited(0) == 1
         assert table.answer(0x100000) == {0}
         assert table.answer(0x101000) == set()
 
     def test_everything(self, table: Table) -> None:
-        table.ask(0, *pages(2))
-        table.ask(1, *pages(2 * MAX_OUTSTANDING))
-        table.ask(2, need(0x1000))
-        table.ask(3, *pages(1))
+        table.request(0, *pages(2))
+        table.request(1, *pages(2 * MAX_OUTSTANDING))
+        table.request(2, need(0x1000))
+        table.request(3, *pages(1))
         table.answer(0x100000)
         assert sorted(table.table.reset()) == [0, 1, 2]
         assert len(table.table) == 0
         assert table.table.deadline() is None
         # A question of before is not taken for one of after.
-        assert table.ask(0, need(0x9000)) == [(0x9000, R)]
+        assert table.request(0, need(0x9000)) == [(0x9000, R)]
         assert table.repeat() == [(0x9000, R)]
         assert table.ack(1) == ([(0x9000, R, [0])], {0})
 
@@ -717,7 +722,7 @@ class Asked:
 
 
 def test_against_a_model() -> None:
-    """Random traffic against a few dictionaries: nobody is woken early, nobody is left waiting."""
+    """Random counters against a few dictionaries: nobody is woken early, nobody is left waiting."""
     for seed in range(60):
         _run_against_model(random.Random(seed))
 
@@ -746,7 +751,7 @@ def _run_against_model(rng: random.Random) -> None:
                     for _ in range(rng.randrange(5))
                 ]
                 keys, fresh = _expected(wanted, set(open_))
-                asked = table.ask(waiter, *wanted)
+                asked = table.request(waiter, *wanted)
                 assert set(asked) == fresh
                 for key in asked:
                     questions, messages = questions + 1, messages + 1
@@ -842,7 +847,7 @@ class _FrontEnd:
         rng = self.rng
         match rng.randrange(5):
             case 0:
-                self.ask(rng.randrange(self.WAITERS), rng.randrange(2 * most))
+                self.request(rng.randrange(self.WAITERS), rng.randrange(2 * most))
             case 1:
                 self.handle(rng.randrange(most))
             case 2:
@@ -852,7 +857,7 @@ class _FrontEnd:
             case _:
                 self.take_acks(rng.randrange(most))
 
-    def ask(self, waiter: int, count: int) -> None:
+    def request(self, waiter: int, count: int) -> None:
         wanted = self.wanted[waiter]
         if self.table.awaited(waiter):
             return
@@ -860,7 +865,7 @@ class _FrontEnd:
             for _ in range(count):
                 wanted.add((self.rng.randrange(self.PAGES) * PAGE, self.rng.choice((R, W))))
         missing = [need(iova, PAGE, access) for iova, access in sorted(wanted)]
-        self.send(self.table.ask(waiter, missing, self.now, acknowledged=True))
+        self.send(self.table.request(waiter, missing, self.now, acknowledged=True))
 
     def look(self) -> None:
         self.now += 0.7 * REPEAT_AFTER
@@ -908,7 +913,7 @@ class _FrontEnd:
             self.take_acks(1 << 20)
             for waiter, wanted in enumerate(self.wanted):
                 if wanted:
-                    self.ask(waiter, 0)
+                    self.request(waiter, 0)
         assert not any(self.wanted)
         assert len(self.table) == 0
         assert self.table.asked == self.asked
@@ -958,12 +963,12 @@ class TestUpdater:
     """UPDATE and INVALIDATE as bytes; what is not plain is left for others."""
 
     def make(self) -> tuple[Iotlb, MissTable, IotlbUpdater]:
-        self.traffic = Traffic()
+        self.counters = Counters()
         iotlb, misses, users = Iotlb(), MissTable(5), IntervalMap()
         users.add(0x7F0000000000, 0x10000, 0x1000, Permissions.READ_WRITE)
         users.add(0x7F0000020000, 0x10000, 0x80000, Permissions.READ_WRITE)
         users.add(TOP - 0x2000, 0x2000, 0x200000, Permissions.READ_WRITE)
-        return iotlb, misses, IotlbUpdater(iotlb, users, misses, self.traffic)
+        return iotlb, misses, IotlbUpdater(iotlb, users, misses, self.counters)
 
     @staticmethod
     def wire(*messages: IotlbMessage) -> bytes:
@@ -972,7 +977,7 @@ class TestUpdater:
 
     def test_a_run(self) -> None:
         iotlb, misses, updater = self.make()
-        misses.ask(5, [need(0x10000), need(0x11000, 1, W)], 0.0, acknowledged=True)
+        misses.request(5, [need(0x10000), need(0x11000, 1, W)], 0.0, acknowledged=True)
         data = self.wire(
             IotlbMessage.update(0x10000, PAGE, 0x7F0000000000, R),
             IotlbMessage.update(0x11000, PAGE, 0x7F0000021000, RW),
@@ -983,7 +988,7 @@ class TestUpdater:
         taken, replies, ready = take_updates(updater, data)
         assert taken == len(data)
         assert ready == [5]
-        assert (self.traffic.updates, self.traffic.invalidations) == (4, 1)
+        assert (self.counters.updates, self.counters.invalidations) == (4, 1)
         for at in range(0, len(replies), 20):
             header = Header.decode(replies[at : at + HEADER])
             assert decode_ack(header, replies[at + HEADER : at + 20], 22) == 0
@@ -1061,8 +1066,8 @@ class TestUpdater:
     def test_arguments(self) -> None:
         iotlb, misses, _ = self.make()
         with pytest.raises(TypeError):
-            IotlbUpdater(None, IntervalMap(), misses, Traffic())  # type: ignore[arg-type]
+            IotlbUpdater(None, IntervalMap(), misses, Counters())  # type: ignore[arg-type]
         with pytest.raises(TypeError):
-            IotlbUpdater(iotlb, IntervalMap(), None, Traffic())  # type: ignore[arg-type]
+            IotlbUpdater(iotlb, IntervalMap(), None, Counters())  # type: ignore[arg-type]
         with pytest.raises(TypeError):
             MissTable(5).receive("text")  # type: ignore[arg-type]

@@ -118,7 +118,7 @@ class TestRanges:
             shared.guest_ranges(user, size)
 
     def test_the_same_as_a_map(self, shared: SharedMemory) -> None:
-        entries = [(tuple(a), tuple(b)) for a, b, _ in shared.users()]
+        entries = [(tuple(a), tuple(b)) for a, b, _ in shared.user_addresses()]
         # Neighbours that are contiguous on both sides are one entry.
         assert entries == [
             ((USER, 0x2000), (0x1000, 0x2000)),

@@ -18,7 +18,7 @@ from guestio.addr import Permissions
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.messages import IotlbMessage
-from guestio.vhost_user.translations import PATIENCE
+from guestio.vhost_user.translator import PATIENCE
 from tests.vhost_user.serving import (
     FAILED,
     OK,

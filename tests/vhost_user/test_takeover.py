@@ -14,7 +14,7 @@ from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user import Frontend
 from guestio.vhost_user.frontend import PROTOCOL_FEATURES
 from guestio.vhost_user.messages import ProtocolFeature
-from guestio.virtio.driver import RingLayout
+from guestio.virtio.layout import RingLayout
 from tests.vhost_user.peer import nothing_left
 from tests.vhost_user.serving import OK, VERSION_1, WAIT, Mirror, Serving, until
 from tests.virtio.rings import PAGE, WRITE, Desc, HandRing

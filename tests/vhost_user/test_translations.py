@@ -28,9 +28,9 @@ from guestio.vhost_user.messages import (
     encode_ack,
     encode_iotlb,
 )
-from guestio.vhost_user.poller import Poller
-from guestio.vhost_user.statistics import Statistics
-from guestio.vhost_user.translations import Translations
+from guestio.vhost_user.translator import VhostUserTranslator
+from guestio.virtio.loop import EventLoop
+from guestio.virtio.statistics import Statistics
 from tests.vhost_user.serving import until
 
 PAGE = 4096
@@ -40,7 +40,7 @@ QUEUES = 4
 MARKED = 256
 
 
-class Hesitant(Translations):
+class Hesitant(VhostUserTranslator):
     """Every other time that it is to send, others may come first if nothing forbids it."""
 
     pauses = cycle((0.8 * REPEAT_AFTER, 0.0))
@@ -50,7 +50,7 @@ class Hesitant(Translations):
         super()._send(messages)
 
 
-class Counting(Translations):
+class Counting(VhostUserTranslator):
     """Counts how often it looks for what is late."""
 
     looks = 0
@@ -65,12 +65,12 @@ def refuses(iova: int) -> bool:
 
 
 class Rig:
-    """Translations with a poller in a thread, and a front-end in another that answers in order."""
+    """A translator with a loop in a thread, and a front-end in another that answers in order."""
 
-    def __init__(self, kind: type[Translations] = Hesitant) -> None:
-        self.poller, self.stats = Poller(), Statistics()
+    def __init__(self, kind: type[VhostUserTranslator] = Hesitant) -> None:
+        self.loop, self.stats = EventLoop(), Statistics()
         self.woken = [threading.Event() for _ in range(QUEUES)]
-        self.translations = kind(self.poller, self.stats, self.wake, 5.0)
+        self.translations = kind(self.loop, self.stats, self.wake, self.receive, 5.0)
         self.translations.set_acknowledged(True)
         memory = os.memfd_create("translations")
         os.truncate(memory, SIZE)
@@ -80,7 +80,7 @@ class Rig:
         os.close(memory)
         ours, self.main = socket.socketpair()
         self.channel = Channel(ours)
-        self.poller.add(ours.fileno(), lambda: self.translations.receive(self.channel))
+        self.loop.add_reader(ours.fileno(), self.receive)
         self.translations.serve(self.channel)
         back, theirs = socket.socketpair()
         self.translations.set_channel(back.detach())
@@ -90,6 +90,10 @@ class Rig:
         self.stopping = False
         self.failures: list[BaseException] = []
         self.threads = [threading.Thread(target=self.guarded, args=(self.poll,))]
+
+    def receive(self) -> None:
+        self.translations.receive(self.channel)
+        self.translations.read_in_core()
 
     def wake(self, waiters: Iterable[int]) -> None:
         for waiter in waiters:
@@ -109,7 +113,7 @@ class Rig:
 
     def poll(self) -> None:
         while not self.stopping:
-            self.poller.run_once()
+            self.loop.run_once()
 
     def answer(self) -> None:
         """As QEMU: one after the other, an UPDATE is acknowledged before its question is."""
@@ -148,7 +152,7 @@ class Rig:
         ]:
             assert time.monotonic() < deadline, f"{missing} is never told"
             self.woken[waiter].clear()
-            self.translations.ask(waiter, missing)
+            self.translations.request(waiter, missing)
             while self.translations._misses.awaited(waiter):
                 assert self.woken[waiter].wait(10), "nobody says that it may go on"
                 self.woken[waiter].clear()
@@ -164,13 +168,13 @@ class Rig:
             self.learn(waiter, wanted)
             self.translations.report_access_fails([(IovaRange(wanted[0], 8), 2)])
             if i % 5 == 4:
-                self.translations.ask(waiter, [(IovaRange(1 << 40, 8), 1)])
+                self.translations.request(waiter, [(IovaRange(1 << 40, 8), 1)])
                 self.translations.forget(waiter)
                 assert self.translations._misses.awaited(waiter) == 0
 
     def close(self) -> None:
         self.stopping = True
-        self.poller.wake()
+        self.loop.wake()
         for thread in self.threads:
             if thread.ident is not None:
                 thread.join()
@@ -178,7 +182,7 @@ class Rig:
         self.channel.close()
         self.main.close()
         self.back.close()
-        self.poller.close()
+        self.loop.close()
 
 
 @pytest.fixture
@@ -230,23 +234,23 @@ def test_what_two_threads_ask_is_sent_in_the_order_of_the_table(rig: Rig) -> Non
     assert rig.stats.iotlb_refused == 8
 
 
-def test_a_channel_that_another_thread_finds_gone_is_closed_by_the_poller(rig: Rig) -> None:
+def test_a_channel_that_another_thread_finds_gone_is_closed_by_the_loop(rig: Rig) -> None:
     rig.start(front_end=False)
     channel = rig.translations._channel
     assert channel is not None
     rig.back.close()
     for i in range(3):
-        rig.translations.ask(0, [(IovaRange(i * PAGE, 8), 1)])
+        rig.translations.request(0, [(IovaRange(i * PAGE, 8), 1)])
     until(lambda: channel.fileno() == -1)
-    rig.translations.ask(1, [(IovaRange(0x100000, 8), 1)])
+    rig.translations.request(1, [(IovaRange(0x100000, 8), 1)])
     assert rig.translations._misses.awaited(1) == 1
     # With a new one everybody asks again.
     ours, theirs = socket.socketpair()
     with Channel(theirs, with_fds=False) as back:
-        rig.poller.again(lambda: rig.translations.set_channel(ours.detach()))
+        rig.loop.call_soon_threadsafe(lambda: rig.translations.set_channel(ours.detach()))
         for waiter in (0, 1):
             assert rig.woken[waiter].wait(5)
-        rig.translations.ask(1, [(IovaRange(0x100000, 8), 1)])
+        rig.translations.request(1, [(IovaRange(0x100000, 8), 1)])
         message = back.recv(5)
         assert message is not None
         assert IotlbMessage.decode(message.payload) == IotlbMessage.miss(0x100000, PAGE, 1)
@@ -265,7 +269,7 @@ def test_the_time_is_watched_only_while_something_is_open() -> None:
                 rig.learn(0, [i * PAGE])
         looks = rig.translations.looks
         assert looks <= (time.monotonic() - started) / REPEAT_AFTER + 1
-        until(lambda: rig.poller._due == math.inf)
+        until(lambda: rig.loop._due == math.inf)
         looks = rig.translations.looks
         time.sleep(10 * REPEAT_AFTER)
         assert rig.translations.looks == looks
@@ -274,13 +278,13 @@ def test_the_time_is_watched_only_while_something_is_open() -> None:
     assert rig.failures == []
 
 
-def test_a_question_of_another_thread_is_asked_again_by_the_poller() -> None:
+def test_a_question_of_another_thread_is_asked_again_by_the_loop() -> None:
     """Although that thread sleeps with nothing to wake it up."""
-    rig = Rig(Translations)
+    rig = Rig(VhostUserTranslator)
     rig.start(front_end=False)
     try:
         time.sleep(0.05)
-        rig.translations.ask(0, [(IovaRange(0, 8), 1)])
+        rig.translations.request(0, [(IovaRange(0, 8), 1)])
         marks = []
         for _ in range(2):
             message = rig.back.recv(5)
@@ -298,9 +302,9 @@ def test_a_question_of_another_thread_is_asked_again_by_the_poller() -> None:
 def test_an_answer_is_under_way_if_it_is_about_the_last_page(rig: Rig) -> None:
     """A request's status is its last byte, so it is the end of a range that counts."""
     where = IovaRange(8 * PAGE + 0x800, 2 * PAGE)  # three pages
-    rig.translations.ask(0, [(IovaRange(8 * PAGE, 8), 2), (IovaRange(9 * PAGE, 8), 2)])
+    rig.translations.request(0, [(IovaRange(8 * PAGE, 8), 2), (IovaRange(9 * PAGE, 8), 2)])
     assert not rig.translations.under_way(where, 2)
-    rig.translations.ask(1, [(IovaRange(10 * PAGE, 8), 2)])
+    rig.translations.request(1, [(IovaRange(10 * PAGE, 8), 2)])
     assert rig.translations.under_way(where, 2)
     assert not rig.translations.under_way(where._replace(length=PAGE // 2), 1)
     rig.translations.forget(1)

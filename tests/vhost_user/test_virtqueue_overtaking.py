@@ -22,7 +22,7 @@ import pytest
 from guestio.addr import Permissions
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer, MissHook
 from guestio.vhost_user.messages import FrontendRequest, IotlbMessage, ProtocolFeature
-from guestio.vhost_user.translations import PATIENCE
+from guestio.vhost_user.translator import PATIENCE
 from tests.vhost_user.serving import (
     BUFFERS,
     FAILED,

@@ -21,7 +21,8 @@ from guestio.addr import Ordering, Permissions
 from guestio.errors import InvalidAddressError, QueueError
 from guestio.iommu import Iommu, IommuMemory, Iotlb
 from guestio.memory import Backing, GuestRegionCollection, IoVector, MmapRegion
-from guestio.virtio.driver import Completion, DriverQueue, RingLayout
+from guestio.virtio.driver import Completion, DriverQueue
+from guestio.virtio.layout import RingLayout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-CORE = Path(__file__).parents[2] / "src" / "guestio" / "_core"
+SOURCES = Path(__file__).parents[2] / "src" / "guestio"
 FENCE = r"__atomic_thread_fence\(__ATOMIC_SEQ_CST\)"
 
 
 def statements(file: str, function: str) -> list[str]:
     """The lines of a function of the core, in order."""
-    source = (CORE / file).read_text()
+    source = (SOURCES / file).read_text()
     found = re.search(rf"^( *)(?:cdef|cpdef|def) .*\b{function}\(.*:$", source, re.MULTILINE)
     assert found is not None, f"{function} has moved"
     body = source[found.end() :].lstrip("\n").splitlines()
@@ -37,13 +37,31 @@ def positions(lines: list[str], pattern: str) -> list[int]:
     ("file", "function", "store", "barrier", "look"),
     [
         # The device asks for kicks, then looks for requests.
-        ("ring.pyx", "more_after_request", r"store16\(self\.used", "full_barrier", r"load16\("),
+        (
+            "_core/virtio/ring.pyx",
+            "more_after_request",
+            r"store16\(self\.used",
+            "full_barrier",
+            r"load16\(",
+        ),
         # The device shows requests, then looks whether the driver wants to be told.
-        ("ring.pyx", "show_pending", r"store16\(self\.used, 2", "wants_notification", ""),
-        ("ring.pyx", "wants_notification", "", "full_barrier", r"load16\("),
+        (
+            "_core/virtio/ring.pyx",
+            "show_pending",
+            r"store16\(self\.used, 2",
+            "wants_notification",
+            "",
+        ),
+        ("_core/virtio/ring.pyx", "wants_notification", "", "full_barrier", r"load16\("),
         # The driver's side, in the load generator.
-        ("driver.pyx", "ring_publish", r"ring_store16\(", "ring_barrier", r"ring_load16\("),
-        ("driver.pyx", "ring_arm", r"ring_store16\(", "ring_barrier", r"ring_has\("),
+        (
+            "guest/_load/driver.pyx",
+            "ring_publish",
+            r"ring_store16\(",
+            "ring_barrier",
+            r"ring_load16\(",
+        ),
+        ("guest/_load/driver.pyx", "ring_arm", r"ring_store16\(", "ring_barrier", r"ring_has\("),
     ],
 )
 def test_store_barrier_look(file: str, function: str, store: str, barrier: str, look: str) -> None:
@@ -58,7 +76,8 @@ def test_store_barrier_look(file: str, function: str, store: str, barrier: str, 
 
 
 @pytest.mark.parametrize(
-    ("file", "name"), [("ring.pyx", "full_barrier"), ("driver.pyx", "ring_barrier")]
+    ("file", "name"),
+    [("_core/virtio/ring.pyx", "full_barrier"), ("guest/_load/driver.pyx", "ring_barrier")],
 )
 def test_the_barrier_is_a_full_one(file: str, name: str) -> None:
-    assert re.search(rf"#define {name}\(\) {FENCE}$", (CORE / file).read_text(), re.MULTILINE)
+    assert re.search(rf"#define {name}\(\) {FENCE}$", (SOURCES / file).read_text(), re.MULTILINE)

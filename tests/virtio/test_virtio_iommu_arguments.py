@@ -5,8 +5,8 @@ import pytest
 
 from guestio import AtomicBitmap, DirtyMode, GuestRegionCollection, IovaRange, Permissions
 from guestio.testing.targets import RecordingTarget
-from guestio.virtio.driver import RingLayout
 from guestio.virtio.iommu import FaultRecord, IommuQueues, VirtioIommu
+from guestio.virtio.layout import RingLayout
 from tests.arguments import flags, numbers, refused
 
 MEMORY = GuestRegionCollection.from_ranges([(0, 0x10000)])

@@ -10,8 +10,9 @@ import pytest
 
 from guestio import DeviceError, GuestRegionCollection, Permissions, QueueError
 from guestio.virtio.blk import S_IOERR, S_OK, T_IN, T_OUT, BlockDevice
-from guestio.virtio.driver import DriverQueue, RingLayout
+from guestio.virtio.driver import DriverQueue
 from guestio.virtio.iommu import EndpointQueue, VirtioIommu
+from guestio.virtio.layout import RingLayout
 from tests.arguments import refused
 from tests.virtio.iommu_driver import PAGE, R, W, attach, map_, send_all, unmap
 

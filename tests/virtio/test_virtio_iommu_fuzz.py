@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from guestio import GuestRegionCollection, QueueError
 from guestio.virtio import SplitRing
-from guestio.virtio.driver import RingLayout
 from guestio.virtio.iommu import IommuQueues, Status, VirtioIommu, wire
+from guestio.virtio.layout import RingLayout
 from tests.virtio.iommu_driver import MSI, attach, map_, send_all
 
 U32, U64 = 2**32 - 1, 2**64 - 1

@@ -7,8 +7,9 @@ from itertools import pairwise
 import pytest
 
 from guestio import CannotResolveError, GuestRegionCollection, QueueError
-from guestio.virtio.driver import DriverQueue, RingLayout
+from guestio.virtio.driver import DriverQueue
 from guestio.virtio.iommu import FaultRecord, IommuQueues, Status, VirtioIommu
+from guestio.virtio.layout import RingLayout
 from tests.virtio.iommu_driver import MSI, PAGE, attach, map_, probe, send_all, unmap
 
 RINGS = 0x10000

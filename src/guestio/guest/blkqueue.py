@@ -27,7 +27,8 @@ from guestio.vhost_user.channel import PeerGoneError
 from guestio.vhost_user.frontend import Frontend, FrontendQueue, NoAnswerError
 from guestio.virtio.blk import S_OK
 from guestio.virtio.device import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
-from guestio.virtio.driver import DriverQueue, RingLayout
+from guestio.virtio.driver import DriverQueue
+from guestio.virtio.layout import RingLayout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -41,7 +41,7 @@ from guestio.virtio.device import (
     VIRTIO_F_VERSION_1,
     Status,
 )
-from guestio.virtio.driver import RingLayout
+from guestio.virtio.layout import RingLayout
 
 if TYPE_CHECKING:
     import socket

@@ -17,7 +17,7 @@ from guestio.guest.disk import HIGH_MEMORY
 from guestio.guest.dma import PAGE, IommuMode, PageAllocator
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.virtio.blk import SECTOR
-from guestio.virtio.driver import RingLayout
+from guestio.virtio.layout import RingLayout
 
 Workload: TypeAlias = Literal["randread", "randwrite", "read", "write", "randrw"]
 """What to do, named as fio does; ``randrw`` is half of each."""

@@ -76,7 +76,7 @@ class ReplacingTarget(RecordingTarget):
     """A recording target that can exchange mappings."""
 
     def replace_dma(self, old: DmaMapRequest, new: DmaMapRequest) -> None:
-        """Exchange a mapping.
+        """RequestChannel a mapping.
 
         Raises:
             DmaError: The old one is not held (``ENOENT``).
@@ -138,7 +138,7 @@ class FailAfter(ReplacingTarget):
         super().unmap_dma(start, size)
 
     def replace_dma(self, old: DmaMapRequest, new: DmaMapRequest) -> None:
-        """Exchange a mapping, or fail."""
+        """RequestChannel a mapping, or fail."""
         self._count("replace", new.start, new.size)
         super().replace_dma(old, new)
 

@@ -30,11 +30,9 @@ from guestio.errors import DeviceError
 from guestio.memory.backing import close_fd
 from guestio.ratelog import LOG
 from guestio.vhost_user.channel import Channel
+from guestio.vhost_user.connection import Connection
 from guestio.vhost_user.foreign import close_socket, queued_fds
-from guestio.vhost_user.poller import Poller
-from guestio.vhost_user.service import Service, check_config
 from guestio.vhost_user.session import MAX_QUEUES
-from guestio.vhost_user.statistics import Statistics
 from guestio.virtio.device import (
     VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_EVENT_IDX,
@@ -42,6 +40,9 @@ from guestio.virtio.device import (
     VIRTIO_F_VERSION_1,
     Device,
 )
+from guestio.virtio.host import DeviceHost, check_config
+from guestio.virtio.loop import EventLoop
+from guestio.virtio.statistics import Statistics
 
 log = logging.getLogger("guestio.vhost_user")
 
@@ -136,23 +137,33 @@ class Backend:
         self._miss_timeout = check_seconds(
             miss_timeout, "miss_timeout", LONGEST_TIMEOUT, zero=False
         )
-        self._stop_timeout = check_seconds(stop_timeout, "stop_timeout", LONGEST_TIMEOUT)
+        check_seconds(stop_timeout, "stop_timeout", LONGEST_TIMEOUT)
         self._track_dirty = track_dirty
-        self._poll_us = poll_us
-        self._queue_threads = queue_threads
         self._stopping = threading.Event()
-        self._service: Service | None = None
+        self._connection: Connection | None = None
         self._waiting: deque[socket.socket] = deque()
         self._paused = False
         self._serving = False
         self._accepted_at = 0.0
-        self._poller = Poller()
-        try:
+        with contextlib.ExitStack() as undo:
+            self._loop = EventLoop()
+            undo.callback(self._loop.close)
+            self._host = DeviceHost(
+                device,
+                self._loop,
+                self.statistics,
+                stop_timeout=stop_timeout,
+                poll_us=poll_us,
+                queue_threads=queue_threads,
+                failed=self._thread_failed,
+            )
+            undo.callback(self._host.close)
+            self.statistics.device_holds = lambda: self._host.outstanding
             self._listener = _listen(self.path)
+            undo.callback(self._close_listener)
             self._inode = _inode(self.path)
-        except BaseException:
-            self._poller.close()
-            raise
+            device.attached(self._host)
+            undo.pop_all()
         LOG.watch(self._lines_hidden)
 
     def serve(self, connections: int | None = None) -> None:
@@ -167,36 +178,36 @@ class Backend:
         """
         self._serving = True
         try:
-            with self._poller.woken_by_signals():
+            with self._loop.woken_by_signals():
                 self._listen_again()
                 while not self._stopping.is_set() and connections != 0:
                     self._serve_one()
                     if connections is not None and not self._stopping.is_set():
                         connections -= 1
         finally:
-            self._poller.remove(self._listener.fileno())
-            self._poller.clear_timer(self)
-            self._poller.clear_timer((self, "silent"))
-            self._poller.clear_timer((self, "waiting"))
+            self._loop.remove_reader(self._listener.fileno())
+            self._loop.clear_timer(self)
+            self._loop.clear_timer((self, "silent"))
+            self._loop.clear_timer((self, "waiting"))
             try:
-                if self._service is not None:
-                    self._service.close()
+                if self._connection is not None:
+                    self._connection.close()
             finally:
                 self._serving = False
 
     def _serve_one(self) -> None:
         """Accept one front-end and serve it until it goes away."""
-        unclean = self._service is not None and self._service.unclean
-        self._service = None
+        unclean = self._connection is not None and self._connection.unclean
+        self._connection = None
         if unclean:
             # What refers to itself, as an error and its frames do, may keep guest memory mapped.
             gc.collect()
-        self._poller.clear_timer((self, "silent"))
+        self._loop.clear_timer((self, "silent"))
         while not self._stopping.is_set():
             try:
-                if self._waiting and self._service is None and not self._paused:
+                if self._waiting and self._connection is None and not self._paused:
                     self._begin(self._waiting.popleft())
-                self._poller.run_once()
+                self._loop.run_once()
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException:
@@ -207,15 +218,15 @@ class Backend:
                 return
 
     def _drop(self) -> None:
-        if self._service is None:
+        if self._connection is None:
             self._pause_accepting()
         else:
-            self._service.unclean = True
-            self._service.close()
+            self._connection.unclean = True
+            self._connection.close()
 
     def _is_done(self) -> bool:
         """Whether there was a front-end and it has gone."""
-        return self._service is not None and self._service.closed
+        return self._connection is not None and self._connection.closed
 
     def _accept(self) -> None:
         try:
@@ -230,7 +241,7 @@ class Backend:
         except BaseException:
             close_fd(fd)
             raise
-        if self._service is None and not self._waiting:
+        if self._connection is None and not self._waiting:
             self._begin(connected)
         else:
             self._have_wait(connected)
@@ -264,7 +275,7 @@ class Backend:
             self._drop_waiting(waiting)
         if self._waiting:
             when = time.monotonic() + WAITING_LOOK
-            self._poller.set_timer((self, "waiting"), when, self._look_at_waiting)
+            self._loop.set_timer((self, "waiting"), when, self._look_at_waiting)
 
     def _drop_waiting(self, waiting: socket.socket) -> None:
         """Let go of a front-end if it is gone, or has passed descriptors before it was answered."""
@@ -291,17 +302,13 @@ class Backend:
         self.statistics.connections += 1
         channel = Channel(connected)
         try:
-            self._service = Service(
+            self._connection = Connection(
                 channel,
-                self.device,
-                self._poller,
-                self.statistics,
+                self._host,
+                self._loop,
                 offered=self._offered,
                 miss_timeout=self._miss_timeout,
                 track_dirty=self._track_dirty,
-                stop_timeout=self._stop_timeout,
-                poll_us=self._poll_us,
-                queue_threads=self._queue_threads,
             )
         except BaseException:
             channel.close()
@@ -311,38 +318,49 @@ class Backend:
 
     def _limit_silence(self) -> None:
         """Have a front-end that has said nothing yet make way for another that waits."""
-        if self._waiting and self._service is not None:
-            self._poller.set_timer(
+        if self._waiting and self._connection is not None:
+            self._loop.set_timer(
                 (self, "silent"), self._accepted_at + FIRST_MESSAGE_TIMEOUT, self._make_way
             )
 
     def _make_way(self) -> None:
-        service = self._service
-        if not self._waiting or service is None or service.closed or service.heard:
+        connection = self._connection
+        if not self._waiting or connection is None or connection.closed or connection.heard:
             return
-        service.disconnect(
+        connection.disconnect(
             f"no message within {FIRST_MESSAGE_TIMEOUT} s, and another front-end waits"
         )
+
+    def _thread_failed(self, error: BaseException) -> None:
+        """A mistake in a queue's thread is dealt with like one in ours, once for a front-end."""
+        # An error that its own traceback refers to would stay, and what its frames refer to.
+        errors, connection = [error], self._connection
+
+        def fail() -> None:
+            if connection is not None and not connection.closed:
+                raise errors.pop()
+
+        self._loop.call_soon_threadsafe(fail)
 
     def _lines_hidden(self, seconds: float) -> None:
         """Have the number of hidden log lines logged when their interval is over."""
 
         def arm() -> None:
             when = time.monotonic() + seconds
-            self._poller.set_timer((self, "log"), when, LOG.flush)
+            self._loop.set_timer((self, "log"), when, LOG.flush)
 
-        self._poller.again(arm)
+        self._loop.call_soon_threadsafe(arm)
 
     def _pause_accepting(self) -> None:
         """Look away for a while from front-ends that go on waiting."""
         self._paused = True
-        self._poller.remove(self._listener.fileno())
-        self._poller.set_timer(self, time.monotonic() + ACCEPT_PAUSE, self._listen_again)
+        self._loop.remove_reader(self._listener.fileno())
+        self._loop.set_timer(self, time.monotonic() + ACCEPT_PAUSE, self._listen_again)
 
     def _listen_again(self) -> None:
         self._paused = False
         try:
-            self._poller.add(self._listener.fileno(), self._accept)
+            self._loop.add_reader(self._listener.fileno(), self._accept)
         except OSError as error:
             log.error("cannot wait for front-ends: %s", error.strerror)  # noqa: TRY400
             self._pause_accepting()
@@ -350,7 +368,7 @@ class Backend:
     def stop(self) -> None:
         """Make :meth:`serve` return after what it is doing. From any thread or signal handler."""
         self._stopping.set()
-        self._poller.wake()
+        self._loop.wake()
 
     def close(self) -> None:
         """Remove the socket and release everything. Calling it again does nothing.
@@ -363,18 +381,23 @@ class Backend:
                 f"the back-end of {self.path} cannot be closed while it serves: call stop(), and "
                 "close() once serve() has returned"
             )
-        if self._service is not None:
-            self._service.close()
-            self._service = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
         if self._listener.fileno() >= 0:
             LOG.unwatch(self._lines_hidden)
             LOG.flush()
-            # Who waits may have sent descriptors already.
-            for waiting in (*self._waiting, self._listener):
+            # A front-end that waits may have sent descriptors already.
+            for waiting in self._waiting:
                 close_socket(waiting)
             self._waiting.clear()
-            self._poller.close()
-            self.remove_socket()
+            self._host.close()
+            self._loop.close()
+            self._close_listener()
+
+    def _close_listener(self) -> None:
+        close_socket(self._listener)
+        self.remove_socket()
 
     def remove_socket(self) -> None:
         """Remove the socket, unless another one has taken its place. From any thread."""

@@ -116,6 +116,48 @@ def check_channel(fd: int) -> None:
         )
 
 
+class Eventfd:
+    """An eventfd that a front-end passed.
+
+    Args:
+        fd: The descriptor; it belongs to this object, also if that cannot be made.
+        what: What it is for, for messages.
+
+    Raises:
+        ProtocolError: It is no eventfd.
+    """
+
+    def __init__(self, fd: int, what: str) -> None:
+        self._fd = fd
+        try:
+            check_eventfd(fd, what)
+        except BaseException:
+            close_foreign([fd])
+            raise
+
+    @staticmethod
+    def to_notify(fd: int, what: str) -> Eventfd | PipeNotifier:
+        """An eventfd to notify; User-mode Linux passes a pipe or socket for that.
+
+        Raises:
+            ProtocolError: It is neither.
+        """
+        try:
+            piped = is_pipe(fd)
+        except BaseException:
+            close_foreign([fd])
+            raise
+        return PipeNotifier(fd) if piped else Eventfd(fd, what)
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close it. To be called once."""
+        close_fd(self._fd)
+
+
 class PipeNotifier:
     """Passes notifications on to what User-mode Linux wants instead of an eventfd.
 
@@ -173,6 +215,10 @@ class PipeNotifier:
         finally:
             close_fd(self.fd)
             self._alive.discard(self)
+
+    def fileno(self) -> int:
+        """The eventfd to notify."""
+        return self.fd
 
     def close(self) -> None:
         """Notify no more. Not waited for much: the pipe may be stuck."""

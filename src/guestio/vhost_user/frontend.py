@@ -24,7 +24,6 @@ from guestio.addr import check_int, check_seconds
 from guestio.dma import Journal
 from guestio.errors import GuestioError, InvalidAddressError, ProtocolError
 from guestio.memory import GuestRegionCollection, MmapRegion
-from guestio.vhost_user.exchange import Exchange, NoAnswerError, RefusedError
 from guestio.vhost_user.iotlb_service import IotlbService
 from guestio.vhost_user.messages import (
     MAX_PAYLOAD_SIZE,
@@ -46,9 +45,10 @@ from guestio.vhost_user.messages import (
     encode_message,
     request_name,
 )
+from guestio.vhost_user.request_channel import NoAnswerError, RefusedError, RequestChannel
 
 if TYPE_CHECKING:
-    from guestio.virtio.driver import RingLayout
+    from guestio.virtio.layout import RingLayout
 
 PROTOCOL_FEATURES: Final = (
     ProtocolFeature.MQ
@@ -170,7 +170,7 @@ class Frontend:
         pipeline: int = 1,
     ) -> None:
         limit = check_seconds(timeout, "timeout")
-        self._exchange = Exchange(
+        self._exchange = RequestChannel(
             _connect(target, check_seconds(connect_wait, "connect_wait")), limit
         )
         try:

@@ -27,11 +27,10 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 from guestio.addr import ADDRESS_SPACE, Permissions, check_address, check_int, check_range
-from guestio.budgets import FRONTEND_QUESTIONS_PER_TURN
+from guestio.budgets import FRONTEND_MISSES_PER_TURN
 from guestio.errors import GuestioError, ProtocolError
 from guestio.iommu import Iotlb
 from guestio.vhost_user.channel import Channel, Message, PeerGoneError
-from guestio.vhost_user.exchange import Exchange, Pending, RefusedError
 from guestio.vhost_user.messages import (
     BackendRequest,
     FrontendRequest,
@@ -40,6 +39,7 @@ from guestio.vhost_user.messages import (
     encode_ack,
     encode_iotlb,
 )
+from guestio.vhost_user.request_channel import Pending, RefusedError, RequestChannel
 
 if TYPE_CHECKING:
     from guestio.memory import GuestRegionCollection
@@ -116,14 +116,14 @@ class IotlbService:
         mappings: What is translated, to guest physical addresses. Change it with :meth:`map` and
             :meth:`unmap`.
         memory: Guest memory shared with the back-end; None before.
-        counts: Traffic so far.
+        counts: Counters so far.
         config_changes: How often the back-end announced a change of the configuration space.
         miss_hook: Decides about each miss, for tests; None answers all of them.
     """
 
     def __init__(
         self,
-        exchange: Exchange,
+        exchange: RequestChannel,
         *,
         answer: Literal["thread", "caller"],
         granularity: int | None,
@@ -268,7 +268,7 @@ class IotlbService:
         """Answer what the back-end has asked, without waiting for more.
 
         Returns:
-            How many requests there were. From `FRONTEND_QUESTIONS_PER_TURN` on there may be more;
+            How many requests there were. From `FRONTEND_MISSES_PER_TURN` on there may be more;
             then :meth:`fileno` is readable.
         """
         with self._serving:
@@ -278,7 +278,7 @@ class IotlbService:
 
     def _serve(self, channel: Channel) -> int:
         count = 0
-        while batch := self._take_requests(channel, count >= FRONTEND_QUESTIONS_PER_TURN):
+        while batch := self._take_requests(channel, count >= FRONTEND_MISSES_PER_TURN):
             count += len(batch)
             self._answer_requests(channel, batch)
         return count

@@ -43,7 +43,7 @@ class SharedMemory:
             GuestRegionCollection.from_regions(placed) if placed else GuestRegionCollection()
         )
 
-    def users(self) -> IntervalMap:
+    def user_addresses(self) -> IntervalMap:
         """Where each of the front-end's own addresses is in guest memory; a new map."""
         found = IntervalMap()
         for description, _ in self._regions:

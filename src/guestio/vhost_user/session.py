@@ -351,16 +351,25 @@ class Session:
             raise ProtocolError(f"ring {payload.index} is started: its size cannot change")
         if ring.address is not None:
             _check_address(ring.address, num)
-        self._handler.set_vring_num(payload.index, num)
-        ring.num = num
+        # Set before the handler is called, which may make the ring at once.
+        before, ring.num = ring.num, num
+        try:
+            self._handler.set_vring_num(payload.index, num)
+        except BaseException:
+            ring.num = before
+            raise
 
     def _set_vring_addr(self, payload: VringAddr, _: Message) -> None:
         ring = self._vring(payload.index)
         if payload.flags:
             raise ProtocolError(f"ring flags {payload.flags:#x}: logging was not negotiated")
         _check_address(payload, ring.num or 1)
-        self._handler.set_vring_addr(payload.index, payload)
-        ring.address = payload
+        before, ring.address = ring.address, payload
+        try:
+            self._handler.set_vring_addr(payload.index, payload)
+        except BaseException:
+            ring.address = before
+            raise
 
     def _set_vring_base(self, payload: VringState, _: Message) -> None:
         ring = self._vring(payload.index)

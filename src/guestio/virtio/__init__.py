@@ -1,11 +1,25 @@
-"""Devices and their queues.
+"""Devices and their queues, independent of any transport.
 
-``device`` says what a device is, ``driver`` is the other side of a queue, ``blk`` and ``iommu``
-are devices. Rings are walked by the compiled core.
+``device`` says what a device is, ``queue`` serves its queues, ``host`` is what a transport drives
+and a device uses, ``loop`` waits, ``translator`` requests translations, ``layout`` says where a
+ring is. ``driver`` is the other side of a queue; ``blk`` and ``iommu`` are devices. Rings are
+walked by the compiled core.
 """
 
 from guestio._core.virtio.chain import Chain
 from guestio._core.virtio.ring import SplitRing
 from guestio.virtio.device import Device, DeviceId, Status
+from guestio.virtio.host import DeviceHost
+from guestio.virtio.queue import DeviceQueue
+from guestio.virtio.statistics import Statistics
 
-__all__ = ["Chain", "Device", "DeviceId", "SplitRing", "Status"]
+__all__ = [
+    "Chain",
+    "Device",
+    "DeviceHost",
+    "DeviceId",
+    "DeviceQueue",
+    "SplitRing",
+    "Statistics",
+    "Status",
+]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import enum
-from abc import ABC, abstractmethod
+from abc import ABC
+from collections.abc import Collection
 from concurrent.futures import Future
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from guestio._core.virtio.chain import Chain, Server
 from guestio.errors import DeviceError
+
+if TYPE_CHECKING:
+    from guestio.virtio.host import DeviceHost
 
 VIRTIO_F_INDIRECT_DESC = 28
 """Feature bit: descriptors may refer to a table of descriptors (virtio 1.3, section 6)."""
@@ -44,13 +48,15 @@ class Status(enum.IntFlag):
 class Device(ABC):
     """A virtio device: it is given requests and fills in what the driver wants to know.
 
-    A subclass provides at least :meth:`process`. Whatever carries the queues (a vhost-user back
-    end, a test) calls the methods, one at a time for each queue; but requests for which
-    :meth:`process` returned a future are under way meanwhile.
+    A subclass provides at least :meth:`process`, unless all its queues are in
+    :attr:`device_queues`. The host that a transport drives calls the methods, one at a time for
+    each queue; requests for which :meth:`process` returned a future are under way meanwhile.
 
     Attributes:
         device_id: What kind of device it is.
         num_queues: How many virtqueues it has.
+        device_queues: Indices of those in which the device speaks first: their buffers stay in the
+            ring, untranslated, until the device takes them by ``host.queue(index)``.
         features: Feature bits of its own; those of the transport and the rings are added by
             whoever carries the queues.
         error_status: The value of a request's last device-writable byte that tells the driver that
@@ -61,11 +67,11 @@ class Device(ABC):
 
     device_id: ClassVar[int]
     num_queues: int = 1
+    device_queues: Collection[int] = ()
     features: int = 0
     error_status: int | None = None
     server: Server | None = None
 
-    @abstractmethod
     def process(self, queue: int, chain: Chain) -> int | Future[int]:
         """Serve one request, now or later.
 
@@ -99,6 +105,16 @@ class Device(ABC):
             GuestioError: The request cannot be served; :meth:`fail` is called for it. The same
                 with all else that is raised, and if the future ends with an exception or is
                 cancelled; but SystemExit and KeyboardInterrupt that are raised here end serving.
+        """
+        raise DeviceError(
+            f"{type(self).__name__} has no process method for the requests of queue {queue}"
+        )
+
+    def attached(self, host: DeviceHost) -> None:
+        """Take the host, to speak first with; called once by each server of the device.
+
+        The default does nothing. What the device starts with it (readers, timers) goes on from one
+        driver to the next; queues that do not run have no buffers.
         """
 
     def fail(self, queue: int, chain: Chain) -> int:

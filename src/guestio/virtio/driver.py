@@ -15,19 +15,16 @@ Source: virtio 1.3 sections 2.7 "Split Virtqueues" (layout 2.7.5 to 2.7.8, notif
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from guestio.addr import Ordering, Permissions, check_int, check_range
+from guestio.addr import Ordering, Permissions, check_int
 from guestio.errors import QueueError, again
+from guestio.virtio.layout import RingLayout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from guestio.memory import GuestMemory, IoVector
-
-MAX_QUEUE_SIZE: Final = 32768
-"""Most entries of a split virtqueue (section 2.7)."""
 
 DESC_F_NEXT: Final = 1
 DESC_F_WRITE: Final = 2
@@ -52,64 +49,6 @@ class Completion(NamedTuple):
 
     token: Any
     written: int
-
-
-@dataclass(frozen=True, slots=True)
-class RingLayout:
-    """Where the three parts of a split virtqueue are.
-
-    Attributes:
-        size: Entries, a power of two up to `MAX_QUEUE_SIZE`.
-        desc: Address of the descriptor table, a multiple of 16.
-        avail: Address of the available ring, a multiple of 2.
-        used: Address of the used ring, a multiple of 4.
-
-    Raises:
-        ValueError: Any of that does not hold, or a part would pass ``2**64``.
-    """
-
-    size: int
-    desc: int
-    avail: int
-    used: int
-
-    def __post_init__(self) -> None:
-        _check_size(self.size)
-        for name, alignment, length in (
-            ("desc", 16, self.desc_bytes(self.size)),
-            ("avail", 2, self.avail_bytes(self.size)),
-            ("used", 4, self.used_bytes(self.size)),
-        ):
-            start, _ = check_range(getattr(self, name), length, name=name)
-            if start % alignment:
-                raise ValueError(f"{name} {start:#x} is not a multiple of {alignment}")
-
-    @classmethod
-    def contiguous(cls, base: int, size: int) -> Self:
-        """A ring in one stretch of memory from ``base`` on, each part on 16 bytes."""
-        avail = base + cls.desc_bytes(size)
-        used = avail + _round_up(cls.avail_bytes(size))
-        return cls(size, base, avail, used)
-
-    @classmethod
-    def contiguous_bytes(cls, size: int) -> int:
-        """Bytes that a ring made by :meth:`contiguous` takes."""
-        return cls.desc_bytes(size) + _round_up(cls.avail_bytes(size)) + cls.used_bytes(size)
-
-    @staticmethod
-    def desc_bytes(size: int) -> int:
-        """Bytes of a descriptor table."""
-        return 16 * size
-
-    @staticmethod
-    def avail_bytes(size: int) -> int:
-        """Bytes of an available ring, ``used_event`` included."""
-        return 6 + 2 * size
-
-    @staticmethod
-    def used_bytes(size: int) -> int:
-        """Bytes of a used ring, ``avail_event`` included."""
-        return 6 + 8 * size
 
 
 class _Chain(NamedTuple):
@@ -383,14 +322,3 @@ class DriverQueue:
             self._used_event.store((self._collected - 1) & _WRAP, 2, Ordering.RELAXED)
         else:
             self._avail_flags.store(AVAIL_F_NO_INTERRUPT, 2, Ordering.RELAXED)
-
-
-def _check_size(size: int) -> None:
-    if not 0 < check_int(size, "size") <= MAX_QUEUE_SIZE or size & (size - 1):
-        raise ValueError(
-            f"a queue of {size} entries: must be a power of two up to {MAX_QUEUE_SIZE}"
-        )
-
-
-def _round_up(length: int) -> int:
-    return -(-length // 16) * 16

@@ -86,9 +86,9 @@ enum {
     /* Questions about translations: twice the limit, those still open and those that are only to be
        acknowledged; and messages of which one is to be, half of all, so that there is room again
        before the last of many is answered. */
-    QUESTION_BITS = GUESTIO_CAPACITY_OF(10, 3),
-    QUESTION_SLOTS = 1 << QUESTION_BITS,
-    QUESTION_BATCH = QUESTION_SLOTS / 4,
+    MISS_BITS = GUESTIO_CAPACITY_OF(10, 3),
+    MISS_SLOTS = 1 << MISS_BITS,
+    MISS_BATCH = MISS_SLOTS / 4,
 
     /* Bytes of a socket that are looked at in one go: more than a batch of requests causes. At
        least a message of 44 bytes; the odd rest of a tiny one cuts the next. */
@@ -125,6 +125,6 @@ _Static_assert(TREE_MERGE_UP_TO <= TREE_FANOUT && TREE_APPEND_UP_TO <= TREE_FANO
                && TREE_APPEND_UP_TO >= 1, "what is joined or appended fits");
 _Static_assert((TREE_FANOUT & (TREE_FANOUT - 1)) == 0, "a rank is masked");
 _Static_assert(!(SLAB_HUGE & (SLAB_HUGE - 1)) && SLAB_SMALL % 4096 == 0, "slabs are pages");
-_Static_assert(QUESTION_SLOTS <= 32768 && QUESTION_BATCH >= 1, "slots are numbered by int16_t");
+_Static_assert(MISS_SLOTS <= 32768 && MISS_BATCH >= 1, "slots are numbered by int16_t");
 _Static_assert(READ_AHEAD >= 44, "the longest plain message fits");
 #endif

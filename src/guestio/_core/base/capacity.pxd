@@ -23,9 +23,9 @@ cdef extern from "capacity.h" nogil:
         IOV_BATCH
         HARVEST_WORDS
         SPOTS_IN_CHUNK
-        QUESTION_BITS
-        QUESTION_SLOTS
-        QUESTION_BATCH
+        MISS_BITS
+        MISS_SLOTS
+        MISS_BATCH
         READ_AHEAD
         RING_LOOK_WORK
         RING_LOOKS

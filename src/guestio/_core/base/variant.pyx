@@ -21,7 +21,7 @@ CAPACITIES: dict[str, int] = {
     "EVICTION_STALE": capacity.EVICTION_STALE,
     "HOLD_GIL_UP_TO": capacity.HOLD_GIL_UP_TO,
     "IOV_BATCH": capacity.IOV_BATCH,
-    "QUESTION_SLOTS": capacity.QUESTION_SLOTS,
+    "MISS_SLOTS": capacity.MISS_SLOTS,
     "READ_AHEAD": capacity.READ_AHEAD,
     "RING_LOOK_WORK": capacity.RING_LOOK_WORK,
     "RING_PUBLISH_EACH": capacity.RING_PUBLISH_EACH,

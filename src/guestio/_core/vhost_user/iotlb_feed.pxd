@@ -3,23 +3,16 @@
 from guestio._core.base.checks cimport Span, u8, u64
 from guestio._core.base.capacity cimport READ_AHEAD
 from guestio._core.iommu.intervals cimport IntervalMap
-from guestio._core.vhost_user.miss_table cimport MissTable
 from guestio._core.vhost_user.iotlb_message cimport Message
-
-
-cdef class Traffic:
-    cdef public u64 requests
-    cdef public u64 failed_requests
-    cdef public u64 questions
-    cdef public u64 updates
-    cdef public u64 invalidations
+from guestio._core.vhost_user.miss_table cimport MissTable
+from guestio._core.virtio.counters cimport Counters
 
 
 cdef class IotlbUpdater:
     cdef IntervalMap iotlb
-    cdef public IntervalMap users
+    cdef public IntervalMap user_addresses
     cdef MissTable misses
-    cdef Traffic traffic
+    cdef Counters counters
     cdef bytes unsent
     cdef u8 buffer[READ_AHEAD]
 

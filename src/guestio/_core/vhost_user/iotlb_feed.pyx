@@ -5,40 +5,21 @@ most frequent ones. What is not plain stays in the socket, for the session, whic
 rules.
 """
 
+from libc.math cimport INFINITY
 from libc.string cimport memcpy, memset
 
-from guestio._core.base.checks cimport Span, u8, u64
+from guestio._core.base.checks cimport Span, as_moment, as_seconds, u8, u64
+from guestio._core.base.sockets cimport MSG_DONTWAIT, MSG_NOSIGNAL, c_send
 from guestio._core.iommu.intervals cimport IntervalMap
-from guestio._core.vhost_user.miss_table cimport MissTable
+from guestio._core.iommu.misses cimport Misses
 from guestio._core.iommu.tree cimport Cursor, Entry, floor_of
 from guestio._core.vhost_user.iotlb_message cimport (
-    ACK_BYTES, FROM_FRONTEND, HEADER_BYTES, INVALIDATE, MESSAGE_BYTES, MSG_DONTWAIT, MSG_NOSIGNAL,
-    REPLY, UPDATE, VERSION, VERSION_MASK, Header, Message, c_send, look, take,
+    ACK_BYTES, FROM_FRONTEND, HEADER_BYTES, INVALIDATE, MESSAGE_BYTES, REPLY, UPDATE, VERSION,
+    VERSION_MASK, Header, Message, look, take,
 )
-
-
-cdef class Traffic:
-    """What is counted where it happens, in the core.
-
-    Attributes:
-        requests: Requests taken from queues.
-        failed_requests: Those of them that could not be served.
-        questions: Questions asked, repeated ones included.
-        updates: UPDATE messages applied.
-        invalidations: INVALIDATE messages applied.
-    """
-
-    def count_requests(self, u64 count):
-        """Add requests; as every count here, one step whatever other threads do."""
-        self.requests += count
-
-    def count_failed(self):
-        """Add a request that could not be served."""
-        self.failed_requests += 1
-
-    def count_questions(self, questions):
-        """Add what ``MissTable.ask`` returned."""
-        self.questions += <u64>len(questions) // MESSAGE_BYTES
+from guestio._core.vhost_user.miss_table cimport MissTable
+from guestio._core.virtio.counters cimport Counters
+from guestio._core.virtio.loop cimport Feed
 
 
 cdef class IotlbUpdater:
@@ -46,16 +27,17 @@ cdef class IotlbUpdater:
 
     Args:
         iotlb: What is changed.
-        users: Where the front-end's own addresses are in guest memory.
-        misses: The questions that updates answer.
-        traffic: Where to count.
+        user_addresses: Where the front-end's own addresses are in guest memory.
+        misses: The pending misses that updates answer.
+        counters: Where to count.
     """
 
     def __init__(
-        self, IntervalMap iotlb not None, IntervalMap users not None, MissTable misses not None,
-        Traffic traffic not None,
+        self, IntervalMap iotlb not None, IntervalMap user_addresses not None,
+        MissTable misses not None, Counters counters not None,
     ):
-        self.iotlb, self.users, self.misses, self.traffic = iotlb, users, misses, traffic
+        self.iotlb, self.user_addresses = iotlb, user_addresses
+        self.misses, self.counters = misses, counters
         self.unsent = b""
 
     def receive(self, int fd):
@@ -148,7 +130,7 @@ cdef class IotlbUpdater:
         cdef Entry *entry
         if message.perm > 3 or rest > <u64>-1 - message.uaddr:
             return False
-        at = floor_of(&self.users.at.tree, message.uaddr)
+        at = floor_of(&self.user_addresses.at.tree, message.uaddr)
         if at.leaf is NULL:
             return False
         entry = &at.leaf.entry[at.index]
@@ -166,8 +148,101 @@ cdef class IotlbUpdater:
         if message.kind == INVALIDATE:
             self.iotlb.cut_span(span)
             self.iotlb.cuts += 1
-            self.traffic.invalidations += 1
+            self.counters.invalidations += 1
         else:
             self.iotlb.overwrite_span(span, target, message.perm)
-            self.traffic.updates += 1
+            self.counters.updates += 1
+        return True
+
+
+cdef class IotlbFeed(Feed):
+    """Plain IOTLB messages and misses of one front-end, for the event loop.
+
+    Args:
+        callback: As for :class:`~guestio._core.virtio.loop.Feed`.
+        patience: Seconds that a request may wait for translations in all.
+        updater: Applies what arrives on the main channel.
+        misses: The pending misses.
+        counters: Where misses are counted.
+
+    Attributes:
+        main: The main channel's socket, or -1 while it is not to be read here.
+        back: The back-end channel's socket, or -1 while it is not to be written here.
+        acknowledged: Whether the front-end acknowledges misses if asked to.
+        alarm: When the pending misses will be looked at (monotonic time).
+        look_after: Seconds within which a new miss wants to be looked at.
+
+    For the thread of the event loop.
+    """
+
+    cdef IotlbUpdater updater
+    cdef MissTable misses
+    cdef Counters counters
+    cdef bytes unrequested
+    cdef public int back
+    cdef public bint acknowledged
+    cdef double alarm_at
+    cdef double look_within
+
+    def __init__(
+        self, callback, patience, IotlbUpdater updater not None, MissTable misses not None,
+        Counters counters not None,
+    ):
+        self.updater, self.misses, self.counters = updater, misses, counters
+        self.unrequested = b""
+        self.back = -1
+        self.alarm_at = self.look_within = INFINITY
+
+    @property
+    def main(self):
+        return self.source
+
+    @main.setter
+    def main(self, int fd):
+        self.source = fd
+
+    @property
+    def alarm(self):
+        return self.alarm_at
+
+    @alarm.setter
+    def alarm(self, double value):
+        self.alarm_at = as_moment(value, "alarm")
+
+    @property
+    def look_after(self):
+        return self.look_within
+
+    @look_after.setter
+    def look_after(self, value):
+        self.look_within = as_seconds(value, "look_after", INFINITY)
+
+    def take_unsent(self):
+        """What could not be sent without waiting: acknowledgements for the main channel, and
+        misses for the back-end channel; once."""
+        unrequested, self.unrequested = self.unrequested, b""
+        self.pending = False
+        return self.updater.take_unsent(), unrequested
+
+    cdef bint receive(self, list woken) except -1:
+        cdef bint taken = self.updater.receive_plain(self.source, woken) != 0
+        if self.updater.unsent:
+            self.pending = True
+        return taken
+
+    cdef bint request(self, int waiter, Misses missing, double now) except -1:
+        cdef bytes messages
+        cdef Py_ssize_t sent
+        cdef const char *data
+        cdef size_t size
+        if self.back < 0 or self.unrequested or now + self.look_within < self.alarm_at:
+            return False
+        messages = self.misses.request(waiter, missing, now, acknowledged=self.acknowledged)
+        if messages:
+            data, size = messages, len(messages)
+            self.counters.misses += size // MESSAGE_BYTES
+            with nogil:
+                sent = max(c_send(self.back, data, size, MSG_DONTWAIT | MSG_NOSIGNAL), 0)
+            if <size_t>sent < size:
+                self.unrequested, self.pending = messages[sent:], True
         return True

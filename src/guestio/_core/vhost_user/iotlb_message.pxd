@@ -4,13 +4,7 @@ from libc.string cimport memcpy
 
 from guestio._core.base.checks cimport u8, u32, u64
 from guestio._core.base.capacity cimport READ_AHEAD
-
-cdef extern from "<sys/socket.h>" nogil:
-    Py_ssize_t c_recv "recv"(int, void *, size_t, int)
-    Py_ssize_t c_send "send"(int, const void *, size_t, int)
-    int MSG_DONTWAIT
-    int MSG_NOSIGNAL
-    int MSG_PEEK
+from guestio._core.base.sockets cimport MSG_DONTWAIT, MSG_NOSIGNAL, c_recv, c_send
 
 cdef extern from * nogil:
     """

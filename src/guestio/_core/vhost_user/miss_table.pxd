@@ -1,9 +1,9 @@
-"""C view of the questions in flight, for those who bring their answers."""
+"""C view of the misses in flight, for those who bring their answers."""
 
 from libc.stdint cimport int16_t, uint16_t
 
 from guestio._core.base.checks cimport u8, u64
-from guestio._core.base.capacity cimport QUESTION_BITS, QUESTION_SLOTS, READ_AHEAD
+from guestio._core.base.capacity cimport MISS_BITS, MISS_SLOTS, READ_AHEAD
 from guestio._core.memory.leases cimport pthread_mutex_t
 from guestio._core.iommu.misses cimport PAGE_BYTES, Misses
 
@@ -15,7 +15,7 @@ cdef enum:
 cdef struct Slot:
     u64 iova
     u64 waiting[WAITER_WORDS]
-    u64 number               # questions up to this one, in the order in which they were asked
+    u64 number               # misses up to this one, in the order in which they were asked
     double asked
     int16_t next             # of the same hash, or free
     int16_t batch            # messages that its acknowledgement speaks for, this one included
@@ -30,15 +30,15 @@ cdef struct Slot:
 cdef class MissTable:
     cdef pthread_mutex_t mutex
     cdef double time_limit
-    cdef Slot slots[QUESTION_SLOTS]
-    cdef int16_t heads[QUESTION_SLOTS]
+    cdef Slot slots[MISS_SLOTS]
+    cdef int16_t heads[MISS_SLOTS]
     cdef int16_t free_slot
-    cdef int16_t order[QUESTION_SLOTS]     # a circle of the questions whose acknowledgement is to come
+    cdef int16_t order[MISS_SLOTS]     # a circle of the misses whose acknowledgement is to come
     cdef uint16_t order_first
     cdef int order_count
     cdef int under_way            # messages that no acknowledgement has spoken for yet
     cdef int unmarked             # those of them that none will: since the last to be acknowledged
-    cdef u64 opened               # questions so far
+    cdef u64 opened               # misses so far
     cdef u64 reached              # the latest of them that is known to have been dealt with
     cdef u64 reached_before       # as it was when it was last looked for what is late
     cdef double looked            # when that was
@@ -63,12 +63,12 @@ cdef class MissTable:
     cdef void release(self, int16_t slot) noexcept
     cdef bint has_room(self, int fresh, double now) noexcept
     cdef void drop_stale(self, double now) noexcept
-    cdef bytes ask_all(self, int waiter, Misses wanted, double now, bint acknowledged, skip)
-    cdef int ask_range(
+    cdef bytes request_all(self, int waiter, Misses wanted, double now, bint acknowledged, skip)
+    cdef int request_range(
         self, int waiter, u64 first, u64 last, int access, double now, skip, int16_t *fresh,
         int *count,
     ) except -1
-    cdef int ask_page(
+    cdef int request_page(
         self, int waiter, u64 iova, int access, double now, skip, int16_t *fresh, int *count,
     ) except -1
     cdef bint starving(self) noexcept
@@ -82,19 +82,19 @@ cdef class MissTable:
     cdef int take_expired(self, double now, list late) except -1
     cdef double earliest(self) noexcept
     cdef int refuse(self, int16_t slot, list refused, list ready) except -1
-    cdef object question(self, int16_t slot)
+    cdef object miss(self, int16_t slot)
     cdef bytes messages(self, const int16_t *which, int count, bint acknowledged, bint repeated)
 
 
-cdef inline bint is_awaited(const Slot *question) noexcept nogil:
+cdef inline bint is_awaited(const Slot *miss) noexcept nogil:
     """Whether anybody needs the answer."""
     cdef int word
     for word in range(WAITER_WORDS):
-        if question.waiting[word]:
+        if miss.waiting[word]:
             return True
     return False
 
 
 cdef inline int hash_of(u64 iova) noexcept nogil:
-    """All questions about a page are in one chain, whatever their access."""
-    return <int>(((iova // PAGE_BYTES) * <u64>0x9E3779B97F4A7C15) >> (64 - QUESTION_BITS))
+    """All misses about a page are in one chain, whatever their access."""
+    return <int>(((iova // PAGE_BYTES) * <u64>0x9E3779B97F4A7C15) >> (64 - MISS_BITS))

@@ -1,17 +1,17 @@
-"""The questions about translations that are in flight, and who waits for the answers.
+"""The misses about translations that are in flight, and who waits for the answers.
 
 Behind an IOMMU a request of the driver costs a handful of them. They live in a table of fixed size,
 found by page and access in O(1), and no Python object is made for one unless it is refused.
 
 An acknowledgement costs both sides a system call and wakes us, and mostly it says nothing that the
-translation did not say before. So questions are asked without the flag NEED_REPLY (vhost-user
+translation did not say before. So misses are asked without the flag NEED_REPLY (vhost-user
 specification, section VHOST_USER_PROTOCOL_F_REPLY_ACK), and what has no answer after `REPEAT_AFTER`
-is asked once more, with it: that names what is refused, and costs nothing but a question if the
+is asked once more, with it: that names what is refused, and costs nothing but a miss if the
 translation was only late. A front-end deals with messages in their order (QEMU: backend_read in
 hw/virtio/vhost-user.c, which goes on only when its UPDATE was acknowledged). So as long as answers
-come, what was asked after the last answered question is not late, but waits for its turn.
+come, what was asked after the last answered miss is not late, but waits for its turn.
 
-Each QUESTION_BATCH-th question (256th) is acknowledged in any case, or else nobody would know that
+Each MISS_BATCH-th miss (256th) is acknowledged in any case, or else nobody would know that
 the front-end reads them at all, and that there is room for more in the socket.
 """
 
@@ -19,7 +19,7 @@ from libc.math cimport INFINITY
 from libc.string cimport memcpy, memset
 
 from guestio._core.base.checks cimport Span, as_address, as_moment, as_seconds, as_span
-from guestio._core.base.capacity cimport GUESTIO_ASSERT, QUESTION_BATCH, QUESTION_SLOTS
+from guestio._core.base.capacity cimport GUESTIO_ASSERT, MISS_BATCH, MISS_SLOTS
 from guestio._core.memory.leases cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
     pthread_mutex_unlock,
@@ -39,7 +39,7 @@ cdef extern from * nogil:
 PAGE = PAGE_BYTES
 """Front-ends answer a page at a time, so that is how they are asked."""
 
-MAX_OUTSTANDING = QUESTION_SLOTS // 2
+MAX_OUTSTANDING = MISS_SLOTS // 2
 """Questions in flight at a time.
 
 All of them, each asked twice, fit in a socket's buffer, so asking does not wait; unless nearly each
@@ -47,7 +47,7 @@ is sent alone, as the buffer holds fewer than 300 messages that are.
 """
 
 REPEAT_AFTER = 0.005
-"""Seconds without an answer after which a question is asked again.
+"""Seconds without an answer after which a miss is asked again.
 
 A front-end that is awake answers in 20 to 50 us; one that waits for a processor of a busy machine
 has it within a time slice, which is 3 to 4 ms in Linux. Only refusals take this long, and those are
@@ -62,7 +62,7 @@ cdef enum:
     READ_WRITE = 3
 
 
-cdef class Question:
+cdef class PendingMiss:
     """A page whose translation was refused, or not given in time.
 
     Attributes:
@@ -86,10 +86,10 @@ cdef class MissTable:
     order in which the messages were made, because acknowledgements come in that order.
 
     Args:
-        time_limit: Seconds after which an unanswered question counts as refused.
+        time_limit: Seconds after which an unanswered miss counts as refused.
 
     Attributes:
-        asked: Messages that asked so far; a question may take two.
+        asked: Messages that asked so far; a miss may take two.
         refused: Questions refused or not answered in time so far.
         timeouts: Those of them that were not answered in time.
     """
@@ -122,9 +122,9 @@ cdef class MissTable:
         cdef int i
         memset(self.slots, 0, sizeof(self.slots))
         memset(self.lacking, 0, sizeof(self.lacking))
-        for i in range(QUESTION_SLOTS):
+        for i in range(MISS_SLOTS):
             self.heads[i] = -1
-            self.slots[i].next = i + 1 if i + 1 < QUESTION_SLOTS else -1
+            self.slots[i].next = i + 1 if i + 1 < MISS_SLOTS else -1
         self.free_slot = 0
         self.order_first, self.order_count, self.open_count = 0, 0, 0
         self.under_way, self.unmarked = 0, 0
@@ -136,14 +136,14 @@ cdef class MissTable:
         return self.open_count
 
     cdef int16_t find(self, u64 iova, int access) noexcept:
-        """The open question about a page and access, or -1."""
+        """The open miss about a page and access, or -1."""
         cdef int16_t slot = self.heads[hash_of(iova)]
         while slot >= 0 and (self.slots[slot].iova != iova or self.slots[slot].access != access):
             slot = self.slots[slot].next
         return slot
 
     cdef void enter(self, int16_t slot) noexcept:
-        """Make an open question findable."""
+        """Make an open miss findable."""
         cdef int at = hash_of(self.slots[slot].iova)
         self.slots[slot].next = self.heads[at]
         self.heads[at] = slot
@@ -155,17 +155,17 @@ cdef class MissTable:
         link[0] = self.slots[slot].next
 
     cdef int16_t open_slot(self, u64 iova, int access, double now) noexcept:
-        """A new question; there must be room."""
+        """A new miss; there must be room."""
         cdef int16_t slot = self.free_slot
-        cdef Slot *question = &self.slots[slot]
-        GUESTIO_ASSERT(0 <= slot < QUESTION_SLOTS)
-        GUESTIO_ASSERT(not question.open and not question.expected)
-        self.free_slot = question.next
-        memset(question, 0, sizeof(Slot))
-        question.iova, question.access, question.asked = iova, <u8>access, now
-        question.open, question.fresh = True, True
+        cdef Slot *miss = &self.slots[slot]
+        GUESTIO_ASSERT(0 <= slot < MISS_SLOTS)
+        GUESTIO_ASSERT(not miss.open and not miss.expected)
+        self.free_slot = miss.next
+        memset(miss, 0, sizeof(Slot))
+        miss.iova, miss.access, miss.asked = iova, <u8>access, now
+        miss.open, miss.fresh = True, True
         self.opened += 1
-        question.number = self.opened
+        miss.number = self.opened
         self.enter(slot)
         self.open_count += 1
         return slot
@@ -173,14 +173,14 @@ cdef class MissTable:
     cdef void expect(self, int16_t slot) noexcept:
         """Await an acknowledgement; it speaks for all messages since the last one before it."""
         self.slots[slot].expected, self.slots[slot].batch = True, <int16_t>self.unmarked
-        GUESTIO_ASSERT(self.order_count < QUESTION_SLOTS)
-        self.order[(self.order_first + self.order_count) % QUESTION_SLOTS] = slot
+        GUESTIO_ASSERT(self.order_count < MISS_SLOTS)
+        self.order[(self.order_first + self.order_count) % MISS_SLOTS] = slot
         self.order_count += 1
         self.unmarked = 0
 
     cdef int16_t expected_next(self) noexcept:
         """Await the next acknowledgement no more; whose it was. There must be one."""
-        cdef int16_t slot = self.order[self.order_first % QUESTION_SLOTS]
+        cdef int16_t slot = self.order[self.order_first % MISS_SLOTS]
         GUESTIO_ASSERT(self.order_count > 0)
         self.order_first += 1
         self.order_count -= 1
@@ -195,11 +195,11 @@ cdef class MissTable:
             self.free_slot = slot
 
     cdef void drop_stale(self, double now) noexcept:
-        """Expect no acknowledgement any more of questions that were settled long ago."""
-        cdef Slot *question
+        """Expect no acknowledgement any more of misses that were settled long ago."""
+        cdef Slot *miss
         while self.order_count:
-            question = &self.slots[self.order[self.order_first % QUESTION_SLOTS]]
-            if question.open or now - question.asked < self.time_limit:
+            miss = &self.slots[self.order[self.order_first % MISS_SLOTS]]
+            if miss.open or now - miss.asked < self.time_limit:
                 break
             self.release(self.expected_next())
 
@@ -209,14 +209,14 @@ cdef class MissTable:
             self.drop_stale(now)
         return self.open_count < LIMIT and self.under_way + fresh < LIMIT
 
-    def ask(self, waiter, missing, double now, *, bint acknowledged, skip=()):
+    def request(self, waiter, missing, double now, *, bint acknowledged, skip=()):
         """Note that ``waiter`` needs ranges.
 
         Args:
             waiter: Who.
             missing: ``(IovaRange, access)`` each.
             now: The time.
-            acknowledged: Whether the front-end acknowledges questions, in order, if asked to.
+            acknowledged: Whether the front-end acknowledges misses, in order, if asked to.
             skip: Pages ``(iova, access)`` that are not to be asked for.
 
         Returns:
@@ -241,16 +241,16 @@ cdef class MissTable:
                 wanted.add(span.first, span.last, access, False)
         self.hold()
         try:
-            return self.ask_all(who, wanted, now, acknowledged, skip or None)
+            return self.request_all(who, wanted, now, acknowledged, skip or None)
         finally:
             self.let_go()
 
-    cdef bytes ask_all(self, int waiter, Misses wanted, double now, bint acknowledged, skip):
-        cdef int16_t fresh[QUESTION_SLOTS]
+    cdef bytes request_all(self, int waiter, Misses wanted, double now, bint acknowledged, skip):
+        cdef int16_t fresh[MISS_SLOTS]
         cdef int count = 0
         cdef size_t i
         for i in range(wanted.count):
-            if not self.ask_range(
+            if not self.request_range(
                 waiter, wanted.item[i].first, wanted.item[i].last, wanted.item[i].access, now,
                 skip, fresh, &count,
             ):
@@ -263,27 +263,27 @@ cdef class MissTable:
         cdef u8[::1] view = out
         cdef Header header = Header(FROM_BACKEND, VERSION, sizeof(Message))
         cdef Message message
-        cdef Slot *question
+        cdef Slot *miss
         cdef int i
         self.asked += count
         memset(&message, 0, sizeof(Message))
         message.kind, message.size = MISS, PAGE_BYTES
         for i in range(count):
-            question = &self.slots[which[i]]
-            question.fresh = False
+            miss = &self.slots[which[i]]
+            miss.fresh = False
             header.flags = VERSION
             if acknowledged:
                 self.under_way += 1
                 self.unmarked += 1
-                question.repeatable = not repeated and self.unmarked < QUESTION_BATCH
-                if not question.repeatable:
+                miss.repeatable = not repeated and self.unmarked < MISS_BATCH
+                if not miss.repeatable:
                     self.expect(which[i])
                     header.flags = VERSION | NEED_REPLY
-            message.iova, message.perm = question.iova, question.access
+            message.iova, message.perm = miss.iova, miss.access
             put_message(&view[i * MESSAGE_BYTES], &header, &message)
         return bytes(out)
 
-    cdef int ask_range(
+    cdef int request_range(
         self, int waiter, u64 first, u64 last, int access, double now, skip, int16_t *fresh,
         int *count,
     ) except -1:
@@ -291,17 +291,17 @@ cdef class MissTable:
         cdef u64 iova = first // PAGE_BYTES * PAGE_BYTES
         while True:
             if skip is None or (iova, access) not in skip:
-                if not self.ask_page(waiter, iova, access, now, skip, fresh, count):
+                if not self.request_page(waiter, iova, access, now, skip, fresh, count):
                     return False
             if last - iova < PAGE_BYTES:
                 return True
             iova += PAGE_BYTES
 
-    cdef int ask_page(
+    cdef int request_page(
         self, int waiter, u64 iova, int access, double now, skip, int16_t *fresh, int *count,
     ) except -1:
         cdef int16_t slot = self.find(iova, access)
-        cdef Slot *question
+        cdef Slot *miss
         if slot < 0 and (skip is None or (iova, READ_WRITE) not in skip):
             slot = self.find_wider(iova)
         if slot < 0:
@@ -311,14 +311,14 @@ cdef class MissTable:
             slot = self.open_slot(iova, access, now)
             fresh[count[0]] = slot
             count[0] += 1
-        question = &self.slots[slot]
-        if not question.waiting[waiter // 64] >> (waiter % 64) & 1:
-            question.waiting[waiter // 64] |= <u64>1 << (waiter % 64)
+        miss = &self.slots[slot]
+        if not miss.waiting[waiter // 64] >> (waiter % 64) & 1:
+            miss.waiting[waiter // 64] |= <u64>1 << (waiter % 64)
             self.lacking[waiter] += 1
         return True
 
     cdef int16_t find_wider(self, u64 iova) noexcept:
-        """A question for both accesses, made of one that is not sent yet if need be; or -1."""
+        """A miss for both accesses, made of one that is not sent yet if need be; or -1."""
         cdef int16_t slot = self.heads[hash_of(iova)], fresh = -1
         while slot >= 0:
             if self.slots[slot].iova == iova:
@@ -341,7 +341,7 @@ cdef class MissTable:
         Returns:
             The waiters that miss nothing any more.
 
-        Cost: O(1) for a page; O(questions) for more.
+        Cost: O(1) for a page; O(misses) for more.
         """
         cdef list ready = []
         cdef u64 first = as_address(iova, "iova")
@@ -369,7 +369,7 @@ cdef class MissTable:
                     self.answer_one(slot, perm, ready)
                 slot = following
         else:
-            for slot in range(QUESTION_SLOTS):
+            for slot in range(MISS_SLOTS):
                 page = self.slots[slot].iova
                 if self.slots[slot].open and (
                     page + (PAGE_BYTES - 1) >= first and page <= first + span
@@ -381,20 +381,20 @@ cdef class MissTable:
         if self.slots[slot].access & ~perm:
             self.slots[slot].forbidden = True
             return 0
-        # What answers a question shows that those before it had their turn.
+        # What answers a miss shows that those before it had their turn.
         self.reached = max(self.reached, self.slots[slot].number)
         return self.settle(slot, ready)
 
     cdef int settle(self, int16_t slot, list ready) except -1:
-        """Take a question off the table and note who misses nothing any more."""
-        cdef Slot *question = &self.slots[slot]
+        """Take a miss off the table and note who misses nothing any more."""
+        cdef Slot *miss = &self.slots[slot]
         cdef u64 left
         cdef int word, waiter
         self.unlink(slot)
-        question.open = False
+        miss.open = False
         self.open_count -= 1
         for word in range(WAITER_WORDS):
-            left = question.waiting[word]
+            left = miss.waiting[word]
             while left:
                 waiter = 64 * word + lowest_bit(left)
                 left &= left - 1
@@ -422,9 +422,9 @@ cdef class MissTable:
             memset(self.starved_waiters, 0, sizeof(self.starved_waiters))
         return 0
 
-    cdef object question(self, int16_t slot):
-        """A question as Python sees it; to be made before its slot is used again."""
-        cdef Question found = Question.__new__(Question)
+    cdef object miss(self, int16_t slot):
+        """A miss as Python sees it; to be made before its slot is used again."""
+        cdef PendingMiss found = PendingMiss.__new__(PendingMiss)
         found.iova, found.access = self.slots[slot].iova, self.slots[slot].access
         found.waiting = [
             waiter for waiter in range(WAITERS)
@@ -433,7 +433,7 @@ cdef class MissTable:
         return found
 
     def receive(self, int fd):
-        """Take the front-end's acknowledgements from a socket, oldest question first.
+        """Take the front-end's acknowledgements from a socket, oldest miss first.
 
         An acknowledgement should not be taken before the UPDATE messages that arrived earlier were
         applied, or else what they answer may count as refused.
@@ -444,7 +444,7 @@ cdef class MissTable:
 
         Returns:
             ``(all, refused, ready)``: whether there was something and all of it was whole
-            acknowledgements, the questions that were refused, and the waiters that miss nothing
+            acknowledgements, the misses that were refused, and the waiters that miss nothing
             any more. What follows stays in the socket.
 
         Cost: O(1) an acknowledgement.
@@ -501,7 +501,7 @@ cdef class MissTable:
     def repeat(self, double now):
         """Ask once more, to be acknowledged, what should have been answered by now.
 
-        Only of front-ends that acknowledge. A question waits for `REPEAT_AFTER`, and while others
+        Only of front-ends that acknowledge. A miss waits for `REPEAT_AFTER`, and while others
         are answered until one is that was asked after it.
 
         Args:
@@ -511,7 +511,7 @@ cdef class MissTable:
             ``(messages, ready)``: what to send, as bytes, and the waiters that could not ask for
             want of room and may try again.
 
-        Cost: O(questions).
+        Cost: O(misses).
         """
         as_moment(now, "now")
         cdef list ready = []
@@ -524,39 +524,39 @@ cdef class MissTable:
             self.let_go()
 
     cdef bytes repeat_late(self, double now, list ready):
-        cdef int16_t again[QUESTION_SLOTS]
+        cdef int16_t again[MISS_SLOTS]
         cdef int16_t slot
         cdef int count = 0, left = self.open_count
         cdef bint quiet = self.reached == self.reached_before
-        cdef Slot *question
+        cdef Slot *miss
         self.looked, self.reached_before = now, self.reached
-        for slot in range(QUESTION_SLOTS):
+        for slot in range(MISS_SLOTS):
             if not left:
                 break
-            question = &self.slots[slot]
-            if not question.open:
+            miss = &self.slots[slot]
+            if not miss.open:
                 continue
             left -= 1
-            if not question.repeatable or now < question.asked + LATE:
+            if not miss.repeatable or now < miss.asked + LATE:
                 continue
-            if quiet or question.number < self.reached:
+            if quiet or miss.number < self.reached:
                 again[count] = slot
                 count += 1
         self.relieve(ready)
         return self.messages(again, count, True, True)
 
     cdef int refuse(self, int16_t slot, list refused, list ready) except -1:
-        refused.append(self.question(slot))
+        refused.append(self.miss(slot))
         self.refused += 1
         return self.settle(slot, ready)
 
     def expired(self, double now):
-        """Give up the questions whose time is over; they are refused.
+        """Give up the misses whose time is over; they are refused.
 
         Returns:
-            Those questions, oldest first.
+            Those misses, oldest first.
 
-        Cost: O(questions).
+        Cost: O(misses).
         """
         as_moment(now, "now")
         cdef list late = []
@@ -565,20 +565,20 @@ cdef class MissTable:
             self.take_expired(now, late)
         finally:
             self.let_go()
-        return [question for _, _, question in sorted(late)]
+        return [miss for _, _, miss in sorted(late)]
 
     cdef int take_expired(self, double now, list late) except -1:
         cdef list unused = []
         cdef int16_t slot
         cdef int left = self.open_count
-        for slot in range(QUESTION_SLOTS):
+        for slot in range(MISS_SLOTS):
             if not left:
                 break
             if not self.slots[slot].open:
                 continue
             left -= 1
             if now - self.slots[slot].asked >= self.time_limit:
-                late.append((self.slots[slot].asked, len(late), self.question(slot)))
+                late.append((self.slots[slot].asked, len(late), self.miss(slot)))
                 self.settle(slot, unused)
         self.refused += len(late)
         self.timeouts += len(late)
@@ -599,7 +599,7 @@ cdef class MissTable:
     def deadline(self):
         """When to call :meth:`expired`, :meth:`repeat` and :meth:`starved`; None if never.
 
-        Cost: O(questions).
+        Cost: O(misses).
         """
         cdef double first
         self.hold()
@@ -608,11 +608,11 @@ cdef class MissTable:
         return None if first < 0 else first
 
     cdef double earliest(self) noexcept:
-        """When the next question is late; negative if none is."""
+        """When the next miss is late; negative if none is."""
         cdef int16_t slot
         cdef int left = self.open_count
         cdef double first = -1, due
-        for slot in range(QUESTION_SLOTS):
+        for slot in range(MISS_SLOTS):
             if not left:
                 break
             if self.slots[slot].open:
@@ -623,7 +623,7 @@ cdef class MissTable:
                 if first < 0 or due < first:
                     first = due
         if self.order_count and self.starving():
-            due = self.slots[self.order[self.order_first % QUESTION_SLOTS]].asked + self.time_limit
+            due = self.slots[self.order[self.order_first % MISS_SLOTS]].asked + self.time_limit
             if first < 0 or due < first:
                 first = due
         return first
@@ -631,14 +631,14 @@ cdef class MissTable:
     def kept_waiting(self, double now):
         """Those who wait for answers that are late.
 
-        Cost: O(questions).
+        Cost: O(misses).
         """
         as_moment(now, "now")
         cdef int16_t slot
         cdef int left = self.open_count, word, waiter
         cdef u64 waiting[WAITER_WORDS]
         memset(waiting, 0, sizeof(waiting))
-        for slot in range(QUESTION_SLOTS):
+        for slot in range(MISS_SLOTS):
             if not left:
                 break
             if self.slots[slot].open:
@@ -651,7 +651,7 @@ cdef class MissTable:
         ]
 
     def awaited(self, waiter):
-        """How many questions of a waiter are not settled."""
+        """How many misses of a waiter are not settled."""
         return self.lacking[waiter_of(waiter)]
 
     def is_open(self, iova, int access):
@@ -660,7 +660,7 @@ cdef class MissTable:
         return self.find(page, access) >= 0 or self.find(page, READ_WRITE) >= 0
 
     def reset(self):
-        """Forget all questions, because no answer to them can be told from others any more.
+        """Forget all misses, because no answer to them can be told from others any more.
 
         Returns:
             Everybody who waited and has to ask again.
@@ -678,7 +678,7 @@ cdef class MissTable:
     def forget(self, waiter):
         """End the waiting of one waiter; what only that one waited for is asked for anew next time.
 
-        An answer that comes later may say what was true when the question was asked.
+        An answer that comes later may say what was true when the miss was asked.
 
         Returns:
             Others that could not ask for want of room and may try again.
@@ -691,7 +691,7 @@ cdef class MissTable:
         try:
             self.starved_waiters[who // 64] &= others
             self.lacking[who] = 0
-            for slot in range(QUESTION_SLOTS):
+            for slot in range(MISS_SLOTS):
                 self.slots[slot].waiting[who // 64] &= others
                 if self.slots[slot].open and not is_awaited(&self.slots[slot]):
                     self.settle(slot, unused)

@@ -28,6 +28,24 @@ cdef enum:
     WRITE = 2
 
 
+cdef struct Sizes:
+    u64 desc
+    u64 avail
+    u64 used
+
+
+cdef inline Sizes sizes_of(u64 size, bint event_idx) noexcept:
+    """Bytes of the three areas (sections 2.7.5, 2.7.6 and 2.7.8)."""
+    cdef u64 event = 2 if event_idx else 0
+    return Sizes(16 * size, 4 + 2 * size + event, 4 + 8 * size + event)
+
+
+def area_bytes(u64 size, bint event_idx):
+    """Bytes of the descriptor table, the available ring and the used ring."""
+    cdef Sizes sizes = sizes_of(size, event_idx)
+    return sizes.desc, sizes.avail, sizes.used
+
+
 cdef class RingAreas:
     """The descriptor table, the available ring and the used ring.
 
@@ -84,7 +102,7 @@ cdef class RingAreas:
 
     cdef bint areas_ready(self, Misses misses) except -1:
         """Make sure that the three areas are translated; adds what is missing."""
-        cdef u64 tail = 2 if self.event_idx else 0
+        cdef Sizes sizes = sizes_of(self.size, self.event_idx)
         cdef bint found
         if self.broken is not None:
             raise QueueError(self.broken)
@@ -93,10 +111,10 @@ cdef class RingAreas:
         self.resolved = False
         if self.space.iotlb is not None:
             self.generation = self.space.iotlb.at.generation
-        found = self.area(self.desc, self.desc_addr, 16 * self.size, READ, misses)
-        found &= self.area(self.avail, self.avail_addr, 4 + 2 * self.size + tail, READ, misses)
+        found = self.area(self.desc, self.desc_addr, sizes.desc, READ, misses)
+        found &= self.area(self.avail, self.avail_addr, sizes.avail, READ, misses)
         found &= self.area(
-            self.used, self.used_addr, 4 + 8 * self.size + tail, READ | WRITE, misses
+            self.used, self.used_addr, sizes.used, READ | WRITE, misses
         )
         if not found:
             return False

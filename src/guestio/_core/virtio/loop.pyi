@@ -1,47 +1,51 @@
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Self, TypeAlias
 
 from typing_extensions import disjoint_base
 
 from guestio._core.iommu.misses import Misses
-from guestio._core.vhost_user.iotlb_feed import IotlbUpdater
-from guestio._core.vhost_user.miss_table import MissTable
 from guestio._core.virtio.chain import Chain, Server
+from guestio._core.virtio.counters import Counters
 from guestio._core.virtio.ring import SplitRing
 from guestio.errors import GuestioError
 
 _Outcome: TypeAlias = tuple[list[Chain], Misses, int, bool]
 
 @disjoint_base
-class Attended:
+class Feed:
+    @property
+    def callback(self) -> Callable[[], None]: ...
+    def __new__(
+        cls, callback: Callable[[], None], patience: float, *_: object, **__: object
+    ) -> Self: ...
+    def take_ready(self) -> list[int]: ...
+
+@disjoint_base
+class ActiveQueue:
     @property
     def waiter(self) -> int: ...
+    @property
+    def callback(self) -> Callable[[_Outcome | GuestioError | None], None]: ...
     def __init__(
-        self, ring: SplitRing, server: Server | None, kick: int, call: int, waiter: int
+        self,
+        ring: SplitRing,
+        server: Server | None,
+        kick: int,
+        call: int,
+        *,
+        feed: Feed | None,
+        waiter: int,
+        counters: Counters,
+        callback: Callable[[_Outcome | GuestioError | None], None],
     ) -> None: ...
 
 @disjoint_base
-class Intake:
-    main: int
-    back: int
-    acknowledged: bool
-    alarm: float
-    look_after: float
-    def __init__(
-        self,
-        updater: IotlbUpdater,
-        misses: MissTable,
-        patience: float,
-        *,
-        round_bytes: int = ...,
-    ) -> None: ...
-    def attend(self, queue: Attended) -> None: ...
-    def leave(self, waiter: int) -> Attended | None: ...
+class CoreLoop:
+    def __init__(self, *, round_bytes: int = ...) -> None: ...
+    def add_feed(self, feed: Feed) -> None: ...
+    def remove_feed(self, feed: Feed) -> None: ...
+    def add(self, queue: ActiveQueue) -> None: ...
+    def remove(self, queue: ActiveQueue) -> None: ...
     def wait(
         self, epfd: int, seconds: float
-    ) -> tuple[
-        list[int],
-        list[int],
-        bytes,
-        bytes,
-        list[tuple[int, _Outcome | GuestioError | None]],
-    ]: ...
+    ) -> tuple[list[int], list[Feed], list[tuple[ActiveQueue, _Outcome | GuestioError | None]]]: ...

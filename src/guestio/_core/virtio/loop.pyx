@@ -1,25 +1,26 @@
-"""A back-end's thread while there is nothing to decide: wait, serve, ask, acknowledge, wait.
+"""The event loop in C: it waits, serves queues, and handles plain translation messages.
 
-Most of what arrives is a kick whose requests can be served at once, or plain IOTLB traffic that
-wakes at most a queue that can go on. None of it needs Python, so the thread stays here. Whatever is
-out of the ordinary (a request that the device must see, a refusal, a broken ring, any other message)
-goes back to the caller as it is.
+Most of what arrives is a kick whose requests can be served at once, or an answer to a miss after
+which a queue can go on. None of that needs Python. Whatever is out of the ordinary (a request for
+the device's Python code, a refusal, a broken ring, any other message) is returned as it is.
+
+Translations arrive through a :class:`Feed`, which a transport provides; the loop knows none of
+their messages.
 """
 
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno
 from libc.math cimport INFINITY
 
-from guestio._core.base.checks cimport as_address, as_milliseconds, as_moment, as_seconds, u64
 from guestio._core.base.capacity cimport (
     LOOP_EVENTS, LOOP_QUEUE_TURNS, LOOP_REQUESTS, LOOP_TURNS,
 )
-from guestio._core.virtio.chain cimport Server
-from guestio._core.vhost_user.iotlb_feed cimport IotlbUpdater
+from guestio._core.base.checks cimport as_address, as_milliseconds, as_moment, as_seconds, u64
+from guestio._core.base.clock cimport now_seconds
 from guestio._core.iommu.misses cimport Misses
-from guestio._core.vhost_user.miss_table cimport MissTable
+from guestio._core.virtio.chain cimport Server
+from guestio._core.virtio.counters cimport Counters
 from guestio._core.virtio.ring cimport SplitRing
-from guestio._core.vhost_user.iotlb_message cimport MSG_DONTWAIT, MSG_NOSIGNAL, c_send
 
 from guestio.errors import GuestioError
 
@@ -31,135 +32,121 @@ cdef extern from "<sys/epoll.h>" nogil:
         epoll_data_t data
     int epoll_wait(int epfd, epoll_event *events, int most, int timeout)
 
-cdef extern from * nogil:
-    """
-    #include <time.h>
-    static double now_seconds(void)
-    {
-        struct timespec t;
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-    }
-    """
-    double now_seconds()
-
 cdef enum:
     WORK_BYTES = 64   # that take as long to move as a descriptor takes to be looked at
 
 
-cdef class Attended:
-    """A queue that is served here, as long as nothing is to be decided about it.
+cdef class Feed:
+    """How translations reach the queues of one device without entering Python. Abstract.
+
+    Args:
+        callback: Called by the event loop when the feed has something for Python.
+        patience: Seconds that a request may wait for translations in all.
+    """
+
+    def __cinit__(self, callback, patience, *_, **__):
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, not {type(callback).__name__}")
+        self.callback = callback
+        self.patience = as_seconds(patience, "patience", INFINITY)
+        self.source = -1
+        self.queues, self.ready = {}, []
+
+    cdef bint receive(self, list woken) except -1:
+        """Handle plain messages at the source; add the waiters that lack nothing any more.
+
+        False, and nothing is taken, if there is a message for Python.
+        """
+        return False
+
+    cdef bint request(self, int waiter, Misses missing, double now) except -1:
+        """Request what a queue lacks; False, and nothing is done, if Python must decide."""
+        return False
+
+    def take_ready(self):
+        """The waiters that lack nothing any more and are not active in the loop; once."""
+        ready, self.ready = self.ready, []
+        return ready
+
+
+cdef class ActiveQueue:
+    """A queue that the loop serves, as long as nothing is to be decided about it.
 
     Args:
         ring: Its ring.
         server: Serves its requests.
         kick: The eventfd that announces them, waited for by its edge.
         call: The eventfd to notify the driver with, or -1.
-        waiter: Its number among those who wait for translations.
+        feed: Requests translations for it; None if its addresses are physical.
+        waiter: Its number for the feed.
+        counters: Where its requests are counted.
+        callback: Called by the event loop with what its ring's ``turn`` returned or raised, or
+            with None if the queue is only very busy. The queue is not active any more then.
     """
 
-    cdef SplitRing ring
-    cdef Server server
-    cdef int kick
-    cdef int call
-    cdef readonly int waiter
-    # Since when the oldest request that lacks a translation does, and which one that is.
-    cdef double waits_since
-    cdef u64 waits_for
-
     def __init__(
-        self, SplitRing ring not None, Server server, int kick, int call, int waiter
+        self, SplitRing ring not None, Server server, int kick, int call, *, Feed feed, int waiter,
+        Counters counters not None, callback
     ):
         self.ring, self.server, self.kick, self.call = ring, server, kick, call
-        self.waiter = waiter
+        self.feed, self.waiter, self.counters = feed, waiter, counters
+        self.callback = callback
 
 
-cdef class Intake:
-    """Waits for a back-end's descriptors, and deals with what is ordinary on the way.
+cdef class CoreLoop:
+    """Waits for descriptors, and serves the active queues on the way.
 
     Args:
-        updater: Serves the main channel.
-        misses: The questions in flight.
-        patience: Seconds that a request may wait for translations in all.
         round_bytes: Bytes of requests that queues are served between two looks at the descriptors;
             those whose turn would come then are returned as very busy.
-
-    Attributes:
-        main: The main channel's socket, or -1 while that is not to be served here.
-        back: The back-end channel's socket, or -1 while that is not to be used here.
-        acknowledged: Whether the front-end acknowledges questions if asked to.
-        alarm: When the questions will be looked at (monotonic time).
-        look_after: Seconds within which a new question wants to be looked at.
 
     For one thread.
     """
 
-    cdef IotlbUpdater updater
-    cdef MissTable misses
-    cdef double patience
     cdef dict by_kick
-    cdef dict by_waiter
-    cdef bytes unasked
+    cdef list feeds
     cdef u64 moved        # bytes served in this round
     cdef u64 round_bytes
-    cdef public int main
-    cdef public int back
-    cdef public bint acknowledged
-    cdef double alarm_at
-    cdef double look_within
 
-    def __init__(
-        self, IotlbUpdater updater not None, MissTable misses not None, patience, *,
-        round_bytes=1 << 62
-    ):
+    def __init__(self, *, round_bytes=1 << 62):
         self.round_bytes = as_address(round_bytes, "round_bytes")
-        self.updater, self.misses = updater, misses
-        self.patience = as_seconds(patience, "patience", INFINITY)
-        self.by_kick, self.by_waiter, self.unasked = {}, {}, b""
-        self.main = self.back = -1
-        self.alarm_at = self.look_within = INFINITY
+        self.by_kick, self.feeds = {}, []
 
-    @property
-    def alarm(self):
-        return self.alarm_at
+    def add_feed(self, Feed feed not None):
+        """Handle a feed's messages from now on."""
+        if feed not in self.feeds:
+            self.feeds.append(feed)
 
-    @alarm.setter
-    def alarm(self, double value):
-        self.alarm_at = as_moment(value, "alarm")
+    def remove_feed(self, Feed feed not None):
+        """Handle a feed's messages no more; unknown ones are ignored."""
+        if feed in self.feeds:
+            self.feeds.remove(feed)
 
-    @property
-    def look_after(self):
-        return self.look_within
+    def add(self, ActiveQueue queue not None):
+        """Serve a queue from now on."""
+        self.by_kick[queue.kick] = queue
+        if queue.feed is not None:
+            queue.feed.queues[queue.waiter] = queue
 
-    @look_after.setter
-    def look_after(self, value):
-        self.look_within = as_seconds(value, "look_after", INFINITY)
-
-    def attend(self, Attended queue not None):
-        """Serve a queue here from now on."""
-        self.leave(queue.waiter)
-        self.by_waiter[queue.waiter] = self.by_kick[queue.kick] = queue
-
-    def leave(self, int waiter):
-        """Serve a queue no more; returns what it was attended by, if it was."""
-        cdef Attended queue = self.by_waiter.pop(waiter, None)
-        if queue is not None:
-            self.by_kick.pop(queue.kick, None)
-        return queue
+    def remove(self, ActiveQueue queue not None):
+        """Serve a queue no more; unknown ones are ignored."""
+        if self.by_kick.get(queue.kick) is queue:
+            del self.by_kick[queue.kick]
+        if queue.feed is not None and queue.feed.queues.get(queue.waiter) is queue:
+            del queue.feed.queues[queue.waiter]
 
     def wait(self, int epfd, double seconds):
         """Wait until something is to be done that is not done here.
 
         Args:
-            epfd: Waits for both sockets, as long as they are readable, and for all else.
+            epfd: Waits for the sources of the feeds and the kicks of the active queues, and for
+                all else.
             seconds: How long to wait at most; negative for any time.
 
         Returns:
-            ``(fds, ready, unsent, unasked, outcomes)``: descriptors with something else to do; the
-            waiters that miss nothing any more and are not attended; acknowledgements for the main
-            channel, and questions for the back-end channel, that could not be sent without waiting;
-            and ``(waiter, outcome)`` for each attended queue that needs a decision: what its
-            ring's ``turn`` returned or raised, or None if it is only very busy.
+            ``(fds, feeds, outcomes)``: descriptors with something else to do, each feed that has
+            something for Python, and ``(queue, outcome)`` for each queue that is not active any
+            more.
 
         Raises:
             OSError: ``epfd`` cannot be waited for.
@@ -167,7 +154,9 @@ cdef class Intake:
         cdef epoll_event events[LOOP_EVENTS]
         cdef int count, rounds, timeout = -1
         cdef double until = 0
-        cdef list fds = [], ready = [], outcomes = []
+        cdef list fds = [], outcomes = []
+        cdef Feed feed
+        cdef bint pending = False
         if as_moment(seconds, "seconds") >= 0:
             timeout = as_milliseconds(seconds)
             until = now_seconds() + seconds
@@ -182,31 +171,37 @@ cdef class Intake:
                 PyErr_CheckSignals()
                 break
             self.moved = 0
-            self.serve_main(events, count, fds, ready, outcomes)
+            for feed in self.feeds:
+                if feed.source >= 0:
+                    self.serve_feed(feed, events, count, fds, outcomes)
             self.serve_kicks(events, count, fds, outcomes)
-            if fds or ready or outcomes or self.updater.unsent or self.unasked or not count:
+            for feed in self.feeds:
+                pending |= feed.pending
+            if fds or outcomes or pending or not count:
                 break
             if timeout > 0:
                 timeout = as_milliseconds(until - now_seconds())
-        unasked, self.unasked = self.unasked, b""
-        return fds, ready, self.updater.take_unsent(), unasked, outcomes
+        return fds, [feed for feed in self.feeds if feed.pending] if pending else [], outcomes
 
-    cdef int serve_main(
-        self, const epoll_event *events, int count, list fds, list ready, list outcomes
+    cdef int serve_feed(
+        self, Feed feed, epoll_event *events, int count, list fds, list outcomes
     ) except -1:
-        """Serve the main channel, before all else, and the queues that can go on."""
+        """Serve a feed's source, before all else, and the queues that can go on."""
         cdef int i
         cdef list woken = []
         cdef object waiter
+        cdef ActiveQueue queue
         for i in range(count):
-            if events[i].data.fd == self.main and not self.updater.receive_plain(
-                self.main, woken
-            ):
-                fds.append(self.main)
+            if events[i].data.fd == feed.source:
+                if not feed.receive(woken):
+                    fds.append(events[i].data.fd)
+                events[i].data.fd = -1
+                break
         for waiter in woken:
-            queue = self.by_waiter.get(waiter)
+            queue = feed.queues.get(waiter)
             if queue is None:
-                ready.append(waiter)
+                feed.ready.append(waiter)
+                feed.pending = True
             else:
                 self.serve(queue, outcomes)
         return 0
@@ -215,9 +210,10 @@ cdef class Intake:
         self, const epoll_event *events, int count, list fds, list outcomes
     ) except -1:
         cdef int i, fd
+        cdef ActiveQueue queue
         for i in range(count):
             fd = events[i].data.fd
-            if fd == self.main:
+            if fd < 0:
                 continue
             queue = self.by_kick.get(fd)
             if queue is None:
@@ -226,8 +222,8 @@ cdef class Intake:
                 self.serve(queue, outcomes)
         return 0
 
-    cdef int serve(self, Attended queue, list outcomes) except -1:
-        """Serve a queue; what needs a decision is added to the outcomes, and it is left."""
+    cdef int serve(self, ActiveQueue queue, list outcomes) except -1:
+        """Serve a queue; if something is to be decided, it is not active any more."""
         cdef list chains = []
         cdef Misses misses
         cdef bint resting = False
@@ -244,37 +240,27 @@ cdef class Intake:
             except GuestioError as error:
                 outcome = error
                 break
-            if chains or (misses.count and not self.ask(queue, misses)):
+            if chains or (misses.count and not self.request(queue, misses)):
                 outcome = chains, misses, served, resting
                 break
-            self.updater.traffic.requests += served
+            queue.counters.requests += served
             self.moved += queue.ring.moved + queue.ring.work * WORK_BYTES
             if not misses.count:
                 queue.waits_since = 0
             if resting:
                 return 0
-        self.leave(queue.waiter)
-        outcomes.append((queue.waiter, outcome))
+        self.remove(queue)
+        outcomes.append((queue, outcome))
         return 0
 
-    cdef bint ask(self, Attended queue, Misses missing) except -1:
-        """Ask for what a queue lacks; False, and nothing is done, if there is more to it."""
-        cdef bytes questions
-        cdef double now = now_seconds()
-        cdef Py_ssize_t sent
-        cdef const char *data
-        cdef size_t size
-        if self.back < 0 or self.unasked or now + self.look_within < self.alarm_at:
+    cdef bint request(self, ActiveQueue queue, Misses missing) except -1:
+        """Request what a queue lacks; False, and nothing is done, if there is more to it."""
+        cdef double now
+        if queue.feed is None:
             return False
+        now = now_seconds()
         if not queue.waits_since or queue.waits_for != queue.ring.progress:
             queue.waits_since, queue.waits_for = now, queue.ring.progress
-        elif now - queue.waits_since >= self.patience:
+        elif now - queue.waits_since >= queue.feed.patience:
             return False
-        questions = self.misses.ask(queue.waiter, missing, now, acknowledged=self.acknowledged)
-        if questions:
-            self.updater.traffic.count_questions(questions)
-            data, size = questions, len(questions)
-            with nogil:
-                sent = max(c_send(self.back, data, size, MSG_DONTWAIT | MSG_NOSIGNAL), 0)
-            self.unasked = questions[sent:]
-        return True
+        return queue.feed.request(queue.waiter, missing, now)

@@ -13,6 +13,7 @@ from libc.stdlib cimport calloc, free
 from guestio._core.iommu.address_space cimport AddressSpace, IoVector
 from guestio._core.virtio.areas cimport RingAreas, current
 from guestio._core.base.checks cimport as_address, as_seconds, u8
+from guestio._core.base.clock cimport now_ns
 from guestio._core.base.capacity cimport RING_LOOK_WORK, RING_LOOKS, RING_PUBLISH_EACH
 from guestio._core.virtio.chain cimport (
     NOT_SERVED, Chain, Quota, Server, i64, is_in_use, is_moving, new_chain,
@@ -27,7 +28,6 @@ from guestio.errors import QueueError
 cdef extern from * nogil:
     """
     #define full_barrier() __atomic_thread_fence(__ATOMIC_SEQ_CST)
-    #include <time.h>
     #if defined(__x86_64__)
     #define relax() __builtin_ia32_pause()
     #else
@@ -40,15 +40,8 @@ cdef extern from * nogil:
         struct pollfd one = {.fd = fd, .events = POLLIN};
         return poll(&one, 1, 0) != 0;
     }
-    static uint64_t now_ns(void)
-    {
-        struct timespec t;
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-    }
     """
     void relax()
-    u64 now_ns()
     bint readable(int fd)
     void full_barrier()
 

@@ -18,8 +18,8 @@ from guestio.ratelog import LOG
 from guestio.virtio.device import Device
 
 if TYPE_CHECKING:
-    from guestio.virtio.driver import RingLayout
     from guestio.virtio.iommu.space import EndpointMemory
+    from guestio.virtio.layout import RingLayout
 
 _log = logging.getLogger(__name__)
 

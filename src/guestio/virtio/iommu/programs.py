@@ -203,7 +203,7 @@ class Program:
             self._count(space.counted)
 
     def move(self, space: Space, journal: Journal) -> None:
-        """Exchange all that it holds for the mappings of a space."""
+        """RequestChannel all that it holds for the mappings of a space."""
         wanted = self._requests_of(space)
         before = self.current
         self.place(space)
@@ -212,7 +212,7 @@ class Program:
         self.add(wanted, journal)
 
     def change_memory(self, physical: GuestRegionCollection, journal: Journal) -> None:
-        """Exchange what it holds for what the same mappings lead to in other memory.
+        """RequestChannel what it holds for what the same mappings lead to in other memory.
 
         What leads to the same place in both is not touched.
         """

@@ -26,7 +26,7 @@ from guestio.virtio.iommu.wire import LONGEST_REQUEST, FaultRecord, Status, tail
 
 if TYPE_CHECKING:
     from guestio.memory import GuestRegionCollection
-    from guestio.virtio.driver import RingLayout
+    from guestio.virtio.layout import RingLayout
 
 _log = logging.getLogger(__name__)
 

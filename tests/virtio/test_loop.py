@@ -1,4 +1,4 @@
-"""The poller: descriptors, timers and unfinished work of one thread, in bounded turns."""
+"""The loop: descriptors, timers and unfinished work of one thread, in bounded turns."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from guestio.vhost_user.poller import Poller, PollerThread
+from guestio.virtio.loop import EventLoop, LoopThread
 from tests.vhost_user.serving import WAIT, nothing_left, until
 
 
 @pytest.fixture
-def poller() -> Iterator[Poller]:
-    made = Poller()
+def loop() -> Iterator[EventLoop]:
+    made = EventLoop()
     yield made
     made.close()
 
@@ -28,69 +28,69 @@ def event() -> Iterator[int]:
     os.close(fd)
 
 
-def test_a_level_is_reported_as_long_as_it_lasts(poller: Poller, event: int) -> None:
+def test_a_level_is_reported_as_long_as_it_lasts(loop: EventLoop, event: int) -> None:
     calls: list[str] = []
-    poller.add(event, lambda: calls.append("level"))
+    loop.add_reader(event, lambda: calls.append("level"))
     os.eventfd_write(event, 1)
     for _ in range(3):
-        poller.run_once()
+        loop.run_once()
     assert calls == ["level"] * 3
     os.eventfd_read(event)
-    poller.again(lambda: calls.append("again"))
-    poller.run_once()
+    loop.call_soon_threadsafe(lambda: calls.append("again"))
+    loop.run_once()
     assert calls[3:] == ["again"]
 
 
-def test_an_edge_is_reported_once_for_every_write(poller: Poller, event: int) -> None:
+def test_an_edge_is_reported_once_for_every_write(loop: EventLoop, event: int) -> None:
     calls: list[str] = []
     os.eventfd_write(event, 1)
-    poller.add(event, lambda: calls.append("edge"), edge=True)
+    loop.add_reader(event, lambda: calls.append("edge"), edge=True)
     for count in (1, 2, 3):
-        poller.run_once()
+        loop.run_once()
         assert len(calls) == count
-        poller.again(lambda: None)
-        poller.run_once()
+        loop.call_soon_threadsafe(lambda: None)
+        loop.run_once()
         assert len(calls) == count, "nothing happened since"
         os.eventfd_write(event, 1)
 
 
-def test_timers_come_at_their_time(poller: Poller) -> None:
+def test_timers_come_at_their_time(loop: EventLoop) -> None:
     calls: list[str] = []
     start = time.monotonic()
-    poller.set_timer("b", start + 0.06, lambda: calls.append("b"))
-    poller.set_timer("a", start + 0.03, lambda: calls.append("a"))
-    poller.set_timer("never", start + 0.03, lambda: calls.append("never"))
-    poller.clear_timer("never")
-    poller.clear_timer("unknown")
+    loop.set_timer("b", start + 0.06, lambda: calls.append("b"))
+    loop.set_timer("a", start + 0.03, lambda: calls.append("a"))
+    loop.set_timer("never", start + 0.03, lambda: calls.append("never"))
+    loop.clear_timer("never")
+    loop.clear_timer("unknown")
     while len(calls) < 2:
-        poller.run_once()
+        loop.run_once()
     assert calls == ["a", "b"]
     assert time.monotonic() - start >= 0.06
 
 
-def test_a_timer_that_is_set_again_counts_from_then(poller: Poller) -> None:
+def test_a_timer_that_is_set_again_counts_from_then(loop: EventLoop) -> None:
     calls: list[float] = []
     start = time.monotonic()
-    poller.set_timer("t", start + 0.01, lambda: calls.append(0))
-    poller.set_timer("t", start + 0.05, lambda: calls.append(time.monotonic() - start))
+    loop.set_timer("t", start + 0.01, lambda: calls.append(0))
+    loop.set_timer("t", start + 0.05, lambda: calls.append(time.monotonic() - start))
     while not calls:
-        poller.run_once()
+        loop.run_once()
     assert calls[0] >= 0.05
 
 
-def test_a_timer_may_set_itself_and_clear_others(poller: Poller) -> None:
+def test_a_timer_may_set_itself_and_clear_others(loop: EventLoop) -> None:
     calls: list[str] = []
     now = time.monotonic()
 
     def first() -> None:
         calls.append("first")
-        poller.clear_timer("second")
-        poller.set_timer("first", time.monotonic() + 0.01, lambda: calls.append("later"))
+        loop.clear_timer("second")
+        loop.set_timer("first", time.monotonic() + 0.01, lambda: calls.append("later"))
 
-    poller.set_timer("first", now, first)
-    poller.set_timer("second", now, lambda: calls.append("second"))
+    loop.set_timer("first", now, first)
+    loop.set_timer("second", now, lambda: calls.append("second"))
     while len(calls) < 2:
-        poller.run_once()
+        loop.run_once()
     assert calls == ["first", "later"]
 
 
@@ -120,7 +120,7 @@ class Compared(float):
 
 @pytest.mark.parametrize("step", ["due", "next"])
 def test_timers_that_another_thread_clears_while_they_are_looked_through(
-    poller: Poller, step: str
+    loop: EventLoop, step: str
 ) -> None:
     """Whether they are due or which one is next: they are gone then, and that is all."""
     calls: list[str] = []
@@ -129,76 +129,76 @@ def test_timers_that_another_thread_clears_while_they_are_looked_through(
 
     def clear() -> None:
         calls.append("clear")
-        poller.clear_timer("last")
-        poller.clear_timer("compared")
+        loop.clear_timer("last")
+        loop.clear_timer("compared")
 
-    poller.set_timer("last", now + 60, lambda: calls.append("last"))
-    poller.set_timer("first", now, lambda: calls.append("first"))
-    poller.set_timer("compared", compared, lambda: calls.append("compared"))
+    loop.set_timer("last", now + 60, lambda: calls.append("last"))
+    loop.set_timer("first", now, lambda: calls.append("first"))
+    loop.set_timer("compared", compared, lambda: calls.append("compared"))
     compared.meanwhile = (step, clear)
-    poller.run_once()
+    loop.run_once()
     assert calls == ["first", "clear"]
 
 
-def test_work_that_makes_more_work_lets_others_have_their_turn(poller: Poller, event: int) -> None:
+def test_work_that_makes_more_work_lets_others_have_their_turn(loop: EventLoop, event: int) -> None:
     calls: list[str] = []
 
     def busy() -> None:
         calls.append("busy")
-        poller.again(busy)
+        loop.call_soon_threadsafe(busy)
 
-    poller.again(busy)
-    poller.add(event, lambda: calls.append("event"))
+    loop.call_soon_threadsafe(busy)
+    loop.add_reader(event, lambda: calls.append("event"))
     os.eventfd_write(event, 1)
     for _ in range(3):
-        poller.run_once()
+        loop.run_once()
     assert calls == ["event", "busy"] * 3
 
 
-def test_removing_a_descriptor_while_its_turn_is_due(poller: Poller) -> None:
+def test_removing_a_descriptor_while_its_turn_is_due(loop: EventLoop) -> None:
     fds = [os.eventfd(1), os.eventfd(1)]
     calls: list[int] = []
 
     def first_come(own: int, other: int) -> None:
         calls.append(own)
-        poller.remove(own)
-        poller.remove(other)
+        loop.remove_reader(own)
+        loop.remove_reader(other)
         os.close(other)
 
-    poller.add(fds[0], lambda: first_come(*fds))
-    poller.add(fds[1], lambda: first_come(*reversed(fds)))
-    poller.run_once()
+    loop.add_reader(fds[0], lambda: first_come(*fds))
+    loop.add_reader(fds[1], lambda: first_come(*reversed(fds)))
+    loop.run_once()
     assert len(calls) == 1
     os.close(calls[0])
-    poller.remove(12345)
+    loop.remove_reader(12345)
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/etc/hostname", "/"])
-def test_what_cannot_be_waited_for(poller: Poller, path: str) -> None:
+def test_what_cannot_be_waited_for(loop: EventLoop, path: str) -> None:
     fd = os.open(path, os.O_RDONLY)
     with pytest.raises(OSError, match="not permitted"):
-        poller.add(fd, lambda: None)
+        loop.add_reader(fd, lambda: None)
     os.close(fd)
-    poller.again(lambda: None)
-    poller.run_once()
+    loop.call_soon_threadsafe(lambda: None)
+    loop.run_once()
 
 
-def test_waking_from_another_thread(poller: Poller) -> None:
-    thread = threading.Timer(0.05, poller.wake)
+def test_waking_from_another_thread(loop: EventLoop) -> None:
+    thread = threading.Timer(0.05, loop.wake)
     thread.start()
-    poller.run_once()
+    loop.run_once()
     thread.join()
-    poller.wake()
-    poller.wake()
-    poller.run_once()
+    loop.wake()
+    loop.wake()
+    loop.run_once()
 
 
 def test_closing() -> None:
     with nothing_left():
-        poller = Poller()
-        poller.close()
-        poller.close()
-        poller.wake()
+        loop = EventLoop()
+        loop.close()
+        loop.close()
+        loop.wake()
 
 
 class Lingering:
@@ -221,12 +221,12 @@ class TestThread:
         return []
 
     @pytest.fixture
-    def thread(self, failures: list[Exception]) -> Iterator[PollerThread]:
-        made = PollerThread("test-poller", failures.append)
+    def thread(self, failures: list[Exception]) -> Iterator[LoopThread]:
+        made = LoopThread("test-loop", failures.append)
         yield made
         made.close()
 
-    def test_callbacks_run_in_it(self, thread: PollerThread, event: int) -> None:
+    def test_callbacks_run_in_it(self, thread: LoopThread, event: int) -> None:
         names: list[str] = []
         done = threading.Event()
 
@@ -235,33 +235,33 @@ class TestThread:
             if len(names) == 3:
                 done.set()
 
-        thread.poller.again(note)
+        thread.loop.call_soon_threadsafe(note)
         until(lambda: len(names) == 1)
-        thread.poller.add(event, note, edge=True)
+        thread.loop.add_reader(event, note, edge=True)
         os.eventfd_write(event, 1)
         until(lambda: len(names) == 2)
-        thread.poller.again(lambda: thread.poller.set_timer("t", time.monotonic(), note))
+        thread.loop.call_soon_threadsafe(lambda: thread.loop.set_timer("t", time.monotonic(), note))
         assert done.wait(WAIT)
-        assert names == ["test-poller"] * 3
+        assert names == ["test-loop"] * 3
 
     def test_an_edge_that_was_there_before_its_descriptor(
-        self, thread: PollerThread, monkeypatch: pytest.MonkeyPatch
+        self, thread: LoopThread, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It is found by the thread that waits while another one is still adding it."""
-        monkeypatch.setattr(thread.poller, "_epoll", Lingering(thread.poller._epoll))
-        thread.poller.wake()
+        monkeypatch.setattr(thread.loop, "_epoll", Lingering(thread.loop._epoll))
+        thread.loop.wake()
         seen, fd = threading.Event(), os.eventfd(1, os.EFD_NONBLOCK)
-        thread.poller.add(fd, seen.set, edge=True)
+        thread.loop.add_reader(fd, seen.set, edge=True)
         assert seen.wait(WAIT)
-        thread.poller.remove(fd)
+        thread.loop.remove_reader(fd)
         os.close(fd)
 
-    def test_work_of_many_threads(self, thread: PollerThread) -> None:
+    def test_work_of_many_threads(self, thread: LoopThread) -> None:
         done: list[int] = []
 
         def give(first: int) -> None:
             for i in range(200):
-                thread.poller.again(lambda i=i: done.append(first + i))
+                thread.loop.call_soon_threadsafe(lambda i=i: done.append(first + i))
 
         givers = [threading.Thread(target=give, args=(1000 * i,)) for i in range(4)]
         for giver in givers:
@@ -272,30 +272,28 @@ class TestThread:
         for i in range(4):
             assert [n for n in done if n // 1000 == i] == list(range(1000 * i, 1000 * i + 200))
 
-    def test_removed_from_outside(self, thread: PollerThread, event: int) -> None:
+    def test_removed_from_outside(self, thread: LoopThread, event: int) -> None:
         calls: list[int] = []
-        thread.poller.add(event, lambda: calls.append(1), edge=True)
+        thread.loop.add_reader(event, lambda: calls.append(1), edge=True)
         os.eventfd_write(event, 1)
         until(lambda: calls)
-        thread.poller.remove(event)
+        thread.loop.remove_reader(event)
         before = len(calls)
         os.eventfd_write(event, 1)
         passed = threading.Event()
-        thread.poller.again(passed.set)
+        thread.loop.call_soon_threadsafe(passed.set)
         assert passed.wait(WAIT)
         assert len(calls) == before
 
-    def test_what_raises_ends_nothing(
-        self, thread: PollerThread, failures: list[Exception]
-    ) -> None:
+    def test_what_raises_ends_nothing(self, thread: LoopThread, failures: list[Exception]) -> None:
         error = ValueError("wrong")
 
         def fail() -> None:
             raise error
 
         passed = threading.Event()
-        thread.poller.again(fail)
-        thread.poller.again(passed.set)
+        thread.loop.call_soon_threadsafe(fail)
+        thread.loop.call_soon_threadsafe(passed.set)
         assert passed.wait(WAIT)
         assert failures == [error]
 
@@ -308,8 +306,8 @@ class TestThread:
             left.set()
 
         with nothing_left():
-            thread = PollerThread("test-poller", lambda _: None)
-            thread.poller.again(work)
+            thread = LoopThread("test-loop", lambda _: None)
+            thread.loop.call_soon_threadsafe(work)
             assert entered.wait(WAIT)
             closing = threading.Thread(target=thread.close)
             closing.start()
@@ -319,4 +317,4 @@ class TestThread:
             closing.join(WAIT)
             assert left.is_set()
             thread.close()
-            thread.poller.again(work)
+            thread.loop.call_soon_threadsafe(work)

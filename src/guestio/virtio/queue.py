@@ -1,49 +1,46 @@
-"""A virtqueue as a back end serves it: its descriptors, its ring, its turns.
+"""A virtqueue as its device's side serves it, whatever transport set it up.
 
-A queue that lacks a translation is parked, asks for all that it lacks at once, and goes on when the
-answers are there. A request that takes time is answered with a `Future`; it is completed when that
-is done, and whoever stops the queue waits for it.
+A queue stalls while a translation is missing: it requests all that it lacks at once, and resumes
+when the translations are there. A request that takes time is answered with a `Future` and
+completed when that is done; a stop of the queue waits for it.
 
-Nothing is lost by a stop or a crash, because whoever goes on can always tell where: without a
-region that notes the requests in flight, requests are shown to the driver in the order of the ring,
-and the used index says it all; with one (INFLIGHT_SHMFD), they are shown as they complete.
+A stop or crash loses no request: the successor can reconstruct where to resume. Without notes of
+the requests in flight, requests are published in the order of the ring, and the used index says
+it all; with them (INFLIGHT_SHMFD) they are published as they complete.
 
-Threads: a queue is served in its poller's thread, with its lock held. Whoever changes it takes the
-lock too, so it may be set up and stopped from any thread.
+Threads: a queue is served in the thread of its event loop, with its lock held. Changes take the
+lock too, so a queue may be set up and stopped from any thread.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import operator
 import reprlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from guestio._core.base.syscalls import drain_eventfd, notify_eventfd
 from guestio._core.iommu.misses import Misses, touched
 from guestio._core.virtio.chain import Chain
-from guestio._core.virtio.loop import Attended, Intake
+from guestio._core.virtio.loop import ActiveQueue
 from guestio._core.virtio.ring import SplitRing
 from guestio.addr import shown
-from guestio.budgets import CANCEL_SECONDS, SLOW_ANSWER, SLOW_DEVICE, TURN_SECONDS
-from guestio.errors import GuestioError, ProtocolError, QueueError
-from guestio.memory.backing import close_fd
-from guestio.vhost_user.foreign import PipeNotifier, check_eventfd, close_foreign, is_pipe
-from guestio.vhost_user.messages import VringAddr
-from guestio.vhost_user.poller import Poller
-from guestio.vhost_user.statistics import Bursts, Statistics
-from guestio.vhost_user.translations import Outcome, Translations
-from guestio.virtio.device import Device
+from guestio.budgets import CANCEL_SECONDS, COPY_GRACE, SLOW_ANSWER, SLOW_DEVICE, TURN_SECONDS
+from guestio.errors import DeviceError, GuestioError, QueueError
+from guestio.virtio.loop import EventLoop
+from guestio.virtio.translator import Miss
 
-log = logging.getLogger("guestio.vhost_user")
+if TYPE_CHECKING:
+    from guestio.virtio.host import DeviceHost
+
+Outcome = tuple[list[Chain], Misses, int, bool]
+"""What a ring's ``turn`` returns."""
 
 TURN = 64
 """Requests that are served before somebody else has a turn."""
@@ -60,57 +57,34 @@ MAX_REFUSED = 4096
 PASS_PAUSE = 0.0002
 """Seconds between looks whether another thread has taken the lock of a queue."""
 
-COPY_GRACE = 0.25
-"""Seconds beyond its time limit that a stop waits for system calls that move a request's memory."""
-
-
 COPY_LOOK = 0.01
 """Seconds between looks at requests that were answered while a system call moves their memory."""
 
 
-class _Late(NamedTuple):
+class _InProgress(NamedTuple):
     """An answer that is to come, and since when the device has the request (monotonic time)."""
 
-    answer: Future[int]
+    answer: Future[int] | None
     since: float
 
 
-@dataclass(frozen=True)
-class QueueHost:
-    """What the queues of a back end share.
+class Doorbell(Protocol):
+    """An eventfd that a queue owns: one that announces requests, or one to notify the driver."""
 
-    Attributes:
-        device: Serves the requests.
-        error_status: That of the device's type.
-        statistics: Where to count.
-        bursts: Where to report what a guest may cause any number of times.
-        translations: Whom to ask for what is missing.
-        make_ring: Called with a queue that is set up; its ring, or None if it is not complete.
-        tracked: Whether requests in flight are noted, for whoever takes over after a crash.
-        broken: Called from any thread with a queue that its driver ruined, and why.
-        given_up: Called when a device did not answer requests in the time that a stop may take.
-        intake: Serves queues while nothing is to be decided; None if they have their own threads.
-        poll_seconds: How long to look out for a request before sleeping.
-    """
+    def fileno(self) -> int:
+        """The eventfd."""
+        ...
 
-    device: Device
-    error_status: int | None
-    statistics: Statistics
-    bursts: Bursts
-    translations: Translations
-    make_ring: Callable[[Virtqueue], SplitRing | None]
-    tracked: Callable[[], bool]
-    broken: Callable[[Virtqueue, GuestioError], None]
-    given_up: Callable[[], None]
-    intake: Intake | None
-    poll_seconds: float
+    def close(self) -> None:
+        """Close it."""
+        ...
 
 
-class QueueLock:
-    """Held while a queue is served or changed; the thread that changes it has its turn.
+class FairLock:
+    """Held while a queue is served or changed; a thread that changes the queue is let in.
 
-    A thread that serves a queue without a pause would take a plain lock again before one that waits
-    for it wakes up.
+    A thread that serves a queue without a pause would take a plain lock again before a waiting one
+    wakes up.
     """
 
     def __init__(self) -> None:
@@ -131,7 +105,7 @@ class QueueLock:
                 self._wanted -= 1
 
     def acquire_to_serve(self) -> None:
-        """Take the lock for a turn of the queue, after a thread that waits to change it."""
+        """Take the lock to serve the queue, after threads that wait to change it."""
         while self._wanted:
             time.sleep(PASS_PAUSE)
         self._lock.acquire()
@@ -147,70 +121,255 @@ class QueueLock:
         self.release()
 
 
-class Virtqueue:
-    """A virtqueue as the front-end set it up.
+class DeviceQueue:
+    """A virtqueue, from its set-up to its stop, and again.
+
+    Where its ring is and what its features are is known to the transport and the host; the queue
+    asks for it when it makes the ring.
+
+    A queue in `Device.device_queues` belongs to the device: nothing is taken from it but by
+    :meth:`take`. The device uses :meth:`take`, :meth:`complete`, :meth:`send` and
+    :meth:`on_available`; all else is for the host and the transport.
 
     Args:
         index: Its number.
-        host: What it shares with others.
-        poller: Whose thread serves it.
+        host: The device's host.
+        loop: Serves it.
 
     Attributes:
-        num: Entries of its ring, or 0.
-        address: Where its ring is.
         base: Where to begin in the ring.
     """
 
-    def __init__(self, index: int, host: QueueHost, poller: Poller) -> None:
+    def __init__(self, index: int, host: DeviceHost, loop: EventLoop) -> None:
         self.index = index
         self._host = host
-        self._poller = poller
-        self._lock = QueueLock()
+        self._loop = loop
+        self._owned = index in host.device.device_queues
+        self._lock = FairLock()
         self._scheduled = False
-        self._late: dict[Chain, _Late] = {}
-        self._late_change = threading.Condition()
-        self._settled: deque[Chain] = deque()
-        self._moving: list[Chain] = []
-        self._moving_since: float | None = None
+        self._in_progress: dict[Chain, _InProgress] = {}
+        self._change = threading.Condition()
+        self._finished: deque[Chain] = deque()
+        self._copying: list[Chain] = []
+        self._copying_since: float | None = None
         self._tell_after = SLOW_ANSWER
         self._watching = False
         self._told_of: tuple[float, float] = (0.0, 0.0)
-        self._pipes: dict[int, PipeNotifier] = {}
+        self._available: Callable[[], object] | None = None
         self._clear()
 
     def _clear(self) -> None:
-        self.num = 0
-        self.address: VringAddr | None = None
         self.base = 0
         self._enabled = False
         self._started = False
         self._polled = False
         self._stuck = False
         self._watch_until = 0.0
-        self._parked_at: float | None = None
-        self._parked_for = 0
-        self._kick: int | None = None
-        self._call: int | None = None
-        self._err: int | None = None
+        self._stalled_at: float | None = None
+        self._stalled_for = 0
+        self._kick: Doorbell | None = None
+        self._call: Doorbell | None = None
+        self._err: Doorbell | None = None
         self._ring: SplitRing | None = None
+        self._active: ActiveQueue | None = None
+        self._lacks = False
+
+    def __repr__(self) -> str:
+        kind = type(self._host.device).__name__
+        state = "stuck" if self._stuck else "running" if self._ring is not None else "stopped"
+        return f"<DeviceQueue {self.index} of {kind}: {state}, {self.outstanding} outstanding>"
 
     @property
     def live(self) -> bool:
-        """Whether the front-end may announce requests: it has set a kick, or asked for polling."""
+        """Whether the driver may announce requests: a kick is set, or polling was asked for."""
         return self._kick is not None or self._polled
 
     @property
     def outstanding(self) -> int:
         """Requests that the device holds, or whose memory it still uses."""
-        return len(self._late) + len(self._settled) + len(self._moving)
+        return len(self._in_progress) + len(self._finished) + len(self._copying)
 
     @property
-    def lock(self) -> QueueLock:
+    def lock(self) -> FairLock:
         """Held while the queue is served or changed."""
         return self._lock
 
+    def take(self) -> Chain | None:
+        """Take the next available buffer of a queue that belongs to the device.
+
+        Until it is completed the device holds it, and may use its memory. A buffer that is not
+        taken costs nothing: it is neither translated nor held against an invalidation or a stop.
+
+        Returns:
+            The buffer, or None: the queue does not run, the driver has made none available, or a
+            translation is missing. The callback of :meth:`on_available` is called when that
+            changes.
+
+        Raises:
+            DeviceError: The queue is not in `Device.device_queues`.
+
+        Threads: from any. Cost: O(descriptors), and a system call now and then.
+        """
+        self._check_owned("take")
+        with self._lock:
+            try:
+                ring = self._ready_ring()
+                return None if ring is None else self._take(ring)
+            except GuestioError as error:
+                self._break(error)
+                return None
+
+    def _check_owned(self, what: str) -> None:
+        if not self._owned:
+            raise DeviceError(
+                f"{type(self._host.device).__name__} calls {what} of queue {self.index}, which is "
+                "not in its device_queues"
+            )
+
+    def _ready_ring(self) -> SplitRing | None:
+        """The ring, made if need be; None if the queue is not to be served."""
+        if self._stuck or not (self._enabled and self._started):
+            return None
+        if self._ring is None:
+            self._ring = self._host.make_ring(self)
+        return self._ring
+
+    def _take(self, ring: SplitRing) -> Chain | None:
+        """Take a buffer; if there is none, the driver is asked to announce the next."""
+        while True:
+            chains, missing = ring.pop(1)
+            if chains and chains[0].fault is None:
+                break
+            if chains:
+                self._begin(ring, chains)  # which fails it
+            elif missing:
+                self._stall(ring, missing)
+                return None
+            elif not ring.enable_kicks():
+                self._end_stall()
+                return None
+        self._end_stall()
+        self._host.statistics.counters.count_requests(1)
+        chain = chains[0]
+        chain.hand_over()
+        self._in_progress[chain] = _InProgress(None, time.monotonic())
+        return chain
+
+    def complete(self, chain: Chain, written: int = 0) -> bool:
+        """Give a taken buffer back to the driver.
+
+        Args:
+            chain: The buffer, from :meth:`take`.
+            written: How many bytes were written from the start of ``chain.writable`` on.
+
+        Returns:
+            Whether the driver gets it. Otherwise the queue has stopped meanwhile, and the buffer
+            was given back unused, or the device completes it a second time; that is logged.
+
+        Raises:
+            DeviceError: ``written`` is no such number, or the queue is not in
+                `Device.device_queues`; the buffer is still held.
+
+        Threads: from any. Cost: one release store and, if the driver wants it, a notification.
+        """
+        self._check_owned("complete")
+        whose = f"{type(self._host.device).__name__} completes a buffer of queue {self.index} with"
+        try:
+            count = _plausible(written, chain, whose)
+        except _NonsenseError as error:
+            raise DeviceError(str(error)) from None
+        with self._lock:
+            with self._change:
+                held = self._in_progress.pop(chain, None)
+            if held is None or self._ring is None:
+                self._host.log.report(
+                    "queue %d: %s completes a buffer that it does not hold: it was completed "
+                    "before, or given back when the queue stopped",
+                    self.index,
+                    type(self._host.device).__name__,
+                )
+                return False
+            try:
+                if not self._complete(self._ring, chain, count):
+                    self._withhold(chain)
+                elif (notify := self._ring.publish()) is None:
+                    self.wake()
+                elif notify:
+                    signal(self._call)
+            except GuestioError as error:
+                self._break(error)
+            return True
+
+    def send(self, data: bytes) -> bool:
+        """Take a buffer, write data into it, and give it back.
+
+        Returns:
+            Whether the driver gets the data; False if :meth:`take` has no buffer.
+
+        Raises:
+            DeviceError: The data is longer than the driver's next buffer, which stays in the ring.
+
+        Threads and cost: as :meth:`take` and :meth:`complete`, and a copy.
+        """
+        with self._lock:
+            chain = self.take()
+            if chain is None:
+                return False
+            room = chain.writable.total
+            if len(data) > room:
+                assert self._ring is not None  # the buffer comes from it, and the lock is held
+                del self._in_progress[chain]
+                self._ring.put_back([chain])
+                raise DeviceError(
+                    f"{type(self._host.device).__name__} sends {len(data)} bytes on queue "
+                    f"{self.index}, whose next buffer has room for {room}"
+                )
+            try:
+                chain.writable.write(data)
+            except GuestioError as error:
+                self._host.log.report("queue %d: data is lost: %s", self.index, error)
+                self._host.statistics.counters.count_failed()
+                self.complete(chain, 0)
+                return False
+            return self.complete(chain, len(data))
+
+    def on_available(self, callback: Callable[[], object] | None) -> None:
+        """Have the loop call back when :meth:`take` may have a buffer.
+
+        It is called after the driver has made buffers available, the queue has started, or a
+        translation that :meth:`take` lacked has arrived. It is to call :meth:`take` until that
+        returns None: only then does the driver announce more. An exception that it raises is
+        logged.
+
+        Raises:
+            DeviceError: The queue is not in `Device.device_queues`.
+
+        Threads: from any; the callback is called in the thread of the queue's loop.
+        """
+        self._check_owned("on_available")
+        self._available = callback
+        self.wake()
+
+    def _announce(self) -> None:
+        callback = self._available
+        if callback is None:
+            return
+        try:
+            callback()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self._host.log.report(
+                "queue %d: the on_available callback of %s raised %s: %s",
+                self.index,
+                type(self._host.device).__name__,
+                type(error).__name__,
+                error,
+                trace=True,
+            )
+
     def announce_stop(self) -> None:
-        """Have the device finish what it holds, before anybody waits for it."""
+        """Have the device finish what it holds, before its requests are waited for."""
         if self._ring is None:
             return
         try:
@@ -218,19 +377,19 @@ class Virtqueue:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:
-            self._host.bursts.report(
+            self._host.log.report(
                 "queue %d: %s failed", self.index, self._method("stopping"), trace=True
             )
 
     def await_turn(self) -> None:
-        """Wait until the thread of the queue has a turn to give, and report a device that has not.
+        """Wait until no thread serves the queue, and report a device that keeps one from ending.
 
-        A stop of the queue waits for that turn, whatever the device does.
+        A stop of the queue waits for that, whatever the device does.
         """
         if self._lock.acquire(SLOW_DEVICE):
             self._lock.release()
         else:
-            self._host.bursts.report(
+            self._host.log.report(
                 "queue %d: %s has not returned for %d s; the queue cannot be stopped until it does",
                 self.index,
                 self._method("process"),
@@ -246,24 +405,12 @@ class Virtqueue:
         """
         with self._lock:
             self.stop(until)
-            self._set_fd("call", None)
-            self._set_fd("err", None)
+            self.set_call(None)
+            self.set_err(None)
             base = self.base
             self._clear()
             if keep_base:
                 self.base = base
-
-    def set_num(self, num: int) -> None:
-        """Set the number of entries."""
-        with self._lock:
-            self.num = num
-            self.wake()
-
-    def set_address(self, address: VringAddr, until: float) -> None:
-        """Set where the ring is; ``until`` as for :meth:`detach`."""
-        with self._lock:
-            self.detach(until)
-            self.address = address
 
     def set_base(self, base: int) -> None:
         """Set where to begin in the ring."""
@@ -273,21 +420,21 @@ class Virtqueue:
     def enable(self, enable: bool) -> None:
         """Serve the queue, or let it stand."""
         with self._lock:
-            self._leave()
+            self._deactivate()
             self._enabled = enable
             self.wake()
 
     def detach(self, until: float) -> None:
-        """Let go of a ring's memory; it is set up again, where it stopped, before its next use.
+        """Let go of the ring's memory; it is set up again, where it stopped, before its next use.
 
         Requests that take time are waited for, and fail if they are not done in time. Completions
-        that cannot be shown any more are taken back, and done again then.
+        that cannot be published any more are taken back, and done again then.
 
         Args:
             until: When to give up the requests that the device still holds (monotonic time).
         """
         with self._lock:
-            self._leave()
+            self._deactivate()
             self._drain(until)
             ring, self._ring, self._stuck = self._ring, None, False
             if ring is not None:
@@ -298,128 +445,139 @@ class Virtqueue:
                 self.base = ring.resume_at
             self.wake()
 
-    def stop(self, until: float) -> None:
-        """Stop serving, until the next kick fd; ``until`` as for :meth:`detach`."""
+    def stop(self, until: float) -> int:
+        """Stop serving, until the next kick; ``until`` as for :meth:`detach`.
+
+        Returns:
+            Where to begin in the ring when the queue is started again, by whichever device.
+        """
         with self._lock:
             self._started = False
             self.detach(until)
-            self._unpark()
-            self._host.translations.forget(self.index)
-            self._poller.clear_timer(self)
-            self._poller.clear_timer((self, "moving"))
-            self._poller.clear_timer((self, "slow"))
+            self._end_stall()
+            self._host.translator.forget(self.index)
+            self._loop.clear_timer(self)
+            self._loop.clear_timer((self, "copying"))
+            self._loop.clear_timer((self, "slow"))
             self._watching = False
-            self._set_fd("kick", None)
+            self._replace_kick(None)
             self._polled = False
+            return self.base
 
-    def set_kick(self, fd: int | None) -> None:
-        """Set the eventfd that announces requests; None has the ring looked at now and then."""
+    def set_kick(self, kick: Doorbell | None) -> None:
+        """Set what announces requests; None has the ring polled. The queue owns it.
+
+        Raises:
+            OSError: It cannot be waited for; it is closed.
+        """
         with self._lock:
-            self._leave()
-            self._set_fd("kick", fd)
-            self._polled = fd is None
+            self._deactivate()
+            self._replace_kick(kick)
+            self._polled = kick is None
             # What a back-end that is gone left in flight was announced to that one; see also
             # libvhost-user, `vu_check_queue_inflights`.
-            if fd is None or self._host.tracked():
+            if kick is None or self._host.tracked:
                 self._started = True
                 self.wake()
 
-    def set_call(self, fd: int | None) -> None:
-        """Set the eventfd to notify the driver with."""
+    def _replace_kick(self, kick: Doorbell | None) -> None:
+        """Replace the kick. It is noticed by its edge and never read."""
+        old, self._kick = self._kick, None
+        if old is not None:
+            self._loop.remove_reader(old.fileno())
+            drain_eventfd(old.fileno())
+            old.close()
+        if kick is not None:
+            try:
+                self._loop.add_reader(
+                    kick.fileno(), functools.partial(self._kicked, kick), edge=True
+                )
+            except BaseException:
+                kick.close()
+                raise
+        self._kick = kick
+
+    def set_call(self, call: Doorbell | None) -> None:
+        """Set what to notify the driver with. The queue owns it."""
         with self._lock:
-            self._leave()
-            self._set_fd("call", fd)
-            # A back-end that is gone may have shown requests and not come to say so; see also
+            self._deactivate()
+            old, self._call = self._call, call
+            if old is not None:
+                old.close()
+            # A back-end that is gone may have published requests and not come to say so; see also
             # libvhost-user, `vu_set_vring_call_exec`.
-            if self._host.tracked():
+            if self._host.tracked:
                 signal(self._call)
             self.wake()
 
-    def set_err(self, fd: int | None) -> None:
-        """Set the eventfd to report with that the queue is broken."""
+    def set_err(self, err: Doorbell | None) -> None:
+        """Set what to report with that the queue is broken. The queue owns it."""
         with self._lock:
-            self._set_fd("err", fd)
-
-    def _set_fd(self, name: str, fd: int | None) -> None:
-        """Replace one of the eventfds. A kick is noticed by its edge and never read."""
-        try:
-            attribute = f"_{name}"
-            old: int | None = getattr(self, attribute)
-            setattr(self, attribute, None)
+            old, self._err = self._err, err
             if old is not None:
-                self._poller.remove(old)
-                if name == "kick":
-                    drain_eventfd(old)
-                pipe = self._pipes.pop(old, None)
-                if pipe is None:
-                    close_fd(old)
-                else:
-                    pipe.close()
-            if fd is None:
-                return
-            piped = name == "call" and is_pipe(fd)
-        except BaseException:
-            if fd is not None:
-                close_foreign([fd])
-            raise
-        if piped:
-            pipe = PipeNotifier(fd)
-            fd = pipe.fd
-            self._pipes[fd] = pipe
-        else:
-            try:
-                check_eventfd(fd, f"{name} fd of queue {self.index}")
-                if name == "kick":
-                    self._poller.add(fd, functools.partial(self._kicked, fd), edge=True)
-            except OSError as error:
-                close_foreign([fd])
-                raise ProtocolError(
-                    f"the {name} fd of queue {self.index} is unusable: {error.strerror}"
-                ) from error
-            except BaseException:
-                close_foreign([fd])
-                raise
-        setattr(self, attribute, fd)
+                old.close()
 
     def wake(self) -> None:
         """Have the queue served, soon and by its own thread. From any thread."""
         if not self._scheduled:
             self._scheduled = True
             try:
-                self._poller.again(self._run)
+                self._loop.call_soon_threadsafe(self._run)
             except BaseException:
                 self._scheduled = False
                 raise
 
-    def _kicked(self, fd: int) -> None:
-        self._lock.acquire_to_serve()
-        try:
-            # The queue may have been stopped since the poller found the descriptor readable.
-            if fd == self._kick:
-                self._started = True
-                self._serve()
-        finally:
-            self._lock.release()
+    def _kicked(self, kick: Doorbell) -> None:
+        # The queue may have been stopped since the loop found the descriptor readable.
+        self._serve_once(kick)
 
     def _run(self) -> None:
         self._scheduled = False
+        self._serve_once(None)
+
+    def _serve_once(self, kick: Doorbell | None) -> None:
         self._lock.acquire_to_serve()
         try:
-            self._serve()
+            if kick is not None and kick is not self._kick:
+                return
+            self._started = self._started or kick is not None
+            available = self._serve()
         finally:
             self._lock.release()
+        if available:
+            self._announce()
 
-    def _serve(self) -> None:
-        """Serve the queue for one turn."""
-        if self._stuck or not (self._enabled and self._started):
-            return
+    def _serve(self) -> bool:
+        """Serve the queue for one turn; whether the device is to be told of buffers to take."""
         try:
-            if self._ring is None:
-                self._ring = self._host.make_ring(self)
-            if self._ring is not None and self._serve_ring(self._ring):
+            ring = self._ready_ring()
+            if ring is None:
+                return False
+            if self._owned:
+                return self._serve_owned(ring)
+            if self._serve_ring(ring):
                 self.wake()
         except GuestioError as error:
             self._break(error)
+        return False
+
+    def _serve_owned(self, ring: SplitRing) -> bool:
+        """Publish what is completed; whether there are buffers to take."""
+        if self._finished:
+            self._complete_finished(ring)
+        call = -1 if self._call is None else self._call.fileno()
+        _, missing, _, resting = ring.turn(None, 0, call, True)
+        if missing:
+            self._stall(ring, missing)
+            return False
+        if self._lacks:
+            self._lacks = False
+            if lacking := ring.lacking():
+                self._stall(ring, lacking)
+                return False
+        if self._polled:
+            self._loop.set_timer(self, time.monotonic() + POLL_INTERVAL, self._run)
+        return not resting
 
     def _break(self, error: GuestioError) -> None:
         self._stuck = True
@@ -433,11 +591,11 @@ class Virtqueue:
             Whether there is more to do.
         """
         host = self._host
-        call = -1 if self._call is None else self._call
+        call = -1 if self._call is None else self._call.fileno()
         until = time.monotonic() + TURN_SECONDS
         for _ in range(TURN):
-            if self._settled:
-                self._complete_settled(ring)
+            if self._finished:
+                self._complete_finished(ring)
             watching = host.poll_seconds and time.monotonic() < self._watch_until
             outcome = ring.turn(host.device.server, TURN, call, not watching)
             taken = self._conclude(ring, outcome)
@@ -449,7 +607,7 @@ class Virtqueue:
             if (
                 watching
                 and not taken
-                and (self._poller.busy or not ring.spin(SPIN, self._poller.fileno()))
+                and (self._loop.busy or not ring.spin(SPIN, self._loop.fileno()))
             ):
                 return True
         return True
@@ -468,37 +626,56 @@ class Virtqueue:
                 if chains:
                     self._begin(ring, chains)
             finally:
-                host.statistics.traffic.count_requests(served + len(chains))
+                host.statistics.counters.count_requests(served + len(chains))
             if len(chains) < given:
                 # Also if others wait for translations.
                 self.wake()
             if host.poll_seconds:
                 self._watch_until = time.monotonic() + host.poll_seconds
         if missing:
-            self._park(ring, missing)
+            self._stall(ring, missing)
             return None
-        self._unpark()
+        self._end_stall()
         if not resting:
             return served + len(chains)
         if self._polled:
-            self._poller.set_timer(self, time.monotonic() + POLL_INTERVAL, self._run)
-        elif host.intake is not None and not host.poll_seconds:
-            self._attend(host.intake, ring)
+            self._loop.set_timer(self, time.monotonic() + POLL_INTERVAL, self._run)
+        elif self._kick is not None and not host.poll_seconds:
+            self._activate(ring, self._kick)
         return None
 
-    def _attend(self, intake: Intake, ring: SplitRing) -> None:
-        """Have the queue served in the core until something is to be decided."""
-        if self._kick is not None:
-            call = -1 if self._call is None else self._call
-            intake.attend(Attended(ring, self._host.device.server, self._kick, call, self.index))
+    def _activate(self, ring: SplitRing, kick: Doorbell) -> None:
+        """Have the core's loop serve the queue until something is to be decided."""
+        if self._host.threaded:
+            # The loop requests translations without the lock that other threads request with.
+            return
+        host = self._host
+        self._active = ActiveQueue(
+            ring,
+            host.device.server,
+            kick.fileno(),
+            -1 if self._call is None else self._call.fileno(),
+            feed=host.translator.feed,
+            waiter=self.index,
+            counters=host.statistics.counters,
+            callback=self._go_on,
+        )
+        self._loop.core.add(self._active)
 
-    def _leave(self) -> None:
-        if self._host.intake is not None:
-            self._host.intake.leave(self.index)
+    def resume(self) -> None:
+        """Serve the queue in Python once more: what it lacked has come, or is refused."""
+        self._deactivate()
+        self.wake()
 
-    def go_on(self, outcome: Outcome | GuestioError | None) -> None:
-        """Take a queue over that was served in the core, with what is to be decided."""
+    def _deactivate(self) -> None:
+        active, self._active = self._active, None
+        if active is not None:
+            self._loop.core.remove(active)
+
+    def _go_on(self, outcome: Outcome | GuestioError | None) -> None:
+        """Take over from the core's loop, with what is to be decided."""
         with self._lock:
+            self._active = None
             ring = self._ring
             try:
                 if isinstance(outcome, GuestioError):
@@ -548,12 +725,12 @@ class Virtqueue:
         except BaseException:
             # Serving ends. What was not answered is not shown, and must not keep memory in use.
             for chain in chains:
-                if chain not in self._late:
+                if chain not in self._in_progress:
                     with contextlib.suppress(ValueError):
                         chain.settle(0)
             raise
         if (took := now - began) >= SLOW_DEVICE:
-            self._host.bursts.report(
+            self._host.log.report(
                 "queue %d: %s took %d s for %d requests, and nothing else was served meanwhile; "
                 "have it return a future of what takes long",
                 self.index,
@@ -573,8 +750,8 @@ class Virtqueue:
         try:
             return ring.complete(chain, written)
         except ValueError:
-            self._host.statistics.traffic.count_failed()
-            self._host.bursts.report(
+            self._host.statistics.counters.count_failed()
+            self._host.log.report(
                 "queue %d: %s called Chain.settle; return the number of bytes written instead",
                 self.index,
                 self._method("process"),
@@ -588,16 +765,16 @@ class Virtqueue:
     def _await(self, chain: Chain, answer: Future[int], since: float) -> None:
         """Have a request completed once its future is done."""
         chain.hand_over()
-        self._late[chain] = _Late(answer, since)
+        self._in_progress[chain] = _InProgress(answer, since)
         if not self._watching:
             self._watching = True
-            self._poller.set_timer((self, "slow"), since + SLOW_ANSWER, self._look_for_slow)
+            self._loop.set_timer((self, "slow"), since + SLOW_ANSWER, self._look_for_slow)
         try:
             answer.add_done_callback(functools.partial(self._finish, chain))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:
-            self._host.bursts.report(
+            self._host.log.report(
                 "queue %d: request failed: the future of %s takes no callback",
                 self.index,
                 self._method("process"),
@@ -607,8 +784,8 @@ class Virtqueue:
 
     def _look_for_slow(self) -> None:
         """Name a device that has not answered for long; again each time it took twice as long."""
-        with self._late_change:
-            oldest = next(iter(self._late.values()), None)
+        with self._change:
+            oldest = next((one for one in self._in_progress.values() if one.answer), None)
         if oldest is None:
             self._watching = False
             return
@@ -617,21 +794,21 @@ class Virtqueue:
         told_of, told_at = self._told_of
         if age >= SLOW_ANSWER and (since != told_of or age >= 2 * told_at):
             self._told_of = since, age
-            self._host.bursts.report(
+            self._host.log.report(
                 "queue %d: %s has not answered a request for %d s; it holds %d, and their driver "
                 "waits until it completes their futures",
                 self.index,
                 self._method("process"),
                 age,
-                len(self._late),
+                len(self._in_progress),
             )
         when = now + SLOW_ANSWER - age % SLOW_ANSWER
-        self._poller.set_timer((self, "slow"), when, self._look_for_slow)
+        self._loop.set_timer((self, "slow"), when, self._look_for_slow)
 
-    def _complete_settled(self, ring: SplitRing) -> None:
+    def _complete_finished(self, ring: SplitRing) -> None:
         """Complete requests that were answered, once no system call moves their memory."""
-        for _ in range(len(self._settled)):
-            chain = self._settled.popleft()
+        for _ in range(len(self._finished)):
+            chain = self._finished.popleft()
             if not ring.complete(chain):
                 self._withhold(chain)
 
@@ -639,36 +816,36 @@ class Virtqueue:
         """Complete a request later: its driver must not get memory back that is still written."""
         # The thread that took it may have to wait for it.
         chain.hand_over()
-        if not self._moving:
-            self._poller.set_timer(
-                (self, "moving"), time.monotonic() + COPY_LOOK, self._look_at_moving
+        if not self._copying:
+            self._loop.set_timer(
+                (self, "copying"), time.monotonic() + COPY_LOOK, self._look_at_copying
             )
-        self._moving.append(chain)
-        if self._moving_since is None:
-            self._moving_since, self._tell_after = time.monotonic(), SLOW_ANSWER
+        self._copying.append(chain)
+        if self._copying_since is None:
+            self._copying_since, self._tell_after = time.monotonic(), SLOW_ANSWER
 
-    def _look_at_moving(self) -> None:
+    def _look_at_copying(self) -> None:
         with self._lock:
-            self._settled.extend(self._moving)
-            self._moving.clear()
+            self._finished.extend(self._copying)
+            self._copying.clear()
             self._serve()
-            if not self._moving or self._moving_since is None:
-                self._moving_since = None
+            if not self._copying or self._copying_since is None:
+                self._copying_since = None
                 return
-            if (age := time.monotonic() - self._moving_since) >= self._tell_after:
+            if (age := time.monotonic() - self._copying_since) >= self._tell_after:
                 self._tell_after = 2 * age
-                self._host.bursts.report(
+                self._host.log.report(
                     "queue %d: %d requests that %s has answered wait for its system calls, which "
                     "still move their memory after %d s",
                     self.index,
-                    len(self._moving),
+                    len(self._copying),
                     self._method("process"),
                     age,
                 )
 
     def _process(self, chain: Chain) -> int | Future[int]:
         """What the device says to a request; where it failed, what it says to that."""
-        bursts, method = self._host.bursts, self._method("process")
+        bursts, method = self._host.log, self._method("process")
         try:
             if chain.fault is None:
                 answer = self._host.device.process(self.index, chain)
@@ -685,9 +862,9 @@ class Virtqueue:
     def _report_failure(self, error: BaseException, what: str) -> None:
         """Log why a request failed; with the traceback, if that is not an error of guestio's."""
         if isinstance(error, _NonsenseError):
-            self._host.bursts.report("queue %d: request failed: %s", self.index, error)
+            self._host.log.report("queue %d: request failed: %s", self.index, error)
             return
-        self._host.bursts.report(
+        self._host.log.report(
             "queue %d: request failed: %s %s: %s",
             self.index,
             what,
@@ -705,7 +882,7 @@ class Virtqueue:
                 the device wants to end.
         """
         device, method = self._host.device, self._method("fail")
-        self._host.statistics.traffic.count_failed()
+        self._host.statistics.counters.count_failed()
         written = None
         try:
             written = _plausible(device.fail(self.index, chain), chain, f"{method} returned")
@@ -740,17 +917,17 @@ class Virtqueue:
         The memory is given back here: a revocation of its translation may be waiting for it in the
         very thread that serves the queue. If the request was given up, its answer goes nowhere.
         """
-        if chain not in self._late:
+        if chain not in self._in_progress:
             return
         written = None
         try:
-            written = self._late_answer(chain, answer)
+            written = self._answer_of(chain, answer)
         finally:
             if written is None:
                 # A signal came in between: even so its driver must not see it succeed.
                 written = self._fail_as_type(chain)
-            with self._late_change:
-                if self._late.pop(chain, None) is not None:
+            with self._change:
+                if self._in_progress.pop(chain, None) is not None:
                     self._give_back(chain, written)
 
     def _give_back(self, chain: Chain, written: int) -> None:
@@ -758,18 +935,18 @@ class Virtqueue:
         # Whatever a device did to its request, nobody waits for it for ever.
         with contextlib.suppress(ValueError):
             chain.settle(written)
-        self._settled.append(chain)
+        self._finished.append(chain)
         self.wake()
-        self._late_change.notify_all()
+        self._change.notify_all()
 
-    def _late_answer(self, chain: Chain, answer: Future[int]) -> int:
+    def _answer_of(self, chain: Chain, answer: Future[int]) -> int:
         whose = f"the future of {self._method('process')} ended with"
         late = threading.current_thread() is not threading.main_thread()
         try:
             # One that only pretends to be done must not be waited for.
             return _plausible(answer.result(0), chain, whose)
         except CancelledError:
-            self._host.bursts.report(
+            self._host.log.report(
                 "queue %d: request failed: the future of %s was cancelled",
                 self.index,
                 self._method("process"),
@@ -790,15 +967,15 @@ class Virtqueue:
 
         For a revocation that has waited for them long enough. From any thread.
         """
-        with self._late_change:
-            held = [chain for chain in list(self._late) if _uses(chain, iova, iova + size)]
+        with self._change:
+            held = [chain for chain in list(self._in_progress) if _uses(chain, iova, iova + size)]
         self._disown(held, "their memory is taken away")
 
     def _disown(self, held: list[Chain], why: str) -> None:
         """Fail requests that the device still holds; what it says of them later goes nowhere."""
         if not held:
             return
-        self._host.bursts.report(
+        self._host.log.report(
             "queue %d: %d requests fail that %s has not answered in time: %s",
             self.index,
             len(held),
@@ -811,15 +988,15 @@ class Virtqueue:
 
     def _take_back(self, chain: Chain, *, cancel: bool = True) -> float:
         """Fail a request that the device still holds; the seconds that its future's cancel took."""
-        late = self._late.get(chain)
+        late = self._in_progress.get(chain)
         if late is None:
             return 0.0
         written = self._fail(chain)
-        with self._late_change:
-            if self._late.pop(chain, None) is None:
+        with self._change:
+            if self._in_progress.pop(chain, None) is None:
                 return 0.0
             self._give_back(chain, written)
-        if not cancel:
+        if not cancel or late.answer is None:
             return 0.0
         began = time.monotonic()
         # What has not begun need not begin any more.
@@ -828,7 +1005,7 @@ class Virtqueue:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:
-            self._host.bursts.report(
+            self._host.log.report(
                 "queue %d: the future of %s cannot be cancelled",
                 self.index,
                 self._method("process"),
@@ -842,19 +1019,19 @@ class Virtqueue:
         Those whose memory is still moved by a system call then are not shown to the driver: the
         next back-end begins with them.
         """
-        with self._late_change:
-            while self._late and (left := until - time.monotonic()) > 0:
-                self._late_change.wait(left)
-            held = list(self._late)
+        with self._change:
+            while self._in_progress and (left := until - time.monotonic()) > 0:
+                self._change.wait(left)
+            held = list(self._in_progress)
         if held:
             self._disown(held, "the queue stops")
             self._host.given_up()
-        self._settled.extend(self._moving)
-        self._moving.clear()
-        self._moving_since = None
+        self._finished.extend(self._copying)
+        self._copying.clear()
+        self._copying_since = None
         self._wait_for_copies(until + COPY_GRACE)
-        while self._settled:
-            chain = self._settled.popleft()
+        while self._finished:
+            chain = self._finished.popleft()
             if self._ring is not None:
                 self._ring.complete(chain)
 
@@ -863,11 +1040,13 @@ class Virtqueue:
 
         The memory is kept for a call that does not return; its kernel may still write to it.
         """
-        while (moving := sum(c.in_use() for c in list(self._settled))) and time.monotonic() < until:
+        while (
+            moving := sum(c.in_use() for c in list(self._finished))
+        ) and time.monotonic() < until:
             time.sleep(0.001)
         if moving:
             self._host.given_up()
-            self._host.bursts.report(
+            self._host.log.report(
                 "queue %d: %d requests are not given back to their driver: system calls of %s "
                 "still move their memory, and write to it until they return",
                 self.index,
@@ -875,18 +1054,23 @@ class Virtqueue:
                 self._method("process"),
             )
 
-    def _park(self, ring: SplitRing, missing: Misses) -> None:
-        """Ask for what the queue lacks; a request that lacks what was refused fails instead."""
-        self._leave()
+    def _stall(self, ring: SplitRing, missing: Iterable[Miss]) -> None:
+        """Request what the queue lacks; a request that lacks what was refused fails instead."""
+        if self._owned and not self._loop.is_current:
+            # Misses are requested in the loop's thread alone, in the order of their messages.
+            self._lacks = True
+            self.wake()
+            return
+        self._deactivate()
         now = time.monotonic()
-        if self._parked_at is None or self._parked_for != ring.progress:
-            self._parked_at, self._parked_for = now, ring.progress
-        if not self._give_up(ring, late=now - self._parked_at >= self._host.translations.patience):
-            self._host.translations.ask(self.index, missing)
+        if self._stalled_at is None or self._stalled_for != ring.progress:
+            self._stalled_at, self._stalled_for = now, ring.progress
+        if not self._give_up(ring, late=now - self._stalled_at >= self._host.translator.patience):
+            self._host.translator.request(self.index, missing)
 
-    def _unpark(self) -> None:
-        self._parked_at = None
-        self._host.translations.refused(self.index).clear()
+    def _end_stall(self) -> None:
+        self._stalled_at = None
+        self._host.translator.refused(self.index).clear()
 
     def _give_up(self, ring: SplitRing, *, late: bool) -> bool:
         """Deal with a refusal that concerns the ring itself or a request that waits.
@@ -898,32 +1082,32 @@ class Virtqueue:
         Returns:
             Whether there is nothing to ask for now.
         """
-        refused = self._host.translations.refused(self.index)
+        refused = self._host.translator.refused(self.index)
         if not refused and not late:
             return False
         if len(refused) > MAX_REFUSED:
             refused.clear()
         lacking = ring.missing()
         if lacking and (late or touched(lacking, refused)):
-            self._host.bursts.report("queue %d: its ring has no translation", self.index)
+            self._host.log.report("queue %d: its ring has no translation", self.index)
             refused.clear()
-            self._started, self._parked_at = False, None
+            self._started, self._stalled_at = False, None
             return True
         lacks = ring.lacking()
         if lacks is None:
             return False
         lost = touched(lacks, refused)
         # The end of a request is the place of a block request's status: that may still come.
-        hopeless = lost and not self._host.translations.under_way(*lacks[-1])
+        hopeless = lost and not self._host.translator.under_way(*lacks[-1])
         if lacks and not hopeless and not late:
             return False
         refused -= lost
         if late and not hopeless:
-            self._host.bursts.report(
+            self._host.log.report(
                 "queue %d: a request fails for want of time: its translations were not complete "
                 "after %g s",
                 self.index,
-                self._host.translations.patience,
+                self._host.translator.patience,
             )
         self._fail_lacking(ring)
         return True
@@ -932,9 +1116,12 @@ class Virtqueue:
         """Fail a request that waits for what will not come."""
         host = self._host
         chain = ring.pop_faulty()
-        if chain is not None:
-            host.statistics.traffic.count_requests(1)
-            host.translations.report_access_fails(chain.access_fails)
+        if chain is not None and chain.fault is None and self._owned:
+            # Its translation has come after all: the device takes it.
+            ring.put_back([chain])
+        elif chain is not None:
+            host.statistics.counters.count_requests(1)
+            host.translator.report_access_fails(chain.access_fails)
             self._begin(ring, [chain])
         self.wake()
 
@@ -978,7 +1165,7 @@ def _uses(chain: Chain, first: int, end: int) -> bool:
     )
 
 
-def signal(fd: int | None) -> None:
+def signal(bell: Doorbell | None) -> None:
     """Notify an eventfd, if there is one."""
-    if fd is not None:
-        notify_eventfd(fd)
+    if bell is not None:
+        notify_eventfd(bell.fileno())

@@ -1,4 +1,8 @@
-"""One thread's wait for descriptors, timers and its own unfinished work."""
+"""The event loop: descriptors, timers, callbacks, and the queues that the compiled core serves.
+
+One loop runs in one thread. Everything that a device, its queues and its transport do happens in
+the loop's callbacks, or in the core while the loop waits.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +16,36 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 
-from guestio.budgets import TURN_SECONDS
+from guestio._core.virtio.loop import CoreLoop
+from guestio.budgets import TURN_BYTES, TURN_SECONDS
 from guestio.memory.backing import close_fd
 
-Callback = Callable[[], None]
+Callback = Callable[[], object]
 
 
-class Poller:
+class Timer:
+    """A callback at a time, from :meth:`EventLoop.call_later`."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        self._loop = loop
+
+    def cancel(self) -> None:
+        """Do not call back. May be called again, and from any thread."""
+        self._loop.clear_timer(self)
+
+
+class EventLoop:
     """Calls back when a descriptor is readable, a time has come, or there is more to do.
 
-    Other threads may call :meth:`add`, :meth:`remove`, :meth:`again`, :meth:`clear_timer` and
-    :meth:`wake`, signal handlers only the last.
+    Other threads may call everything but :meth:`run_once` and :meth:`close`; signal handlers only
+    :meth:`wake`. Callbacks are called in the thread that runs the loop, with no lock held.
 
     Attributes:
-        waiter: Called with the epoll fd and the seconds to wait at most (negative for any time),
-            in the place of a plain wait; returns the readable descriptors that are left to do.
+        core: Serves queues while the loop waits. For the loop's own thread.
     """
 
-    waiter: Callable[[int, float], list[int]] | None
-
     def __init__(self) -> None:
-        self.waiter = None
+        self.core = CoreLoop(round_bytes=TURN_BYTES)
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
         self._edges: set[int] = set()
@@ -43,14 +56,14 @@ class Poller:
         self._wake = -1
         try:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self.add(self._wake, self._woken)
+            self.add_reader(self._wake, self._woken)
         except BaseException:
             self._epoll.close()
             if self._wake >= 0:
                 close_fd(self._wake)
             raise
 
-    def add(self, fd: int, callback: Callback, *, edge: bool = False) -> None:
+    def add_reader(self, fd: int, callback: Callback, *, edge: bool = False) -> None:
         """Call back whenever ``fd`` is readable, or with ``edge`` whenever it becomes so again.
 
         Raises:
@@ -65,7 +78,7 @@ class Poller:
             del self._callbacks[fd]
             raise
 
-    def remove(self, fd: int) -> None:
+    def remove_reader(self, fd: int) -> None:
         """Stop waiting for ``fd``, before it is closed. Unknown ones are ignored."""
         if self._callbacks.pop(fd, None) is not None:
             # What is not called back for any more does no harm until it is closed.
@@ -74,15 +87,28 @@ class Poller:
             except OSError:
                 pass
 
-    def again(self, callback: Callback) -> None:
-        """Call back once, after what is ready now has had its turn."""
+    def call_soon_threadsafe(self, callback: Callback) -> None:
+        """Call back once, after what is ready now has been handled."""
         self._soon.append(callback)
         if threading.get_ident() != self._thread:
             self.wake()
 
+    def call_later(self, seconds: float, callback: Callback) -> Timer:
+        """Call back once, in ``seconds``."""
+        timer = Timer(self)
+        self.set_timer(timer, time.monotonic() + seconds, callback)
+        if threading.get_ident() != self._thread:
+            self.wake()
+        return timer
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the calling thread is the one that ran the loop last."""
+        return threading.get_ident() == self._thread
+
     @property
     def busy(self) -> bool:
-        """Whether somebody waits for a turn."""
+        """Whether callbacks wait."""
         return bool(self._soon)
 
     def set_timer(self, key: Hashable, when: float, callback: Callback) -> None:
@@ -127,10 +153,10 @@ class Poller:
         try:
             if before != -1:
                 signal.set_wakeup_fd(before)
-            self.add(reading, lambda: _empty(reading))
+            self.add_reader(reading, lambda: _empty(reading))
             yield
         finally:
-            self.remove(reading)
+            self.remove_reader(reading)
             if before == -1:
                 signal.set_wakeup_fd(-1)
             close_fd(reading)
@@ -139,16 +165,17 @@ class Poller:
     def run_once(self) -> None:
         """Wait until something is due and call back for all of it.
 
-        What has not had its turn after TURN_SECONDS has it the next time, so that those descriptors
-        that matter more are looked at first.
+        Readers that are not called within TURN_SECONDS are called the next time, after another
+        look at all descriptors.
         """
         self._thread = threading.get_ident()
         soon, callbacks = self._soon, self._callbacks
         seconds = 0 if soon else self._patience()
-        if self.waiter is None:
-            fds = [fd for fd, _ in self._epoll.poll(seconds)]
-        else:
-            fds = self.waiter(self._epoll.fileno(), seconds)
+        fds, feeds, outcomes = self.core.wait(self._epoll.fileno(), seconds)
+        for feed in feeds:
+            feed.callback()
+        for queue, outcome in outcomes:
+            queue.callback(outcome)
         until = time.monotonic() + TURN_SECONDS
         for fd in fds:
             # A callback before this one may have removed it.
@@ -182,7 +209,7 @@ class Poller:
         os.eventfd_read(self._wake)
 
     def close(self) -> None:
-        """Close the poller's own descriptors. Calling it again does nothing."""
+        """Close the loop's own descriptors. Calling it again does nothing."""
         wake, self._wake = self._wake, -1
         if wake >= 0:
             self._epoll.close()
@@ -194,38 +221,38 @@ def _empty(pipe: int) -> None:
         os.read(pipe, 4096)
 
 
-class PollerThread:
-    """A thread that runs a poller of its own.
+class LoopThread:
+    """A thread that runs an event loop of its own.
 
     Args:
         name: Of the thread.
         failed: Called in that thread with what a callback raised.
 
     Attributes:
-        poller: What it runs.
+        loop: What it runs.
     """
 
     def __init__(self, name: str, failed: Callable[[BaseException], None]) -> None:
-        self.poller = Poller()
+        self.loop = EventLoop()
         self._failed = failed
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         try:
             self._thread.start()
         except BaseException:
-            self.poller.close()
+            self.loop.close()
             raise
 
     def _run(self) -> None:
         while not self._stopping:
             try:
-                self.poller.run_once()
+                self.loop.run_once()
             except BaseException as error:
                 self._failed(error)
 
     def close(self) -> None:
         """Let the thread finish its turn and wait for its end. Calling it again does nothing."""
         self._stopping = True
-        self.poller.wake()
+        self.loop.wake()
         self._thread.join()
-        self.poller.close()
+        self.loop.close()

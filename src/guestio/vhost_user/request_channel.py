@@ -50,7 +50,7 @@ class Pending:
         self.message: Message | None = None
 
 
-class Exchange:
+class RequestChannel:
     """A channel on which we ask and the peer answers.
 
     Safe for any number of threads. Once it has failed, every call raises what broke it.

@@ -1,4 +1,4 @@
-"""What a back end counts, and how it reports what may happen any number of times."""
+"""What is counted of a device and its queues, and rate-limited reports about them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from guestio._core.vhost_user.iotlb_feed import Traffic
+from guestio._core.virtio.counters import Counters
 from guestio.ratelog import LOG
 
-log = logging.getLogger("guestio.vhost_user")
+log = logging.getLogger("guestio.virtio")
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Statistics:
         iotlb_refused: Translations asked for in vain.
         iotlb_timeouts: Those of them that the front-end did not answer in time.
         access_fails: Accesses that their translation forbade.
-        traffic: What the core counts.
+        counters: What the core counts.
         device_failures: Tells how many requests the device answered with an error by itself.
         device_holds: Tells how many requests the device has and has not answered.
     """
@@ -39,13 +39,13 @@ class Statistics:
     iotlb_refused: int = 0
     iotlb_timeouts: int = 0
     access_fails: int = 0
-    traffic: Traffic = field(default_factory=Traffic, repr=False)
+    counters: Counters = field(default_factory=Counters, repr=False)
     device_failures: Callable[[], int] = field(default=lambda: 0, repr=False)
     device_holds: Callable[[], int] = field(default=lambda: 0, repr=False)
 
     def __str__(self) -> str:
         """All counters, for people."""
-        hidden = ("traffic", "device_failures", "device_holds")
+        hidden = ("counters", "device_failures", "device_holds")
         names = [name for name in vars(self) if name not in hidden]
         names += [name for name, value in vars(type(self)).items() if isinstance(value, property)]
         return " ".join(f"{name}={getattr(self, name)}" for name in names)
@@ -60,12 +60,12 @@ class Statistics:
     @property
     def requests(self) -> int:
         """Requests taken from queues."""
-        return self.traffic.requests
+        return self.counters.requests
 
     @property
     def failed_requests(self) -> int:
         """Those of them that could not be served."""
-        return self.traffic.failed_requests + self.device_failures()
+        return self.counters.failed_requests + self.device_failures()
 
     @property
     def outstanding(self) -> int:
@@ -75,20 +75,20 @@ class Statistics:
     @property
     def iotlb_misses(self) -> int:
         """Translations asked for."""
-        return self.traffic.questions
+        return self.counters.misses
 
     @property
     def iotlb_updates(self) -> int:
         """Translations told."""
-        return self.traffic.updates
+        return self.counters.updates
 
     @property
     def iotlb_invalidations(self) -> int:
         """Translations revoked."""
-        return self.traffic.invalidations
+        return self.counters.invalidations
 
 
-class Bursts:
+class RateLimitedLog:
     """Logs what a guest may cause any number of times, within the limit of the process.
 
     From any thread.

@@ -16,13 +16,10 @@ import time
 from collections.abc import Callable, Iterable
 
 from guestio._core.iommu.intervals import IntervalMap
-from guestio._core.iommu.misses import Misses
-from guestio._core.vhost_user.iotlb_feed import IotlbUpdater
-from guestio._core.vhost_user.miss_table import REPEAT_AFTER, MissTable, Question
-from guestio._core.virtio.chain import Chain
-from guestio._core.virtio.loop import Intake
+from guestio._core.vhost_user.iotlb_feed import IotlbFeed, IotlbUpdater
+from guestio._core.vhost_user.miss_table import REPEAT_AFTER, MissTable, PendingMiss
 from guestio.addr import IovaRange, Permissions
-from guestio.budgets import MAX_BACKLOG, SEND_RETRY, TURN_BYTES
+from guestio.budgets import MAX_BACKLOG, SEND_RETRY
 from guestio.errors import GuestioError
 from guestio.iommu import Iotlb
 from guestio.ratelog import LOG
@@ -35,8 +32,9 @@ from guestio.vhost_user.messages import (
     decode_ack,
     encode_iotlb,
 )
-from guestio.vhost_user.poller import Poller
-from guestio.vhost_user.statistics import Statistics
+from guestio.virtio.loop import EventLoop
+from guestio.virtio.statistics import Statistics
+from guestio.virtio.translator import Miss, Page
 
 log = logging.getLogger("guestio.vhost_user")
 
@@ -47,65 +45,67 @@ PATIENCE = 4
 """Times the limit for one answer that a request may wait for translations in all: a front-end that
 answers every question, but never with what was asked for, must not keep it for ever."""
 
+MISS_BYTES = len(
+    encode_iotlb(BackendRequest.IOTLB_MSG, IotlbMessage.miss(0, 1, 1), need_reply=False)
+)
+
 MAX_REPORTS = 64
 """Forbidden accesses of one request that a front-end is told of."""
 
 TURN = 64
-"""Acknowledgements that are taken one by one before somebody else has a turn."""
-
-Outcome = tuple[list[Chain], Misses, int, bool]
-"""What a ring's ``turn`` returns."""
-
-QueueOutcome = tuple[int, Outcome | GuestioError | None]
-"""A queue's number, and what its turn returned or raised; None if it is only very busy."""
-
-Page = tuple[int, int]
-"""Address of a page and what is to be done with it."""
+"""Acknowledgements handled one by one per wake-up, so that queues are not starved."""
 
 
-class Translations:
-    """The IOTLB of a connection and the traffic that fills it.
+class VhostUserTranslator:
+    """The IOTLB of a connection and the traffic that fills it; a :class:`Translator`.
 
-    Any thread may call :meth:`ask`, :meth:`refused`, :meth:`under_way`, :meth:`forget` and
-    :meth:`report_access_fails`; the rest is for the poller's. The set of what a waiter was refused
-    grows in the poller's thread while another one of the waiter's removes from it.
+    Any thread may call :meth:`request`, :meth:`refused`, :meth:`under_way`, :meth:`forget` and
+    :meth:`report_access_fails`; the rest is for the loop's. The set of what a waiter was refused
+    grows in the loop's thread while another one of the waiter's removes from it.
 
     Args:
-        poller: Calls back when acknowledgements arrive or time is up.
+        loop: Calls back when acknowledgements arrive or time is up.
         statistics: Where to count.
-        wake: Called with the waiters that may go on, in the poller's thread. No lock is held then,
+        wake: Called with the waiters that may go on, in the loop's thread. No lock is held then,
             so it may call anything here, but until it returns no translation is acknowledged: it
             must not wait for a thread that may be waiting for one.
+        blocked: Called when the main channel takes no more acknowledgements; :meth:`receive` sends
+            the rest.
         time_limit: Seconds a front-end may take to answer a miss.
 
     Attributes:
         iotlb: What is known.
-        intake: Does what is ordinary in the core. It asks without the lock that other threads ask
-            with, so it serves no queue where there are such threads.
+        feed: Handles plain messages in the core's loop, and requests misses without the lock that
+            other threads request with: where there are such threads, no queue is served there.
         patience: Seconds that a request may wait for translations in all.
     """
 
     def __init__(
         self,
-        poller: Poller,
+        loop: EventLoop,
         statistics: Statistics,
         wake: Callable[[Iterable[int]], None],
+        blocked: Callable[[], None],
         time_limit: float,
     ) -> None:
         self.iotlb = Iotlb(MAX_TRANSLATIONS)
         self.patience = PATIENCE * time_limit
-        self._poller = poller
+        self._loop = loop
         self._stats = statistics
         self._wake = wake
+        self._blocked = blocked
         self._shared = SharedMemory()
         self._time_limit = time_limit
         self._misses = MissTable(time_limit)
         self._updater = IotlbUpdater(
-            self.iotlb, self._shared.users(), self._misses, statistics.traffic
+            self.iotlb, self._shared.user_addresses(), self._misses, statistics.counters
         )
-        self.intake = Intake(self._updater, self._misses, self.patience, round_bytes=TURN_BYTES)
+        self.feed = IotlbFeed(
+            self._fed, self.patience, self._updater, self._misses, statistics.counters
+        )
+        loop.core.add_feed(self.feed)
         self.set_acknowledged(False)
-        # Held while questions are made and sent, so that they are sent in the order in which their
+        # Held while misses are made and sent, so that they are sent in the order in which their
         # acknowledgements are expected; and while what was refused is passed on to those who asked.
         self._lock = threading.Lock()
         self._refused: dict[int, set[Page]] = {}
@@ -117,13 +117,13 @@ class Translations:
     def change_memory(self, shared: SharedMemory) -> None:
         """Follow the memory table; what was known is asked for again."""
         self._shared = shared
-        self._updater.users = shared.users()
+        self._updater.user_addresses = shared.user_addresses()
         IntervalMap.clear(self.iotlb)
 
     def set_acknowledged(self, acknowledged: bool) -> None:
         """Learn whether the front-end acknowledges what it is asked (REPLY_ACK)."""
-        self.intake.acknowledged = acknowledged
-        self.intake.look_after = REPEAT_AFTER if acknowledged else self._time_limit
+        self.feed.acknowledged = acknowledged
+        self.feed.look_after = REPEAT_AFTER if acknowledged else self._time_limit
 
     def serve(self, channel: Channel | None) -> None:
         """Deal with plain messages of the main channel while waiting; None ends that.
@@ -131,31 +131,23 @@ class Translations:
         Whoever takes a message from the channel calls :meth:`receive` before.
         """
         self._main = channel
-        self.intake.main = -1
+        self.feed.main = -1
 
-    def wait(self, epoll: int, seconds: float) -> tuple[list[int], list[QueueOutcome]]:
-        """Wait for descriptors; all that is ordinary is dealt with.
+    def read_in_core(self) -> None:
+        """Have the core's loop handle plain messages of the main channel from now on, if it can."""
+        if self.feed.main < 0 and self._main is not None and self._main.at_rest:
+            self.feed.main = self._main.fileno()
 
-        Args:
-            epoll: What to wait for.
-            seconds: How long at most; negative for any time.
-
-        Returns:
-            The descriptors that are left to do, and what became of attended queues that need a
-            decision, as from ``Intake.wait``.
-        """
-        intake = self.intake
-        if intake.main < 0 and self._main is not None and self._main.at_rest:
-            intake.main = self._main.fileno()
-        fds, ready, unsent, unasked, outcomes = intake.wait(epoll, seconds)
-        if ready:
+    def _fed(self) -> None:
+        """Do what is left of what the core's loop has handled."""
+        unsent, unrequested = self.feed.take_unsent()
+        if ready := self.feed.take_ready():
             self._wake(ready)
-        if unsent:
+        if unsent and self._main is not None:
             self._unsent += unsent
-            fds.append(intake.main)
-        if unasked:
-            self._send(unasked)
-        return fds, outcomes
+            self._blocked()
+        if unrequested:
+            self._send(unrequested)
 
     def receive(self, channel: Channel) -> bool:
         """Apply a run of plain messages from the main channel; False if none has arrived."""
@@ -169,7 +161,7 @@ class Translations:
         taken, unsent, ready = self._updater.receive(channel.fileno())
         if not taken:
             # What comes next may be taken in part.
-            self.intake.main = -1
+            self.feed.main = -1
             return False
         if unsent:
             channel.post(unsent)
@@ -193,11 +185,11 @@ class Translations:
         iova, size, uaddr, perm, kind = message
         if kind == IotlbType.INVALIDATE:
             IntervalMap.cut(self.iotlb, iova, size)
-            self._stats.traffic.invalidations += 1
+            self._stats.counters.invalidations += 1
             return self.unused(iova, size, seconds)
         at, taken = iova, False
         ranges = self._shared.guest_ranges(uaddr, size)
-        self._stats.traffic.updates += 1
+        self._stats.counters.updates += 1
         for guest_addr, length in ranges:
             taken |= IntervalMap.overwrite(self.iotlb, at, length, guest_addr, Permissions(perm))
             at += length
@@ -208,21 +200,21 @@ class Translations:
         """Wait until nobody uses what the range translated to; False if that takes longer."""
         return self.iotlb.drain(iova, size, seconds)
 
-    def ask(self, waiter: int, missing: Iterable[tuple[IovaRange, int]]) -> None:
-        """Ask for ranges, except for pages that this waiter was refused."""
+    def request(self, waiter: int, missing: Iterable[Miss]) -> None:
+        """Request ranges, except for pages that this waiter was refused."""
         refused = self.refused(waiter)
         with self._lock:
             now = time.monotonic()
-            questions = self._misses.ask(
-                waiter, missing, now, acknowledged=self.intake.acknowledged, skip=refused
+            messages = self._misses.request(
+                waiter, missing, now, acknowledged=self.feed.acknowledged, skip=refused
             )
-            if questions:
-                self._send_questions(questions)
+            if messages:
+                self._send_misses(messages)
             # An early look is cheaper than moving the alarm for each miss.
-            due = now + self.intake.look_after
-            if due < self.intake.alarm:
-                self.intake.alarm = due
-                self._poller.again(self._arm)
+            due = now + self.feed.look_after
+            if due < self.feed.alarm:
+                self.feed.alarm = due
+                self._loop.call_soon_threadsafe(self._arm)
 
     def refused(self, waiter: int) -> set[Page]:
         """The pages that a waiter asked for in vain; remove those that were dealt with."""
@@ -275,8 +267,8 @@ class Translations:
         with self._lock:
             self._close_channel()
             self._channel = channel
-            self.intake.back = channel.fileno()
-            self._poller.add(channel.fileno(), self._receive_replies)
+            self.feed.back = channel.fileno()
+            self._loop.add_reader(channel.fileno(), self._receive_replies)
             # Acknowledgements say nothing but their order, which is another one now.
             waiters = self._misses.reset()
         self._wake(waiters)
@@ -287,9 +279,10 @@ class Translations:
         with self._lock:
             self._close_channel()
             # Nothing is to be watched any more, whoever still asks.
-            self.intake.alarm = -math.inf
-        self._poller.clear_timer(self)
-        self._poller.clear_timer((self, "flush"))
+            self.feed.alarm = -math.inf
+        self._loop.clear_timer(self)
+        self._loop.clear_timer((self, "flush"))
+        self._loop.core.remove_feed(self.feed)
         self._shared = SharedMemory()
         self._refused.clear()
         # This object goes with the garbage collector, which knows nothing of how much that is.
@@ -298,9 +291,9 @@ class Translations:
     def _close_channel(self) -> None:
         """Close the back-end channel. The lock is held here, so that nobody is sending."""
         self._lost = False
-        self.intake.back = -1
+        self.feed.back = -1
         if self._channel is not None:
-            self._poller.remove(self._channel.fileno())
+            self._loop.remove_reader(self._channel.fileno())
             self._channel.close()
             self._channel = None
 
@@ -337,26 +330,24 @@ class Translations:
                 refused, ready = self._misses.acknowledge(value)
                 ready += self._pass_on(refused)
             self._wake(ready)
-        self._poller.again(self._receive_replies)
+        self._loop.call_soon_threadsafe(self._receive_replies)
 
-    def _pass_on(self, refused: list[Question]) -> list[int]:
+    def _pass_on(self, refused: list[PendingMiss]) -> list[int]:
         """Remember what was refused for those who asked, and who they are.
 
-        Under the lock since the questions were settled, or else somebody who was forgotten
-        meanwhile would be told.
+        The lock is held since the misses were settled, so that no waiter is forgotten in between.
         """
         ready = []
-        for question in refused:
+        for miss in refused:
             self._stats.iotlb_refused += 1
-            for waiter in question.waiting:
-                self.intake.leave(waiter)
-                self.refused(waiter).add((question.iova, question.access))
+            for waiter in miss.waiting:
+                self.refused(waiter).add((miss.iova, miss.access))
                 ready.append(waiter)
         return ready
 
-    def _send_questions(self, questions: bytes) -> None:
-        self._stats.traffic.count_questions(questions)
-        self._send(questions)
+    def _send_misses(self, messages: bytes) -> None:
+        self._stats.counters.count_misses(len(messages) // MISS_BYTES)
+        self._send(messages)
 
     def _send(self, messages: bytes) -> None:
         """Send messages, all at once: a socket's buffer holds few small ones but one large one."""
@@ -368,13 +359,13 @@ class Translations:
         try:
             if not self._channel.post(messages):
                 # The core must not send in between.
-                self.intake.back = -1
-                self._poller.again(self._wait_for_reader)
+                self.feed.back = -1
+                self._loop.call_soon_threadsafe(self._wait_for_reader)
         except GuestioError as error:
             self._lose_channel(error)
 
     def _wait_for_reader(self) -> None:
-        self._poller.set_timer((self, "flush"), time.monotonic() + SEND_RETRY, self._send_backlog)
+        self._loop.set_timer((self, "flush"), time.monotonic() + SEND_RETRY, self._send_backlog)
 
     def _send_backlog(self) -> None:
         """Send what a front-end has not taken yet, as far as it does now."""
@@ -383,7 +374,7 @@ class Translations:
                 return
             try:
                 if self._channel.flush():
-                    self.intake.back = self._channel.fileno()
+                    self.feed.back = self._channel.fileno()
                     return
             except GuestioError as error:
                 self._lose_channel(error)
@@ -397,7 +388,7 @@ class Translations:
         if not isinstance(error, PeerGoneError) or isinstance(error, ConnectionLostError):
             LOG.report(log, logging.ERROR, "the back-end channel is of no use any more: %s", error)
         self._lost = True
-        self._poller.again(self._close_lost)
+        self._loop.call_soon_threadsafe(self._close_lost)
 
     def _close_lost(self) -> None:
         with self._lock:
@@ -405,17 +396,17 @@ class Translations:
                 self._close_channel()
 
     def _arm(self) -> None:
-        """Have a look once a question is late, as long as any is open."""
+        """Have a look once a miss is overdue, as long as any is pending."""
         with self._lock:
-            if self.intake.alarm == -math.inf:
+            if self.feed.alarm == -math.inf:
                 return
             deadline = self._misses.deadline()
-            self.intake.alarm = math.inf if deadline is None else deadline
+            self.feed.alarm = math.inf if deadline is None else deadline
         if deadline is not None:
-            self._poller.set_timer(self, deadline, self._look)
+            self._loop.set_timer(self, deadline, self._look)
 
     def _look(self) -> None:
-        """Deal with questions that are late: ask again, and give up in the end.
+        """Repeat misses that are overdue, and give up in the end.
 
         Those who wait have a look as well: their first request may lack nothing any more.
         """
@@ -426,7 +417,7 @@ class Translations:
             ready = self._pass_on(late)
             again, unasked = self._misses.repeat(now)
             if again:
-                self._send_questions(again)
+                self._send_misses(again)
             ready += unasked + self._misses.starved(now) + self._misses.kept_waiting(now)
         self._wake(ready)
         self._arm()

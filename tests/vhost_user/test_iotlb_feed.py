@@ -1,4 +1,4 @@
-"""Waiting in the core: what is ordinary is dealt with there, all else comes back at once."""
+"""The event loop in C: plain messages and kicks are handled there, all else is returned at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 import pytest
 
 from guestio._core.iommu.intervals import IntervalMap
-from guestio._core.vhost_user.iotlb_feed import IotlbUpdater, Traffic
+from guestio._core.vhost_user.iotlb_feed import IotlbFeed, IotlbUpdater
 from guestio._core.vhost_user.miss_table import PAGE, MissTable
 from guestio._core.virtio.block_server import BlockServer
-from guestio._core.virtio.loop import Attended, Intake
+from guestio._core.virtio.counters import Counters
+from guestio._core.virtio.loop import ActiveQueue, CoreLoop
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import QueueError
 from guestio.iommu import Iotlb
@@ -46,7 +47,7 @@ UPDATE = encode_iotlb(
 
 
 class Rig:
-    """An intake over two socket pairs and a third that is somebody else's.
+    """A loop and a feed over two socket pairs, and a third pair of another reader.
 
     Args:
         iotlb: What it keeps up to date.
@@ -58,19 +59,24 @@ class Rig:
         users.add(USER, PAGE, 0x8000, Permissions.READ_WRITE)
         users.add(MEMORY, SIZE, 0, Permissions.READ_WRITE)
         self.iotlb = Iotlb() if iotlb is None else iotlb
-        self.misses, self.traffic = MissTable(5), Traffic()
-        updater = IotlbUpdater(self.iotlb, users, self.misses, self.traffic)
-        self.intake = Intake(updater, self.misses, patience)
+        self.misses, self.counters = MissTable(5), Counters()
+        updater = IotlbUpdater(self.iotlb, users, self.misses, self.counters)
+        self.feed = IotlbFeed(lambda: None, patience, updater, self.misses, self.counters)
+        self.core = CoreLoop()
+        self.core.add_feed(self.feed)
         self.pairs = [socket.socketpair() for _ in range(3)]
         (self.main, self.front), (self.back, self.service), (self.other, self.third) = self.pairs
         self.epoll = select.epoll()
         for sock in (self.main, self.back, self.other):
             self.epoll.register(sock, select.EPOLLIN)
-        self.intake.main = self.main.fileno()
+        self.feed.main = self.main.fileno()
 
     def wait(self, seconds: float) -> tuple[list[int], list[int], bytes]:
-        fds, ready, unsent, unasked, outcomes = self.intake.wait(self.epoll.fileno(), seconds)
-        assert (unasked, outcomes) == (b"", [])
+        fds, feeds, outcomes = self.core.wait(self.epoll.fileno(), seconds)
+        unsent, unrequested = self.feed.take_unsent()
+        ready = self.feed.take_ready()
+        assert (unrequested, outcomes) == (b"", [])
+        assert bool(feeds) == bool(unsent or ready)
         return fds, ready, unsent
 
     def close(self) -> None:
@@ -90,12 +96,12 @@ def rig() -> Iterator[Rig]:
 def test_plain_messages_are_applied_and_acknowledged_without_coming_back(rig: Rig) -> None:
     rig.front.sendall(UPDATE + INVALIDATE)
     assert rig.wait(0.05) == ([], [], b"")
-    assert (rig.traffic.updates, rig.traffic.invalidations) == (1, 1)
+    assert (rig.counters.updates, rig.counters.invalidations) == (1, 1)
     assert len(rig.front.recv(1000)) == 2 * ACK
 
 
 def test_an_answer_wakes_who_waited(rig: Rig) -> None:
-    rig.misses.ask(7, [(IovaRange(0x1000, 1), 1)], 0.0, acknowledged=True)
+    rig.misses.request(7, [(IovaRange(0x1000, 1), 1)], 0.0, acknowledged=True)
     rig.front.sendall(UPDATE)
     assert rig.wait(5) == ([], [7], b"")
 
@@ -103,7 +109,7 @@ def test_an_answer_wakes_who_waited(rig: Rig) -> None:
 def test_answers_are_taken_before_acknowledgements(rig: Rig) -> None:
     """Or else what has just been answered would count as refused."""
     wanted = [(IovaRange(0x1000, 1), 1), (IovaRange(0x5000, 1), 1)]
-    rig.misses.ask(7, wanted, 1.0, acknowledged=True)
+    rig.misses.request(7, wanted, 1.0, acknowledged=True)
     assert rig.misses.repeat(2.0)[0]
     rig.service.sendall(2 * encode_ack(BackendRequest.IOTLB_MSG, 1))
     rig.front.sendall(UPDATE)
@@ -126,7 +132,7 @@ def test_the_main_channel_is_the_first_to_be_served(rig: Rig) -> None:
 def test_what_is_not_plain_comes_back(rig: Rig) -> None:
     rig.front.sendall(INVALIDATE + encode_message(FrontendRequest.GET_FEATURES))
     assert rig.wait(5)[0] == [rig.main.fileno()]
-    assert rig.traffic.invalidations == 1
+    assert rig.counters.invalidations == 1
     assert len(rig.main.recv(1000)) == 12, "it is still in the socket"
 
 
@@ -134,10 +140,10 @@ def test_so_do_other_descriptors_and_sockets_that_are_not_to_be_served(rig: Rig)
     rig.third.send(b"x")
     assert rig.wait(5)[0] == [rig.other.fileno()]
     rig.other.recv(1)
-    rig.intake.main = -1
+    rig.feed.main = -1
     rig.front.sendall(INVALIDATE)
     assert rig.wait(5)[0] == [rig.main.fileno()]
-    assert rig.traffic.invalidations == 0
+    assert rig.counters.invalidations == 0
 
 
 def test_a_peer_that_is_gone_comes_back(rig: Rig) -> None:
@@ -161,7 +167,7 @@ def test_a_flood_does_not_keep_it(rig: Rig) -> None:
     started = time.monotonic()
     assert rig.wait(-1) == ([], [], b"")
     assert time.monotonic() - started < 10
-    assert rig.traffic.invalidations >= 64
+    assert rig.counters.invalidations >= 64
     done.set()
     while peer.is_alive():
         rig.wait(0.01)
@@ -193,9 +199,19 @@ class Queue(Rig):
         os.write(self.image, IMAGE)
         self.kick, self.call = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
         self.epoll.register(self.kick, select.EPOLLIN | select.EPOLLET)
-        self.intake.back = self.back.fileno()
+        self.feed.back = self.back.fileno()
         server = BlockServer(self.image, len(IMAGE))
-        self.intake.attend(Attended(self.ring.ring, server, self.kick, self.call, WAITER))
+        self.active = ActiveQueue(
+            self.ring.ring,
+            server,
+            self.kick,
+            self.call,
+            feed=self.feed,
+            waiter=WAITER,
+            counters=self.counters,
+            callback=lambda _: None,
+        )
+        self.core.add(self.active)
         self.service.setblocking(False)
 
     def put(self, kind: int, head: int = 0, room: int = len(IMAGE)) -> int:
@@ -230,7 +246,7 @@ class Queue(Rig):
             os.close(fd)
 
 
-class TestAttendedQueue:
+class TestActiveQueue:
     @pytest.fixture
     def queue(self) -> Iterator[Queue]:
         made = Queue()
@@ -248,33 +264,33 @@ class TestAttendedQueue:
             assert queue.ring.used_entry(lap - 1) == (head, len(IMAGE) + 1)
             assert queue.ring.used_idx == lap
             assert os.eventfd_read(queue.call) == 1
-            assert queue.traffic.requests == lap
+            assert queue.counters.requests == lap
         assert queue.question() is None
 
     def test_what_its_server_leaves_comes_back_and_it_is_left(self, queue: Queue) -> None:
         queue.tables.tell(ANSWER, PAGE)
         queue.announce(queue.put(T_IN, 0), queue.put(T_FLUSH, 2, room=0))
-        fds, ready, _, _, outcomes = queue.intake.wait(queue.epoll.fileno(), 5)
-        assert (fds, ready) == ([], [])
-        ((waiter, outcome),) = outcomes
-        assert waiter == WAITER
+        fds, feeds, outcomes = queue.core.wait(queue.epoll.fileno(), 5)
+        assert (fds, feeds) == ([], [])
+        ((active, outcome),) = outcomes
+        assert active is queue.active
         assert isinstance(outcome, tuple)
         (chain,), misses, served, resting = outcome
         assert (chain.head, len(misses), served, resting) == (2, 0, 1, False)
-        assert queue.traffic.requests == 0, "whoever takes over counts the turn"
+        assert queue.counters.requests == 0, "whoever takes over counts the turn"
         # Kicks are for whoever took over.
         os.eventfd_write(queue.kick, 1)
         assert queue.wait(5) == ([queue.kick], [], b"")
-        assert queue.intake.leave(WAITER) is None
 
     def test_a_broken_ring_comes_back_as_its_error(self, queue: Queue) -> None:
         queue.ring.set_avail_idx(0x1234)
         os.eventfd_write(queue.kick, 1)
-        *_, outcomes = queue.intake.wait(queue.epoll.fileno(), 5)
-        ((waiter, error),) = outcomes
-        assert waiter == WAITER
+        *_, outcomes = queue.core.wait(queue.epoll.fileno(), 5)
+        ((active, error),) = outcomes
+        assert active is queue.active
         assert isinstance(error, QueueError)
-        assert queue.intake.leave(WAITER) is None
+        os.eventfd_write(queue.kick, 1)
+        assert queue.wait(5) == ([queue.kick], [], b""), "it is active no more"
 
     def test_a_miss_is_asked_and_its_answer_goes_on_within(self, queue: Queue) -> None:
         queue.announce(queue.put(T_IN))
@@ -283,17 +299,17 @@ class TestAttendedQueue:
         assert question is not None
         assert (question.type, question.iova) == (IotlbType.MISS, ANSWER)
         assert question.perm == Permissions.WRITE
-        assert (queue.ring.used_idx, queue.traffic.questions) == (0, 1)
+        assert (queue.ring.used_idx, queue.counters.misses) == (0, 1)
         queue.tell(PAGE)
         assert queue.ring.used_idx == 1
         assert queue.tables.read(ANSWER, len(IMAGE) + 1) == IMAGE + bytes([S_OK])
-        assert queue.traffic.questions == 1
+        assert queue.counters.misses == 1
 
     def test_a_question_that_nobody_would_look_after_comes_back(self, queue: Queue) -> None:
         """The alarm is to be set first."""
-        queue.intake.look_after = 1
+        queue.feed.look_after = 1
         queue.announce(queue.put(T_IN))
-        *_, outcomes = queue.intake.wait(queue.epoll.fileno(), 5)
+        *_, outcomes = queue.core.wait(queue.epoll.fileno(), 5)
         ((_, outcome),) = outcomes
         assert isinstance(outcome, tuple)
         assert [where for where, _ in outcome[1]] == [IovaRange(ANSWER, len(IMAGE) + 1)]
@@ -306,7 +322,7 @@ class TestAttendedQueue:
         queue.announce(queue.put(T_IN))
         questions = 0
         while True:
-            *_, outcomes = queue.intake.wait(queue.epoll.fileno(), 0.001)
+            *_, outcomes = queue.core.wait(queue.epoll.fileno(), 0.001)
             if outcomes:
                 break
             if queue.question() is not None:
@@ -319,18 +335,17 @@ class TestAttendedQueue:
             assert time.monotonic() - started < WAIT
         assert time.monotonic() - started >= patience
         assert questions > 1
-        ((waiter, outcome),) = outcomes
-        assert waiter == WAITER
+        ((active, outcome),) = outcomes
+        assert active is queue.active
         assert isinstance(outcome, tuple)
         chains, misses, served, _ = outcome
         assert (chains, len(misses), served) == ([], 1, 0)
-        assert queue.intake.leave(WAITER) is None
         queue.close()
 
     def test_a_busy_one_comes_back_for_others_to_have_their_turn(self, queue: Queue) -> None:
         queue.tables.tell(ANSWER, PAGE)
         head = queue.put(T_IN)
         queue.announce(*[head] * 300)
-        *_, outcomes = queue.intake.wait(queue.epoll.fileno(), 5)
-        assert outcomes == [(WAITER, None)]
-        assert queue.ring.used_idx == queue.traffic.requests == 256
+        *_, outcomes = queue.core.wait(queue.epoll.fileno(), 5)
+        assert outcomes == [(queue.active, None)]
+        assert queue.ring.used_idx == queue.counters.requests == 256

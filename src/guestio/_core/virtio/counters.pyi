@@ -1,0 +1,13 @@
+from typing_extensions import disjoint_base
+
+@disjoint_base
+class Counters:
+    requests: int
+    failed_requests: int
+    misses: int
+    updates: int
+    invalidations: int
+    def __init__(self) -> None: ...
+    def count_requests(self, count: int) -> None: ...
+    def count_failed(self) -> None: ...
+    def count_misses(self, count: int) -> None: ...

@@ -1,0 +1,457 @@
+"""One front-end from its connection to its disconnection: messages in, a device's host driven.
+
+The front-end is answered in the loop's thread. Its queues are served in the same thread, or each in
+one of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.virtio.areas import area_bytes
+from guestio._core.virtio.inflight import InflightQueue
+from guestio.budgets import COPY_GRACE, HALF_MESSAGE_TIMEOUT, SEND_RETRY, TURN_SECONDS
+from guestio.errors import DeviceError, ProtocolError, QueueError
+from guestio.ratelog import LOG
+from guestio.vhost_user.channel import Channel, ConnectionLostError, PeerGoneError
+from guestio.vhost_user.foreign import Eventfd, close_foreign
+from guestio.vhost_user.inflight import InflightRegion
+from guestio.vhost_user.memory import SharedMemory
+from guestio.vhost_user.messages import (
+    ConfigFlag,
+    Inflight,
+    IotlbMessage,
+    MemoryRegion,
+    ProtocolFeature,
+    VringAddr,
+)
+from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES, Session
+from guestio.vhost_user.translator import VhostUserTranslator
+from guestio.virtio.device import VIRTIO_F_ACCESS_PLATFORM
+from guestio.virtio.host import DeviceHost
+from guestio.virtio.layout import RingLayout
+from guestio.virtio.loop import EventLoop
+
+log = logging.getLogger("guestio.vhost_user")
+
+MAX_MEM_SLOTS = 509
+"""Memory regions at most, as many as QEMU's default for KVM."""
+
+TURN = 64
+"""Messages handled per wake-up, so that queues are not starved."""
+
+
+class Connection:
+    """A front-end from its connection to its disconnection.
+
+    A :class:`SessionHandler`, an :class:`InflightHandler` and a
+    :class:`~guestio.virtio.host.Transport`.
+
+    Args:
+        channel: The connection; owned from here on.
+        host: The device that it is connected to.
+        loop: Calls back when there is something to do.
+        offered: Features of the transport to offer beside the device's own.
+        miss_timeout: Seconds a front-end may take to answer an IOTLB miss.
+        track_dirty: Whether to mark the pages that the device writes.
+
+    Attributes:
+        closed: Whether the front-end is gone and everything of it released.
+        unclean: Whether something of it could not be released, or an error may refer to it.
+        heard: Whether it has sent a whole message.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        host: DeviceHost,
+        loop: EventLoop,
+        *,
+        offered: int,
+        miss_timeout: float,
+        track_dirty: bool,
+    ) -> None:
+        self.closed = self.unclean = False
+        self.heard = False
+        self._half_since: float | None = None
+        self._channel = channel
+        self._host = host
+        self._loop = loop
+        self._stats = host.statistics
+        self._shared = SharedMemory(track_dirty=track_dirty)
+        self._inflight: InflightRegion | None = None
+        self.features = host.device.features | offered
+        self.protocol_features = int(SUPPORTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD)
+        self.num_queues = len(host.queues)
+        self.max_mem_slots = MAX_MEM_SLOTS
+        self._session = Session(self)
+        loop.add_reader(channel.fileno(), self._receive)
+        self._translator = VhostUserTranslator(
+            loop, self._stats, host.wake, self._receive, miss_timeout
+        )
+        host.connect(self, self._translator)
+        host.change_memory(AddressSpace(self._shared.table))
+
+    def _receive(self) -> None:
+        if not self.closed:
+            self._receive_some()
+        if not self.closed:
+            self._translator.read_in_core()
+
+    def _receive_some(self) -> None:
+        until = time.monotonic() + TURN_SECONDS
+        try:
+            for _ in range(TURN):
+                if self.translating and self._translator.receive(self._channel):
+                    self._wait_for_reader()
+                    return
+                message = self._channel.recv()
+                if message is None:
+                    self._watch_half_message()
+                    return
+                self.heard = True
+                self._half_since = None
+                reply = self._session.handle(message)
+                self._report_refusal()
+                if reply is not None and not self._channel.post(reply, self._session.reply_fds):
+                    self._wait_for_reader()
+                    return
+                if time.monotonic() >= until:
+                    break
+            self._loop.call_soon_threadsafe(self._receive)
+        except ConnectionLostError as error:
+            LOG.report(log, logging.ERROR, "front-end disconnected: %s", error)
+            self.close()
+        except PeerGoneError:
+            self.close()
+        except ProtocolError as error:
+            self.disconnect(str(error))
+
+    def disconnect(self, reason: str) -> None:
+        """End the connection to a front-end that broke the protocol."""
+        self._stats.protocol_errors += 1
+        LOG.report(log, logging.ERROR, "front-end disconnected: %s", reason)
+        self.close()
+
+    def _wait_for_reader(self) -> None:
+        """Read nothing more from a front-end until it has taken what it was sent."""
+        if self._channel.backlog:
+            self._loop.remove_reader(self._channel.fileno())
+            self._loop.set_timer((self, "flush"), time.monotonic() + SEND_RETRY, self._send_backlog)
+
+    def _send_backlog(self) -> None:
+        if self.closed:
+            return
+        try:
+            if self._channel.flush():
+                self._loop.add_reader(self._channel.fileno(), self._receive)
+                self._loop.call_soon_threadsafe(self._receive)
+            else:
+                self._wait_for_reader()
+        except PeerGoneError:
+            self.close()
+        except ProtocolError as error:
+            self.disconnect(str(error))
+
+    def _watch_half_message(self) -> None:
+        """Give a front-end a while for the rest of a message."""
+        if not self._channel.unfinished:
+            self._half_since = None
+        elif self._half_since is None:
+            self._half_since = time.monotonic()
+            self._loop.set_timer(
+                (self, "half"), self._half_since + HALF_MESSAGE_TIMEOUT, self._give_up_half
+            )
+
+    def _give_up_half(self) -> None:
+        since, now = self._half_since, time.monotonic()
+        if self.closed or since is None:
+            return
+        if now - since < HALF_MESSAGE_TIMEOUT:
+            # Another message was begun since.
+            self._loop.set_timer((self, "half"), since + HALF_MESSAGE_TIMEOUT, self._give_up_half)
+            return
+        self.disconnect(f"the rest of a message did not come within {HALF_MESSAGE_TIMEOUT} s")
+
+    def _report_refusal(self) -> None:
+        """Log what the front-end was refused, and let go of it: a traceback keeps memory mapped."""
+        error, self._session.last_refusal = self._session.last_refusal, None
+        if error is not None:
+            self._host.log.report("the front-end was refused: %s", error)
+
+    def close(self) -> None:
+        """Give everything back. Calling it again does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        announce, *stop_queues, forget, reset_device = self._host.disconnect()
+        interrupt: BaseException | None = None
+        steps: list[Callable[[], object]] = [
+            announce,
+            self._hang_up,
+            *stop_queues,
+            self._translator.close,
+            lambda: self._set_inflight(None),
+            self._count,
+            forget,
+            self._let_go_of_memory,
+            reset_device,
+        ]
+        for step in steps:
+            # One that fails (for want of memory, say) must not keep the others from being taken.
+            try:
+                step()
+            except BaseException as error:
+                self.unclean = True
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    interrupt = error
+                    continue
+                LOG.report(
+                    log,
+                    logging.ERROR,
+                    "front-end %d was not released as usual",
+                    self._stats.connections,
+                    trace=True,
+                )
+        stats = self._stats
+        LOG.report(
+            log,
+            logging.INFO,
+            "front-end %d gone; so far: requests=%d failed=%d iotlb_misses=%d "
+            "iotlb_invalidations=%d refused=%d",
+            stats.connections,
+            stats.requests,
+            stats.failed_requests,
+            stats.iotlb_misses,
+            stats.iotlb_invalidations,
+            stats.iotlb_refused,
+        )
+        if interrupt is not None:
+            raise interrupt
+
+    def _hang_up(self) -> None:
+        self._loop.remove_reader(self._channel.fileno())
+        self._loop.clear_timer((self, "flush"))
+        self._loop.clear_timer((self, "half"))
+        self._channel.close()
+        self._session.last_refusal = None
+
+    def _let_go_of_memory(self) -> None:
+        self._shared = SharedMemory()
+
+    def _count(self) -> None:
+        self._stats.iotlb_hits += self._translator.iotlb.hits
+        for region in self._shared.memory:
+            if region.bitmap is not None:
+                self._stats.dirty_pages += region.bitmap.count()
+
+    def _forget_translations(self) -> None:
+        if not self._host.live:
+            self._translator.forget_all()
+
+    @property
+    def translating(self) -> bool:
+        """Whether the driver's addresses are I/O virtual."""
+        return bool(self._host.features >> VIRTIO_F_ACCESS_PLATFORM & 1)
+
+    def set_features(self, features: int) -> None:
+        """See :class:`SessionHandler`."""
+        if features == self._host.features:
+            return
+        self._host.set_features(features)
+        self._translator.serve(self._channel if self.translating else None)
+        self._change_memory(self._shared)
+
+    def set_memory_table(self, regions: Sequence[tuple[MemoryRegion, int]]) -> None:
+        """See :class:`SessionHandler`."""
+        try:
+            shared = self._shared.replaced(regions)
+        finally:
+            close_foreign(fd for _, fd in regions)
+        self._change_memory(shared)
+
+    def add_memory_region(self, region: MemoryRegion, fd: int) -> None:
+        """See :class:`SessionHandler`."""
+        try:
+            shared = self._shared.adding(region, fd)
+        finally:
+            close_foreign([fd])
+        self._change_memory(shared)
+
+    def remove_memory_region(self, region: MemoryRegion) -> None:
+        """See :class:`SessionHandler`."""
+        self._change_memory(self._shared.removing(region))
+
+    def _change_memory(self, shared: SharedMemory) -> None:
+        """Use other memory; rings and translations are looked up again."""
+        with self._host.detached():
+            self._shared = shared
+            self._translator.change_memory(shared)
+            iotlb = self._translator.iotlb if self.translating else None
+            self._host.change_memory(AddressSpace(shared.table, iotlb))
+
+    def get_inflight(self, num_queues: int, queue_size: int) -> tuple[Inflight, int]:
+        """See :class:`InflightHandler`."""
+        region = InflightRegion.create(num_queues, queue_size)
+        self._set_inflight(region)
+        return region.description, region.fd
+
+    def set_inflight(self, inflight: Inflight, fd: int) -> None:
+        """See :class:`InflightHandler`."""
+        try:
+            region = InflightRegion.from_fd(inflight, fd)
+        finally:
+            close_foreign([fd])
+        self._set_inflight(region)
+
+    def _set_inflight(self, region: InflightRegion | None) -> None:
+        with self._host.detached():
+            old, self._inflight = self._inflight, region
+            if old is not None:
+                old.close()
+
+    def set_vring_num(self, index: int, num: int) -> None:
+        """See :class:`SessionHandler`."""
+        self._host.queues[index].wake()
+
+    def set_vring_addr(self, index: int, address: VringAddr) -> None:
+        """See :class:`SessionHandler`."""
+        self._host.move(index)
+
+    def set_vring_base(self, index: int, base: int) -> None:
+        """See :class:`SessionHandler`."""
+        self._host.queues[index].set_base(base)
+
+    def get_vring_base(self, index: int) -> int:
+        """See :class:`SessionHandler`."""
+        base = self._host.stop(index)
+        self._forget_translations()
+        return base
+
+    def set_vring_enable(self, index: int, enable: bool) -> None:
+        """See :class:`SessionHandler`."""
+        self._host.queues[index].enable(enable)
+
+    def set_vring_kick(self, index: int, fd: int | None) -> None:
+        """See :class:`SessionHandler`."""
+        what = f"kick fd of queue {index}"
+        kick = None if fd is None else Eventfd(fd, what)
+        try:
+            self._forget_translations()
+            self._host.start_over()
+        except BaseException:
+            if kick is not None:
+                kick.close()
+            raise
+        try:
+            self._host.queues[index].set_kick(kick)
+        except OSError as error:
+            raise ProtocolError(f"the {what} is unusable: {error.strerror}") from error
+
+    def set_vring_call(self, index: int, fd: int | None) -> None:
+        """See :class:`SessionHandler`."""
+        call = None if fd is None else Eventfd.to_notify(fd, f"call fd of queue {index}")
+        self._host.queues[index].set_call(call)
+
+    def set_vring_err(self, index: int, fd: int | None) -> None:
+        """See :class:`SessionHandler`."""
+        err = None if fd is None else Eventfd(fd, f"err fd of queue {index}")
+        self._host.queues[index].set_err(err)
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """See :class:`SessionHandler`."""
+        return self._host.read_config(offset, size)
+
+    def set_config(self, offset: int, data: bytes, flags: int) -> None:
+        """See :class:`SessionHandler`."""
+        if flags & ConfigFlag.LIVE_MIGRATION:
+            raise DeviceError("migration of this device's state is not supported")
+        self._host.write_config(offset, data)
+
+    def get_status(self) -> int:
+        """See :class:`SessionHandler`."""
+        return self._host.status
+
+    def set_status(self, status: int) -> None:
+        """See :class:`SessionHandler`.
+
+        QEMU sets 0 at each stop, also when it only pauses the guest (`vhost_user_reset_status`),
+        so what is in flight is not forgotten. Up to version 7.2 it does so before it asks where the
+        queues stopped, so that is not forgotten either.
+        """
+        if status == 0:
+            self._reset(keep_base=True)
+        self._host.status = status
+
+    def reset_device(self) -> None:
+        """See :class:`SessionHandler`."""
+        self._reset()
+        if self._inflight is not None:
+            for index in range(min(self.num_queues, self._inflight.description.num_queues)):
+                self._inflight.queue(index).forget()
+
+    def _reset(self, *, keep_base: bool = False) -> None:
+        self._host.reset(keep_base=keep_base)
+        self._forget_translations()
+
+    def iotlb(self, message: IotlbMessage) -> None:
+        """See :class:`SessionHandler`."""
+        iova, size = message.iova, message.size
+        if self._translator.apply(message, self._host.stop_timeout):
+            return
+        self._host.give_up(iova, size)
+        if not self._translator.unused(iova, size, COPY_GRACE):
+            raise DeviceError(
+                f"the memory at {iova:#x}+{size:#x} is still in use: the device has not come back "
+                "from a system call or from process"
+            )
+
+    @property
+    def tracked(self) -> bool:
+        """See :class:`~guestio.virtio.host.Transport`."""
+        return self._inflight is not None
+
+    def ring_layout(self, index: int, *, event_idx: bool) -> RingLayout | None:
+        """See :class:`~guestio.virtio.host.Transport`."""
+        ring = self._session.vrings[index]
+        address, size = ring.address, ring.num
+        if address is None or not size:
+            return None
+        parts = (address.desc, address.avail, address.used)
+        if not self.translating:
+            sizes = area_bytes(size, event_idx)
+            desc, avail, used = map(self._shared.guest_address, parts, sizes)
+            parts = (desc, avail, used)
+        try:
+            return RingLayout(size, *parts)
+        except ValueError as error:
+            raise QueueError(str(error)) from None
+
+    def inflight_notes(self, index: int, size: int) -> InflightQueue | None:
+        """See :class:`~guestio.virtio.host.Transport`."""
+        notes = None if self._inflight is None else self._inflight.queue(index)
+        if notes is not None and notes.size < size:
+            # QEMU 10.0.13 gives drivers 1024 entries and asks to track as many as its option says.
+            # Without notes requests are published in order, so that none is lost either.
+            self._host.log.report(
+                "queue %d of %d entries: its requests are not tracked, the region for requests in "
+                "flight has room for %d",
+                index,
+                size,
+                notes.size,
+            )
+            return None
+        return notes
+
+    def config_changed(self) -> None:
+        """See :class:`~guestio.virtio.host.Transport`."""
+
+    def set_backend_channel(self, fd: int) -> None:
+        """See :class:`SessionHandler`."""
+        self._translator.set_acknowledged(
+            bool(self._session.protocol_features & ProtocolFeature.REPLY_ACK)
+        )
+        self._translator.set_channel(fd)

@@ -1,0 +1,431 @@
+"""A device with its queues, features, status and configuration, for any transport.
+
+A transport sets the host up for one driver after the other, and the device uses it to speak first:
+it takes buffers, sends data, watches descriptors and sets timers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import reprlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.memory.vector import RegionTable
+from guestio._core.virtio.chain import Quota
+from guestio._core.virtio.inflight import InflightQueue
+from guestio._core.virtio.ring import SplitRing
+from guestio.budgets import OUTSTANDING_PIECES, TURN_BYTES
+from guestio.errors import DeviceError, GuestioError
+from guestio.ratelog import LOG
+from guestio.virtio.device import (
+    VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_INDIRECT_DESC,
+    Device,
+    Status,
+)
+from guestio.virtio.layout import RingLayout
+from guestio.virtio.loop import EventLoop, LoopThread, Timer
+from guestio.virtio.queue import DeviceQueue
+from guestio.virtio.statistics import RateLimitedLog, Statistics
+from guestio.virtio.translator import PhysicalTranslator, Translator
+
+log = logging.getLogger("guestio.virtio")
+
+
+class Transport(Protocol):
+    """What a host asks of the wire that sets it up."""
+
+    @property
+    def tracked(self) -> bool:
+        """Whether requests in flight are noted, for a successor after a crash."""
+        ...
+
+    def ring_layout(self, index: int, *, event_idx: bool) -> RingLayout | None:
+        """Where a ring is, in the addresses of the host's memory; None if that is not set up.
+
+        Raises:
+            GuestioError: It is nowhere that the device can reach; the queue is broken then.
+        """
+        ...
+
+    def inflight_notes(self, index: int, size: int) -> InflightQueue | None:
+        """Where to note which requests of a queue are in flight, or None."""
+        ...
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration space has changed. In the loop's thread."""
+        ...
+
+
+class _NoTransport:
+    """Between two drivers: no queue is set up."""
+
+    tracked = False
+
+    def ring_layout(self, index: int, *, event_idx: bool) -> RingLayout | None:
+        return None
+
+    def inflight_notes(self, index: int, size: int) -> InflightQueue | None:
+        return None
+
+    def config_changed(self) -> None:
+        """Do nothing: a driver reads the configuration space when it begins."""
+
+
+class DeviceHost:
+    """A device and what a transport drives of it.
+
+    A device is handed its host by `Device.attached`, and uses :meth:`queue`,
+    :meth:`config_changed`, :meth:`add_reader`, :meth:`remove_reader`, :meth:`call_later` and
+    :meth:`call_soon_threadsafe`. The rest is for transports.
+
+    Args:
+        device: What is hosted.
+        loop: Serves it.
+        statistics: Where to count.
+        stop_timeout: Seconds that a stop waits for requests that the device holds.
+        poll_us: Microseconds to look out for a request before sleeping.
+        queue_threads: Whether to serve each queue in a thread of its own.
+        failed: Called with what a callback in such a thread raised.
+
+    Attributes:
+        device: What is hosted.
+        queues: Its queues.
+        features: Feature bits that were negotiated.
+        status: Device status, `Status` bits.
+        translator: Requests translations.
+        threaded: Whether each queue is served in a thread of its own.
+        clean: False once something could not be released, or an error may refer to it.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        loop: EventLoop,
+        statistics: Statistics,
+        *,
+        stop_timeout: float,
+        poll_us: int = 0,
+        queue_threads: bool = False,
+        failed: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.device = device
+        self.statistics = statistics
+        self.error_status = device.error_status
+        self.stop_timeout = stop_timeout
+        self.poll_seconds = poll_us / 1e6
+        self.threaded = queue_threads
+        self.log = RateLimitedLog()
+        self.translator: Translator = PhysicalTranslator()
+        self.features = 0
+        self.status = 0
+        self._loop = loop
+        self._transport: Transport = _NoTransport()
+        self._space = AddressSpace(RegionTable([]))
+        self._quota = Quota(OUTSTANDING_PIECES)
+        self._out_of_time = False
+        self._threads: list[LoopThread] = []
+        with contextlib.ExitStack() as undo:
+            for index in range(device.num_queues if queue_threads else 0):
+                thread = LoopThread(f"guestio-queue-{index}", failed or _log_failure)
+                undo.callback(thread.close)
+                self._threads.append(thread)
+            self.queues = [
+                DeviceQueue(index, self, self._threads[index].loop if queue_threads else loop)
+                for index in range(device.num_queues)
+            ]
+            undo.pop_all()
+
+    def __repr__(self) -> str:
+        return (
+            f"<DeviceHost of {type(self.device).__name__}: status {Status(self.status)!r}, "
+            f"features {self.features:#x}, {len(self.queues)} queues>"
+        )
+
+    # What the device uses.
+
+    def queue(self, index: int) -> DeviceQueue:
+        """A queue of the device, also while it does not run.
+
+        Raises:
+            DeviceError: The device has no such queue.
+        """
+        if not 0 <= index < len(self.queues):
+            raise DeviceError(
+                f"{type(self.device).__name__} has {len(self.queues)} queues, not a queue {index}"
+            )
+        return self.queues[index]
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration space has changed. From any thread."""
+        self._loop.call_soon_threadsafe(self._tell_config_changed)
+
+    def _tell_config_changed(self) -> None:
+        self._transport.config_changed()
+
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> None:
+        """Call back in the loop's thread whenever ``fd`` is readable.
+
+        An exception that the callback raises is logged, and ends the watch of ``fd``.
+
+        Raises:
+            OSError: The descriptor cannot be waited for.
+        """
+
+        def run() -> None:
+            if not self._call_back(callback, f"the reader of descriptor {fd}"):
+                self._loop.remove_reader(fd)
+
+        self._loop.add_reader(fd, run)
+
+    def remove_reader(self, fd: int) -> None:
+        """Watch ``fd`` no more, before it is closed. Unknown ones are ignored."""
+        self._loop.remove_reader(fd)
+
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer:
+        """Call back once in the loop's thread, in ``seconds``. From any thread."""
+        return self._loop.call_later(seconds, lambda: self._call_back(callback, "a timer"))
+
+    def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
+        """Call back once in the loop's thread, soon. From any thread."""
+        self._loop.call_soon_threadsafe(lambda: self._call_back(callback, "a callback"))
+
+    def _call_back(self, callback: Callable[[], object], what: str) -> bool:
+        """Call the device back; whether it raised nothing."""
+        try:
+            callback()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self.log.report(
+                "%s of %s raised %s: %s",
+                what,
+                type(self.device).__name__,
+                type(error).__name__,
+                error,
+                trace=True,
+            )
+            return False
+        return True
+
+    # What a transport drives.
+
+    def connect(self, transport: Transport, translator: Translator) -> None:
+        """Serve a driver; the host is as after a reset."""
+        self._transport, self.translator = transport, translator
+
+    def disconnect(self) -> list[Callable[[], object]]:
+        """The steps that end serving a driver, to be called in their order, whatever one raises."""
+        until = time.monotonic() + self.stop_timeout
+
+        def forget() -> None:
+            self._transport, self.translator = _NoTransport(), PhysicalTranslator()
+            self._space = AddressSpace(RegionTable([]))
+            self.features = self.status = 0
+            self._out_of_time = False
+
+        def stop(queue: DeviceQueue) -> Callable[[], object]:
+            return lambda: queue.reset(until)
+
+        return [
+            lambda: self.announce_stop(self.queues),
+            *(stop(queue) for queue in self.queues),
+            forget,
+            self._reset_device,
+        ]
+
+    def close(self) -> None:
+        """End the threads of queues, once no driver is served. Calling it again does nothing."""
+        for thread in self._threads:
+            thread.close()
+
+    def set_features(self, features: int) -> None:
+        """Tell the device what was negotiated.
+
+        Raises:
+            GuestioError: The device refuses it; nothing changed.
+        """
+        self.call_device("negotiated", features)
+        self.features = features
+
+    def change_memory(self, space: AddressSpace) -> None:
+        """Use other memory; rings and translations are looked up again. All queues are detached.
+
+        To be called within :meth:`detached`.
+        """
+        self._space = space
+
+    @property
+    def tracked(self) -> bool:
+        """Whether requests in flight are noted, for a successor after a crash."""
+        return self._transport.tracked
+
+    @contextlib.contextmanager
+    def detached(self) -> Iterator[None]:
+        """Nothing of the driver's memory is in use, in any thread, inside this context."""
+        until = self.announce_stop(self.queues)
+        with contextlib.ExitStack() as locks:
+            for queue in self.queues:
+                locks.enter_context(queue.lock)
+                queue.detach(until)
+            yield
+
+    def stop(self, index: int) -> int:
+        """Stop a queue; where to begin when it is started again, by whichever device."""
+        queue = self.queues[index]
+        return queue.stop(self.announce_stop([queue]))
+
+    def move(self, index: int) -> None:
+        """Make a queue's ring anew before its next use: the transport has another layout."""
+        queue = self.queues[index]
+        queue.detach(self.announce_stop([queue]))
+
+    @property
+    def live(self) -> bool:
+        """Whether the driver may announce requests on any queue."""
+        return any(queue.live for queue in self.queues)
+
+    def reset(self, *, keep_base: bool = False) -> None:
+        """Stop all queues, forget their set-up, and reset the device.
+
+        Args:
+            keep_base: Whether to remember where queues stopped.
+
+        Raises:
+            DeviceError: The device's ``reset`` raised; the queues are reset all the same.
+        """
+        until = self.announce_stop(self.queues)
+        for queue in self.queues:
+            queue.reset(until, keep_base=keep_base)
+        self.status = 0
+        self._reset_device()
+
+    def _reset_device(self) -> None:
+        try:
+            self.call_device("reset")
+        except GuestioError as error:
+            # The queues are reset all the same.
+            self.log.report("the device was not reset: %s", error)
+
+    def start_over(self) -> None:
+        """Give the device its whole time again: a queue is set up anew."""
+        self._out_of_time = False
+
+    def announce_stop(self, queues: Sequence[DeviceQueue]) -> float:
+        """Have the device finish what it holds of some queues; until when to wait for it.
+
+        A front-end stops its queues one by one. A device that used up its time for one of them
+        gets a tenth for each of the others.
+        """
+        until = time.monotonic() + self.stop_timeout * (0.1 if self._out_of_time else 1)
+        for queue in queues:
+            queue.announce_stop()
+        for queue in queues:
+            queue.await_turn()
+        return until
+
+    def given_up(self) -> None:
+        """Note that the device did not answer requests in the time that a stop may take."""
+        self._out_of_time = True
+
+    def give_up(self, iova: int, size: int) -> None:
+        """Fail the requests that the device holds and that use a range of addresses."""
+        for queue in self.queues:
+            queue.give_up(iova, size)
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """Bytes of the configuration space; beyond its end they are 0.
+
+        Raises:
+            GuestioError: The device raised it, or returned no bytes.
+        """
+        config = check_config(self.device, self.call_device("config"))
+        return config[offset : offset + size].ljust(size, b"\0")
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Hand the device what the driver wrote to the configuration space.
+
+        Raises:
+            GuestioError: The device refuses it.
+        """
+        self.call_device("write_config", offset, data)
+
+    def call_device(self, name: str, *args: object) -> object:
+        """Call a method of the device.
+
+        Raises:
+            DeviceError: It raised an exception that is not guestio's; that is logged.
+        """
+        try:
+            return getattr(self.device, name)(*args)
+        except (GuestioError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            called, kind = f"{type(self.device).__name__}.{name}", type(error).__name__
+            self.log.report("%s raised", called, trace=True)
+        # Outside of the handler: the device's error would be this one's context.
+        raise DeviceError(f"{called} raised {kind}")
+
+    # What queues use.
+
+    def make_ring(self, queue: DeviceQueue) -> SplitRing | None:
+        """The ring of a queue, where the transport says it is; None if it is not set up."""
+        event_idx = bool(self.features >> VIRTIO_F_EVENT_IDX & 1)
+        layout = self._transport.ring_layout(queue.index, event_idx=event_idx)
+        if layout is None:
+            return None
+        inflight = self._transport.inflight_notes(queue.index, layout.size)
+        return SplitRing(
+            self._space,
+            layout.size,
+            layout.desc,
+            layout.avail,
+            layout.used,
+            event_idx=event_idx,
+            indirect=bool(self.features >> VIRTIO_F_INDIRECT_DESC & 1),
+            base=queue.base,
+            ordered=inflight is None,
+            inflight=inflight,
+            turn_bytes=TURN_BYTES,
+            quota=self._quota,
+        )
+
+    def broken(self, queue: DeviceQueue, error: GuestioError) -> None:
+        """Report a queue that its driver ruined; the others go on. From any thread."""
+        LOG.report(log, logging.ERROR, "queue %d stopped: %s", queue.index, error)
+        self._loop.call_soon_threadsafe(self._need_reset)
+
+    def _need_reset(self) -> None:
+        self.statistics.queue_errors += 1
+        self.status |= Status.NEEDS_RESET
+
+    def wake(self, indices: Iterable[int]) -> None:
+        """Have queues served: what they lacked may be there."""
+        for index in indices:
+            self.queues[index].resume()
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that the device holds."""
+        return sum(queue.outstanding for queue in self.queues)
+
+
+def _log_failure(error: BaseException) -> None:
+    LOG.report(log, logging.ERROR, "a queue's thread failed", trace=error)
+
+
+def check_config(device: Device, config: object) -> bytes:
+    """What ``device.config()`` returned, if that is a configuration space.
+
+    Raises:
+        DeviceError: It is not.
+    """
+    if not isinstance(config, (bytes, bytearray)):
+        raise DeviceError(
+            f"{type(device).__name__}.config returned {reprlib.repr(config)}; return bytes"
+        )
+    return bytes(config)
