@@ -7,6 +7,8 @@ Rooms, each importing only from those before it: ``errors``, ``addr``, ``_core``
 only re-exports.
 """
 
+from typing import TYPE_CHECKING
+
 from guestio.addr import IovaRange, MappedRange, Ordering, Permissions
 from guestio.dma import (
     DmaError,
@@ -64,6 +66,9 @@ from guestio.memory import (
     VolatileSlice,
 )
 
+if TYPE_CHECKING:
+    from guestio.vhost_user.serve import serve
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -118,4 +123,14 @@ __all__ = [
     "UnsortedMemoryRegionsError",
     "VfioType1Target",
     "VolatileSlice",
+    "serve",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Programs that have no devices do without the packages that serve them.
+    if name == "serve":
+        from guestio.vhost_user.serve import serve
+
+        return serve
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import signal
 import sys
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+from guestio.cli.seconds import Seconds
 from guestio.errors import DeviceError, GuestioError
 
 # What only this command needs is imported when it runs: the other commands start without it.
@@ -68,19 +68,6 @@ _SIZE = re.compile(r"(\d+)([kmg]?)(?:i?b)?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _TOLD_EVERY = 1.0
 _CONNECT_WAIT = 2.0
-
-
-class Seconds(click.FloatRange):
-    """A number of seconds in a range, which `nan` is not."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """See `click.ParamType.convert`."""
-        number: float = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value} is not a number of seconds", param, ctx)
-        return number
 
 
 class Size(click.ParamType[int]):

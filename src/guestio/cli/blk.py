@@ -1,0 +1,72 @@
+"""``guestio blk``: an image as a disk."""
+
+from __future__ import annotations
+
+import click
+
+from guestio.cli.server import Server, num_queues_option, server_options
+from guestio.virtio.blk import IO_THREADS, MAX_IO_THREADS, BlockDevice
+
+HELP = """Serve IMAGE as a disk over vhost-user.
+
+The socket is ready when one line on standard error says so. One front-end is served at a time;
+when it goes away the next one may come. SIGINT, SIGTERM and SIGHUP end the service with status 0
+and remove the socket.
+
+A complete QEMU command line for a guest with a virtual IOMMU in front of the disk:
+
+\b
+  guestio blk disk.img --socket /tmp/blk.sock &
+  qemu-system-x86_64 -machine q35,memory-backend=mem,kernel-irqchip=off -m 1G \\
+    -object memory-backend-memfd,id=mem,size=1G,share=on \\
+    -device virtio-iommu-pci \\
+    -chardev socket,id=c0,path=/tmp/blk.sock \\
+    -device vhost-user-blk-pci,chardev=c0,num-queues=1,\\
+iommu_platform=on,disable-legacy=on,ats=on \\
+    -kernel vmlinuz -initrd initrd -append "root=/dev/vda"
+
+Guest memory must be shared (share=on). Without an IOMMU leave out the virtio-iommu-pci line and
+everything after num-queues. With intel-iommu, boot with intel_iommu=on, put the disk below a port
+("-device pcie-root-port,id=port0" and bus=port0), and use
+
+\b
+  -device intel-iommu,intremap=off,device-iotlb=on
+"""
+
+
+@click.command(help=HELP)
+@click.argument("image", type=click.Path())
+@click.option("--read-only", is_flag=True, help="Refuse writes; the image may be read-only.")
+@num_queues_option(1, "Request queues offered.")
+@click.option(
+    "--io-threads",
+    type=click.IntRange(0, MAX_IO_THREADS),
+    default=IO_THREADS,
+    show_default=True,
+    metavar="N",
+    help="Threads that wait for the disk: for reads of what is not in the page cache, flushes and "
+    "discards. Others are served meanwhile. 0: everybody waits for each, which takes least CPU "
+    "time. Cached reads, and writes, never need them.",
+)
+@click.option("--serial", metavar="TEXT", help="Serial number, up to 20 ASCII characters.")
+@server_options
+def blk(
+    image: str,
+    read_only: bool,
+    num_queues: int,
+    io_threads: int,
+    serial: str | None,
+    server: Server,
+) -> None:
+    """Serve an image; the help text is ``HELP``."""
+
+    def make() -> BlockDevice:
+        return BlockDevice(
+            image,
+            read_only=read_only,
+            num_queues=num_queues,
+            serial=serial,
+            io_threads=io_threads,
+        )
+
+    server.run(make, "the disk")

@@ -1,0 +1,202 @@
+"""What all commands that serve a device have in common: options, signals, log and exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from guestio.budgets import LONGEST_TIMEOUT, STOP_TIMEOUT
+from guestio.cli.seconds import Seconds
+from guestio.cli.stderr import StderrLog
+from guestio.errors import GuestioError
+from guestio.vhost_user import Backend
+from guestio.vhost_user.serve import Signals, run_until_signaled
+from guestio.virtio.device import Device
+
+EXIT_GRACE = 0.2
+"""Seconds that the end of a command waits for its log to be read."""
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+_log = logging.getLogger("guestio.cli.server")
+
+_OPTIONS = (
+    click.option("--socket", "path", required=True, metavar="PATH", help="Where to listen."),
+    click.option(
+        "--iommu",
+        type=click.Choice(["auto", "off"]),
+        default="auto",
+        show_default=True,
+        help="Whether the device may sit behind an IOMMU.",
+    ),
+    click.option(
+        "--indirect",
+        type=click.Choice(["auto", "on", "off"]),
+        default="auto",
+        show_default=True,
+        help="Whether to offer indirect descriptors; auto: unless there may be an IOMMU, where "
+        "each request's table costs a translation. Without them a disk's queue needs 128 entries.",
+    ),
+    click.option(
+        "--stop-timeout",
+        type=Seconds(0, LONGEST_TIMEOUT),
+        default=STOP_TIMEOUT,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long a stop of a queue waits for requests that the device holds.",
+    ),
+    click.option(
+        "--miss-timeout",
+        type=Seconds(0, LONGEST_TIMEOUT, min_open=True),
+        default=5.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long a front-end may take to translate an address.",
+    ),
+    click.option(
+        "--track-dirty",
+        is_flag=True,
+        help="Count the pages of guest memory that the device writes.",
+    ),
+    click.option(
+        "--poll-us",
+        type=click.IntRange(0, 1_000_000),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Microseconds to look out for the next request before sleeping.",
+    ),
+    click.option(
+        "--queue-threads",
+        is_flag=True,
+        help="Serve each queue in a thread of its own. For large requests and several CPUs; small "
+        "ones are served faster by one thread.",
+    ),
+)
+_NAMES = (
+    "iommu",
+    "indirect",
+    "stop_timeout",
+    "miss_timeout",
+    "track_dirty",
+    "poll_us",
+    "queue_threads",
+)
+
+
+def num_queues_option(
+    default: int | None, text: str, *, most: int = 64
+) -> Callable[[Command], Command]:
+    """The option ``--num-queues``, for devices that have as many as one likes."""
+    return click.option(
+        "--num-queues",
+        type=click.IntRange(1, most),
+        default=default,
+        show_default=default is not None,
+        help=text,
+    )
+
+
+def server_options(command: Command) -> Command:
+    """Give a command the options of every server; it is called with them as ``server``."""
+
+    @functools.wraps(command)
+    def collected(*, path: str, **arguments: Any) -> None:
+        options = {name: arguments.pop(name) for name in _NAMES}
+        command(server=Server(path, options), **arguments)
+
+    decorated: Any = collected
+    for option in reversed(_OPTIONS):
+        decorated = option(decorated)
+    result: Command = decorated
+    return result
+
+
+class Server:
+    """Serves one device as its command was told to, and ends the process properly.
+
+    Args:
+        path: Where to listen.
+        options: For :class:`~guestio.vhost_user.Backend`.
+    """
+
+    def __init__(self, path: str, options: Mapping[str, Any]) -> None:
+        self.path = path
+        self.options = dict(options)
+
+    def run(
+        self,
+        make: Callable[[], Device],
+        what: str,
+        *,
+        signals: Mapping[int, Callable[[], object]] | None = None,
+        cleanup: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Make a device and serve it until SIGINT, SIGTERM or SIGHUP.
+
+        A `GuestioError`, `ValueError` or `TypeError` of making the device or listening ends the
+        process with status 2 and one line, an error of the system or while serving with 1.
+
+        Args:
+            make: Makes the device; it is closed at the end.
+            what: What is served, for messages ("the disk").
+            signals: Called in the main thread for other signals.
+            cleanup: Called at the end, whatever happened, also if the device hangs.
+        """
+        log = StderrLog()
+        stop = Signals(signals)
+        drained = True
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(cleanup)
+                with _refusals():
+                    device = make()
+                    stack.callback(device.close)
+                    backend = stack.enter_context(Backend(device, self.path, **self.options))
+                if not run_until_signaled(
+                    backend, stop, lambda: log.say(f"listening on {backend.path}")
+                ):
+                    log.say("guestio: ended although a request or the device hangs")
+                    cleanup()
+                    log.drain(EXIT_GRACE)
+                    os._exit(0)
+            _log.info("%s ended: %s", what, backend.statistics)
+        except GuestioError as error:
+            _end(1, f"{what} cannot be served: {error}")
+        except OSError as error:
+            _end(1, f"{what} cannot be served: {error.strerror or error}")
+        except RuntimeError as error:
+            if "new thread" not in str(error):
+                raise
+            _end(1, f"{what} cannot be served: {error} (ulimit -u, pids.max)")
+        finally:
+            drained = log.drain(EXIT_GRACE)
+        if not drained:
+            # The end of Python waits for what is written to standard error.
+            os._exit(0)
+
+
+@contextlib.contextmanager
+def _refusals() -> Any:
+    """What is raised inside is a bad argument: one line and status 2."""
+    try:
+        yield
+    except (GuestioError, ValueError, TypeError) as error:
+        _end(2, str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """End with one line and the status for a bad argument."""
+    _end(2, message)
+
+
+def _end(status: int, message: str) -> NoReturn:
+    click.echo(f"guestio: {message}", err=True)
+    sys.exit(status)

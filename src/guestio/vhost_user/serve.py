@@ -1,0 +1,167 @@
+"""A device served until a signal ends it: what a program of a user's own needs to be a server."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from guestio.budgets import EXIT_TIMEOUT
+from guestio.ratelog import LOG
+from guestio.vhost_user.backend import Backend, log
+from guestio.virtio.device import Device
+from guestio.virtio.statistics import Statistics
+
+
+def serve(device: Device, path: str | os.PathLike[str], **options: Any) -> Statistics:
+    """Serve a device at a Unix socket until SIGINT, SIGTERM or SIGHUP.
+
+    One line on standard error, ``listening on PATH``, says that a front-end may connect. A signal
+    ends the service within 2 s, whatever the guest or the device does, and removes the socket. The
+    signals are handled as before afterwards.
+
+    Args:
+        device: What to serve; it is the caller's to close.
+        path: Where to listen.
+        options: As for :class:`~guestio.vhost_user.Backend`.
+
+    Returns:
+        Counters over all front-ends.
+
+    Raises:
+        DeviceError, TypeError, ValueError: As from `Backend`; nothing was served.
+        RuntimeError: This is not the main thread, to which alone Python gives signals; use
+            `Backend` in others.
+        SystemExit, KeyboardInterrupt: The device raised it.
+
+    Threads: the device's methods are called in a thread that this function starts, except
+    ``attached``. A device whose method does not return loses this thread: an error is logged, and
+    the thread ends with the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            "serve waits for signals, which Python handles in the main thread: call it there, or "
+            "use guestio.vhost_user.Backend"
+        )
+    with Signals() as signals, contextlib.ExitStack() as stack:
+        backend = Backend(device, path, **options)
+        stack.callback(backend.close)
+
+        def ready() -> None:
+            print(f"listening on {backend.path}", file=sys.stderr, flush=True)
+
+        if not run_until_signaled(backend, signals, ready):
+            # What is in use by the thread that hangs is not closed.
+            stack.pop_all()
+            LOG.report(
+                log,
+                logging.ERROR,
+                "%s is served no more, although it has not returned from a call for %g s",
+                type(device).__name__,
+                EXIT_TIMEOUT,
+            )
+    return backend.statistics
+
+
+class Signals:
+    """Waits for SIGINT, SIGTERM or SIGHUP; one that arrives before the wait is not lost.
+
+    The kernel may choose any thread for a signal: a byte wakes the main thread, which must handle
+    it. SIGHUP is left alone where it is ignored, as `nohup` does. For the main thread.
+
+    Args:
+        others: Called in :meth:`wait`, in the main thread, for each other signal that arrives. One
+            that is named here does not end the wait, SIGHUP for example.
+    """
+
+    def __init__(self, others: Mapping[int, Callable[[], object]] | None = None) -> None:
+        self._others = dict(others or {})
+        self._over, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._fd_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self._before: dict[int, Any] = {}
+        for number in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *self._others}:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, lambda *_: None)
+
+    def over(self) -> None:
+        """Make :meth:`wait` return. From any thread."""
+        # A pipe that is full is readable as well.
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake, b"\0")
+
+    def wait(self) -> None:
+        """Wait for a signal or :meth:`over`."""
+        while True:
+            select.select((self._over,), (), ())
+            for number in os.read(self._over, 4096):
+                call = self._others.get(number)
+                if call is not None:
+                    call()
+                elif not number or number in self._before:
+                    return
+
+    def close(self) -> None:
+        """Handle signals as before. Calling it again does nothing."""
+        if self._over < 0:
+            return
+        for number, handler in self._before.items():
+            # None: the handler was not installed from Python.
+            if handler is not None:
+                signal.signal(number, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        os.close(self._over)
+        os.close(self._wake)
+        self._over = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def run_until_signaled(
+    backend: Backend, signals: Signals, ready: Callable[[], object] = lambda: None
+) -> bool:
+    """Serve in a thread, so that a signal is obeyed whatever keeps that thread.
+
+    Args:
+        backend: What serves; it is the caller's to close, unless it hangs.
+        signals: Ends the service.
+        ready: Called once the thread has been started.
+
+    Returns:
+        Whether the service ended in time. If not, its socket was removed, and its thread is still
+        in the device.
+
+    Raises:
+        BaseException: What `Backend.serve` raised.
+    """
+    errors: list[BaseException] = []
+
+    def serve_in_thread() -> None:
+        try:
+            backend.serve()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            signals.over()
+
+    thread = threading.Thread(target=serve_in_thread, name="guestio-serve", daemon=True)
+    thread.start()
+    ready()
+    signals.wait()
+    backend.stop()
+    thread.join(EXIT_TIMEOUT)
+    if thread.is_alive():
+        backend.remove_socket()
+        return False
+    if errors:
+        raise errors[0]
+    return True
