@@ -6,7 +6,7 @@ from guestio import Iotlb, IotlbFails, IovaRange, Permissions
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.iommu.misses import touched
 from guestio._core.memory.vector import RegionTable
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 
 R, RW = int(Permissions.READ), int(Permissions.READ_WRITE)
 

@@ -23,7 +23,7 @@ from guestio import (
     Permissions,
 )
 from guestio._core.iommu.address_space import AddressSpace
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 PAGE = 4096

@@ -17,7 +17,7 @@ import ctypes, fcntl, gc, os, select, struct, sys, termios, threading, time, wea
 from guestio import *
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.memory.vector import RegionTable
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 PAGE = 4096
 

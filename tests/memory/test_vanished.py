@@ -176,7 +176,7 @@ SCENARIOS = {
             vanishes(call, 0x6008, GONE + 8)
     """,
     "rings": """
-        from guestio._core.virtio.ring import SplitRing
+        from guestio._core.virtio.split import SplitRing
         def ring(memory, desc, avail, used):
             return SplitRing(memory._space, 8, desc, avail, used, indirect=True)
         low = 0x100000
@@ -214,7 +214,7 @@ SCENARIOS = {
     "the part of a ring that says which request is next": """
         # The index is left; the entries beyond it read as request 0, which is an old one.
         from guestio._core.virtio.block_server import BlockServer
-        from guestio._core.virtio.ring import SplitRing
+        from guestio._core.virtio.split import SplitRing
         low, size = 0x100000, 8
         fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
         os.ftruncate(fd, 8192)
@@ -253,7 +253,7 @@ SCENARIOS = {
             assert memory.load(low + 0xC00, 1) == 0
     """,
     "a used ring between taking and giving back": """
-        from guestio._core.virtio.ring import SplitRing
+        from guestio._core.virtio.split import SplitRing
         low = 0x100000
         memory, region = fresh(keep=SIZE)
         memory.fill(low, SIZE)
@@ -273,7 +273,7 @@ SCENARIOS = {
         assert memory.read(low, 8) == (low + 0x1000).to_bytes(8, "little")
     """,
     "chains that a file is read into": """
-        from guestio._core.virtio.ring import SplitRing
+        from guestio._core.virtio.split import SplitRing
         low, fd = 0x100000, os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
         os.write(fd, bytes(4096))
         os.lseek(fd, 0, os.SEEK_SET)

@@ -155,7 +155,7 @@ def test_an_error_names_the_fragment_that_vanished(gone):
 def test_many_leases_are_all_given_back(scattered):
     """One to each descriptor: more than a vector has room for at first."""
     from guestio._core.iommu.address_space import AddressSpace
-    from guestio._core.virtio.ring import SplitRing
+    from guestio._core.virtio.split import SplitRing
 
     memory, _, tables, _ = scattered
     tables.iotlb.set_mapping(0, 0, 3 * PAGE, RW)

@@ -18,7 +18,7 @@ import pytest
 
 from guestio import budgets
 from guestio._core.virtio.chain import Chain, Quota
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.errors import BackingError
 from guestio.memory import Backing, GuestRegionCollection
 from guestio.ratelog import LOG

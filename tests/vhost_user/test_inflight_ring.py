@@ -16,7 +16,7 @@ import pytest
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.memory.mapping import HostMapping
 from guestio._core.virtio.inflight import InflightQueue, part_size
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.addr import Permissions
 from guestio.iommu import Iotlb
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
@@ -34,7 +34,7 @@ import os, signal, sys, ctypes
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.virtio.inflight import InflightQueue
 from guestio._core.memory.mapping import HostMapping
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 
 region, ram = int(sys.argv[1]), int(sys.argv[2])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.virtio.chain import Chain
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.addr import IovaRange, Permissions
 from guestio.iommu import Iotlb
 from guestio.memory import GuestRegionCollection, MmapRegion

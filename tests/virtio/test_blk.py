@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.errors import DeviceError, MemoryVanishedError
 from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
 from guestio.virtio.blk import (

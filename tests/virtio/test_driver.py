@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.addr import Ordering, Permissions
 from guestio.errors import InvalidAddressError, QueueError
 from guestio.iommu import Iommu, IommuMemory, Iotlb

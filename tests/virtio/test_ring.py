@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from guestio._core.virtio.chain import Chain
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
 from tests.virtio.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Tables, linked, physical
 

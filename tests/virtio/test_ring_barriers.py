@@ -38,7 +38,7 @@ def positions(lines: list[str], pattern: str) -> list[int]:
     [
         # The device asks for kicks, then looks for requests.
         (
-            "_core/virtio/ring.pyx",
+            "_core/virtio/split.pyx",
             "more_after_request",
             r"store16\(self\.used",
             "full_barrier",
@@ -47,12 +47,12 @@ def positions(lines: list[str], pattern: str) -> list[int]:
         # The device shows requests, then looks whether the driver wants to be told.
         (
             "_core/virtio/ring.pyx",
-            "show_pending",
-            r"store16\(self\.used, 2",
+            "publish_pending",
+            r"publish_used\(",
             "wants_notification",
             "",
         ),
-        ("_core/virtio/ring.pyx", "wants_notification", "", "full_barrier", r"load16\("),
+        ("_core/virtio/split.pyx", "wants_notification", "", "full_barrier", r"load16\("),
         # The driver's side, in the load generator.
         (
             "guest/_load/driver.pyx",
@@ -77,7 +77,7 @@ def test_store_barrier_look(file: str, function: str, store: str, barrier: str, 
 
 @pytest.mark.parametrize(
     ("file", "name"),
-    [("_core/virtio/ring.pyx", "full_barrier"), ("guest/_load/driver.pyx", "ring_barrier")],
+    [("_core/virtio/split.pyx", "full_barrier"), ("guest/_load/driver.pyx", "ring_barrier")],
 )
 def test_the_barrier_is_a_full_one(file: str, name: str) -> None:
     assert re.search(rf"#define {name}\(\) {FENCE}$", (SOURCES / file).read_text(), re.MULTILINE)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import QueueError
 from tests.virtio.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Rig, Tables, linked

@@ -14,7 +14,7 @@ import pytest
 
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.virtio.chain import Chain
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.addr import Permissions
 from guestio.errors import QueueError
 from guestio.iommu import Iotlb

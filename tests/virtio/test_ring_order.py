@@ -16,7 +16,7 @@ from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.virtio.block_server import BlockServer
 from guestio._core.virtio.chain import Chain, Quota
 from guestio._core.virtio.inflight import InflightQueue
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.addr import Permissions
 from guestio.errors import QueueError
 from guestio.iommu import Iotlb

@@ -9,7 +9,7 @@ import pytest
 from guestio._core.base.variant import CAPACITIES
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.virtio.block_server import BlockServer
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.addr import Permissions
 from guestio.iommu import Iotlb
 from guestio.memory import AtomicBitmap, GuestRegionCollection, MmapRegion

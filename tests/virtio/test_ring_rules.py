@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from guestio._core.virtio.chain import Chain
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.addr import IovaRange
 from guestio.errors import MemoryVanishedError, QueueError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from guestio._core.iommu.address_space import AddressSpace
-from guestio._core.virtio.areas import area_bytes
 from guestio._core.virtio.inflight import InflightQueue
+from guestio._core.virtio.split import area_bytes
 from guestio.budgets import COPY_GRACE, HALF_MESSAGE_TIMEOUT, SEND_RETRY, TURN_SECONDS
 from guestio.errors import DeviceError, ProtocolError, QueueError
 from guestio.ratelog import LOG

@@ -7,7 +7,7 @@ walked by the compiled core.
 """
 
 from guestio._core.virtio.chain import Chain
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.virtio.device import Device, DeviceId, Status
 from guestio.virtio.host import DeviceHost
 from guestio.virtio.queue import DeviceQueue

@@ -17,7 +17,7 @@ from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.memory.vector import RegionTable
 from guestio._core.virtio.chain import Quota
 from guestio._core.virtio.inflight import InflightQueue
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.budgets import OUTSTANDING_PIECES, TURN_BYTES
 from guestio.errors import DeviceError, GuestioError
 from guestio.ratelog import LOG

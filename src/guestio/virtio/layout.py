@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Self
 
-from guestio._core.virtio.areas import area_bytes
+from guestio._core.virtio.split import area_bytes
 from guestio.addr import check_int, check_range
 
 MAX_QUEUE_SIZE: Final = 32768

@@ -29,7 +29,7 @@ from guestio._core.base.syscalls import drain_eventfd, notify_eventfd
 from guestio._core.iommu.misses import Misses, touched
 from guestio._core.virtio.chain import Chain
 from guestio._core.virtio.loop import ActiveQueue
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.ring import Ring
 from guestio.addr import shown
 from guestio.budgets import CANCEL_SECONDS, COPY_GRACE, SLOW_ANSWER, SLOW_DEVICE, TURN_SECONDS
 from guestio.errors import DeviceError, GuestioError, QueueError
@@ -170,7 +170,7 @@ class DeviceQueue:
         self._kick: Doorbell | None = None
         self._call: Doorbell | None = None
         self._err: Doorbell | None = None
-        self._ring: SplitRing | None = None
+        self._ring: Ring | None = None
         self._active: ActiveQueue | None = None
         self._lacks = False
 
@@ -226,7 +226,7 @@ class DeviceQueue:
                 "not in its device_queues"
             )
 
-    def _ready_ring(self) -> SplitRing | None:
+    def _ready_ring(self) -> Ring | None:
         """The ring, made if need be; None if the queue is not to be served."""
         if self._stuck or not (self._enabled and self._started):
             return None
@@ -234,7 +234,7 @@ class DeviceQueue:
             self._ring = self._host.make_ring(self)
         return self._ring
 
-    def _take(self, ring: SplitRing) -> Chain | None:
+    def _take(self, ring: Ring) -> Chain | None:
         """Take a buffer; if there is none, the driver is asked to announce the next."""
         while True:
             chains, missing = ring.pop(1)
@@ -561,7 +561,7 @@ class DeviceQueue:
             self._break(error)
         return False
 
-    def _serve_owned(self, ring: SplitRing) -> bool:
+    def _serve_owned(self, ring: Ring) -> bool:
         """Publish what is completed; whether there are buffers to take."""
         if self._finished:
             self._complete_finished(ring)
@@ -584,7 +584,7 @@ class DeviceQueue:
         signal(self._err)
         self._host.broken(self, error)
 
-    def _serve_ring(self, ring: SplitRing) -> bool:
+    def _serve_ring(self, ring: Ring) -> bool:
         """Serve a ring until there is nothing to do, or until others have a turn.
 
         Returns:
@@ -612,7 +612,7 @@ class DeviceQueue:
                 return True
         return True
 
-    def _conclude(self, ring: SplitRing, outcome: Outcome) -> int | None:
+    def _conclude(self, ring: Ring, outcome: Outcome) -> int | None:
         """Do what is left to do after a turn of the ring.
 
         Returns:
@@ -644,7 +644,7 @@ class DeviceQueue:
             self._activate(ring, self._kick)
         return None
 
-    def _activate(self, ring: SplitRing, kick: Doorbell) -> None:
+    def _activate(self, ring: Ring, kick: Doorbell) -> None:
         """Have the core's loop serve the queue until something is to be decided."""
         if self._host.threaded:
             # The loop requests translations without the lock that other threads request with.
@@ -685,7 +685,7 @@ class DeviceQueue:
             except GuestioError as error:
                 self._break(error)
 
-    def _begin(self, ring: SplitRing, chains: list[Chain]) -> None:
+    def _begin(self, ring: Ring, chains: list[Chain]) -> None:
         """Have requests processed; those that take time are completed later.
 
         Args:
@@ -745,7 +745,7 @@ class DeviceQueue:
                 f"{untold.fault}"
             )
 
-    def _complete(self, ring: SplitRing, chain: Chain, written: int) -> bool:
+    def _complete(self, ring: Ring, chain: Chain, written: int) -> bool:
         """As ``ring.complete``, also for a request that its device has settled by itself."""
         try:
             return ring.complete(chain, written)
@@ -805,7 +805,7 @@ class DeviceQueue:
         when = now + SLOW_ANSWER - age % SLOW_ANSWER
         self._loop.set_timer((self, "slow"), when, self._look_for_slow)
 
-    def _complete_finished(self, ring: SplitRing) -> None:
+    def _complete_finished(self, ring: Ring) -> None:
         """Complete requests that were answered, once no system call moves their memory."""
         for _ in range(len(self._finished)):
             chain = self._finished.popleft()
@@ -1054,7 +1054,7 @@ class DeviceQueue:
                 self._method("process"),
             )
 
-    def _stall(self, ring: SplitRing, missing: Iterable[Miss]) -> None:
+    def _stall(self, ring: Ring, missing: Iterable[Miss]) -> None:
         """Request what the queue lacks; a request that lacks what was refused fails instead."""
         if self._owned and not self._loop.is_current:
             # Misses are requested in the loop's thread alone, in the order of their messages.
@@ -1072,7 +1072,7 @@ class DeviceQueue:
         self._stalled_at = None
         self._host.translator.refused(self.index).clear()
 
-    def _give_up(self, ring: SplitRing, *, late: bool) -> bool:
+    def _give_up(self, ring: Ring, *, late: bool) -> bool:
         """Deal with a refusal that concerns the ring itself or a request that waits.
 
         Args:
@@ -1112,7 +1112,7 @@ class DeviceQueue:
         self._fail_lacking(ring)
         return True
 
-    def _fail_lacking(self, ring: SplitRing) -> None:
+    def _fail_lacking(self, ring: Ring) -> None:
         """Fail a request that waits for what will not come."""
         host = self._host
         chain = ring.pop_faulty()

@@ -6,6 +6,12 @@ from guestio._core.virtio.chain cimport u16
 from guestio._core.iommu.misses cimport Misses
 
 
+cdef struct Sizes:
+    u64 desc
+    u64 avail
+    u64 used
+
+
 cdef class RingAreas:
     cdef readonly AddressSpace space
     cdef readonly u32 size
@@ -26,6 +32,7 @@ cdef class RingAreas:
     cdef bint vanished(self) noexcept
     cdef bint area(self, IoVector found, u64 addr, u64 size, int access, Misses misses) except -1
     cdef bint areas_ready(self, Misses misses) except -1
+    cdef Sizes sizes(self) noexcept
     cdef int begin(self) except -1
     cdef bint reachable(self) except -1
     cdef int check_areas(self) except -1

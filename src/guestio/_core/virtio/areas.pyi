@@ -5,8 +5,6 @@ from typing_extensions import disjoint_base
 from guestio._core.iommu.address_space import AddressSpace
 from guestio.addr import IovaRange
 
-def area_bytes(size: int, event_idx: bool) -> tuple[int, int, int]: ...
-
 @disjoint_base
 class RingAreas:
     def __new__(

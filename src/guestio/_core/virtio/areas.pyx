@@ -1,4 +1,4 @@
-"""Where a split virtqueue is: three areas in guest memory (virtio 1.3, section 2.7).
+"""Where a virtqueue is: three areas in guest memory (virtio 1.4, sections 2.7 and 2.8).
 
 They are addressed like any buffer, so behind an IOMMU they may lie in pages that have nothing to do
 with each other, and their translation may be revoked at any time; it is looked up again before the
@@ -28,26 +28,8 @@ cdef enum:
     WRITE = 2
 
 
-cdef struct Sizes:
-    u64 desc
-    u64 avail
-    u64 used
-
-
-cdef inline Sizes sizes_of(u64 size, bint event_idx) noexcept:
-    """Bytes of the three areas (sections 2.7.5, 2.7.6 and 2.7.8)."""
-    cdef u64 event = 2 if event_idx else 0
-    return Sizes(16 * size, 4 + 2 * size + event, 4 + 8 * size + event)
-
-
-def area_bytes(u64 size, bint event_idx):
-    """Bytes of the descriptor table, the available ring and the used ring."""
-    cdef Sizes sizes = sizes_of(size, event_idx)
-    return sizes.desc, sizes.avail, sizes.used
-
-
 cdef class RingAreas:
-    """The descriptor table, the available ring and the used ring.
+    """Descriptors, what the driver writes for the device, and what the device writes for the driver.
 
     Attributes:
         broken: What the driver did wrong, or None.
@@ -102,7 +84,7 @@ cdef class RingAreas:
 
     cdef bint areas_ready(self, Misses misses) except -1:
         """Make sure that the three areas are translated; adds what is missing."""
-        cdef Sizes sizes = sizes_of(self.size, self.event_idx)
+        cdef Sizes sizes = self.sizes()
         cdef bint found
         if self.broken is not None:
             raise QueueError(self.broken)
@@ -123,6 +105,10 @@ cdef class RingAreas:
             self.begun = True
             self.begin()
         return True
+
+    cdef Sizes sizes(self) noexcept:
+        """Bytes of the areas; for a format."""
+        return Sizes(0, 0, 0)
 
     cdef int begin(self) except -1:
         """Called when the areas can be reached for the first time."""

@@ -4,7 +4,7 @@ from guestio._core.base.checks cimport u64
 from guestio._core.iommu.misses cimport Misses
 from guestio._core.virtio.chain cimport Server
 from guestio._core.virtio.counters cimport Counters
-from guestio._core.virtio.ring cimport SplitRing
+from guestio._core.virtio.ring cimport Ring
 
 
 cdef class Feed:
@@ -20,7 +20,7 @@ cdef class Feed:
 
 
 cdef class ActiveQueue:
-    cdef SplitRing ring
+    cdef Ring ring
     cdef Server server
     cdef int kick
     cdef int call

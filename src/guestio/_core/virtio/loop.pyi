@@ -6,7 +6,7 @@ from typing_extensions import disjoint_base
 from guestio._core.iommu.misses import Misses
 from guestio._core.virtio.chain import Chain, Server
 from guestio._core.virtio.counters import Counters
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.ring import Ring
 from guestio.errors import GuestioError
 
 _Outcome: TypeAlias = tuple[list[Chain], Misses, int, bool]
@@ -28,7 +28,7 @@ class ActiveQueue:
     def callback(self) -> Callable[[_Outcome | GuestioError | None], None]: ...
     def __init__(
         self,
-        ring: SplitRing,
+        ring: Ring,
         server: Server | None,
         kick: int,
         call: int,

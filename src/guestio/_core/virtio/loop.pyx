@@ -20,7 +20,7 @@ from guestio._core.base.clock cimport now_seconds
 from guestio._core.iommu.misses cimport Misses
 from guestio._core.virtio.chain cimport Server
 from guestio._core.virtio.counters cimport Counters
-from guestio._core.virtio.ring cimport SplitRing
+from guestio._core.virtio.ring cimport Ring
 
 from guestio.errors import GuestioError
 
@@ -85,7 +85,7 @@ cdef class ActiveQueue:
     """
 
     def __init__(
-        self, SplitRing ring not None, Server server, int kick, int call, *, Feed feed, int waiter,
+        self, Ring ring not None, Server server, int kick, int call, *, Feed feed, int waiter,
         Counters counters not None, callback
     ):
         self.ring, self.server, self.kick, self.call = ring, server, kick, call

@@ -1,4 +1,4 @@
-"""C view of the split virtqueue."""
+"""C view of a virtqueue."""
 
 from guestio._core.iommu.address_space cimport IoVector
 from guestio._core.virtio.areas cimport RingAreas
@@ -6,13 +6,6 @@ from guestio._core.base.checks cimport u32, u64
 from guestio._core.virtio.chain cimport Chain, Quota, Server, u16
 from guestio._core.virtio.inflight cimport InflightQueue
 from guestio._core.iommu.misses cimport Misses
-
-
-cdef struct Desc:
-    u64 addr
-    u32 size
-    u16 flags
-    u16 next
 
 
 cdef struct UsedElem:
@@ -26,7 +19,7 @@ cdef struct Completed:
     bint done
 
 
-cdef class SplitRing(RingAreas):
+cdef class Ring(RingAreas):
     cdef readonly bint indirect
     cdef readonly bint ordered
     cdef readonly InflightQueue inflight
@@ -37,15 +30,14 @@ cdef class SplitRing(RingAreas):
     cdef readonly u64 progress
     cdef bint signalled_valid
     cdef bint notify_due
-    cdef IoVector table
     cdef Chain spare
     cdef u16 *held
     cdef int held_at      # the first of those that were not taken again
     cdef u16 first_new    # where the turn began to take requests that were not in flight
-    cdef u16 *shown
+    cdef u16 *published
     cdef Completed *pending
     cdef u32 pending_count
-    cdef u16 show_at
+    cdef u16 publish_at
     cdef u64 work
     cdef u64 moved        # bytes of the requests served in this turn
     cdef u64 turn_bytes
@@ -53,7 +45,11 @@ cdef class SplitRing(RingAreas):
     cdef u64 charged      # pieces of this ring's requests that the quota counts
     cdef bint crowded     # no request is taken until another one is completed
 
+    cdef u16 used_position(self) except? 65535
     cdef int waiting(self) except -1
+    cdef bint has_next(self) except -1
+    cdef int put_used(self, const UsedElem *element) except -1
+    cdef int publish_used(self) except -1
     cdef int run_turn(
         self, Server server, int limit, int call, bint rest, list chains, Misses misses,
         bint *resting,
@@ -73,17 +69,10 @@ cdef class SplitRing(RingAreas):
     cdef int keep_nothing(self) except -1
     cdef void note_refused(self, Chain chain, Misses misses, size_t since)
     cdef void finish(self, Chain chain) noexcept
-    cdef int show_pending(self) except -1
+    cdef int publish_pending(self) except -1
     cdef int walk(self, Chain chain, Misses misses, bint lenient) except -1
-    cdef int walk_table(
-        self, IoVector table, u64 entries, u16 index, bint nested, Chain chain, u64 *sizes,
-        Misses misses, bint lenient,
-    ) except -1
     cdef int add_buffer(
-        self, const Desc *desc, Chain chain, u64 *sizes, Misses misses, bint lenient
-    ) except -1
-    cdef int walk_indirect(
-        self, const Desc *desc, bint nested, Chain chain, u64 *sizes, Misses misses, bint lenient
+        self, u64 addr, u32 size, bint writes, Chain chain, u64 *sizes, Misses misses, bint lenient
     ) except -1
     cdef IoVector last_byte(self, u64 addr)
     cdef bint wants_notification(self, u16 before) except -1

@@ -10,7 +10,7 @@ from guestio._core.virtio.inflight import InflightQueue
 from guestio.addr import IovaRange
 
 @disjoint_base
-class SplitRing(RingAreas):
+class Ring(RingAreas):
     def __new__(
         cls,
         space: AddressSpace,

@@ -1,4 +1,4 @@
-"""The device's side of a split virtqueue (virtio 1.3, section 2.7).
+"""The device's side of a virtqueue: policy, whatever the format of the ring (virtio 1.4, section 2).
 
 Everything in a ring was written by a driver that may be hostile and may change it while it is
 read: an index is loaded once and judged once, a descriptor is copied before it is looked at. Where
@@ -27,7 +27,6 @@ from guestio.errors import QueueError
 
 cdef extern from * nogil:
     """
-    #define full_barrier() __atomic_thread_fence(__ATOMIC_SEQ_CST)
     #if defined(__x86_64__)
     #define relax() __builtin_ia32_pause()
     #else
@@ -43,18 +42,10 @@ cdef extern from * nogil:
     """
     void relax()
     bint readable(int fd)
-    void full_barrier()
 
 cdef enum:
     READ = 1
     WRITE = 2
-    # Descriptor flags, and the flags of the two rings (section 2.7.5 to 2.7.8).
-    DESC_NEXT = 1
-    DESC_WRITE = 2
-    DESC_INDIRECT = 4
-    AVAIL_NO_INTERRUPT = 1
-    USED_NO_NOTIFY = 1
-    CHAIN_LIMIT = 1024    # descriptors of an indirect table in a ring smaller than this
     CHAIN_PIECES = 1 << 21      # more than 4 GiB in pages have
     CHAIN_CHARGE = 16           # pieces that a request costs besides its own
     SPIN_MOST = 60              # seconds that a ring may be watched: nothing else runs
@@ -62,7 +53,7 @@ cdef enum:
 cdef u64 CHAIN_BYTES = <u64>1 << 32
 
 
-cdef inline void discharge(SplitRing ring, Chain chain) noexcept:
+cdef inline void discharge(Ring ring, Chain chain) noexcept:
     """Give back what a request was charged; called for each, so it is read in place."""
     if chain.charge:   # not that of a request that was served at once
         ring.charged -= chain.charge
@@ -70,8 +61,10 @@ cdef inline void discharge(SplitRing ring, Chain chain) noexcept:
         chain.charge = 0
 
 
-cdef class SplitRing(RingAreas):
-    """A split virtqueue as its device sees it.
+cdef class Ring(RingAreas):
+    """A virtqueue as its device sees it: what is taken, held, published, and in which order.
+
+    How the ring lies in memory is for a format, a subclass: :class:`~guestio._core.virtio.split.SplitRing`.
 
     Args:
         space: Where the addresses of rings, tables and buffers lead.
@@ -116,13 +109,12 @@ cdef class SplitRing(RingAreas):
                 "requests that are noted are not shown in order"
             )
         self.ordered, self.inflight = ordered, inflight
-        self.next_avail = self.show_at = as_address(base, "base") & 0xFFFF
+        self.next_avail = self.publish_at = as_address(base, "base") & 0xFFFF
         self.pending = <Completed *>calloc(entries, sizeof(Completed))
         self.held = <u16 *>calloc(entries, sizeof(u16))
-        self.shown = <u16 *>calloc(entries, sizeof(u16))
-        if self.pending is NULL or self.held is NULL or self.shown is NULL:
+        self.published = <u16 *>calloc(entries, sizeof(u16))
+        if self.pending is NULL or self.held is NULL or self.published is NULL:
             PyErr_NoMemory()
-        self.table = IoVector()
 
     def __dealloc__(self):
         # Nothing is charged of a ring that could not be made, whose quota is not even None.
@@ -130,12 +122,12 @@ cdef class SplitRing(RingAreas):
             self.quota.used -= self.charged
         free(self.pending)
         free(self.held)
-        free(self.shown)
+        free(self.published)
 
     cdef int begin(self) except -1:
         """Find out where the driver is, and what was in flight when somebody else stopped."""
         cdef u16 head
-        self.next_used = self.load16(self.used, 2)
+        self.next_used = self.used_position()
         if self.inflight is None:
             return 0
         try:
@@ -218,13 +210,13 @@ cdef class SplitRing(RingAreas):
         try:
             if self.areas_ready(misses):
                 if self.pending_count:
-                    self.show_pending()
+                    self.publish_pending()
                 self.disable_kicks()
                 served = self.take(limit, server, chains, misses)
                 # Others ran while data moved.
                 if self.areas_ready(misses):
                     if self.pending_count:
-                        self.show_pending()
+                        self.publish_pending()
                     if chains or not rest or self.moved >= self.turn_bytes or (
                         self.held_count and not misses.count and not self.crowded
                     ):
@@ -330,7 +322,7 @@ cdef class SplitRing(RingAreas):
                 chain.written = <u64>written
                 self.finish(chain)
                 if self.pending_count >= RING_PUBLISH_EACH and self.reachable():
-                    self.show_pending()
+                    self.publish_pending()
                 return 1
         chains.append(self.hand_out())
         return 0
@@ -341,9 +333,6 @@ cdef class SplitRing(RingAreas):
             self.spare.clear()
         return 0
 
-    cdef int head_at(self, u16 position) except -1:
-        return self.load16(self.avail, 4 + 2 * (position % self.size))
-
     cdef Chain hand_out(self):
         """Give the spare chain away; only from now on does it refer to the ring."""
         cdef Chain chain = self.spare
@@ -352,18 +341,6 @@ cdef class SplitRing(RingAreas):
         self.charged += chain.charge
         self.quota.used += chain.charge
         return chain
-
-    cdef int waiting(self) except -1:
-        """How many requests are available that were not taken."""
-        cdef u16 avail = self.load16(self.avail, 2)
-        cdef int ahead = <u16>(avail - self.next_avail)
-        if ahead + self.outstanding + <int>self.pending_count > <int>self.size:
-            raise self.wrong(
-                f"available index {avail} runs ahead of a ring of {self.size} whose next entry is "
-                f"{self.next_avail}, with {self.outstanding + <int>self.pending_count} requests "
-                "not given back"
-            )
-        return ahead
 
     cdef int lacking_head(self) except -2:
         """The first descriptor of the request that is taken next, or -1."""
@@ -418,96 +395,27 @@ cdef class SplitRing(RingAreas):
         finally:
             self.keep_nothing()
 
-    cdef int walk(self, Chain chain, Misses misses, bint lenient) except -1:
-        """Fill a chain. What is missing is added to the list, or made its fault if lenient."""
-        cdef u64 sizes[2]
-        if chain.head >= <int>self.size:
-            raise self.wrong(f"available entry names descriptor {chain.head} of {self.size}")
-        sizes[0] = sizes[1] = 0
-        return self.walk_table(
-            self.desc, self.size, <u16>chain.head, False, chain, sizes, misses, lenient
-        )
-
-    cdef int walk_table(
-        self, IoVector table, u64 entries, u16 index, bint nested, Chain chain, u64 *sizes,
-        Misses misses, bint lenient,
-    ) except -1:
-        """Follow a chain through a descriptor table, in the ring or indirect."""
-        cdef Desc desc
-        cdef u64 steps = 0
-        while True:
-            if index >= entries:
-                raise self.wrong(f"descriptor index {index} is outside its table of {entries}")
-            steps += 1
-            if steps > entries:
-                raise self.wrong(f"the chain from descriptor {chain.head} has a loop")
-            if not nested and not current(self):
-                return 0
-            table.transfer(<u8 *>&desc, 16 * <u64>index, 16, False)
-            self.work += 1
-            if nested and table.vanished(16 * <u64>index, 16):
-                chain.fault = "the file behind its indirect table was truncated by its owner"
-                return 0
-            if desc.flags & DESC_INDIRECT:
-                return self.walk_indirect(&desc, nested, chain, sizes, misses, lenient)
-            self.add_buffer(&desc, chain, sizes, misses, lenient)
-            if not desc.flags & DESC_NEXT:
-                return 0
-            index = desc.next
-
-    cdef int walk_indirect(
-        self, const Desc *desc, bint nested, Chain chain, u64 *sizes, Misses misses, bint lenient
-    ) except -1:
-        cdef IoVector table = self.table
-        cdef u64 entries = desc.size // 16
-        cdef size_t known = misses.count
-        if not self.indirect:
-            raise self.wrong("an indirect descriptor, but the feature was not negotiated")
-        if nested:
-            raise self.wrong("an indirect descriptor inside an indirect table")
-        if desc.flags & DESC_NEXT:
-            raise self.wrong("an indirect descriptor that continues")
-        if not desc.size or desc.size % 16 or entries > max(self.size, CHAIN_LIMIT):
-            raise self.wrong(f"an indirect table of {desc.size} bytes")
-        if desc.addr > <u64>-1 - (desc.size - 1):
-            raise self.wrong(f"an indirect table at {desc.addr:#x} passes 2**64")
-        table.release()
-        table.access, table.start = READ, desc.addr
-        if not self.space.translate(table, desc.addr, desc.size, READ, misses):
-            if lenient:
-                self.note_refused(chain, misses, known)
-                chain.fault = f"no translation of the indirect table at {desc.addr:#x}"
-            return 0
-        if table.stop:
-            chain.fault = f"no memory behind the indirect table at {table.stop_addr:#x}"
-            table.release()
-            return 0
-        try:
-            return self.walk_table(table, entries, 0, True, chain, sizes, misses, lenient)
-        finally:
-            table.release()
-
     cdef int add_buffer(
-        self, const Desc *desc, Chain chain, u64 *sizes, Misses misses, bint lenient
+        self, u64 addr, u32 size, bint writes, Chain chain, u64 *sizes, Misses misses, bint lenient
     ) except -1:
-        cdef bint writes = (desc.flags & DESC_WRITE) != 0
+        """Append the memory of a descriptor to a chain; ``sizes`` sums what it reads and writes."""
         cdef IoVector out = chain.writable if writes else chain.readable
         cdef int access = WRITE if writes else READ
         cdef int before = out.count
         cdef size_t known = misses.count
-        if not desc.size:
+        if not size:
             raise self.wrong(f"a descriptor of 0 bytes in the chain from {chain.head}")
-        if desc.addr > <u64>-1 - (desc.size - 1):
-            raise self.wrong(f"a buffer at {desc.addr:#x}+{desc.size:#x} passes 2**64")
+        if addr > <u64>-1 - (size - 1):
+            raise self.wrong(f"a buffer at {addr:#x}+{size:#x} passes 2**64")
         if not writes and sizes[1]:
             raise self.wrong("a device-readable descriptor after a device-writable one")
-        sizes[writes] += desc.size
+        sizes[writes] += size
         if sizes[0] + sizes[1] > CHAIN_BYTES:
             raise self.wrong(f"the chain from descriptor {chain.head} is longer than 2**32 bytes")
-        if not self.space.translate(out, desc.addr, desc.size, access, misses):
+        if not self.space.translate(out, addr, size, access, misses):
             if lenient:
                 self.note_refused(chain, misses, known)
-                chain.fault = f"no translation of the buffer at {desc.addr:#x}+{desc.size:#x}"
+                chain.fault = f"no translation of the buffer at {addr:#x}+{size:#x}"
         elif out.stop:
             chain.fault = f"no usable memory behind the buffer at {out.stop_addr:#x}"
             out.stop = 0
@@ -515,7 +423,7 @@ cdef class SplitRing(RingAreas):
         if out.count > CHAIN_PIECES:
             raise self.wrong(f"the chain from descriptor {chain.head} is in too many pieces")
         if writes and chain.fault is not None:
-            chain.end = self.last_byte(desc.addr + (desc.size - 1))
+            chain.end = self.last_byte(addr + (size - 1))
         return 0
 
     cdef void note_refused(self, Chain chain, Misses misses, size_t since):
@@ -566,7 +474,7 @@ cdef class SplitRing(RingAreas):
         cdef u16 place = chain.position
         cdef Completed *completed
         if not self.ordered:
-            place = self.show_at + <u16>self.pending_count
+            place = self.publish_at + <u16>self.pending_count
         completed = &self.pending[place % self.size]
         completed.element.head = chain.head
         completed.element.written = <u32>min(chain.written, <u64>0xFFFFFFFF)
@@ -662,62 +570,42 @@ cdef class SplitRing(RingAreas):
         if self.pending_count and not self.reachable():
             return None
         if self.pending_count:
-            self.show_pending()
+            self.publish_pending()
         notify, self.notify_due = self.notify_due, False
         return notify
 
-    cdef int show_pending(self) except -1:
+    cdef int publish_pending(self) except -1:
         """Publish completions; the areas are translated. Remembers whether to notify."""
         cdef u32 count = 0
-        cdef u64 slot
         cdef u16 before = self.next_used
         cdef Completed *completed
         while self.pending_count:
-            completed = &self.pending[self.show_at % self.size]
+            completed = &self.pending[self.publish_at % self.size]
             if not completed.done:
                 break
             completed.done = False
-            self.show_at += 1
+            self.publish_at += 1
             self.pending_count -= 1
-            slot = 4 + 8 * <u64>(self.next_used % self.size)
-            self.used.transfer(<u8 *>&completed.element, slot, 8, True)
-            self.used.mark(slot, 8)
+            self.put_used(&completed.element)
             self.next_used += 1
-            self.shown[count] = <u16>completed.element.head
+            self.published[count] = <u16>completed.element.head
             count += 1
             if self.inflight is not None:
                 self.inflight.batch(<u16>completed.element.head)
         if not count:
             return 0
-        self.store16(self.used, 2, self.next_used)
+        self.publish_used()
         if self.inflight is not None:
-            self.inflight.shown(self.shown, count, self.next_used)
+            self.inflight.shown(self.published, count, self.next_used)
         if self.wants_notification(before):
             self.notify_due = True
         return self.check_areas()
 
-    cdef bint wants_notification(self, u16 before) except -1:
-        cdef u16 event
-        # The driver writes its wish, then looks at the index; we do it the other way round.
-        full_barrier()
-        if not self.event_idx:
-            return not self.load16(self.avail, 0) & AVAIL_NO_INTERRUPT
-        event = self.load16(self.avail, 4 + 2 * <u64>self.size)
-        if not self.signalled_valid:
-            self.signalled_valid = True
-            return True
-        return <u16>(self.next_used - event - 1) < <u16>(self.next_used - before)
-
-    cpdef disable_kicks(self):
-        """Tell the driver that it need not announce new requests. Only a hint."""
-        if not self.event_idx and self.reachable():
-            self.store16(self.used, 0, USED_NO_NOTIFY)
-
     def rebind(self, AddressSpace space not None):
         """Go on in other memory; requests that were taken keep what they have."""
         # The memory of before goes at the end of this, when nothing refers to it any more.
-        before = self.spare, self.table
-        self.spare, self.table = None, IoVector()
+        before = self.spare
+        self.spare = None
         RingAreas.rebind(self, space)
 
     def spin(self, seconds, int other):
@@ -737,7 +625,7 @@ cdef class SplitRing(RingAreas):
         cdef u32 looks = 0
         if not self.reachable():
             return False
-        while self.load16(self.avail, 2) == self.next_avail:
+        while not self.has_next():
             looks += 1
             if looks % RING_LOOKS == 0 and (now_ns() >= until or readable(other)):
                 return False
@@ -757,17 +645,50 @@ cdef class SplitRing(RingAreas):
         self.check_areas()
         return more
 
+    # What a format provides. The areas are translated when they are called.
+
+    cdef u16 used_position(self) except? 65535:
+        """Where the driver finds the next used entry, as it was left by the device before."""
+        raise NotImplementedError
+
+    cdef int waiting(self) except -1:
+        """How many requests are available that were not taken."""
+        raise NotImplementedError
+
+    cdef bint has_next(self) except -1:
+        """Whether the request at ``next_avail`` is available."""
+        raise NotImplementedError
+
+    cdef int head_at(self, u16 position) except -1:
+        """The request at a position of the ring, as the driver numbers it."""
+        raise NotImplementedError
+
+    cdef int walk(self, Chain chain, Misses misses, bint lenient) except -1:
+        """Fill a chain. What is missing is added to the list, or made its fault if lenient."""
+        raise NotImplementedError
+
+    cdef int put_used(self, const UsedElem *element) except -1:
+        """Write the used entry at ``next_used``, where the driver does not look yet."""
+        raise NotImplementedError
+
+    cdef int publish_used(self) except -1:
+        """Show the driver all entries before ``next_used``, with one release store."""
+        raise NotImplementedError
+
+    cdef bint wants_notification(self, u16 before) except -1:
+        """Whether the driver wants to hear of the entries from ``before`` on."""
+        raise NotImplementedError
+
+    cpdef disable_kicks(self):
+        """Tell the driver that it need not announce new requests. Only a hint."""
+        raise NotImplementedError
+
     cdef bint more_after_request(self) except -1:
         """Ask for an announcement; whether there are requests to be taken already."""
-        if self.event_idx:
-            self.store16(self.used, 4 + 8 * <u64>self.size, self.next_avail)
-        else:
-            self.store16(self.used, 0, 0)
-        full_barrier()
-        return not self.crowded and self.load16(self.avail, 2) != self.next_avail
+        raise NotImplementedError
 
 
-cdef inline bint may_take(SplitRing ring) noexcept:
+cdef inline bint may_take(Ring ring) noexcept:
     """Whether another request may be looked at in this turn; notes it if only the quota forbids."""
     if ring.work >= RING_LOOK_WORK or ring.moved >= ring.turn_bytes or not current(ring):
         return False

@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Final
 
 from guestio._core.virtio.chain import Chain
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.addr import IovaRange, Permissions, check_int, check_seconds
 from guestio.budgets import ENDPOINT_ANSWER_TIMEOUT
 from guestio.errors import AccessError, DeviceError, GuestioError

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Self
 
 from guestio._core.virtio.chain import Chain
-from guestio._core.virtio.ring import SplitRing
+from guestio._core.virtio.split import SplitRing
 from guestio.budgets import IOMMU_REQUESTS_PER_TURN, IOMMU_WAITING_REQUESTS
 from guestio.errors import AccessError
 from guestio.iommu.events import Event
