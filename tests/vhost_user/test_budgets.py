@@ -22,8 +22,8 @@ from guestio._core.virtio.split import SplitRing
 from guestio.errors import BackingError
 from guestio.memory import Backing, GuestRegionCollection
 from guestio.ratelog import LOG
+from guestio.vhost_user import backend_channel
 from guestio.vhost_user import memory as memory_module
-from guestio.vhost_user import translator
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.memory import SharedMemory
 from guestio.vhost_user.messages import FrontendRequest, MemoryRegion, encode_message
@@ -681,7 +681,7 @@ class TestMessages:
         ):
             connection = serving.backend._connection
             assert connection is not None
-            back = connection._translator._channel
+            back = connection._back._channel
             assert back is not None
             monkeypatch.setattr(back, "_send_some", lambda data, fds: 0)
             driver.prepare(0, b"x")
@@ -691,7 +691,7 @@ class TestMessages:
             for _ in range(5):
                 driver.frontend.sync()
             assert time.monotonic() - started < SLACK
-            assert translator.MAX_BACKLOG >= 4096
+            assert backend_channel.MAX_BACKLOG >= 4096
             assert driver.features & PLATFORM
 
 

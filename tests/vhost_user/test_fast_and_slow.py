@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from guestio.addr import ADDRESS_SPACE, IovaRange
 from guestio.errors import GuestioError, ProtocolError, QueueError
 from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
+from guestio.vhost_user.backend_channel import BackendChannel
 from guestio.vhost_user.channel import Channel, PeerGoneError
 from guestio.vhost_user.memory import SharedMemory
 from guestio.vhost_user.messages import (
@@ -79,7 +80,12 @@ class Side:
         self.woken: list[int] = []
         self.refused = 0
         self.translations = VhostUserTranslator(
-            self.loop, self.stats, self._wake, lambda: None, 60.0
+            self.loop,
+            BackendChannel(self.loop, self.stats, lambda: False),
+            self.stats,
+            self._wake,
+            lambda: None,
+            60.0,
         )
         memory = os.memfd_create("fast-and-slow")
         os.truncate(memory, 4 * PAGE)

@@ -17,6 +17,7 @@ import pytest
 from guestio._core.vhost_user.miss_table import REPEAT_AFTER
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import IotlbFails
+from guestio.vhost_user.backend_channel import BackendChannel
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.memory import SharedMemory
 from guestio.vhost_user.messages import (
@@ -70,8 +71,8 @@ class Rig:
     def __init__(self, kind: type[VhostUserTranslator] = Hesitant) -> None:
         self.loop, self.stats = EventLoop(), Statistics()
         self.woken = [threading.Event() for _ in range(QUEUES)]
-        self.translations = kind(self.loop, self.stats, self.wake, self.receive, 5.0)
-        self.translations.set_acknowledged(True)
+        self.asking = BackendChannel(self.loop, self.stats, lambda: False)
+        self.translations = kind(self.loop, self.asking, self.stats, self.wake, self.receive, 5.0)
         memory = os.memfd_create("translations")
         os.truncate(memory, SIZE)
         self.translations.change_memory(
@@ -83,7 +84,7 @@ class Rig:
         self.loop.add_reader(ours.fileno(), self.receive)
         self.translations.serve(self.channel)
         back, theirs = socket.socketpair()
-        self.translations.set_channel(back.detach())
+        self.asking.open(back.detach(), acknowledged=True)
         self.back = Channel(theirs, with_fds=False)
         self.asked: list[tuple[int, int, bool]] = []
         self.access_fails = 0
@@ -236,7 +237,7 @@ def test_what_two_threads_ask_is_sent_in_the_order_of_the_table(rig: Rig) -> Non
 
 def test_a_channel_that_another_thread_finds_gone_is_closed_by_the_loop(rig: Rig) -> None:
     rig.start(front_end=False)
-    channel = rig.translations._channel
+    channel = rig.asking._channel
     assert channel is not None
     rig.back.close()
     for i in range(3):
@@ -247,7 +248,7 @@ def test_a_channel_that_another_thread_finds_gone_is_closed_by_the_loop(rig: Rig
     # With a new one everybody asks again.
     ours, theirs = socket.socketpair()
     with Channel(theirs, with_fds=False) as back:
-        rig.loop.call_soon_threadsafe(lambda: rig.translations.set_channel(ours.detach()))
+        rig.loop.call_soon_threadsafe(lambda: rig.asking.open(ours.detach(), acknowledged=True))
         for waiter in (0, 1):
             assert rig.woken[waiter].wait(5)
         rig.translations.request(1, [(IovaRange(0x100000, 8), 1)])

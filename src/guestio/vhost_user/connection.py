@@ -16,6 +16,7 @@ from guestio._core.virtio.split import area_bytes
 from guestio.budgets import COPY_GRACE, HALF_MESSAGE_TIMEOUT, SEND_RETRY, TURN_SECONDS
 from guestio.errors import DeviceError, ProtocolError, QueueError
 from guestio.ratelog import LOG
+from guestio.vhost_user.backend_channel import BackendChannel
 from guestio.vhost_user.channel import Channel, ConnectionLostError, PeerGoneError
 from guestio.vhost_user.foreign import Eventfd, close_foreign
 from guestio.vhost_user.inflight import InflightRegion
@@ -89,8 +90,9 @@ class Connection:
         self.max_mem_slots = MAX_MEM_SLOTS
         self._session = Session(self)
         loop.add_reader(channel.fileno(), self._receive)
+        self._back = BackendChannel(loop, self._stats, self._may_announce_config)
         self._translator = VhostUserTranslator(
-            loop, self._stats, host.wake, self._receive, miss_timeout
+            loop, self._back, self._stats, host.wake, self._receive, miss_timeout
         )
         host.connect(self, self._translator)
         host.change_memory(AddressSpace(self._shared.table))
@@ -350,6 +352,7 @@ class Connection:
             self._host.queues[index].set_kick(kick)
         except OSError as error:
             raise ProtocolError(f"the {what} is unusable: {error.strerror}") from error
+        self._back.announce()
 
     def set_vring_call(self, index: int, fd: int | None) -> None:
         """See :class:`SessionHandler`."""
@@ -448,10 +451,20 @@ class Connection:
 
     def config_changed(self) -> None:
         """See :class:`~guestio.virtio.host.Transport`."""
+        self._back.config_changed()
+
+    def _may_announce_config(self) -> bool:
+        """Whether the front-end may be told now that the configuration space has changed.
+
+        Not while no queue runs: QEMU up to 7.2 then crashes (`vhost_user_blk_handle_config_change`
+        has no device yet), later ones ignore it, and none reads the configuration space again when
+        a queue starts.
+        """
+        negotiated = self._session.protocol_features
+        needed = ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG
+        return negotiated & needed == needed and self._host.live
 
     def set_backend_channel(self, fd: int) -> None:
         """See :class:`SessionHandler`."""
-        self._translator.set_acknowledged(
-            bool(self._session.protocol_features & ProtocolFeature.REPLY_ACK)
-        )
-        self._translator.set_channel(fd)
+        acknowledged = bool(self._session.protocol_features & ProtocolFeature.REPLY_ACK)
+        self._back.open(fd, acknowledged=acknowledged)

@@ -344,6 +344,33 @@ class Frontend:
         offset = _checked(offset, "offset", _U32_MAX)
         self.request(_F.SET_CONFIG, Config(offset, bytes(memoryview(data)), flags))
 
+    @property
+    def config_changes(self) -> int:
+        """How often the back-end has announced a change of the configuration space."""
+        return self.iotlb.config_changes
+
+    def wait_config_change(self, timeout: float, *, seen: int = 0) -> bool:
+        """Wait until the back-end has announced a change of the configuration space.
+
+        A back-end of guestio's announces none before a queue was started, then also those of
+        before.
+
+        Args:
+            timeout: Seconds to wait at most.
+            seen: What :attr:`config_changes` was when the configuration was read last.
+
+        Returns:
+            Whether there are others than those seen. With ``answer="caller"`` what the back-end
+            asks meanwhile is answered.
+
+        Raises:
+            ValueError: BACKEND_REQ was not negotiated.
+            GuestioError: The connection is broken.
+        """
+        return self.iotlb.wait_config_change(
+            check_int(seen, "seen"), check_seconds(timeout, "timeout")
+        )
+
     def get_status(self) -> int:
         """The virtio device status the back-end has; needs STATUS."""
         return self._ask(_F.GET_STATUS)

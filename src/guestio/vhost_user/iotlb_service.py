@@ -21,6 +21,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -152,8 +153,10 @@ class IotlbService:
         self._socket: socket.socket | None = None
         self._channel: Channel | None = None
         self._thread: threading.Thread | None = None
+        self._ended = False
         self._stop: int | None = None
         self._stopping = threading.Event()
+        self._changing = threading.Condition()
 
     def open(self, sock: socket.socket) -> None:
         """Serve the questions that come on a socket, which is the service's from here on."""
@@ -161,6 +164,7 @@ class IotlbService:
         self._stopping.clear()
         self._socket = sock
         self._channel = Channel(sock, with_fds=False, send_timeout=self._exchange.timeout)
+        self._ended = False
         if self.answer == "thread":
             self._start_serving(self._channel)
 
@@ -276,6 +280,31 @@ class IotlbService:
                 return 0
             return self._serve(self._channel)
 
+    def wait_config_change(self, seen: int, seconds: float) -> bool:
+        """Wait until :attr:`config_changes` differs from ``seen``; False if that takes too long.
+
+        With ``answer="caller"``, requests that come meanwhile are answered, as by :meth:`service`.
+
+        Raises:
+            ValueError: The back-end has no channel.
+            GuestioError: The connection is broken.
+        """
+        deadline = time.monotonic() + seconds
+        if self.answer == "thread" and self._thread is not None:
+            with self._changing:
+                self._changing.wait_for(lambda: self.config_changes != seen or self._ended, seconds)
+            if self.config_changes == seen and self._ended:
+                raise self._exchange.failure or PeerGoneError("the back-end's channel is closed")
+            return self.config_changes != seen
+        poller = select.poll()
+        poller.register(self.fileno(), select.POLLIN)
+        while self.config_changes == seen:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poller.poll(left * 1000):
+                return False
+            self.service()
+        return True
+
     def _serve(self, channel: Channel) -> int:
         count = 0
         while batch := self._take_requests(channel, count >= FRONTEND_MISSES_PER_TURN):
@@ -323,7 +352,9 @@ class IotlbService:
     def _plan(self, message: Message) -> IotlbMessage | int | None:
         """What to do about a request: look a miss up, answer with a status, or stay silent."""
         if message.request == BackendRequest.CONFIG_CHANGE_MSG:
-            self.config_changes += 1
+            with self._changing:
+                self.config_changes += 1
+                self._changing.notify_all()
             return 0
         if message.request != BackendRequest.IOTLB_MSG:
             return _FAILED
@@ -395,3 +426,7 @@ class IotlbService:
             _log.exception("the thread that answers a back-end's IOTLB misses failed")
             reason = f"IOTLB misses are not answered any more: {type(error).__name__}: {error}"
             self._exchange.fail(GuestioError(reason))
+        finally:
+            with self._changing:
+                self._ended = True
+                self._changing.notify_all()

@@ -9,9 +9,7 @@ time, is remembered for those who asked until they have drawn the conclusion.
 
 from __future__ import annotations
 
-import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -19,24 +17,19 @@ from guestio._core.iommu.intervals import IntervalMap
 from guestio._core.vhost_user.iotlb_feed import IotlbFeed, IotlbUpdater
 from guestio._core.vhost_user.miss_table import REPEAT_AFTER, MissTable, PendingMiss
 from guestio.addr import IovaRange, Permissions
-from guestio.budgets import MAX_BACKLOG, SEND_RETRY
-from guestio.errors import GuestioError
 from guestio.iommu import Iotlb
-from guestio.ratelog import LOG
-from guestio.vhost_user.channel import Channel, ConnectionLostError, PeerGoneError
+from guestio.vhost_user.backend_channel import BackendChannel
+from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.memory import SharedMemory
 from guestio.vhost_user.messages import (
     BackendRequest,
     IotlbMessage,
     IotlbType,
-    decode_ack,
     encode_iotlb,
 )
 from guestio.virtio.loop import EventLoop
 from guestio.virtio.statistics import Statistics
 from guestio.virtio.translator import Miss, Page
-
-log = logging.getLogger("guestio.vhost_user")
 
 MAX_TRANSLATIONS = 1 << 20
 """IOTLB entries at most; a front-end that sends more makes the least used ones go."""
@@ -52,9 +45,6 @@ MISS_BYTES = len(
 MAX_REPORTS = 64
 """Forbidden accesses of one request that a front-end is told of."""
 
-TURN = 64
-"""Acknowledgements handled one by one per wake-up, so that queues are not starved."""
-
 
 class VhostUserTranslator:
     """The IOTLB of a connection and the traffic that fills it; a :class:`Translator`.
@@ -64,7 +54,8 @@ class VhostUserTranslator:
     grows in the loop's thread while another one of the waiter's removes from it.
 
     Args:
-        loop: Calls back when acknowledgements arrive or time is up.
+        loop: Calls back when time is up.
+        back: Where misses are requested.
         statistics: Where to count.
         wake: Called with the waiters that may go on, in the loop's thread. No lock is held then,
             so it may call anything here, but until it returns no translation is acknowledged: it
@@ -83,6 +74,7 @@ class VhostUserTranslator:
     def __init__(
         self,
         loop: EventLoop,
+        back: BackendChannel,
         statistics: Statistics,
         wake: Callable[[Iterable[int]], None],
         blocked: Callable[[], None],
@@ -91,6 +83,7 @@ class VhostUserTranslator:
         self.iotlb = Iotlb(MAX_TRANSLATIONS)
         self.patience = PATIENCE * time_limit
         self._loop = loop
+        self._back = back
         self._stats = statistics
         self._wake = wake
         self._blocked = blocked
@@ -104,15 +97,13 @@ class VhostUserTranslator:
             self._fed, self.patience, self._updater, self._misses, statistics.counters
         )
         loop.core.add_feed(self.feed)
-        self.set_acknowledged(False)
-        # Held while misses are made and sent, so that they are sent in the order in which their
-        # acknowledgements are expected; and while what was refused is passed on to those who asked.
-        self._lock = threading.Lock()
+        self._set_acknowledged(False)
+        # Held also while what was refused is passed on to those who asked.
+        self._lock = back.lock
         self._refused: dict[int, set[Page]] = {}
         self._main: Channel | None = None
         self._unsent = b""
-        self._channel: Channel | None = None
-        self._lost = False
+        back.attach(self)
 
     def change_memory(self, shared: SharedMemory) -> None:
         """Follow the memory table; what was known is asked for again."""
@@ -120,8 +111,7 @@ class VhostUserTranslator:
         self._updater.user_addresses = shared.user_addresses()
         IntervalMap.clear(self.iotlb)
 
-    def set_acknowledged(self, acknowledged: bool) -> None:
-        """Learn whether the front-end acknowledges what it is asked (REPLY_ACK)."""
+    def _set_acknowledged(self, acknowledged: bool) -> None:
         self.feed.acknowledged = acknowledged
         self.feed.look_after = REPEAT_AFTER if acknowledged else self._time_limit
 
@@ -257,80 +247,46 @@ class VhostUserTranslator:
             if messages:
                 self._send(messages)
 
-    def set_channel(self, fd: int) -> None:
-        """Take the socket to ask on; it replaces an earlier one.
-
-        Raises:
-            ProtocolError: It is no such socket.
-        """
-        channel = Channel.from_fd(fd)
+    def channel_opened(self, acknowledged: bool) -> None:
+        """See :class:`~guestio.vhost_user.backend_channel.IotlbSender`."""
+        self._set_acknowledged(acknowledged)
         with self._lock:
-            self._close_channel()
-            self._channel = channel
-            self.feed.back = channel.fileno()
-            self._loop.add_reader(channel.fileno(), self._receive_replies)
             # Acknowledgements say nothing but their order, which is another one now.
             waiters = self._misses.reset()
         self._wake(waiters)
 
+    def may_send_directly(self, fd: int) -> None:
+        """See :class:`~guestio.vhost_user.backend_channel.IotlbSender`."""
+        self.feed.back = fd
+
     def close(self) -> None:
         """Stop asking and release everything. Calling it again does nothing."""
         self.serve(None)
+        self._back.close()
         with self._lock:
-            self._close_channel()
             # Nothing is to be watched any more, whoever still asks.
             self.feed.alarm = -math.inf
         self._loop.clear_timer(self)
-        self._loop.clear_timer((self, "flush"))
         self._loop.core.remove_feed(self.feed)
         self._shared = SharedMemory()
         self._refused.clear()
         # This object goes with the garbage collector, which knows nothing of how much that is.
         self.forget_all()
 
-    def _close_channel(self) -> None:
-        """Close the back-end channel. The lock is held here, so that nobody is sending."""
-        self._lost = False
-        self.feed.back = -1
-        if self._channel is not None:
-            self._loop.remove_reader(self._channel.fileno())
-            self._channel.close()
-            self._channel = None
-
-    def _receive_replies(self) -> None:
-        channel = self._channel
-        if channel is None:
-            return
-        try:
-            if not channel.at_rest or not self._receive_run(channel):
-                # Incomplete, the end of the stream, or what no front-end may send.
-                self._receive_one_by_one(channel)
-        except GuestioError as error:
-            with self._lock:
-                self._lose_channel(error)
-
-    def _receive_run(self, channel: Channel) -> bool:
-        """Take acknowledgements; False if there is something else."""
+    def take_acknowledgements(self, fd: int) -> bool:
+        """See :class:`~guestio.vhost_user.backend_channel.IotlbSender`."""
         with self._lock:
-            done, refused, ready = self._misses.receive(channel.fileno())
+            done, refused, ready = self._misses.receive(fd)
             ready += self._pass_on(refused)
         self._wake(ready)
         return done
 
-    def _receive_one_by_one(self, channel: Channel) -> None:
-        for _ in range(TURN):
-            if self._channel is not channel:
-                return
-            message = channel.recv()
-            if message is None:
-                return
-            with message:
-                value = decode_ack(message.header, message.payload, BackendRequest.IOTLB_MSG)
-            with self._lock:
-                refused, ready = self._misses.acknowledge(value)
-                ready += self._pass_on(refused)
-            self._wake(ready)
-        self._loop.call_soon_threadsafe(self._receive_replies)
+    def acknowledge(self, value: int) -> None:
+        """See :class:`~guestio.vhost_user.backend_channel.IotlbSender`."""
+        with self._lock:
+            refused, ready = self._misses.acknowledge(value)
+            ready += self._pass_on(refused)
+        self._wake(ready)
 
     def _pass_on(self, refused: list[PendingMiss]) -> list[int]:
         """Remember what was refused for those who asked, and who they are.
@@ -350,50 +306,7 @@ class VhostUserTranslator:
         self._send(messages)
 
     def _send(self, messages: bytes) -> None:
-        """Send messages, all at once: a socket's buffer holds few small ones but one large one."""
-        if self._channel is None or self._lost:
-            return
-        if self._channel.backlog > MAX_BACKLOG:
-            # Those who ask will ask again, and give up in the end.
-            return
-        try:
-            if not self._channel.post(messages):
-                # The core must not send in between.
-                self.feed.back = -1
-                self._loop.call_soon_threadsafe(self._wait_for_reader)
-        except GuestioError as error:
-            self._lose_channel(error)
-
-    def _wait_for_reader(self) -> None:
-        self._loop.set_timer((self, "flush"), time.monotonic() + SEND_RETRY, self._send_backlog)
-
-    def _send_backlog(self) -> None:
-        """Send what a front-end has not taken yet, as far as it does now."""
-        with self._lock:
-            if self._channel is None or self._lost:
-                return
-            try:
-                if self._channel.flush():
-                    self.feed.back = self._channel.fileno()
-                    return
-            except GuestioError as error:
-                self._lose_channel(error)
-                return
-        self._wait_for_reader()
-
-    def _lose_channel(self, error: GuestioError) -> None:
-        """Use the back-end channel no more; closing it is for the thread that waits for it."""
-        if self._channel is None or self._lost:
-            return
-        if not isinstance(error, PeerGoneError) or isinstance(error, ConnectionLostError):
-            LOG.report(log, logging.ERROR, "the back-end channel is of no use any more: %s", error)
-        self._lost = True
-        self._loop.call_soon_threadsafe(self._close_lost)
-
-    def _close_lost(self) -> None:
-        with self._lock:
-            if self._lost:
-                self._close_channel()
+        self._back.send(messages)
 
     def _arm(self) -> None:
         """Have a look once a miss is overdue, as long as any is pending."""

@@ -128,6 +128,7 @@ class DeviceHost:
         self._space = AddressSpace(RegionTable([]))
         self._quota = Quota(OUTSTANDING_PIECES)
         self._out_of_time = False
+        self._config_told = False
         self._threads: list[LoopThread] = []
         with contextlib.ExitStack() as undo:
             for index in range(device.num_queues if queue_threads else 0):
@@ -161,10 +162,18 @@ class DeviceHost:
         return self.queues[index]
 
     def config_changed(self) -> None:
-        """Tell the driver that the configuration space has changed. From any thread."""
-        self._loop.call_soon_threadsafe(self._tell_config_changed)
+        """Tell the driver that the configuration space has changed. From any thread.
+
+        A driver whose queues do not run yet is told once one does. Changes that come before the
+        driver has dealt with one are told together.
+        """
+        if not self._config_told:
+            self._config_told = True
+            self._loop.call_soon_threadsafe(self._tell_config_changed)
 
     def _tell_config_changed(self) -> None:
+        # Before it is told: what changes meanwhile is told again.
+        self._config_told = False
         self._transport.config_changed()
 
     def add_reader(self, fd: int, callback: Callable[[], object]) -> None:

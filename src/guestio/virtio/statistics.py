@@ -26,6 +26,7 @@ class Statistics:
         iotlb_refused: Translations asked for in vain.
         iotlb_timeouts: Those of them that the front-end did not answer in time.
         access_fails: Accesses that their translation forbade.
+        config_changes: Times that a front-end was told of a changed configuration space.
         counters: What the core counts.
         device_failures: Tells how many requests the device answered with an error by itself.
         device_holds: Tells how many requests the device has and has not answered.
@@ -39,6 +40,7 @@ class Statistics:
     iotlb_refused: int = 0
     iotlb_timeouts: int = 0
     access_fails: int = 0
+    config_changes: int = 0
     counters: Counters = field(default_factory=Counters, repr=False)
     device_failures: Callable[[], int] = field(default=lambda: 0, repr=False)
     device_holds: Callable[[], int] = field(default=lambda: 0, repr=False)
