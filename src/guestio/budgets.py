@@ -92,8 +92,8 @@ LOG_INTERVAL = 10.0
 """Seconds."""
 
 LOG_QUEUE = 1000
-"""Lines of the log of `guestio blk` that wait for standard error to be read; further ones are lost,
-and counted."""
+"""Lines of the log of a server command that wait for standard error to be read; further ones are
+lost, and counted."""
 
 LOG_TEXT = 400
 """Characters of one text that foreign code puts into a log line, that of a device's exception for
@@ -142,6 +142,9 @@ GIVE_UP_AFTER = 0.5
 """Seconds after which a block request in slices is given up once its queue is to stop; it fails
 then. Less than STOP_TIMEOUT, so that it is not disowned."""
 
+ENTROPY_BYTES = 1 << 16
+"""Bytes that an entropy device gives in answer to one request; a driver asks again for more."""
+
 DEVICE_CLOSE_TIMEOUT = 0.3
 """Seconds that closing a block device waits for requests under way. The image stays open if that is
 not enough, until they are done."""
@@ -179,5 +182,5 @@ MAX_GUEST_MEMORY = 1 << 45
 """Bytes of guest memory that one front-end may share; a table or region beyond is refused."""
 
 EXIT_TIMEOUT = 1.4
-"""Seconds that `guestio blk` waits after SIGINT or SIGTERM for its front-end to be let go of; then
-it removes its socket and ends all the same, with status 0."""
+"""Seconds that a server command, or `guestio.serve`, waits after SIGINT or SIGTERM for its front-end
+to be let go of; then it removes its socket and ends all the same, with status 0."""

@@ -2,8 +2,8 @@
 
 ``device`` says what a device is, ``queue`` serves its queues, ``host`` is what a transport drives
 and a device uses, ``loop`` waits, ``translator`` requests translations, ``layout`` says where a
-ring is. ``driver`` is the other side of a queue; ``blk`` and ``iommu`` are devices. Rings are
-walked by the compiled core.
+ring is. ``driver`` is the other side of a queue; ``blk``, ``rng`` and ``iommu`` are devices. Rings
+are walked by the compiled core.
 """
 
 from guestio._core.virtio.chain import Chain
@@ -11,6 +11,7 @@ from guestio._core.virtio.split import SplitRing
 from guestio.virtio.device import Device, DeviceId, Status
 from guestio.virtio.host import DeviceHost
 from guestio.virtio.queue import DeviceQueue
+from guestio.virtio.rng import EntropyDevice
 from guestio.virtio.statistics import Statistics
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DeviceHost",
     "DeviceId",
     "DeviceQueue",
+    "EntropyDevice",
     "SplitRing",
     "Statistics",
     "Status",
