@@ -182,5 +182,5 @@ MAX_GUEST_MEMORY = 1 << 45
 """Bytes of guest memory that one front-end may share; a table or region beyond is refused."""
 
 EXIT_TIMEOUT = 1.4
-"""Seconds that a server command, or `guestio.serve`, waits after SIGINT or SIGTERM for its front-end
+"""Seconds that a server command or `guestio.serve` waits after SIGINT or SIGTERM for its front-end
 to be let go of; then it removes its socket and ends all the same, with status 0."""
