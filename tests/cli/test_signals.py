@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import socket
 import struct
@@ -17,7 +18,7 @@ import pytest
 
 from guestio.vhost_user.messages import FrontendRequest, encode_message
 from guestio.virtio.blk import T_FLUSH, T_IN, T_WRITE_ZEROES
-from tests.vhost_user.serving import PLATFORM, SLACK, until
+from tests.vhost_user.serving import PLATFORM, SLACK, WAIT, until
 from tests.vhost_user.test_budgets import MIB, DiskDriver
 
 ENDS_WITHIN = 2.0
@@ -72,10 +73,84 @@ def program(directory: Path, before: str = "", *options: str) -> Iterator[Progra
         made.process.stderr.close()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_nobody_is_there(tmp_path: Path, number: int) -> None:
     with program(tmp_path) as blk:
         blk.end(number)
+
+
+def test_a_hang_up_has_the_size_looked_at(tmp_path: Path) -> None:
+    """A driver is told, and reads what is there now; what cannot be is reported."""
+    with program(tmp_path) as blk:
+        assert blk.process.stderr is not None
+        with DiskDriver(blk.path) as driver:
+            frontend = driver.frontend
+
+            def sectors() -> int:
+                return int.from_bytes(frontend.get_config(0, 8), "little")
+
+            assert sectors() == 64 * MIB // 512
+            for seen, size in enumerate([128 * MIB, 32 * MIB]):
+                os.truncate(tmp_path / "disk.img", size)
+                blk.process.send_signal(signal.SIGHUP)
+                assert frontend.wait_config_change(WAIT, seen=seen)
+                assert sectors() == size // 512
+                assert f"has {size} bytes now" in blk.process.stderr.readline()
+            os.truncate(tmp_path / "disk.img", 32 * MIB + 1)
+            blk.process.send_signal(signal.SIGHUP)
+            said = blk.process.stderr.readline()
+            assert "33554433 bytes long, which is not a positive multiple of 512" in said
+            assert "the disk keeps its size" in said
+            assert not frontend.wait_config_change(0.05, seen=2)
+            driver.frontend.sync()
+        blk.end()
+
+
+def test_a_hang_up_that_is_ignored_elsewhere_has_the_size_looked_at_too(tmp_path: Path) -> None:
+    """`nohup` ignores it, so that it does not end a program; it would not end this one."""
+    with program(tmp_path, "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)") as blk:
+        assert blk.process.stderr is not None
+        os.truncate(tmp_path / "disk.img", 128 * MIB)
+        blk.process.send_signal(signal.SIGHUP)
+        assert "134217728 bytes now" in blk.process.stderr.readline()
+        blk.end()
+
+
+def test_it_ends_with_its_terminal(tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(bytes(MIB))
+    pid, master = pty.fork()
+    if not pid:
+        try:
+            os.chdir(tmp_path)
+            os.execv(
+                sys.executable,
+                [sys.executable, "-m", "guestio", "blk", "disk.img", "--socket", "s.sock"],
+            )
+        finally:
+            os._exit(99)
+    try:
+        said = b""
+        while b"listening on s.sock" not in said:
+            said += os.read(master, 4096)
+        os.kill(pid, signal.SIGHUP)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(tmp_path / "s.sock"))
+        os.close(master)
+        ended: list[int] = []
+
+        def over() -> bool:
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                ended.append(status)
+            return bool(found)
+
+        until(over, "it goes on without its terminal")
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+    assert ended == [0]
+    assert not (tmp_path / "s.sock").exists()
 
 
 def _half_a_message(sock: socket.socket) -> None:

@@ -696,6 +696,58 @@ class TestFailures:
         assert disk.device.capacity == SECTORS
         assert disk.run(T_IN, SECTORS, reply=512).status == S_IOERR
 
+    def test_an_image_that_has_grown_is_served_whole_once_it_was_looked_at(
+        self, disk: Disk, image: Path
+    ) -> None:
+        os.truncate(image, 2 * SIZE)
+        assert disk.device.update_size() == disk.device.size == 2 * SIZE
+        assert disk.device.capacity == 2 * SECTORS
+        assert disk.device.config()[:8] == struct.pack("<Q", 2 * SECTORS)
+        disk.write(2 * SECTORS - 1, b"n" * 512)
+        assert disk.read(2 * SECTORS - 1, 512) == b"n" * 512
+        assert disk.trim(T_WRITE_ZEROES, (2 * SECTORS - 1, 1, 0)) == S_OK
+        assert disk.run(T_IN, 2 * SECTORS, reply=512).status == S_IOERR
+
+    def test_nothing_goes_beyond_the_end_of_an_image_that_was_cut(
+        self, disk: Disk, image: Path
+    ) -> None:
+        os.truncate(image, SIZE // 2)
+        assert disk.device.update_size() == SIZE // 2
+        for kind, payload in ((T_OUT, bytes(512)), (T_OUT, bytes(SIZE // 4))):
+            assert disk.run(kind, SECTORS // 2, payload).status == S_IOERR
+        assert disk.run(T_OUT, SECTORS // 2 - 1, bytes(1024)).status == S_IOERR
+        assert disk.run(T_IN, SECTORS // 2, reply=512).status == S_IOERR
+        assert disk.trim(T_WRITE_ZEROES, (SECTORS // 2, 1, 0)) == S_IOERR
+        assert disk.trim(T_DISCARD, (SECTORS // 2, 1, 0)) == S_IOERR
+        assert image.stat().st_size == SIZE // 2
+        disk.write(SECTORS // 2 - 1, b"e" * 512)
+
+    def test_the_configuration_space_is_read_with_the_size_of_that_moment(
+        self, disk: Disk, image: Path
+    ) -> None:
+        os.truncate(image, 4 * SIZE)
+        assert disk.device.config()[:8] == struct.pack("<Q", 4 * SECTORS)
+        disk.write(4 * SECTORS - 1, b"n" * 512)
+
+    @pytest.mark.parametrize("size", [0, SIZE + 1, 511])
+    def test_a_size_that_cannot_be_is_not_taken_over(
+        self, disk: Disk, image: Path, size: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        os.truncate(image, size)
+        with pytest.raises(DeviceError, match=f"is {size} bytes long"):
+            disk.device.update_size()
+        assert disk.device.config()[:8] == struct.pack("<Q", SECTORS)
+        assert "the disk keeps its size" in caplog.text
+        assert disk.run(T_IN, SECTORS - 1, reply=512).status == (S_IOERR if size < SIZE else S_OK)
+
+    def test_a_closed_device_keeps_its_size(self, image: Path) -> None:
+        device = BlockDevice(image)
+        device.close()
+        os.truncate(image, 2 * SIZE)
+        with pytest.raises(DeviceError, match="is closed"):
+            device.update_size()
+        assert device.config()[:8] == struct.pack("<Q", SECTORS)
+
     def test_memory_that_vanishes_under_the_data(self, disk: Disk, image: Path) -> None:
         before = image.read_bytes()
         os.ftruncate(disk.memory_fd, READ_AT + 4096)

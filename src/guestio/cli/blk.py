@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
+
 import click
 
 from guestio.cli.server import Server, num_queues_option, server_options
+from guestio.errors import GuestioError
 from guestio.virtio.blk import IO_THREADS, MAX_IO_THREADS, BlockDevice
+
+_log = logging.getLogger("guestio.cli.blk")
 
 HELP = """Serve IMAGE as a disk over vhost-user.
 
 The socket is ready when one line on standard error says so. One front-end is served at a time;
-when it goes away the next one may come. SIGINT, SIGTERM and SIGHUP end the service with status 0
-and remove the socket.
+when it goes away the next one may come. SIGINT and SIGTERM end the service with status 0 and remove
+the socket. SIGHUP has it look at the size of IMAGE again, which a running guest then sees:
+
+\b
+  truncate --size +1G disk.img && kill -HUP PID
+
+It ends the service as well if its terminal was closed.
 
 A complete QEMU command line for a guest with a virtual IOMMU in front of the disk:
 
@@ -59,14 +71,37 @@ def blk(
     server: Server,
 ) -> None:
     """Serve an image; the help text is ``HELP``."""
+    made: list[BlockDevice] = []
 
     def make() -> BlockDevice:
-        return BlockDevice(
+        device = BlockDevice(
             image,
             read_only=read_only,
             num_queues=num_queues,
             serial=serial,
             io_threads=io_threads,
         )
+        made.append(device)
+        return device
 
-    server.run(make, "the disk")
+    terminal = _has_terminal()
+
+    def hang_up() -> None:
+        if terminal and not _has_terminal():
+            os.kill(os.getpid(), signal.SIGTERM)
+        for device in made:
+            try:
+                device.update_size()
+            except GuestioError as error:
+                _log.error("%s; the disk keeps its size", error)
+
+    server.run(make, "the disk", signals={signal.SIGHUP: hang_up})
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal controls this process, whose end is announced by SIGHUP too."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True

@@ -73,7 +73,8 @@ class Signals:
     """Waits for SIGINT, SIGTERM or SIGHUP; one that arrives before the wait is not lost.
 
     The kernel may choose any thread for a signal: a byte wakes the main thread, which must handle
-    it. SIGHUP is left alone where it is ignored, as `nohup` does. For the main thread.
+    it. SIGHUP is left alone where it is ignored, as `nohup` does, unless it is among the others.
+    For the main thread.
 
     Args:
         others: Called in :meth:`wait`, in the main thread, for each other signal that arrives. One
@@ -86,7 +87,8 @@ class Signals:
         self._fd_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         self._before: dict[int, Any] = {}
         for number in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *self._others}:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if number in self._others or not ignored:
                 self._before[number] = signal.signal(number, lambda *_: None)
 
     def over(self) -> None:

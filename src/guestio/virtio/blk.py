@@ -25,10 +25,11 @@ import stat
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from itertools import pairwise
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from guestio._core.memory.vector import IoVector
 from guestio._core.virtio.block_server import BlockServer
@@ -45,6 +46,9 @@ from guestio.errors import AccessError, DeviceError
 from guestio.ratelog import LOG
 from guestio.virtio.device import Device, DeviceId
 from guestio.virtio.slices import SlicedThreads, Work
+
+if TYPE_CHECKING:
+    from guestio.virtio.host import DeviceHost
 
 log = logging.getLogger("guestio.virtio")
 
@@ -115,6 +119,8 @@ class BlockDevice(Device):
             all the same for what is large, discards and write-zeroes.
 
     Attributes:
+        size: Bytes of the disk: what the image had when it was opened, or when :meth:`update_size`
+            or :meth:`config` looked last.
         server: Serves plain reads and writes in the compiled core, past :meth:`process`. None in a
             subclass that overrides :meth:`process`, which is given every request. May be set to
             None, before the device is served, for the same.
@@ -170,6 +176,7 @@ class BlockDevice(Device):
         )
         # What the core serves never reaches `process`: an overriding one must see all requests.
         self.server = self._server if type(self).process is _PROCESS else None
+        self._hosts: weakref.WeakSet[DeviceHost] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._errors = self._image_errors = 0
         self._flushing = threading.Lock()
@@ -184,6 +191,43 @@ class BlockDevice(Device):
             T_DISCARD: self._discard,
             T_WRITE_ZEROES: self._write_zeroes,
         }
+
+    def attached(self, host: DeviceHost) -> None:
+        """Take a host, to tell its driver of another size."""
+        self._hosts.add(host)
+
+    def update_size(self) -> int:
+        """Take over the size that the image has now, and tell the driver of it.
+
+        To be called after the image was enlarged or cut. Linux then has more sectors in
+        ``/sys/block/vda/size``, without a restart. Requests beyond the end of a disk that has
+        become shorter fail.
+
+        Returns:
+            Bytes of the disk.
+
+        Raises:
+            DeviceError: The image has no such size, or is closed; the disk stays as long as it was.
+
+        Threads: from any. Cost: one system call.
+        """
+        before = self.size
+        self._look_at_image()
+        if self.size != before:
+            log.info("%s: the disk has %d bytes now, after %d", self.path, self.size, before)
+        # In any case: it may have changed before, when another part of the configuration was read.
+        for host in list(self._hosts):
+            host.config_changed()
+        return self.size
+
+    def _look_at_image(self) -> None:
+        fd = self._server.hold()
+        try:
+            if fd < 0:
+                raise DeviceError(f"the image {self.path} is closed: its size cannot change")
+            self.size = self._server.size = _image_size(fd, self.path)
+        finally:
+            self._server.let_go()
 
     @property
     def capacity(self) -> int:
@@ -201,7 +245,12 @@ class BlockDevice(Device):
         return self._image_errors + self._server.errors
 
     def config(self) -> bytes:
-        """The configuration space (section 5.2.4)."""
+        """The configuration space (section 5.2.4), with the size that the image has now."""
+        if not self._closed:
+            try:
+                self._look_at_image()
+            except DeviceError as error:
+                LOG.report(log, logging.ERROR, "%s; the disk keeps its size", error)
         trims = (0, 0) if self.read_only else (MAX_TRIM_SECTORS, MAX_TRIM_SEGMENTS)
         return _CONFIG.pack(
             self.capacity,
@@ -512,13 +561,21 @@ def _open_image(path: str, read_only: bool) -> int:
 
 
 def _image_size(fd: int, path: str) -> int:
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode):
-        size = status.st_size
-    elif stat.S_ISBLK(status.st_mode):
-        size = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0]
-    else:
-        raise DeviceError(f"the image {path} is neither a file nor a block device")
+    """Bytes of the image.
+
+    Raises:
+        DeviceError: It is no image, or does not end with a sector.
+    """
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            size = status.st_size
+        elif stat.S_ISBLK(status.st_mode):
+            size = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0]
+        else:
+            raise DeviceError(f"the image {path} is neither a file nor a block device")
+    except OSError as error:
+        raise DeviceError(f"the size of the image {path} is unknown: {error.strerror}") from error
     if not size or size % SECTOR:
         raise DeviceError(
             f"the image {path} is {size} bytes long, which is not a positive multiple of {SECTOR}"

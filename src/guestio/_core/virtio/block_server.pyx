@@ -74,6 +74,7 @@ cdef class BlockServer(Server):
             file or the memory.
 
     Attributes:
+        size: As given; requests that are understood later are held against what it is set to.
         waits: As given; True also once the file system turned out not to know RWF_NOWAIT, as
             tmpfs, which has nothing to wait for.
         errors: Requests that failed because of the file or the memory.
@@ -84,7 +85,7 @@ cdef class BlockServer(Server):
     cdef int fd
     cdef int users        # calls that use the image at this moment
     cdef object released  # called once there are none
-    cdef u64 size
+    cdef u64 size_now
     cdef bint writable
     cdef readonly bint waits
     cdef readonly u64 errors
@@ -95,9 +96,17 @@ cdef class BlockServer(Server):
         self, int fd, size, *, bint writable=True, bint waits=True, inline_bytes=1 << 62,
         report=None,
     ):
-        self.fd, self.size = fd, as_size(size, "size")
+        self.fd, self.size_now = fd, as_size(size, "size")
         self.writable, self.waits = writable, waits
         self.inline_bytes, self.report = as_size(inline_bytes, "inline_bytes"), report
+
+    @property
+    def size(self):
+        return self.size_now
+
+    @size.setter
+    def size(self, value):
+        self.size_now = as_size(value, "size")
 
     def retire(self):
         """Leave all requests of rings to the device from now on."""
@@ -190,8 +199,8 @@ cdef class BlockServer(Server):
         plan.start, plan.length = 0, chain.writable.total - 1
         if not plan.reading:
             plan.start, plan.length = sizeof(Header), chain.readable.total - sizeof(Header)
-        if plan.length % SECTOR or header.sector > self.size // SECTOR or (
-            plan.length > self.size - header.sector * SECTOR
+        if plan.length % SECTOR or header.sector > self.size_now // SECTOR or (
+            plan.length > self.size_now - header.sector * SECTOR
         ) or not (plan.reading or self.writable):
             plan.status = S_IOERR
         plan.offset = header.sector * SECTOR
