@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.vhost_user.disks import storage_daemon
+from tests.kit.disks import storage_daemon
 
 SCHEMA: dict[str, Any] = {
     "workload": str,

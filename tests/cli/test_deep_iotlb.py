@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from guestio.vhost_user.messages import FrontendRequest, IotlbMessage, encode_iotlb
-from tests.vhost_user.serving import Driver
+from tests.kit.serving import Driver
 
 PAGE = 4096
 PAGES = 5000

@@ -15,7 +15,7 @@ import pytest
 
 import guestio
 from guestio.cli import cli
-from tests.vhost_user.serving import PLATFORM, SLACK, Driver, Mirror, until
+from tests.kit.serving import PLATFORM, SLACK, Driver, Mirror, until
 
 ENDS_WITHIN = 2.0
 SERVERS = ["blk", "rng", "serve"]

@@ -18,7 +18,7 @@ import pytest
 
 from guestio.vhost_user.messages import FrontendRequest, encode_message
 from guestio.virtio.blk import T_FLUSH, T_IN, T_WRITE_ZEROES
-from tests.vhost_user.serving import PLATFORM, SLACK, WAIT, until
+from tests.kit.serving import PLATFORM, SLACK, WAIT, until
 from tests.vhost_user.test_budgets import MIB, DiskDriver
 
 ENDS_WITHIN = 2.0

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from guestio.testing import ScriptedGuest
-from tests.vhost_user.serving import SLACK, until
+from tests.kit.serving import SLACK, until
 
 BLK = [sys.executable, "-c", "from guestio.cli import main; main()", "blk"]
 SHELL = f'exec {sys.executable} -c \'from guestio.cli import main; main()\' blk "$0" --socket "$1"'

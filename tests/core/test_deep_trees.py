@@ -10,7 +10,7 @@ import pytest
 from guestio import Iotlb, IotlbFails, Permissions
 from guestio.iommu import AddMapResult, BasicMemoryMapper, MappingInfo
 from guestio.virtio.iommu import VirtioIommu
-from tests.virtio.iommu_driver import OK, attach, map_, send, send_all, unmap
+from tests.kit.iommu_driver import OK, attach, map_, send, send_all, unmap
 
 PAGE = 4096
 PAGES = 5000

@@ -13,7 +13,7 @@ from guestio._core.vhost_user.miss_table import MissTable
 from guestio._core.virtio.counters import Counters
 from guestio._core.virtio.loop import CoreLoop
 from guestio.addr import check_access, check_flag, check_seconds
-from tests.virtio.rings import physical
+from tests.kit.rings import physical
 
 HUGE = 10**400
 NONSENSE = [math.nan, -1, -1e-9, -math.inf, pytest.param(-HUGE, id="-huge")]

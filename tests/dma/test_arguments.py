@@ -6,8 +6,8 @@ from guestio import Backing
 from guestio.dma import DmaMapRequest, MappingType, RegionManager
 from guestio.testing.host_iommu import SimulatedHostIommu
 from guestio.testing.targets import FailAfter, RecordingTarget
-from tests.arguments import flags, refused
-from tests.dma.common import PAGE
+from tests.kit.arguments import flags, refused
+from tests.kit.dma import PAGE
 
 
 def region(manager):

@@ -11,7 +11,7 @@ import pytest
 from guestio import Backing, DeviceError
 from guestio.dma import DmaError, MappingType, RegionManager
 from guestio.testing.targets import FailAfter, RecordingTarget, ReplacingTarget
-from tests.dma.common import PAGE, holds, mapped, region_at, unmapped
+from tests.kit.dma import PAGE, holds, mapped, region_at, unmapped
 
 FOUR = 0x4000
 RAM, DEVICE = MappingType.RAM, MappingType.DEVICE

@@ -11,7 +11,7 @@ import pytest
 from guestio import Backing, IovaRange, MmapRegion
 from guestio.dma import DmaError, DmaMapRequest, MappingType, RegionManager
 from guestio.testing.host_iommu import DmaFaultError, SimulatedBar, SimulatedHostIommu
-from tests.dma.common import PAGE
+from tests.kit.dma import PAGE
 from tests.vfio_lab.script import UNMAPPED
 
 BOTH = pytest.mark.parametrize("interface", ["type1", "iommufd"])

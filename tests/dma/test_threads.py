@@ -10,7 +10,7 @@ import pytest
 from guestio import Backing, GuestioError, MemoryRegionOverlapError
 from guestio.dma import DmaError, ReentrantCallError, RegionManager
 from guestio.testing.targets import RecordingTarget
-from tests.dma.common import PAGE, holds
+from tests.kit.dma import PAGE, holds
 
 LONG = 20
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.docs.names import pytest_names, resolves
+from tests.kit.names import pytest_names, resolves
 
 ROOT = Path(__file__).parents[2]
 

@@ -27,7 +27,7 @@ import pytest
 from guestio.cli import cli
 from lab import parts
 from lab.guest import Guest, Script, VhostUserDisk, Viommu, _tcg_arguments
-from tests.docs.names import resolves
+from tests.kit.names import resolves
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]

@@ -7,7 +7,7 @@ from typing import Any
 
 from guestio.virtio.iommu import Status, VirtioIommu
 from tests.fuzz.choices import Choices
-from tests.virtio.iommu_driver import PAGE, attach, detach, map_, probe, unmap
+from tests.kit.iommu_driver import PAGE, attach, detach, map_, probe, unmap
 from tests.virtio.test_virtio_iommu_fuzz import check_view
 from tests.virtio.test_virtio_iommu_stateful import (
     ANCHOR,

@@ -18,8 +18,8 @@ from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.messages import IotlbMessage
 from guestio.vhost_user.request_channel import NoAnswerError
 from guestio.virtio.blk import F_RO, S_IOERR, S_UNSUPP, T_IN
-from tests.vhost_user.disks import SIZE, Disk, own_disk, storage_daemon
-from tests.vhost_user.peer import nothing_left
+from tests.kit.disks import SIZE, Disk, own_disk, storage_daemon
+from tests.kit.peer import nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

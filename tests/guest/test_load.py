@@ -22,8 +22,8 @@ from guestio.vhost_user.channel import PeerGoneError
 from guestio.vhost_user.frontend import NoAnswerError
 from guestio.virtio.blk import F_BLK_SIZE, F_SEG_MAX
 from guestio.virtio.device import Device, DeviceId
-from tests.vhost_user.disks import SIZE, Disk, own_disk, storage_daemon
-from tests.vhost_user.peer import nothing_left
+from tests.kit.disks import SIZE, Disk, own_disk, storage_daemon
+from tests.kit.peer import nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

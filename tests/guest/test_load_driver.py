@@ -14,7 +14,7 @@ from itertools import pairwise
 import pytest
 
 from guestio.guest._load.load import LoadDriver
-from tests.guest.load_device import (
+from tests.kit.load_device import (
     BLOCK,
     DONE,
     PAGE,

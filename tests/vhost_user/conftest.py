@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vhost_user.closing import settled_closes
-from tests.vhost_user.serving import Later, Mirror, Serving, footprint, until
+from tests.kit.closing import settled_closes
+from tests.kit.serving import Later, Mirror, Serving, footprint, until
 
 
 @pytest.fixture

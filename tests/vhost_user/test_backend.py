@@ -27,7 +27,7 @@ from guestio.vhost_user.backend import ACCEPT_PAUSE
 from guestio.vhost_user.channel import PeerGoneError
 from guestio.vhost_user.foreign import is_pipe
 from guestio.virtio.blk import BlockDevice
-from tests.vhost_user.serving import (
+from tests.kit.serving import (
     OK,
     Driver,
     Mirror,

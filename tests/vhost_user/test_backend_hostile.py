@@ -26,8 +26,10 @@ from guestio.vhost_user.messages import (
     VringState,
     encode_message,
 )
-from tests.vhost_user.hostile import Raw, directory, event, file, pipe, read_only, short
-from tests.vhost_user.serving import (
+from tests.kit.hostile import Raw, directory, event, file, pipe, read_only, short
+from tests.kit.rings import INDIRECT as INDIRECT_FLAG
+from tests.kit.rings import NEXT, WRITE, Desc, table
+from tests.kit.serving import (
     AVAIL,
     BUFFERS,
     DESC,
@@ -41,8 +43,6 @@ from tests.vhost_user.serving import (
     errors_of,
     nothing_left,
 )
-from tests.virtio.rings import INDIRECT as INDIRECT_FLAG
-from tests.virtio.rings import NEXT, WRITE, Desc, table
 
 F = FrontendRequest
 TOP = 2**64

@@ -37,7 +37,8 @@ from guestio.vhost_user.messages import (
     encode_iotlb,
 )
 from guestio.virtio.blk import BlockDevice
-from tests.vhost_user.serving import (
+from tests.kit.rings import NEXT, PAGE, WRITE, Desc
+from tests.kit.serving import (
     BUFFERS,
     EVENT_IDX,
     FAILED,
@@ -52,7 +53,6 @@ from tests.vhost_user.serving import (
     until,
     warnings_of,
 )
-from tests.virtio.rings import NEXT, PAGE, WRITE, Desc
 
 F = FrontendRequest
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE

@@ -24,7 +24,9 @@ from guestio.vhost_user.messages import (
 )
 from guestio.vhost_user.request_channel import RefusedError
 from guestio.virtio.device import Status
-from tests.vhost_user.serving import (
+from tests.kit.rings import INDIRECT as INDIRECT_FLAG
+from tests.kit.rings import NEXT, PAGE, WRITE, Desc
+from tests.kit.serving import (
     BUFFERS,
     EVENT_IDX,
     FAILED,
@@ -37,8 +39,6 @@ from tests.vhost_user.serving import (
     until,
     warnings_of,
 )
-from tests.virtio.rings import INDIRECT as INDIRECT_FLAG
-from tests.virtio.rings import NEXT, PAGE, WRITE, Desc
 
 F = FrontendRequest
 

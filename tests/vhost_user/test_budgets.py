@@ -30,8 +30,9 @@ from guestio.vhost_user.messages import FrontendRequest, MemoryRegion, encode_me
 from guestio.virtio import blk
 from guestio.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, BlockDevice
 from guestio.virtio.loop import EventLoop
-from tests.vhost_user.hostile import Raw
-from tests.vhost_user.serving import (
+from tests.kit.hostile import Raw
+from tests.kit.rings import PAGE, WRITE, Desc, Rig, physical
+from tests.kit.serving import (
     OK,
     PLATFORM,
     SLACK,
@@ -43,7 +44,6 @@ from tests.vhost_user.serving import (
     errors_of,
     until,
 )
-from tests.virtio.rings import PAGE, WRITE, Desc, Rig, physical
 
 F = FrontendRequest
 HEADERS = 0x40000

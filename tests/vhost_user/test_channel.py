@@ -27,7 +27,7 @@ from guestio.vhost_user.messages import (
     encode_ack,
     encode_message,
 )
-from tests.vhost_user.closing import settled_closes
+from tests.kit.closing import settled_closes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -24,7 +24,7 @@ from guestio.vhost_user.messages import (
     encode_message,
 )
 from guestio.virtio.host import DeviceHost
-from tests.vhost_user.serving import (
+from tests.kit.serving import (
     OK,
     VERSION_1,
     WAIT,

@@ -26,7 +26,8 @@ from guestio.vhost_user import Backend
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.virtio.blk import S_IOERR, T_GET_ID, T_IN, T_OUT, BlockDevice
 from guestio.virtio.device import Device, DeviceId
-from tests.vhost_user.serving import (
+from tests.kit.rings import PAGE, WRITE, Desc
+from tests.kit.serving import (
     BUFFERS,
     Driver,
     Later,
@@ -37,7 +38,6 @@ from tests.vhost_user.serving import (
     until,
     warnings_of,
 )
-from tests.virtio.rings import PAGE, WRITE, Desc
 
 ERROR = 0xEE
 

@@ -36,8 +36,8 @@ from guestio.virtio.blk import S_IOERR, S_OK, S_UNSUPP, T_GET_ID, T_IN, T_OUT, B
 from guestio.virtio.device import settled
 from guestio.virtio.loop import EventLoop
 from guestio.virtio.statistics import Statistics
-from tests.vhost_user.recording import ACCESS_PLATFORM, VIRTIO_F_VERSION_1, RecordingHandler
-from tests.virtio.rings import INDIRECT, NEXT, WRITE, Desc, Rig, linked, table
+from tests.kit.recording import ACCESS_PLATFORM, VIRTIO_F_VERSION_1, RecordingHandler
+from tests.kit.rings import INDIRECT, NEXT, WRITE, Desc, Rig, linked, table
 
 PAGE = 4096
 USER = 0x7F00_0000_0000

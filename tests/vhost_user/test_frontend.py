@@ -38,10 +38,10 @@ from guestio.vhost_user.messages import (
 )
 from guestio.virtio.driver import DriverQueue
 from guestio.virtio.layout import RingLayout
-from tests.vhost_user.disks import Disk, storage_daemon
-from tests.vhost_user.peer import WAIT, Hand, SessionPeer, nothing_left
-from tests.vhost_user.recording import DEVICE_FEATURES
-from tests.vhost_user.serving import until
+from tests.kit.disks import Disk, storage_daemon
+from tests.kit.peer import WAIT, Hand, SessionPeer, nothing_left
+from tests.kit.recording import DEVICE_FEATURES
+from tests.kit.serving import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,8 +11,8 @@ from guestio.addr import Permissions
 from guestio.vhost_user.frontend import Frontend
 from guestio.vhost_user.sharing import MemoryTableTarget
 from guestio.virtio.layout import RingLayout
-from tests.arguments import NONSENSE, numbers, refused
-from tests.vhost_user.peer import nothing_left
+from tests.kit.arguments import NONSENSE, numbers, refused
+from tests.kit.peer import nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -39,7 +39,7 @@ from guestio.vhost_user.messages import (
 )
 from guestio.vhost_user.request_channel import NoAnswerError, RefusedError
 from guestio.virtio.layout import RingLayout
-from tests.vhost_user.peer import WAIT, Hand, nothing_left
+from tests.kit.peer import WAIT, Hand, nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -28,7 +28,7 @@ from guestio.errors import BackingError, ProtocolError, QueueError
 from guestio.memory import Backing
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.messages import Inflight
-from tests.vhost_user.peer import nothing_left
+from tests.kit.peer import nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -31,8 +31,8 @@ from guestio.vhost_user.messages import (
     encode_message,
 )
 from guestio.virtio.blk import S_OK, T_FLUSH, T_IN
-from tests.vhost_user.serving import WAIT
-from tests.virtio.rings import WRITE, Desc, Tables
+from tests.kit.rings import WRITE, Desc, Tables
+from tests.kit.serving import WAIT
 
 ACK = 20
 USER = 0x7F0000000000

@@ -28,7 +28,7 @@ from guestio.vhost_user.messages import (
     encode_message,
 )
 from guestio.vhost_user.request_channel import NoAnswerError, RefusedError, RequestChannel
-from tests.vhost_user.peer import WAIT, Hand, nothing_left
+from tests.kit.peer import WAIT, Hand, nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -29,8 +29,9 @@ from guestio.vhost_user.messages import (
     encode_message,
 )
 from guestio.vhost_user.request_channel import RefusedError
-from tests.vhost_user.hostile import Raw
-from tests.vhost_user.serving import (
+from tests.kit.hostile import Raw
+from tests.kit.rings import PAGE
+from tests.kit.serving import (
     DESC,
     IOVA,
     OK,
@@ -43,7 +44,6 @@ from tests.vhost_user.serving import (
     memfd,
     until,
 )
-from tests.virtio.rings import PAGE
 
 F = FrontendRequest
 GIB = 1 << 30

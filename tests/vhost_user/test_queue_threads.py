@@ -18,7 +18,8 @@ from guestio.vhost_user import Frontend
 from guestio.vhost_user.frontend import FrontendQueue
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.messages import FrontendRequest, IotlbMessage, VringAddr
-from tests.vhost_user.serving import (
+from tests.kit.rings import PAGE, WRITE, Desc
+from tests.kit.serving import (
     BUFFERS,
     FAILED,
     IOVA,
@@ -34,7 +35,6 @@ from tests.vhost_user.serving import (
     until,
     warnings_of,
 )
-from tests.virtio.rings import PAGE, WRITE, Desc
 
 QUEUES = 3
 

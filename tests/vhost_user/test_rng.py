@@ -15,7 +15,8 @@ import pytest
 from guestio.budgets import ENTROPY_BYTES
 from guestio.errors import DeviceError
 from guestio.virtio.rng import EntropyDevice
-from tests.vhost_user.serving import (
+from tests.kit.rings import WRITE, Desc
+from tests.kit.serving import (
     BUFFERS,
     SLACK,
     Driver,
@@ -24,7 +25,6 @@ from tests.vhost_user.serving import (
     until,
     warnings_of,
 )
-from tests.virtio.rings import WRITE, Desc
 
 CONTENTS = bytes(range(1, 101))
 

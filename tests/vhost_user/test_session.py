@@ -32,8 +32,8 @@ from guestio.vhost_user.messages import (
     FrontendRequest as F,
 )
 from guestio.vhost_user.session import MAX_QUEUES, Session
-from tests.vhost_user.closing import settled_closes
-from tests.vhost_user.recording import (
+from tests.kit.closing import settled_closes
+from tests.kit.recording import (
     ACCESS_PLATFORM,
     DEVICE_FEATURES,
     OFFERED_PROTOCOL_FEATURES,

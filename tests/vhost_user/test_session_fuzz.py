@@ -41,8 +41,8 @@ from guestio.vhost_user.messages import (
     encode_message,
 )
 from guestio.vhost_user.session import Session
-from tests.vhost_user.closing import settled_closes
-from tests.vhost_user.recording import (
+from tests.kit.closing import settled_closes
+from tests.kit.recording import (
     ACCESS_PLATFORM,
     DEVICE_FEATURES,
     OFFERED_PROTOCOL_FEATURES,

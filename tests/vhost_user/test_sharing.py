@@ -14,7 +14,7 @@ from guestio.memory import Backing
 from guestio.vhost_user.frontend import PROTOCOL_FEATURES, Frontend
 from guestio.vhost_user.messages import ProtocolFeature
 from guestio.vhost_user.sharing import MemoryTableTarget
-from tests.vhost_user.peer import WAIT, SessionPeer, nothing_left
+from tests.kit.peer import WAIT, SessionPeer, nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,7 +19,8 @@ from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.messages import IotlbMessage
 from guestio.vhost_user.translator import PATIENCE
-from tests.vhost_user.serving import (
+from tests.kit.rings import PAGE, WRITE, Desc
+from tests.kit.serving import (
     FAILED,
     OK,
     WAIT,
@@ -30,8 +31,7 @@ from tests.vhost_user.serving import (
     until,
     warnings_of,
 )
-from tests.vhost_user.test_virtqueue_late import Waiting, begin, mirrored
-from tests.virtio.rings import PAGE, WRITE, Desc
+from tests.vhost_user.test_requests_in_progress import Waiting, begin, mirrored
 
 RW = Permissions.READ_WRITE
 

@@ -15,9 +15,9 @@ from guestio.vhost_user import Frontend
 from guestio.vhost_user.frontend import PROTOCOL_FEATURES
 from guestio.vhost_user.messages import ProtocolFeature
 from guestio.virtio.layout import RingLayout
-from tests.vhost_user.peer import nothing_left
-from tests.vhost_user.serving import OK, VERSION_1, WAIT, Mirror, Serving, until
-from tests.virtio.rings import PAGE, WRITE, Desc, HandRing
+from tests.kit.peer import nothing_left
+from tests.kit.rings import PAGE, WRITE, Desc, HandRing
+from tests.kit.serving import OK, VERSION_1, WAIT, Mirror, Serving, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -35,7 +35,7 @@ from guestio.virtio.blk import (
     BlockDevice,
 )
 from guestio.virtio.device import settled
-from tests.virtio.rings import WRITE, Desc, Rig
+from tests.kit.rings import WRITE, Desc, Rig
 
 SIZE = 1 << 20
 SECTORS = SIZE // 512

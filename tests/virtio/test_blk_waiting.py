@@ -37,7 +37,7 @@ from guestio.virtio.blk import (
     T_WRITE_ZEROES,
     BlockDevice,
 )
-from tests.virtio.rings import WRITE, Desc
+from tests.kit.rings import WRITE, Desc
 from tests.virtio.test_blk import READ_AT, SECTORS, SIZE, WRITE_AT, Disk
 
 PLACE = 0x10000

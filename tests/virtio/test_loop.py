@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from guestio.virtio.loop import EventLoop, LoopThread
-from tests.vhost_user.serving import WAIT, nothing_left, until
+from tests.kit.serving import WAIT, nothing_left, until
 
 
 @pytest.fixture

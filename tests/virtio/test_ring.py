@@ -13,7 +13,7 @@ import pytest
 from guestio._core.virtio.chain import Chain
 from guestio._core.virtio.split import SplitRing
 from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
-from tests.virtio.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Tables, linked, physical
+from tests.kit.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Tables, linked, physical
 
 A, B, C = 0x10000, 0x11000, 0x12000
 

@@ -11,7 +11,7 @@ import pytest
 from guestio._core.virtio.split import SplitRing
 from guestio.addr import IovaRange, Permissions
 from guestio.errors import QueueError
-from tests.virtio.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Rig, Tables, linked
+from tests.kit.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Rig, Tables, linked
 
 READ_ONLY, WRITE_ONLY, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 DESC, AVAIL, USED, BUF, TABLE = 0x1000, 0x2000, 0x3000, 0x100000, 0x200000

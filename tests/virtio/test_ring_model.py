@@ -19,7 +19,7 @@ from guestio.addr import Permissions
 from guestio.errors import QueueError
 from guestio.iommu import Iotlb
 from guestio.memory import GuestRegionCollection, MmapRegion
-from tests.virtio.rings import INDIRECT, NEXT, PAGE, WRITE
+from tests.kit.rings import INDIRECT, NEXT, PAGE, WRITE
 
 SIZE = 8
 MEMORY = 0x10000

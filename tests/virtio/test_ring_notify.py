@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
-from tests.virtio.rings import WRITE, Desc, Rig, Tables, physical
+from tests.kit.rings import WRITE, Desc, Rig, Tables, physical
 
 if TYPE_CHECKING:
     from collections.abc import Callable

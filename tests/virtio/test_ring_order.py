@@ -22,7 +22,7 @@ from guestio.errors import QueueError
 from guestio.iommu import Iotlb
 from guestio.memory import GuestRegionCollection, MmapRegion
 from guestio.vhost_user.inflight import InflightRegion
-from tests.virtio.rings import NEXT, PAGE, WRITE, Desc, HandRing
+from tests.kit.rings import NEXT, PAGE, WRITE, Desc, HandRing
 
 RW = Permissions.READ_WRITE
 DESC, AVAIL, USED = 0x10000, 0x20000, 0x30000

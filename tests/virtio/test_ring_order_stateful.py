@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 
 from guestio._core.virtio.chain import Chain
-from tests.virtio.rings import PAGE
+from tests.kit.rings import PAGE
 from tests.virtio.test_ring_order import AREAS, RW, Bench
 
 

@@ -13,7 +13,7 @@ from guestio._core.virtio.split import SplitRing
 from guestio.addr import Permissions
 from guestio.iommu import Iotlb
 from guestio.memory import AtomicBitmap, GuestRegionCollection, MmapRegion
-from tests.virtio.rings import PAGE, WRITE, Desc, HandRing
+from tests.kit.rings import PAGE, WRITE, Desc, HandRing
 
 RW = Permissions.READ_WRITE
 DESC, AVAIL, USED, BUFFERS = 0x10000, 0x20000, 0x30000, 0x40000

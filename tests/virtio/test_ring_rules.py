@@ -16,7 +16,7 @@ from guestio._core.virtio.split import SplitRing
 from guestio.addr import IovaRange
 from guestio.errors import MemoryVanishedError, QueueError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
-from tests.virtio.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Rig, Tables, linked, physical
+from tests.kit.rings import INDIRECT, NEXT, PAGE, WRITE, Desc, Rig, Tables, linked, physical
 
 A, B, C = 0x10000, 0x11000, 0x12000
 TOP = 2**64

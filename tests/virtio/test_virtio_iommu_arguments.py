@@ -7,7 +7,7 @@ from guestio import AtomicBitmap, DirtyMode, GuestRegionCollection, IovaRange, P
 from guestio.testing.targets import RecordingTarget
 from guestio.virtio.iommu import FaultRecord, IommuQueues, VirtioIommu
 from guestio.virtio.layout import RingLayout
-from tests.arguments import flags, numbers, refused
+from tests.kit.arguments import flags, numbers, refused
 
 MEMORY = GuestRegionCollection.from_ranges([(0, 0x10000)])
 

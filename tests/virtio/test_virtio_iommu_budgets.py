@@ -14,7 +14,7 @@ from guestio.dma import DmaError
 from guestio.ratelog import LOG
 from guestio.testing.targets import FailAfter, RecordingTarget
 from guestio.virtio.iommu import VirtioIommu, wire
-from tests.virtio.iommu_driver import (
+from tests.kit.iommu_driver import (
     DEVERR,
     MMIO,
     NOMEM,
@@ -257,7 +257,7 @@ class TestWaiting:
         script = """if True:
             from guestio import GuestRegionCollection, Permissions
             from guestio.virtio.iommu import VirtioIommu
-            from tests.virtio.iommu_driver import *
+            from tests.kit.iommu_driver import *
             iommu = VirtioIommu(endpoints=[8, 9], revoke_after=None)
             send_all(iommu, attach(8, 1), attach(9, 2))
             send_all(iommu, map_(1, 0, 4095, 0), map_(2, 0, 4095, 0))

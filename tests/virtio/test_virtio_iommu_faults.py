@@ -7,7 +7,7 @@ import pytest
 
 from guestio import CannotResolveError, GuestRegionCollection, IommuMemory, Permissions
 from guestio.virtio.iommu import FaultReason, FaultRecord, VirtioIommu
-from tests.virtio.iommu_driver import PAGE, RW, R, W, attach, map_, send_all, unmap
+from tests.kit.iommu_driver import PAGE, RW, R, W, attach, map_, send_all, unmap
 
 READ, WRITE, ADDRESS = 1, 2, 0x100
 

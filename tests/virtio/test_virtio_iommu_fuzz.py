@@ -9,7 +9,7 @@ from guestio import GuestRegionCollection, QueueError
 from guestio.virtio import SplitRing
 from guestio.virtio.iommu import IommuQueues, Status, VirtioIommu, wire
 from guestio.virtio.layout import RingLayout
-from tests.virtio.iommu_driver import MSI, attach, map_, send_all
+from tests.kit.iommu_driver import MSI, attach, map_, send_all
 
 U32, U64 = 2**32 - 1, 2**64 - 1
 PHYSICAL = GuestRegionCollection.from_ranges([(0, 0x20000)])

@@ -16,8 +16,8 @@ from hypothesis.stateful import (
 from guestio import Permissions
 from guestio.iommu import AddMapResult, BasicMemoryMapper, MappingInfo
 from guestio.virtio.iommu import VirtioIommu
-from tests.virtio.big_domain import BigDomain
-from tests.virtio.iommu_driver import (
+from tests.kit.big_domain import BigDomain
+from tests.kit.iommu_driver import (
     INVAL,
     NOENT,
     OK,

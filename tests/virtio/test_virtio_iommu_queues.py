@@ -10,7 +10,7 @@ from guestio import CannotResolveError, GuestRegionCollection, QueueError
 from guestio.virtio.driver import DriverQueue
 from guestio.virtio.iommu import FaultRecord, IommuQueues, Status, VirtioIommu
 from guestio.virtio.layout import RingLayout
-from tests.virtio.iommu_driver import MSI, PAGE, attach, map_, probe, send_all, unmap
+from tests.kit.iommu_driver import MSI, PAGE, attach, map_, probe, send_all, unmap
 
 RINGS = 0x10000
 BUFFERS = 0x20000

@@ -20,8 +20,8 @@ from hypothesis.stateful import (
 
 from guestio import CannotResolveError, GuestRegionCollection, IovaRange, Permissions
 from guestio.virtio.iommu import Pending, VirtioIommu
-from tests.virtio.big_domain import BigDomain
-from tests.virtio.iommu_driver import (
+from tests.kit.big_domain import BigDomain
+from tests.kit.iommu_driver import (
     INVAL,
     OK,
     PAGE,

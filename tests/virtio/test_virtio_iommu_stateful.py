@@ -25,7 +25,7 @@ from guestio import CannotResolveError, GuestRegionCollection, Permissions
 from guestio.dma import DmaError
 from guestio.iommu import ExportError
 from guestio.virtio.iommu import Pending, VirtioIommu
-from tests.virtio.iommu_driver import (
+from tests.kit.iommu_driver import (
     DEVERR,
     INVAL,
     NOENT,

@@ -7,7 +7,7 @@ import pytest
 from guestio import DeviceError, GuestRegionCollection, MmapRegion
 from guestio.dma import DmaError, MappingType
 from guestio.virtio.iommu import VirtioIommu
-from tests.virtio.iommu_driver import (
+from tests.kit.iommu_driver import (
     DEVERR,
     FAULT,
     INVAL,

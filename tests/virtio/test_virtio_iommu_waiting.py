@@ -10,7 +10,7 @@ import pytest
 from guestio import CannotResolveError, DeviceError, GuestRegionCollection, Permissions
 from guestio.iommu import ExportError
 from guestio.virtio.iommu import Pending, VirtioIommu
-from tests.virtio.iommu_driver import (
+from tests.kit.iommu_driver import (
     INVAL,
     NOENT,
     OK,

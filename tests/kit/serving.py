@@ -24,7 +24,7 @@ from guestio.vhost_user.frontend import PROTOCOL_FEATURES
 from guestio.vhost_user.messages import Inflight, ProtocolFeature
 from guestio.virtio.device import Device, DeviceId
 from guestio.virtio.layout import RingLayout
-from tests.virtio.rings import PAGE, WRITE, Desc, HandRing
+from tests.kit.rings import PAGE, WRITE, Desc, HandRing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

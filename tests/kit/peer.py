@@ -23,8 +23,8 @@ from guestio.vhost_user.messages import (
     encode_message,
 )
 from guestio.vhost_user.session import Session
-from tests.vhost_user.closing import settled_closes
-from tests.vhost_user.recording import RecordingHandler
+from tests.kit.closing import settled_closes
+from tests.kit.recording import RecordingHandler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

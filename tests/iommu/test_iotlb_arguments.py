@@ -14,7 +14,7 @@ from guestio import (
     Permissions,
 )
 from guestio._core.iommu.intervals import IntervalMap
-from tests.memory.borders import cases, check_refusals
+from tests.kit.edge_cases import cases, check_refusals
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 

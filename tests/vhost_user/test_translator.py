@@ -32,7 +32,7 @@ from guestio.vhost_user.messages import (
 from guestio.vhost_user.translator import VhostUserTranslator
 from guestio.virtio.loop import EventLoop
 from guestio.virtio.statistics import Statistics
-from tests.vhost_user.serving import until
+from tests.kit.serving import until
 
 PAGE = 4096
 USER = 0x7F0000000000

@@ -8,7 +8,7 @@ from guestio import GuestRegionCollection, Permissions
 from guestio.dma import DmaError
 from guestio.testing.targets import FailAfter
 from guestio.virtio.iommu import VirtioIommu
-from tests.virtio.iommu_driver import (
+from tests.kit.iommu_driver import (
     DEVERR,
     INVAL,
     OK,

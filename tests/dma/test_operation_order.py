@@ -5,7 +5,7 @@ import pytest
 from guestio import Backing
 from guestio.dma import DmaError, MappingType, RegionManager
 from guestio.testing.targets import DmaEvent, FailAfter, RecordingTarget, ReplacingTarget
-from tests.dma.common import PAGE, holds, mapped, unmapped
+from tests.kit.dma import PAGE, holds, mapped, unmapped
 
 RAM, DEVICE = MappingType.RAM, MappingType.DEVICE
 

@@ -11,7 +11,7 @@ import pytest
 from guestio import Backing
 from guestio.dma import DmaError, MappingType, Region, RegionManager
 from guestio.testing.targets import FailAfter, RecordingTarget, ReplacingTarget
-from tests.dma.common import PAGE, holds
+from tests.kit.dma import PAGE, holds
 
 Operation = Callable[["World"], None]
 

@@ -13,8 +13,8 @@ from guestio.virtio.blk import S_IOERR, S_OK, T_IN, T_OUT, BlockDevice
 from guestio.virtio.driver import DriverQueue
 from guestio.virtio.iommu import EndpointQueue, VirtioIommu
 from guestio.virtio.layout import RingLayout
-from tests.arguments import refused
-from tests.virtio.iommu_driver import PAGE, R, W, attach, map_, send_all, unmap
+from tests.kit.arguments import refused
+from tests.kit.iommu_driver import PAGE, R, W, attach, map_, send_all, unmap
 
 RING_IOVA, RING = 0x40000000, 0x8000
 DATA_IOVA, DATA = 0x70000000, 0x10000

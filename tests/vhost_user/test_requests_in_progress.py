@@ -17,7 +17,8 @@ from guestio.errors import DeviceError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.messages import FrontendRequest, MemoryTable, VringAddr
-from tests.vhost_user.serving import (
+from tests.kit.rings import PAGE, WRITE, Desc
+from tests.kit.serving import (
     BUFFERS,
     FAILED,
     OK,
@@ -30,7 +31,6 @@ from tests.vhost_user.serving import (
     until,
     warnings_of,
 )
-from tests.virtio.rings import PAGE, WRITE, Desc
 
 GLANCE = 0.05
 """Seconds after which something that should wait is taken to wait."""

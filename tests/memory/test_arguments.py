@@ -20,7 +20,7 @@ from guestio import (
     SliceMemory,
     VolatileSlice,
 )
-from tests.memory.borders import cases, check_refusals
+from tests.kit.edge_cases import cases, check_refusals
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 

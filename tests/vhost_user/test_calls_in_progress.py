@@ -18,15 +18,15 @@ import pytest
 from guestio._core.virtio.chain import Chain
 from guestio.errors import DeviceError
 from guestio.virtio.device import Device, DeviceId
-from tests.vhost_user.serving import (
+from tests.kit.rings import PAGE
+from tests.kit.serving import (
     IOVA,
     Driver,
     Serving,
     until,
     warnings_of,
 )
-from tests.vhost_user.test_virtqueue_late import Waiting
-from tests.virtio.rings import PAGE
+from tests.vhost_user.test_requests_in_progress import Waiting
 
 ERROR = 0xEE
 GLANCE = 0.1

@@ -10,7 +10,7 @@ from guestio import Backing, GuestioError, InvalidAddressError, MmapRegion
 from guestio.dma import DmaError, DmaMapRequest, MappingType, RegionManager
 from guestio.testing.host_iommu import SimulatedHostIommu
 from guestio.testing.targets import DmaEvent, FailAfter, RecordingTarget, ReplacingTarget
-from tests.dma.common import PAGE, holds, mapped, region_at, unmapped
+from tests.kit.dma import PAGE, holds, mapped, region_at, unmapped
 
 RAM, DEVICE = MappingType.RAM, MappingType.DEVICE
 TOP = 1 << 64

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from guestio.vhost_user.messages import U64, FrontendRequest, ProtocolFeature, encode_message
 from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES
-from tests.vhost_user.serving import Serving, memfd
+from tests.kit.serving import Serving, memfd
 
 F = FrontendRequest
 

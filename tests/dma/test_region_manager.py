@@ -10,7 +10,7 @@ import pytest
 from guestio import Backing, MemoryRegionOverlapError
 from guestio.dma import DmaError, MappingType, Region, RegionManager
 from guestio.testing.targets import FailAfter, RecordingTarget
-from tests.dma.common import PAGE, holds, mapped, region_at, unmapped
+from tests.kit.dma import PAGE, holds, mapped, region_at, unmapped
 
 FOUR = 0x4000
 REPLAYED = [(0, 0x4000), (0x8000, 0xC000)]

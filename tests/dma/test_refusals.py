@@ -8,7 +8,7 @@ import pytest
 from guestio import Backing, BackingError, GuestioError, MemoryRegionOverlapError, RegionError
 from guestio.dma import DmaError, DmaMapRequest, MappingType, RegionManager
 from guestio.testing.targets import FailAfter, RecordingTarget
-from tests.dma.common import PAGE
+from tests.kit.dma import PAGE
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from guestio.vhost_user.messages import (
     VringFd,
     encode_message,
 )
-from tests.vhost_user.closing import closing
-from tests.vhost_user.hostile import Lingering, Raw
-from tests.vhost_user.serving import (
+from tests.kit.closing import closing
+from tests.kit.hostile import Lingering, Raw
+from tests.kit.serving import (
     OK,
     SLACK,
     WAIT,

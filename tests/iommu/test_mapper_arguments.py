@@ -7,7 +7,7 @@ import pytest
 
 from guestio import GuestRegionCollection, Permissions
 from guestio.iommu import BasicMemoryMapper, ExportClient, ExportedRegion, ExportServer, MappingInfo
-from tests.arguments import flags, numbers, refused
+from tests.kit.arguments import flags, numbers, refused
 
 PAGE = 4096
 R = Permissions.READ

@@ -14,7 +14,7 @@ from guestio.errors import GuestioError, ProtocolError
 from guestio.vhost_user.channel import PeerGoneError
 from guestio.vhost_user.messages import FrontendRequest, VringState, encode_ack, encode_message
 from guestio.vhost_user.request_channel import NoAnswerError, RequestChannel
-from tests.vhost_user.peer import WAIT, Hand, nothing_left
+from tests.kit.peer import WAIT, Hand, nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

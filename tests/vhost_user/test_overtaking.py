@@ -23,7 +23,8 @@ from guestio.addr import Permissions
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer, MissHook
 from guestio.vhost_user.messages import FrontendRequest, IotlbMessage, ProtocolFeature
 from guestio.vhost_user.translator import PATIENCE
-from tests.vhost_user.serving import (
+from tests.kit.rings import PAGE, WRITE, Desc
+from tests.kit.serving import (
     BUFFERS,
     FAILED,
     OK,
@@ -37,7 +38,6 @@ from tests.vhost_user.serving import (
     nothing_left,
     until,
 )
-from tests.virtio.rings import PAGE, WRITE, Desc
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 0.2
@@ -411,7 +411,7 @@ class TestStopping:
 PROGRAM = """
 import sys
 from guestio.vhost_user import Backend
-from tests.vhost_user.serving import Mirror
+from tests.kit.serving import Mirror
 Backend(Mirror(), sys.argv[1], queue_threads=sys.argv[2] == "threads").serve()
 """
 

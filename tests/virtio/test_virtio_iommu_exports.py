@@ -8,7 +8,7 @@ import pytest
 from guestio import CannotResolveError, GuestRegionCollection, InvalidAddressError, Permissions
 from guestio.iommu import ExportClient, ExportedRegion, ExportError, ExportServer
 from guestio.virtio.iommu import VirtioIommu, wire
-from tests.virtio.iommu_driver import (
+from tests.kit.iommu_driver import (
     INVAL,
     OK,
     PAGE,

@@ -6,7 +6,7 @@ import pytest
 
 from guestio import CannotResolveError, GuestRegionCollection, Permissions
 from guestio.virtio.iommu import VirtioIommu, wire
-from tests.virtio.iommu_driver import (
+from tests.kit.iommu_driver import (
     INVAL,
     MMIO,
     MSI,

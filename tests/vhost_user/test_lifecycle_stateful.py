@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from tests.vhost_user.serving import (
+from tests.kit.serving import (
     FAILED,
     OK,
     Driver,
