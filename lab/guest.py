@@ -131,6 +131,36 @@ class VhostUserDisk:
 
 
 @dataclass(frozen=True, slots=True)
+class VhostUserNet:
+    """A `virtio-net` card served by the process that listens on `socket`; QEMU 8 or newer.
+
+    Attributes:
+        socket: Unix socket of the back end; QEMU connects to it when it starts.
+        queue_pairs: Number of queue pairs, 1 or more.
+        mac: The address that the guest sees.
+        virtio_id: The device type, for User-mode Linux.
+    """
+
+    socket: Path
+    queue_pairs: int = 1
+    mac: str = "52:54:00:12:34:56"
+    virtio_id: int = 1
+
+    def arguments(self, index: int, viommu: Viommu) -> list[str]:
+        """QEMU arguments; see `Disk`."""
+        several = self.queue_pairs > 1
+        queues = f",queues={self.queue_pairs}" if several else ""
+        options = f"netdev=net{index},mac={self.mac}{',mq=on' if several else ''},romfile="
+        options += viommu.device_options(index)
+        return [
+            *viommu.port_arguments(index),
+            *("-chardev", f"socket,id=vhost{index},path={_escaped(self.socket)}"),
+            *("-netdev", f"vhost-user,id=net{index},chardev=vhost{index}{queues}"),
+            *("-device", f"virtio-net-pci,{options}"),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class QemuDisk:
     """QEMU's own `virtio-blk` on a raw image, for comparison.
 
@@ -261,7 +291,8 @@ class Guest:
 
     Attributes:
         disks: Become `/dev/vda`, `/dev/vdb`, ... in this order.
-        viommu: The IOMMU all disks are behind.
+        viommu: The IOMMU all disks and devices are behind.
+        devices: More devices, such as a `VhostUserNet`; their drivers are to be among `modules`.
         scripts: Run in this order until one fails.
         environment: Variables for the scripts.
         files: More files for the guest: absolute path to content.
@@ -275,6 +306,7 @@ class Guest:
 
     disks: Sequence[Disk] = ()
     viommu: Viommu = Viommu.NONE
+    devices: Sequence[Disk] = ()
     scripts: Sequence[Script] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -334,7 +366,7 @@ class Guest:
         """QEMU's command line, with the initramfs and the logs in `directory`."""
         devices = [
             argument
-            for index, disk in enumerate(self.disks)
+            for index, disk in enumerate((*self.disks, *self.devices))
             for argument in disk.arguments(index, self.viommu)
         ]
         size = f"{self.memory // MIB}M"

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.guest import MIB, Guest, VhostUserDisk
+from lab.guest import MIB, Guest, VhostUserDisk, VhostUserNet
 from lab.parts import (
     Kernel,
     PartsError,
@@ -105,6 +105,11 @@ class UmlGuest(Guest):
             *(f"mem={self.memory // MIB}M", f"uml_dir={directory}/"),
             f"initrd={directory / 'initramfs'}",
             *(f"virtio_uml.device={socket}:{VIRTIO_ID_BLOCK}" for socket in self._sockets()),
+            *(
+                f"virtio_uml.device={device.socket.absolute()}:{device.virtio_id}"
+                for device in self.devices
+                if isinstance(device, VhostUserNet)
+            ),
             *("con=null", "con0=null,fd:1", "ssl1=null,fd:3", "quiet", "panic=-1"),
             *self.append.split(),
         ]

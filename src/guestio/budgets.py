@@ -184,3 +184,31 @@ MAX_GUEST_MEMORY = 1 << 45
 EXIT_TIMEOUT = 1.4
 """Seconds that a server command or `guestio.serve` waits after SIGINT or SIGTERM for its front-end
 to be let go of; then it removes its socket and ends all the same, with status 0."""
+
+NET_TURN_FRAMES = 128
+"""Frames that a network device moves to its driver before its caller's loop has its turn."""
+
+NET_TURN_BYTES = 4 << 20
+"""Their bytes; the last frame may exceed it."""
+
+NET_BACKLOG_FRAMES = 512
+"""Frames of a port without a descriptor that wait for buffers of the driver; more are dropped."""
+
+NET_BACKLOG_BYTES = 2 << 20
+"""Their bytes."""
+
+NET_CONTROL_BYTES = 64 << 10
+"""Bytes of a network driver's control command; a longer one fails."""
+
+NET_FILTER_ADDRESSES = 64
+"""Addresses that a network device filters by; with more in the driver's table it receives all."""
+
+NET_RETRY = 0.1
+"""Seconds until a port is read again after an error that may pass, as of a tap that is down."""
+
+NET_CAPTURE_BYTES = 4 << 30
+"""Bytes of a capture of frames; it ends then."""
+
+NET_LEASES = 256
+"""Addresses that the built-in DHCP server has given away at most; the oldest is given to the next
+client then."""

@@ -110,6 +110,10 @@ class Device(ABC):
             f"{type(self).__name__} has no process method for the requests of queue {queue}"
         )
 
+    def server_of(self, queue: int) -> Server | None:
+        """What serves the simple requests of a queue in the compiled core: :attr:`server`."""
+        return self.server
+
     def attached(self, host: DeviceHost) -> None:
         """Take the host, to speak first with; called once by each server of the device.
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from guestio._core.base.syscalls import drain_eventfd, notify_eventfd
 from guestio._core.iommu.misses import Misses, touched
 from guestio._core.virtio.chain import Chain
+from guestio._core.virtio.frames import FrameFiller
 from guestio._core.virtio.loop import ActiveQueue
 from guestio._core.virtio.ring import Ring
 from guestio.addr import shown
@@ -333,6 +334,37 @@ class DeviceQueue:
                 return False
             return self.complete(chain, len(data))
 
+    def fill(self, filler: FrameFiller) -> int | None:
+        """Have the core move frames into the buffers of a queue that belongs to the device.
+
+        Args:
+            filler: Has the frames, or a descriptor that they come from.
+
+        Returns:
+            Why it stopped, one of the ``FILLED`` constants of the core; None if the queue does not
+            run. The callback of :meth:`on_available` is called when buffers or translations have
+            arrived that it lacked.
+
+        Threads: from any, for one filler by one at a time. Cost: see `FrameFiller.fill`.
+        """
+        self._check_owned("fill")
+        with self._lock:
+            try:
+                ring = self._ready_ring()
+                if ring is None:
+                    return None
+                call = -1 if self._call is None else self._call.fileno()
+                state, missing, buffers = filler.fill(ring, call)
+                self._host.statistics.counters.count_requests(buffers)
+                if len(missing):
+                    self._stall(ring, missing)
+                elif self._stalled_at is not None:
+                    self._end_stall()
+            except GuestioError as error:
+                self._break(error)
+                return None
+            return state
+
     def on_available(self, callback: Callable[[], object] | None) -> None:
         """Have the loop call back when :meth:`take` may have a buffer.
 
@@ -597,7 +629,7 @@ class DeviceQueue:
             if self._finished:
                 self._complete_finished(ring)
             watching = host.poll_seconds and time.monotonic() < self._watch_until
-            outcome = ring.turn(host.device.server, TURN, call, not watching)
+            outcome = ring.turn(host.device.server_of(self.index), TURN, call, not watching)
             taken = self._conclude(ring, outcome)
             if taken is None:
                 return False
@@ -652,7 +684,7 @@ class DeviceQueue:
         host = self._host
         self._active = ActiveQueue(
             ring,
-            host.device.server,
+            host.device.server_of(self.index),
             kick.fileno(),
             -1 if self._call is None else self._call.fileno(),
             feed=host.translator.feed,

@@ -63,6 +63,7 @@ cdef class Ring(RingAreas):
     cdef int lacking_head(self) except -2
     cpdef disable_kicks(self)
     cdef bint more_after_request(self) except -1
+    cdef bint more_beyond(self, u16 ahead) except -1
     cdef bint look(self, int head, Misses misses, bint lenient) except -1
     cdef int head_at(self, u16 position) except -1
     cdef Chain hand_out(self)

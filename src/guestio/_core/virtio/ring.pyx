@@ -687,6 +687,11 @@ cdef class Ring(RingAreas):
         """Ask for an announcement; whether there are requests to be taken already."""
         raise NotImplementedError
 
+    cdef bint more_beyond(self, u16 ahead) except -1:
+        """Ask for an announcement of what follows the next ``ahead`` requests; whether there is
+        some already."""
+        raise NotImplementedError
+
 
 cdef inline bint may_take(Ring ring) noexcept:
     """Whether another request may be looked at in this turn; notes it if only the quota forbids."""

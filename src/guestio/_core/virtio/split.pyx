@@ -8,7 +8,7 @@ from guestio._core.base.checks cimport u8
 from guestio._core.iommu.address_space cimport AddressSpace, IoVector
 from guestio._core.iommu.misses cimport Misses
 from guestio._core.virtio.areas cimport RingAreas, Sizes, current
-from guestio._core.virtio.chain cimport Chain
+from guestio._core.virtio.chain cimport Chain, u16
 from guestio._core.virtio.ring cimport Ring, UsedElem
 
 cdef extern from * nogil:
@@ -169,13 +169,16 @@ cdef class SplitRing(Ring):
 
     cdef bint more_after_request(self) except -1:
         """Ask for an announcement; whether there are requests to be taken already."""
+        return self.more_beyond(0) and not self.crowded
+
+    cdef bint more_beyond(self, u16 ahead) except -1:
+        cdef u16 position = self.next_avail + ahead
         if self.event_idx:
-            self.store16(self.used, 4 + 8 * <u64>self.size, self.next_avail)
+            self.store16(self.used, 4 + 8 * <u64>self.size, position)
         else:
             self.store16(self.used, 0, 0)
         full_barrier()
-        return not self.crowded and self.load16(self.avail, 2) != self.next_avail
-
+        return self.load16(self.avail, 2) != position
 
     def rebind(self, AddressSpace space not None):
         """Go on in other memory; requests that were taken keep what they have."""

@@ -1,0 +1,152 @@
+"""Linux guests use network cards that ``guestio net`` serves, with and without an IOMMU."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.guest import MIB, GuestResult, Script, VhostUserNet, Viommu
+from lab.qemu import new_qemu
+from lab.uml import UmlGuest, uml_kernel
+
+LIMIT = 550.0
+PINGS = int(os.environ.get("GUESTIO_NET_PINGS", "100"))
+RELOADS = int(os.environ.get("GUESTIO_NET_RELOADS", "2"))
+BYTES = int(os.environ.get("GUESTIO_NET_BYTES", str(2 * MIB)))
+TAP = "guestio-sys"
+
+
+@contextlib.contextmanager
+def served(tmp_path: Path, *options: str) -> Iterator[tuple[Path, subprocess.Popen[bytes], Path]]:
+    """A running ``guestio net``: its socket, process and log."""
+    path, log = tmp_path / "net.sock", tmp_path / "net.log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "guestio", "net", "--socket", path, *options], stderr=stderr
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while f"listening on {path}" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        yield path, process, log
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert not path.exists()
+        assert "disconnected" not in log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_kernel_in_a_process_pings_and_gets_an_address(tmp_path: Path) -> None:
+    uml_kernel()
+    options = ("--responder", "10.0.2.1/24", "--iommu", "off", "--mac", "52:54:00:00:00:77")
+    with served(tmp_path, *options, "--mtu", "1450") as (path, _, log):
+        result = UmlGuest(
+            devices=[VhostUserNet(path)],
+            scripts=[Script.named("net")],
+            environment={"PINGS": str(PINGS), "RELOADS": str(RELOADS)},
+        ).run(tmp_path / "guest")
+        result.check()
+        # It has no front-end of another kind between: what the device says is what it sees.
+        assert result.facts["mac"] == "52:54:00:00:00:77"
+        assert result.facts["mtu"] == "1450"
+        assert result.facts["dhcp"] == "10.0.2.2/24 10.0.2.1"
+        assert int(result.facts["reloads"]) == RELOADS
+    counted = dict(re.findall(r"(\w+)=(\d+)", log.read_text().split("frames: ")[-1]))
+    assert int(counted["sent"]) > 2 * PINGS
+    assert int(counted["send_dropped"]) == 0
+
+
+@pytest.fixture
+def qemu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU 7.2 without KVM cannot start a vhost-user network card."""
+    monkeypatch.setenv("GUESTIO_LAB_QEMU", str(new_qemu()))
+
+
+class Peer:
+    """The host's side of a tap: takes what the guest sends, and sends it as much.
+
+    Attributes:
+        sum: Of what came.
+        data: What is sent.
+    """
+
+    def __init__(self, address: str, size: int) -> None:
+        self.data, self.sum = os.urandom(size), ""
+        self._listening = [socket.create_server((address, port)) for port in (7001, 7002)]
+        for one in self._listening:
+            one.settimeout(LIMIT)
+        self._threads = [
+            threading.Thread(target=run, args=(one,), daemon=True)
+            for run, one in zip((self._take, self._give), self._listening, strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _take(self, listening: socket.socket) -> None:
+        with contextlib.suppress(OSError), listening.accept()[0] as connected:
+            found = hashlib.sha256()
+            while data := connected.recv(1 << 16):
+                found.update(data)
+            self.sum = found.hexdigest()
+
+    def _give(self, listening: socket.socket) -> None:
+        with contextlib.suppress(OSError), listening.accept()[0] as connected:
+            connected.sendall(self.data)
+
+    def close(self) -> None:
+        for one in self._listening:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        for thread in self._threads:
+            thread.join(10)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a tap takes CAP_NET_ADMIN")
+@pytest.mark.usefixtures("qemu")
+@pytest.mark.parametrize(
+    "viommu", [Viommu.NONE, Viommu.VIRTIO, Viommu.INTEL_STRICT], ids=lambda v: v.name.lower()
+)
+def test_linux_uses_a_tap(viommu: Viommu, tmp_path: Path, boot: Callable[..., GuestResult]) -> None:
+    """Pings, a transfer each way with equal sums, and the driver reloaded in between."""
+    with served(tmp_path, "--tap", TAP) as (path, _, log):
+        subprocess.run(["ip", "addr", "add", "10.93.7.1/24", "dev", TAP], check=True)
+        subprocess.run(["ip", "link", "set", TAP, "up"], check=True)
+        peer = Peer("10.93.7.1", BYTES)
+        try:
+            result = boot(
+                devices=[VhostUserNet(path)],
+                viommu=viommu,
+                timeout=LIMIT,
+                scripts=[Script.named("net")],
+                environment={
+                    "ROUTER": "10.93.7.1",
+                    "ADDRESS": "10.93.7.2/24",
+                    "PINGS": str(PINGS),
+                    "RELOADS": str(RELOADS),
+                    "BYTES": str(BYTES),
+                },
+            )
+        finally:
+            peer.close()
+        assert result.facts["sent"] == peer.sum
+        assert result.facts["received"] == hashlib.sha256(peer.data).hexdigest()
+        assert int(result.facts["reloads"]) == RELOADS
+    if viommu.present:
+        assert "iotlb_misses=0" not in log.read_text()
