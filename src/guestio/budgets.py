@@ -145,6 +145,22 @@ then. Less than STOP_TIMEOUT, so that it is not disowned."""
 ENTROPY_BYTES = 1 << 16
 """Bytes that an entropy device gives in answer to one request; a driver asks again for more."""
 
+CONSOLE_INPUT = 1 << 16
+"""Bytes that wait for a guest which does not read from a port of its console device; the descriptor
+they come from is not read on, and `ConsolePort.send` takes no more."""
+
+CONSOLE_OUTPUT = 1 << 16
+"""Bytes that a guest wrote to a port and that wait for their reader; no more buffers of the guest
+are taken until it has read them. Once more as much from a buffer that was being written out when
+its queue stopped."""
+
+CONSOLE_PATIENCE = 1.0
+"""Seconds that the reader of a console may take nothing; then output is dropped until it does.
+Linux spins while a console does not take its output. Other ports wait for their readers."""
+
+CONTROL_TURN = 64
+"""Control messages of a console device that are sent before the loop has its turn."""
+
 DEVICE_CLOSE_TIMEOUT = 0.3
 """Seconds that closing a block device waits for requests under way. The image stays open if that is
 not enough, until they are done."""

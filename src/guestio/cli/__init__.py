@@ -10,6 +10,7 @@ import click
 import guestio
 from guestio.cli.bench import bench
 from guestio.cli.blk import blk
+from guestio.cli.console import console
 from guestio.cli.net import net
 from guestio.cli.rng import rng
 from guestio.cli.seconds import Seconds
@@ -43,7 +44,7 @@ def demo(seconds: float) -> None:
     sys.exit(run(seconds))
 
 
-for _command in (bench, blk, net, rng, serve):
+for _command in (bench, blk, console, net, rng, serve):
     cli.add_command(_command)
 
 

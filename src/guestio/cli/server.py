@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -138,6 +138,7 @@ class Server:
         *,
         signals: Mapping[int, Callable[[], object]] | None = None,
         cleanup: Callable[[], object] = lambda: None,
+        more: Callable[[], Sequence[str]] = lambda: (),
     ) -> None:
         """Make a device and serve it until SIGINT, SIGTERM or SIGHUP.
 
@@ -149,6 +150,7 @@ class Server:
             what: What is served, for messages ("the disk").
             signals: Called in the main thread for other signals.
             cleanup: Called at the end, whatever happened, also if the device hangs.
+            more: Lines to print after the one that says where the server listens.
         """
         log = StderrLog()
         stop = Signals(signals)
@@ -160,9 +162,12 @@ class Server:
                     device = make()
                     stack.callback(device.close)
                     backend = stack.enter_context(Backend(device, self.path, **self.options))
-                if not run_until_signaled(
-                    backend, stop, lambda: log.say(f"listening on {backend.path}")
-                ):
+
+                def ready() -> None:
+                    for line in (f"listening on {backend.path}", *more()):
+                        log.say(line)
+
+                if not run_until_signaled(backend, stop, ready):
                     log.say("guestio: ended although a request or the device hangs")
                     cleanup()
                     log.drain(EXIT_GRACE)

@@ -159,7 +159,7 @@ class Backend:
             )
             undo.callback(self._host.close)
             self.statistics.device_holds = lambda: self._host.outstanding
-            self._listener = _listen(self.path)
+            self._listener = listen_on(self.path)
             undo.callback(self._close_listener)
             self._inode = _inode(self.path)
             device.attached(self._host)
@@ -429,7 +429,12 @@ def _inode(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _listen(path: str) -> socket.socket:
+def listen_on(path: str) -> socket.socket:
+    """A listening Unix socket that does not block; one that nothing listens on is replaced.
+
+    Raises:
+        DeviceError: The path is too long or in use, or its directory cannot be written.
+    """
     if not path or b"\0" in os.fsencode(path):
         raise DeviceError(f"cannot listen on {path!r}: it is not the name of a file")
     if len(os.fsencode(path)) > MAX_PATH:

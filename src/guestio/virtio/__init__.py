@@ -2,12 +2,13 @@
 
 ``device`` says what a device is, ``queue`` serves its queues, ``host`` is what a transport drives
 and a device uses, ``loop`` waits, ``translator`` requests translations, ``layout`` says where a
-ring is. ``driver`` is the other side of a queue; ``blk``, ``rng`` and ``iommu`` are devices. Rings
-are walked by the compiled core.
+ring is. ``driver`` is the other side of a queue; ``blk``, ``console``, ``rng`` and ``iommu`` are
+devices. Rings are walked by the compiled core.
 """
 
 from guestio._core.virtio.chain import Chain
 from guestio._core.virtio.split import SplitRing
+from guestio.virtio.console import ConsoleDevice, ConsolePort
 from guestio.virtio.device import Device, DeviceId, Status
 from guestio.virtio.host import DeviceHost
 from guestio.virtio.queue import DeviceQueue
@@ -16,6 +17,8 @@ from guestio.virtio.statistics import Statistics
 
 __all__ = [
     "Chain",
+    "ConsoleDevice",
+    "ConsolePort",
     "Device",
     "DeviceHost",
     "DeviceId",

@@ -84,8 +84,8 @@ class EventLoop:
             # What is not called back for any more does no harm until it is closed.
             try:  # noqa: SIM105 - `suppress` would need memory
                 self._epoll.unregister(fd)
-            except OSError:
-                pass
+            except (OSError, ValueError):
+                pass  # ValueError: the loop is closed.
 
     def call_soon_threadsafe(self, callback: Callback) -> None:
         """Call back once, after what is ready now has been handled."""

@@ -237,18 +237,24 @@ class DeviceQueue:
 
     def _take(self, ring: Ring) -> Chain | None:
         """Take a buffer; if there is none, the driver is asked to announce the next."""
-        while True:
+        for _ in range(TURN):
             chains, missing = ring.pop(1)
             if chains and chains[0].fault is None:
                 break
             if chains:
+                self._host.statistics.counters.count_requests(1)
                 self._begin(ring, chains)  # which fails it
+                self._publish(ring)
             elif missing:
                 self._stall(ring, missing)
                 return None
             elif not ring.enable_kicks():
                 self._end_stall()
                 return None
+        else:
+            # A driver may make faulty ones available as fast as they are failed.
+            self.wake()
+            return None
         self._end_stall()
         self._host.statistics.counters.count_requests(1)
         chain = chains[0]
@@ -274,32 +280,42 @@ class DeviceQueue:
         Threads: from any. Cost: one release store and, if the driver wants it, a notification.
         """
         self._check_owned("complete")
-        whose = f"{type(self._host.device).__name__} completes a buffer of queue {self.index} with"
-        try:
-            count = _plausible(written, chain, whose)
-        except _NonsenseError as error:
-            raise DeviceError(str(error)) from None
+        kind = type(self._host.device).__name__
         with self._lock:
+            if chain in self._in_progress:
+                try:
+                    count = _plausible(
+                        written, chain, f"{kind} completes a buffer of queue {self.index} with"
+                    )
+                except _NonsenseError as error:
+                    raise DeviceError(str(error)) from None
             with self._change:
+                # Meanwhile another thread may have taken it back, for a revocation.
                 held = self._in_progress.pop(chain, None)
             if held is None or self._ring is None:
                 self._host.log.report(
                     "queue %d: %s completes a buffer that it does not hold: it was completed "
                     "before, or given back when the queue stopped",
                     self.index,
-                    type(self._host.device).__name__,
+                    kind,
                 )
                 return False
             try:
                 if not self._complete(self._ring, chain, count):
                     self._withhold(chain)
-                elif (notify := self._ring.publish()) is None:
-                    self.wake()
-                elif notify:
-                    signal(self._call)
+                else:
+                    self._publish(self._ring)
             except GuestioError as error:
                 self._break(error)
             return True
+
+    def _publish(self, ring: Ring) -> None:
+        """Publish what is completed, and notify the driver if it wants that."""
+        notify = ring.publish()
+        if notify is None:
+            self.wake()
+        elif notify:
+            signal(self._call)
 
     def send(self, data: bytes) -> bool:
         """Take a buffer, write data into it, and give it back.
@@ -507,8 +523,9 @@ class DeviceQueue:
             self._replace_kick(kick)
             self._polled = kick is None
             # What a back-end that is gone left in flight was announced to that one; see also
-            # libvhost-user, `vu_check_queue_inflights`.
-            if kick is None or self._host.tracked:
+            # libvhost-user, `vu_check_queue_inflights`. Buffers for a device that speaks first stay
+            # in the ring over a stop of the queue, and are not announced again either.
+            if kick is None or self._owned or self._host.tracked:
                 self._started = True
                 self.wake()
 
