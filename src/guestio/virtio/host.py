@@ -7,17 +7,19 @@ it takes buffers, sends data, watches descriptors and sets timers.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import reprlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.memory.vector import RegionTable
 from guestio._core.virtio.chain import Quota
 from guestio._core.virtio.inflight import InflightQueue
 from guestio._core.virtio.split import SplitRing
+from guestio.addr import check_int, check_seconds
 from guestio.budgets import OUTSTANDING_PIECES, TURN_BYTES
 from guestio.errors import DeviceError, GuestioError
 from guestio.ratelog import LOG
@@ -32,6 +34,9 @@ from guestio.virtio.loop import EventLoop, LoopThread, Timer
 from guestio.virtio.queue import DeviceQueue
 from guestio.virtio.statistics import RateLimitedLog, Statistics
 from guestio.virtio.translator import PhysicalTranslator, Translator
+
+if TYPE_CHECKING:
+    from _typeshed import HasFileno
 
 log = logging.getLogger("guestio.virtio")
 
@@ -129,7 +134,10 @@ class DeviceHost:
         self._quota = Quota(OUTSTANDING_PIECES)
         self._out_of_time = False
         self._config_told = False
+        self._changes: list[None] = []
+        self._readers: dict[int, Callable[[], object]] = {}
         self._threads: list[LoopThread] = []
+        _check_device_queues(device)
         with contextlib.ExitStack() as undo:
             for index in range(device.num_queues if queue_threads else 0):
                 thread = LoopThread(f"guestio-queue-{index}", failed or _log_failure)
@@ -176,31 +184,62 @@ class DeviceHost:
         self._config_told = False
         self._transport.config_changed()
 
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> None:
-        """Call back in the loop's thread whenever ``fd`` is readable.
+    def add_reader(self, fd: int | HasFileno, callback: Callable[[], object]) -> None:
+        """Call back in the loop's thread whenever a descriptor is readable. From any thread.
 
-        An exception that the callback raises is logged, and ends the watch of ``fd``.
+        It replaces the callback that the device gave for the same descriptor before. An exception
+        that the callback raises is logged, and ends the watch of the descriptor.
+
+        Args:
+            fd: The descriptor, or an object with one (a socket).
+            callback: Called without arguments, once for each turn in which there is data.
 
         Raises:
-            OSError: The descriptor cannot be waited for.
+            OSError: The descriptor cannot be waited for: it is closed, or a regular file.
+            DeviceError: The transport watches a descriptor of this number: the device closed its
+                own without :meth:`remove_reader`.
         """
+        number = _fileno(fd)
+        _check_callable(callback)
+        present = self._loop.reader(number)
+        if present is not None and present is not self._readers.get(number):
+            raise DeviceError(
+                f"{type(self.device).__name__} watches descriptor {number}, which is its "
+                "transport's: call remove_reader before a descriptor is closed"
+            )
 
         def run() -> None:
-            if not self._call_back(callback, f"the reader of descriptor {fd}"):
-                self._loop.remove_reader(fd)
+            if not self._call_back(callback, f"the reader of descriptor {number}"):
+                self._loop.remove_reader(number, run)
 
-        self._loop.add_reader(fd, run)
+        self._loop.add_reader(number, run)
+        self._readers[number] = run
 
-    def remove_reader(self, fd: int) -> None:
-        """Watch ``fd`` no more, before it is closed. Unknown ones are ignored."""
-        self._loop.remove_reader(fd)
+    def remove_reader(self, fd: int | HasFileno) -> None:
+        """Watch a descriptor no more, before it is closed. Unknown ones are ignored."""
+        number = _fileno(fd)
+        run = self._readers.pop(number, None)
+        if run is not None:
+            self._loop.remove_reader(number, run)
 
     def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer:
-        """Call back once in the loop's thread, in ``seconds``. From any thread."""
-        return self._loop.call_later(seconds, lambda: self._call_back(callback, "a timer"))
+        """Call back once in the loop's thread, in ``seconds``, at once if negative.
+
+        An exception that the callback raises is logged. From any thread.
+
+        Raises:
+            ValueError: That is no time, or too long.
+        """
+        _check_callable(callback)
+        delay = check_seconds(max(seconds, 0.0), "seconds")
+        return self._loop.call_later(delay, lambda: self._call_back(callback, "a timer"))
 
     def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
-        """Call back once in the loop's thread, soon. From any thread."""
+        """Call back once in the loop's thread, soon. From any thread.
+
+        An exception that the callback raises is logged.
+        """
+        _check_callable(callback)
         self._loop.call_soon_threadsafe(lambda: self._call_back(callback, "a callback"))
 
     def _call_back(self, callback: Callable[[], object], what: str) -> bool:
@@ -277,11 +316,25 @@ class DeviceHost:
     def detached(self) -> Iterator[None]:
         """Nothing of the driver's memory is in use, in any thread, inside this context."""
         until = self.announce_stop(self.queues)
-        with contextlib.ExitStack() as locks:
+        with self.changing_queues(), contextlib.ExitStack() as locks:
             for queue in self.queues:
                 locks.enter_context(queue.lock)
                 queue.detach(until)
             yield
+
+    @contextlib.contextmanager
+    def changing_queues(self) -> Iterator[None]:
+        """Note that the device may be waited for inside this context, with locks held."""
+        self._changes.append(None)
+        try:
+            yield
+        finally:
+            self._changes.pop()
+
+    @property
+    def changing(self) -> bool:
+        """Whether a thread stops or changes queues: the device is not to wait for their locks."""
+        return bool(self._changes)
 
     def stop(self, index: int) -> int:
         """Stop a queue; where to begin when it is started again, by whichever device."""
@@ -421,6 +474,34 @@ class DeviceHost:
     def outstanding(self) -> int:
         """Requests that the device holds."""
         return sum(queue.outstanding for queue in self.queues)
+
+
+def _check_callable(callback: object) -> None:
+    if not callable(callback):
+        raise TypeError(f"callback must be callable, not {type(callback).__name__}")
+
+
+def _fileno(fd: int | HasFileno) -> int:
+    """A descriptor's number.
+
+    Raises:
+        OSError: It is closed.
+    """
+    number = fd if isinstance(fd, int) else fd.fileno()
+    if number < 0:
+        raise OSError(errno.EBADF, f"descriptor {number} cannot be waited for: it is closed")
+    return number
+
+
+def _check_device_queues(device: Device) -> None:
+    name = f"{type(device).__name__}.device_queues"
+    try:
+        indices = list(device.device_queues)
+    except TypeError:
+        raise TypeError(f"{name} must be a collection of queue indices") from None
+    for index in indices:
+        if not 0 <= check_int(index, name) < device.num_queues:
+            raise ValueError(f"{name} has {index}; the device has {device.num_queues} queues")
 
 
 def _log_failure(error: BaseException) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import os
 import select
 import signal
@@ -66,20 +67,35 @@ class EventLoop:
     def add_reader(self, fd: int, callback: Callback, *, edge: bool = False) -> None:
         """Call back whenever ``fd`` is readable, or with ``edge`` whenever it becomes so again.
 
+        It replaces an earlier callback for ``fd``.
+
         Raises:
             OSError: The descriptor cannot be waited for.
         """
+        events = select.EPOLLIN | (select.EPOLLET if edge else 0)
         # It may be found readable by the thread that waits before this returns.
         self._callbacks[fd] = callback
         (self._edges.add if edge else self._edges.discard)(fd)
         try:
-            self._epoll.register(fd, select.EPOLLIN | (select.EPOLLET if edge else 0))
+            try:
+                self._epoll.register(fd, events)
+            except FileExistsError:
+                self._epoll.modify(fd, events)
         except BaseException:
             del self._callbacks[fd]
             raise
 
-    def remove_reader(self, fd: int) -> None:
-        """Stop waiting for ``fd``, before it is closed. Unknown ones are ignored."""
+    def reader(self, fd: int) -> Callback | None:
+        """What is called back when ``fd`` is readable, if anything is."""
+        return self._callbacks.get(fd)
+
+    def remove_reader(self, fd: int, callback: Callback | None = None) -> None:
+        """Stop waiting for ``fd``, before it is closed. Unknown ones are ignored.
+
+        With a callback, only if that is the one which is called back for ``fd``.
+        """
+        if callback is not None and self._callbacks.get(fd) is not callback:
+            return
         if self._callbacks.pop(fd, None) is not None:
             # What is not called back for any more does no harm until it is closed.
             try:  # noqa: SIM105 - `suppress` would need memory
@@ -97,8 +113,6 @@ class EventLoop:
         """Call back once, in ``seconds``."""
         timer = Timer(self)
         self.set_timer(timer, time.monotonic() + seconds, callback)
-        if threading.get_ident() != self._thread:
-            self.wake()
         return timer
 
     @property
@@ -114,6 +128,13 @@ class EventLoop:
     def set_timer(self, key: Hashable, when: float, callback: Callback) -> None:
         """Call back once at ``when`` (``time.monotonic``); replaces a timer of the same key."""
         self._timers[key] = (when, callback)
+        if threading.get_ident() == self._thread:
+            self._due = min(self._due, when)
+        else:
+            # The loop's thread may be computing when the next one is due.
+            self.call_soon_threadsafe(lambda: self._expect(when))
+
+    def _expect(self, when: float) -> None:
         self._due = min(self._due, when)
 
     def clear_timer(self, key: Hashable) -> None:
@@ -199,8 +220,11 @@ class EventLoop:
 
     def _run_timers(self) -> None:
         now = time.monotonic()
-        for key, (when, callback) in list(self._timers.items()):
-            if when <= now and self._timers.pop(key, None) is not None:
+        due = [(when, key) for key, (when, _) in list(self._timers.items()) if when <= now]
+        for _, key in sorted(due, key=operator.itemgetter(0)):
+            # A callback before this one may have cleared it, or set it again for later.
+            when, callback = self._timers.get(key, (math.inf, None))
+            if callback is not None and when <= now and self._timers.pop(key, None) is not None:
                 callback()
         # A cleared timer's time passes without consequence, and is forgotten here.
         self._due = min((when for when, _ in list(self._timers.values())), default=math.inf)

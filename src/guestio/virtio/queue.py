@@ -38,6 +38,8 @@ from guestio.virtio.loop import EventLoop
 from guestio.virtio.translator import Miss
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from guestio.virtio.host import DeviceHost
 
 Outcome = tuple[list[Chain], Misses, int, bool]
@@ -57,6 +59,9 @@ MAX_REFUSED = 4096
 
 PASS_PAUSE = 0.0002
 """Seconds between looks whether another thread has taken the lock of a queue."""
+
+ENTER_LOOK = 0.01
+"""Seconds between looks whether queues are being stopped, for a device that takes a buffer."""
 
 COPY_LOOK = 0.01
 """Seconds between looks at requests that were answered while a system call moves their memory."""
@@ -85,13 +90,14 @@ class FairLock:
     """Held while a queue is served or changed; a thread that changes the queue is let in.
 
     A thread that serves a queue without a pause would take a plain lock again before a waiting one
-    wakes up.
+    wakes up. The loop comes before threads of the device's.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._counting = threading.Lock()
         self._wanted = 0
+        self._loop_waits = False
 
     def acquire(self, seconds: float = -1) -> bool:
         """Take the lock to change the queue, again if it is taken; whether that came in time."""
@@ -109,7 +115,24 @@ class FairLock:
         """Take the lock to serve the queue, after threads that wait to change it."""
         while self._wanted:
             time.sleep(PASS_PAUSE)
-        self._lock.acquire()
+        if self._lock.acquire(blocking=False):
+            return
+        self._loop_waits = True
+        try:
+            self._lock.acquire()
+        finally:
+            self._loop_waits = False
+
+    def acquire_for_device(self, refused: Callable[[], bool]) -> bool:
+        """Take the lock after all others that wait for it; False once ``refused()`` is true."""
+        # For a while only: this thread may hold the lock that the others wait for.
+        until = time.monotonic() + ENTER_LOOK
+        while (self._wanted or self._loop_waits) and time.monotonic() < until:
+            time.sleep(PASS_PAUSE)
+        while not self._lock.acquire(timeout=ENTER_LOOK):
+            if refused():
+                return False
+        return True
 
     def release(self) -> None:
         """Give the lock back."""
@@ -151,6 +174,7 @@ class DeviceQueue:
         self._in_progress: dict[Chain, _InProgress] = {}
         self._change = threading.Condition()
         self._finished: deque[Chain] = deque()
+        self._draining = False
         self._copying: list[Chain] = []
         self._copying_since: float | None = None
         self._tell_after = SLOW_ANSWER
@@ -212,13 +236,12 @@ class DeviceQueue:
         Threads: from any. Cost: O(descriptors), and a system call now and then.
         """
         self._check_owned("take")
-        with self._lock:
-            try:
-                ring = self._ready_ring()
-                return None if ring is None else self._take(ring)
-            except GuestioError as error:
-                self._break(error)
-                return None
+        if not self._enter():
+            return None
+        try:
+            return self._take_one()
+        finally:
+            self._lock.release()
 
     def _check_owned(self, what: str) -> None:
         if not self._owned:
@@ -226,6 +249,18 @@ class DeviceQueue:
                 f"{type(self._host.device).__name__} calls {what} of queue {self.index}, which is "
                 "not in its device_queues"
             )
+
+    def _enter(self) -> bool:
+        """Take the lock to take buffers; False while queues of the device are stopped or changed.
+
+        A stop holds the lock while it waits for the device. A thread of the device's that waited
+        for the lock could not complete meanwhile what it holds.
+        """
+        if self._lock.acquire_for_device(lambda: self._host.changing):
+            return True
+        # What it does not take now is announced once that is over.
+        self.wake()
+        return False
 
     def _ready_ring(self) -> Ring | None:
         """The ring, made if need be; None if the queue is not to be served."""
@@ -235,32 +270,38 @@ class DeviceQueue:
             self._ring = self._host.make_ring(self)
         return self._ring
 
+    def _take_one(self) -> Chain | None:
+        """Take a buffer, with the lock held."""
+        try:
+            ring = None if self._draining else self._ready_ring()
+            return None if ring is None else self._take(ring)
+        except GuestioError as error:
+            self._break(error)
+            return None
+
     def _take(self, ring: Ring) -> Chain | None:
         """Take a buffer; if there is none, the driver is asked to announce the next."""
         for _ in range(TURN):
             chains, missing = ring.pop(1)
-            if chains and chains[0].fault is None:
-                break
             if chains:
+                chain = chains[0]
                 self._host.statistics.counters.count_requests(1)
+                if chain.fault is None:
+                    self._end_stall()
+                    chain.hand_over()
+                    self._in_progress[chain] = _InProgress(None, time.monotonic())
+                    return chain
                 self._begin(ring, chains)  # which fails it
-                self._publish(ring)
+                self.wake()
             elif missing:
-                self._stall(ring, missing)
-                return None
-            elif not ring.enable_kicks():
+                if not self._stall(ring, missing) or not self._started:
+                    return None
+            elif ring.enable_kicks() is False:
                 self._end_stall()
                 return None
-        else:
-            # A driver may make faulty ones available as fast as they are failed.
-            self.wake()
-            return None
-        self._end_stall()
-        self._host.statistics.counters.count_requests(1)
-        chain = chains[0]
-        chain.hand_over()
-        self._in_progress[chain] = _InProgress(None, time.monotonic())
-        return chain
+        # The driver gave nothing but what cannot be used. Others have the lock now.
+        self.wake()
+        return None
 
     def complete(self, chain: Chain, written: int = 0) -> bool:
         """Give a taken buffer back to the driver.
@@ -277,78 +318,143 @@ class DeviceQueue:
             DeviceError: ``written`` is no such number, or the queue is not in
                 `Device.device_queues`; the buffer is still held.
 
-        Threads: from any. Cost: one release store and, if the driver wants it, a notification.
+        Threads: from any, also while the queue is being stopped; it never waits. Cost: one release
+        store and, if the driver wants it, a notification.
+        """
+        return self.complete_all([(chain, written)]) == 1
+
+    def complete_all(self, buffers: Iterable[tuple[Chain, int]]) -> int:
+        """Give several taken buffers back; the driver sees all of them at once, in this order.
+
+        It sees them together if they are the oldest that the device holds. Requests that are
+        tracked for a successor (INFLIGHT_SHMFD) may be overtaken, others not: a buffer is published
+        once those that were taken before it are.
+
+        Args:
+            buffers: ``(chain, written)`` of each, as for :meth:`complete`.
+
+        Returns:
+            How many the driver gets; see :meth:`complete` for those that it does not.
+
+        Raises:
+            DeviceError: As :meth:`complete`, for the first that is wrong; nothing was given back.
+
+        Threads and cost: as :meth:`complete`, with one notification for all.
         """
         self._check_owned("complete")
-        kind = type(self._host.device).__name__
-        with self._lock:
-            if chain in self._in_progress:
-                try:
-                    count = _plausible(
-                        written, chain, f"{kind} completes a buffer of queue {self.index} with"
-                    )
-                except _NonsenseError as error:
-                    raise DeviceError(str(error)) from None
-            with self._change:
-                # Meanwhile another thread may have taken it back, for a revocation.
-                held = self._in_progress.pop(chain, None)
-            if held is None or self._ring is None:
+        with self._change:
+            given = self._release(buffers)
+        if given and self._lock.acquire(0):
+            try:
+                self._publish_finished()
+            finally:
+                self._lock.release()
+        elif given:
+            # The queue is being served or stopped; the thread that does it, or the loop, publishes.
+            self.wake()
+        return 0 if self._stuck else given
+
+    def _release(self, buffers: Iterable[tuple[Chain, int]]) -> int:
+        """Let go of buffers that are completed, all or none. Needs the lock of late requests."""
+        name = type(self._host.device).__name__
+        held: dict[Chain, int] = {}
+        for chain, written in buffers:
+            if not isinstance(chain, Chain):
+                raise TypeError(f"{name} completes {chain!r}, which is no buffer: pass the chain")
+            if chain not in self._in_progress or chain in held:
                 self._host.log.report(
                     "queue %d: %s completes a buffer that it does not hold: it was completed "
                     "before, or given back when the queue stopped",
                     self.index,
-                    kind,
+                    name,
                 )
-                return False
+                continue
             try:
-                if not self._complete(self._ring, chain, count):
-                    self._withhold(chain)
-                else:
-                    self._publish(self._ring)
-            except GuestioError as error:
-                self._break(error)
-            return True
+                count = _plausible(
+                    written, chain, f"{name} completes a buffer of queue {self.index} with"
+                )
+            except _NonsenseError as error:
+                raise DeviceError(str(error)) from None
+            held[chain] = count
+        for chain in held:
+            del self._in_progress[chain]
+        self._give_back(held)
+        return len(held)
 
-    def _publish(self, ring: Ring) -> None:
-        """Publish what is completed, and notify the driver if it wants that."""
-        notify = ring.publish()
-        if notify is None:
-            self.wake()
-        elif notify:
-            signal(self._call)
+    def _publish_finished(self) -> None:
+        """Publish what is completed, with the lock held and in whatever thread."""
+        try:
+            ring = self._ready_ring()
+            if ring is None:
+                return
+            self._complete_finished(ring)
+            notify = ring.publish()
+            if notify:
+                signal(self._call)
+            if notify is None or ring.crowded:
+                # A translation is requested in the loop; and there is room for more requests.
+                self.wake()
+        except GuestioError as error:
+            self._break(error)
 
-    def send(self, data: bytes) -> bool:
+    def send(self, data: Buffer) -> bool:
         """Take a buffer, write data into it, and give it back.
+
+        Args:
+            data: Bytes, or any object with contiguous bytes.
 
         Returns:
             Whether the driver gets the data; False if :meth:`take` has no buffer.
 
         Raises:
             DeviceError: The data is longer than the driver's next buffer, which stays in the ring.
+                How large buffers are is the driver's choice, so a device must expect this.
 
         Threads and cost: as :meth:`take` and :meth:`complete`, and a copy.
         """
-        with self._lock:
-            chain = self.take()
+        self._check_owned("send")
+        content = memoryview(data).cast("B")
+        if not self._enter():
+            return False
+        try:
+            chain = self._take_one()
             if chain is None:
                 return False
             room = chain.writable.total
-            if len(data) > room:
-                assert self._ring is not None  # the buffer comes from it, and the lock is held
-                del self._in_progress[chain]
-                self._ring.put_back([chain])
+            if len(content) > room:
+                self._untake(chain)
                 raise DeviceError(
-                    f"{type(self._host.device).__name__} sends {len(data)} bytes on queue "
+                    f"{type(self._host.device).__name__} sends {len(content)} bytes on queue "
                     f"{self.index}, whose next buffer has room for {room}"
                 )
-            try:
-                chain.writable.write(data)
-            except GuestioError as error:
-                self._host.log.report("queue %d: data is lost: %s", self.index, error)
-                self._host.statistics.counters.count_failed()
-                self.complete(chain, 0)
-                return False
-            return self.complete(chain, len(data))
+            return self._fill(chain, content)
+        finally:
+            self._lock.release()
+
+    def _untake(self, chain: Chain) -> None:
+        """Put the buffer that was taken last back into the ring."""
+        with self._change:
+            if self._in_progress.pop(chain, None) is not None and self._ring is not None:
+                self._ring.put_back([chain])
+
+    def _fill(self, chain: Chain, content: memoryview) -> bool:
+        """Write data into a buffer and give it back; whether the driver gets it."""
+        lost: GuestioError | None = None
+        written, given = 0, False
+        try:
+            chain.writable.write(content)
+            written = len(content)
+        except GuestioError as error:
+            lost = error
+        finally:
+            # A revocation that waited long enough may have taken it.
+            if chain in self._in_progress:
+                given = self.complete(chain, written)
+        if lost is None and given:
+            return True
+        self._host.statistics.counters.count_failed()
+        self._host.log.report("queue %d: data is lost: %s", self.index, lost or "it was too late")
+        return False
 
     def fill(self, filler: FrameFiller) -> int | None:
         """Have the core move frames into the buffers of a queue that belongs to the device.
@@ -395,6 +501,8 @@ class DeviceQueue:
         Threads: from any; the callback is called in the thread of the queue's loop.
         """
         self._check_owned("on_available")
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable, not {type(callback).__name__}")
         self._available = callback
         self.wake()
 
@@ -977,15 +1085,17 @@ class DeviceQueue:
                 written = self._fail_as_type(chain)
             with self._change:
                 if self._in_progress.pop(chain, None) is not None:
-                    self._give_back(chain, written)
+                    self._give_back({chain: written})
+                    self.wake()
 
-    def _give_back(self, chain: Chain, written: int) -> None:
-        """Let go of a request's memory and have it completed. Needs the lock of late requests."""
-        # Whatever a device did to its request, nobody waits for it for ever.
-        with contextlib.suppress(ValueError):
-            chain.settle(written)
-        self._finished.append(chain)
-        self.wake()
+    def _give_back(self, requests: dict[Chain, int]) -> None:
+        """Let go of requests' memory and have them completed. Needs the lock of late requests."""
+        for chain, written in requests.items():
+            # Whatever a device did to its request, a stop does not wait for it without a limit.
+            with contextlib.suppress(ValueError):
+                chain.settle(written)
+        # In one step, for the thread that publishes.
+        self._finished.extend(requests)
         self._change.notify_all()
 
     def _answer_of(self, chain: Chain, answer: Future[int]) -> int:
@@ -1028,7 +1138,7 @@ class DeviceQueue:
             "queue %d: %d requests fail that %s has not answered in time: %s",
             self.index,
             len(held),
-            self._method("process"),
+            type(self._host.device).__name__ if self._owned else self._method("process"),
             why,
         )
         spent = 0.0
@@ -1044,7 +1154,8 @@ class DeviceQueue:
         with self._change:
             if self._in_progress.pop(chain, None) is None:
                 return 0.0
-            self._give_back(chain, written)
+            self._give_back({chain: written})
+            self.wake()
         if not cancel or late.answer is None:
             return 0.0
         began = time.monotonic()
@@ -1068,6 +1179,14 @@ class DeviceQueue:
         Those whose memory is still moved by a system call then are not shown to the driver: the
         next back-end begins with them.
         """
+        with self._host.changing_queues():
+            self._draining = True
+            try:
+                self._drain_until(until)
+            finally:
+                self._draining = False
+
+    def _drain_until(self, until: float) -> None:
         with self._change:
             while self._in_progress and (left := until - time.monotonic()) > 0:
                 self._change.wait(left)
@@ -1103,19 +1222,25 @@ class DeviceQueue:
                 self._method("process"),
             )
 
-    def _stall(self, ring: Ring, missing: Iterable[Miss]) -> None:
-        """Request what the queue lacks; a request that lacks what was refused fails instead."""
+    def _stall(self, ring: Ring, missing: Iterable[Miss]) -> bool:
+        """Request what the queue lacks; a request that lacks what was refused fails instead.
+
+        Returns:
+            Whether there was nothing to request.
+        """
         if self._owned and not self._loop.is_current:
             # Misses are requested in the loop's thread alone, in the order of their messages.
             self._lacks = True
             self.wake()
-            return
+            return False
         self._deactivate()
         now = time.monotonic()
         if self._stalled_at is None or self._stalled_for != ring.progress:
             self._stalled_at, self._stalled_for = now, ring.progress
-        if not self._give_up(ring, late=now - self._stalled_at >= self._host.translator.patience):
-            self._host.translator.request(self.index, missing)
+        if self._give_up(ring, late=now - self._stalled_at >= self._host.translator.patience):
+            return True
+        self._host.translator.request(self.index, missing)
+        return False
 
     def _end_stall(self) -> None:
         self._stalled_at = None

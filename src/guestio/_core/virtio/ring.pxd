@@ -43,7 +43,7 @@ cdef class Ring(RingAreas):
     cdef u64 turn_bytes
     cdef Quota quota
     cdef u64 charged      # pieces of this ring's requests that the quota counts
-    cdef bint crowded     # no request is taken until another one is completed
+    cdef readonly bint crowded   # no request is taken until another one is completed
 
     cdef u16 used_position(self) except? 65535
     cdef int waiting(self) except -1
@@ -55,7 +55,7 @@ cdef class Ring(RingAreas):
         bint *resting,
     ) except -1
     cdef int take(self, int limit, Server server, list chains, Misses misses) except -1
-    cdef int take_held(self, Server server, list chains, Misses misses) except -1
+    cdef int take_held(self, int limit, Server server, list chains, Misses misses) except -1
     cdef int take_new(self, int limit, Server server, list chains, Misses misses) except -1
     cdef void advance(self, int head) noexcept
     cdef void forget_held(self) noexcept

@@ -89,6 +89,7 @@ cdef class Ring(RingAreas):
         held_count: Requests that were in flight when the device before this one ended, and that
             were not taken again yet.
         progress: Changes whenever a request is taken.
+        crowded: Whether the last attempt to take requests ended because the quota is used up.
         broken: Why the ring stopped, or None.
 
     One thread at a time.
@@ -241,17 +242,18 @@ cdef class Ring(RingAreas):
             return served
         self.first_new = self.next_avail
         if self.held_count:
-            served = self.take_held(server, chains, misses)
+            served = self.take_held(limit, server, chains, misses)
         # Nothing overtakes what waits, so that after a stop an index says where to go on.
         if not self.held_count and self.areas_ready(misses):
-            served += self.take_new(limit, server, chains, misses)
+            served += self.take_new(limit - served - len(chains), server, chains, misses)
         self.check_areas()
         return served
 
-    cdef int take_held(self, Server server, list chains, Misses misses) except -1:
+    cdef int take_held(self, int limit, Server server, list chains, Misses misses) except -1:
         """Take what was in flight before, up to the first that lacks something."""
-        cdef int at = 0, head, served = 0
-        while at < self.held_count and may_take(self):
+        cdef int at = 0, head, left = limit, served = 0
+        while left > 0 and at < self.held_count and may_take(self):
+            left -= 1
             head = self.held[self.held_at + at]
             self.look(head, misses, False)
             if misses.count:
