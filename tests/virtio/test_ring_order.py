@@ -525,7 +525,7 @@ class TestGoingOn:
         assert len(misses) == 100
         bench.offer(200, 201)
         bench.tell(*range(99))
-        assert [chain.head for chain in bench.ring.pop()[0]] == list(range(99))
+        assert [chain.head for chain in bench.ring.pop(100)[0]] == list(range(99))
         assert bench.ring.held_count == 101
         bench.tell(99)
         assert [chain.head for chain in bench.take()] == list(range(99, 202))

@@ -253,13 +253,13 @@ cdef class Ring(RingAreas):
         """Take what was in flight before, up to the first that lacks something."""
         cdef int at = 0, head, left = limit, served = 0
         while left > 0 and at < self.held_count and may_take(self):
-            left -= 1
             head = self.held[self.held_at + at]
             self.look(head, misses, False)
             if misses.count:
                 at += 1
             elif current(self):
                 self.forget_held()
+                left -= 1
                 served += self.dispatch(server, chains)
         return served
 
