@@ -25,7 +25,8 @@ from guestio.virtio.device import Device, DeviceId
 from guestio.virtio.host import DeviceHost
 from guestio.virtio.loop import EventLoop
 from guestio.virtio.statistics import Statistics
-from tests.vhost_user.serving import (
+from tests.kit.rings import PAGE, WRITE, Desc
+from tests.kit.serving import (
     OK,
     SLACK,
     WAIT,
@@ -35,7 +36,6 @@ from tests.vhost_user.serving import (
     until,
     warnings_of,
 )
-from tests.virtio.rings import PAGE, WRITE, Desc
 
 RECEIVE, TRANSMIT, ASKED = 0, 1, 2
 
