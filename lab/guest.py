@@ -420,17 +420,17 @@ class RunningGuest:
         """QEMU's process id."""
         return self._qemu.pid
 
-    def wait_for(self, text: str, timeout: float = 60.0) -> None:
-        """Wait until the report holds `text`.
+    def wait_for(self, text: str, timeout: float = 60.0, *, times: int = 1) -> None:
+        """Wait until the report holds `text`, as often as that.
 
         Raises:
             GuestError: It did not appear within `timeout` seconds (the guest is killed then),
                 or the guest ended first.
         """
         end = time.monotonic() + timeout
-        while text not in self._log("report"):
+        while self._log("report").count(text) < times:
             if self._qemu.poll() is not None or time.monotonic() > end:
-                if text in self._log("report"):  # written between the two looks
+                if self._log("report").count(text) >= times:  # written between the two looks
                     return
                 raise GuestError(f"the guest never reported {text!r}{self.kill().describe()}")
             time.sleep(0.02)

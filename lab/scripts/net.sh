@@ -52,7 +52,7 @@ while [ "$life" -lt "$RELOADS" ]; do
     flood=$!
     usleep 50000
     rmmod virtio_net
-    kill "$flood"
+    kill "$flood" 2>/dev/null || true
     insmod /lab/modules/virtio_net.ko
     configure
     ping -c 1 -W 10 "$ROUTER" >/dev/null

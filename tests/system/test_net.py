@@ -72,6 +72,40 @@ def test_a_kernel_in_a_process_pings_and_gets_an_address(tmp_path: Path) -> None
     assert int(counted["send_dropped"]) == 0
 
 
+WATCHES_THE_LINK = """
+# modules: virtio_net
+carrier() { # value
+    tries=0
+    until [ "$(cat /sys/class/net/eth0/carrier)" = "$1" ]; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 3000 ] || { echo "the carrier is never $1"; exit 1; }
+        usleep 10000
+    done
+    echo "FACT carrier=$1"
+}
+ip link set eth0 up
+for life in 1 2 3; do
+    carrier 1
+    carrier 0
+done
+carrier 1
+ip addr add 10.0.2.9/24 dev eth0
+ping -c 1 -W 10 10.0.2.1
+"""
+
+
+def test_a_kernel_sees_its_link_go_down_and_up(tmp_path: Path) -> None:
+    options = ("--responder", "10.0.2.1/24", "--iommu", "off")
+    with served(tmp_path, *options) as (path, process, _):
+        guest = UmlGuest(devices=[VhostUserNet(path)], scripts=[Script("link", WATCHES_THE_LINK)])
+        with guest.boot(tmp_path / "guest") as running:
+            for life in range(1, 4):
+                for value in ("1", "0"):
+                    running.wait_for(f"FACT carrier={value}\n", times=life)
+                    process.send_signal(signal.SIGUSR1)
+            running.wait().check()
+
+
 @pytest.fixture
 def qemu(monkeypatch: pytest.MonkeyPatch) -> None:
     """QEMU 7.2 without KVM cannot start a vhost-user network card."""
