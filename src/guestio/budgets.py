@@ -175,6 +175,14 @@ HALF_MESSAGE_TIMEOUT = 1.0
 FIRST_MESSAGE_TIMEOUT = 1.0
 """Seconds after which a front-end that has not sent a message makes way for another that waits."""
 
+CONNECT_PAUSE = 0.1
+"""Seconds after which a back-end that connects to a front-end tries again. Twice as many after each
+further attempt, up to CONNECT_LONGEST_PAUSE."""
+
+CONNECT_LONGEST_PAUSE = 2.0
+"""Seconds between such attempts at most. A front-end that stayed as long is tried again after
+CONNECT_PAUSE once it is gone; one that hangs up at once is not."""
+
 MAX_WAITING = 16
 """Front-ends that wait until the one that is served goes; one more is hung up."""
 

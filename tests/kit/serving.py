@@ -91,14 +91,14 @@ class Serving:
 
     Args:
         device: What it serves.
-        path: Its socket.
+        path: Its socket, or where that is.
         options: More arguments for the back-end. Unless they say otherwise, indirect tables are
             offered even behind an IOMMU.
     """
 
-    def __init__(self, device: Device, path: Path, **options: Any) -> None:
-        self.path = path
+    def __init__(self, device: Device, path: Path | socket.socket, **options: Any) -> None:
         self.backend = Backend(device, path, **{"indirect": "on", **options})
+        self.path = Path(self.backend.path)
         self.stats = self.backend.statistics
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="serving")

@@ -23,8 +23,8 @@ from guestio._core.virtio.chain import Chain
 from guestio.errors import DeviceError, GuestioError
 from guestio.guest.disk import ScriptedGuest
 from guestio.vhost_user import Backend, Frontend
-from guestio.vhost_user.backend import ACCEPT_PAUSE
 from guestio.vhost_user.channel import PeerGoneError
+from guestio.vhost_user.endpoint import ACCEPT_PAUSE
 from guestio.vhost_user.foreign import is_pipe
 from guestio.virtio.blk import BlockDevice
 from tests.kit.serving import (
@@ -209,7 +209,7 @@ class TestFrontEndsComeAndGo:
                     raise MemoryError
                 return socket.socket(*args)
 
-        monkeypatch.setattr("guestio.vhost_user.backend.socket", Short)
+        monkeypatch.setattr("guestio.vhost_user.endpoint.socket", Short)
         with serving.connect():
             assert failed.wait(10)
             assert errors_of(caplog) in ([], ["serving failed"])

@@ -17,6 +17,7 @@ from guestio.cli.seconds import Seconds
 from guestio.cli.stderr import StderrLog
 from guestio.errors import GuestioError
 from guestio.vhost_user import Backend
+from guestio.vhost_user.endpoint import activation_sockets, adopt_socket
 from guestio.vhost_user.serve import Signals, run_until_signaled
 from guestio.virtio.device import Device
 
@@ -28,7 +29,24 @@ Command = TypeVar("Command", bound=Callable[..., None])
 _log = logging.getLogger("guestio.cli.server")
 
 _OPTIONS = (
-    click.option("--socket", "path", required=True, metavar="PATH", help="Where to listen."),
+    click.option(
+        "--socket",
+        metavar="PATH",
+        help="Where to listen. Without it, --connect and --fd, the socket that systemd hands over "
+        "(LISTEN_FDS) is used.",
+    ),
+    click.option(
+        "--connect",
+        metavar="PATH",
+        help="Connect to a front-end that listens there, again whenever it is gone.",
+    ),
+    click.option(
+        "--fd",
+        type=click.IntRange(3),
+        metavar="N",
+        help="Use a socket that the caller has opened: a listening one, or one that a front-end is "
+        "connected to, with which the service ends.",
+    ),
     click.option(
         "--iommu",
         type=click.Choice(["auto", "off"]),
@@ -108,9 +126,13 @@ def server_options(command: Command) -> Command:
     """Give a command the options of every server; it is called with them as ``server``."""
 
     @functools.wraps(command)
-    def collected(*, path: str, **arguments: Any) -> None:
+    def collected(
+        *, socket: str | None, connect: str | None, fd: int | None, **arguments: Any
+    ) -> None:
+        if sum(given is not None for given in (socket, connect, fd)) > 1:
+            fail("give one of --socket, --connect and --fd")
         options = {name: arguments.pop(name) for name in _NAMES}
-        command(server=Server(path, options), **arguments)
+        command(server=Server(options, socket=socket, connect=connect, fd=fd), **arguments)
 
     decorated: Any = collected
     for option in reversed(_OPTIONS):
@@ -123,13 +145,41 @@ class Server:
     """Serves one device as its command was told to, and ends the process properly.
 
     Args:
-        path: Where to listen.
         options: For :class:`~guestio.vhost_user.Backend`.
+        socket: Where to listen.
+        connect: Where to connect to.
+        fd: A socket to use. With none of the three it is systemd's.
     """
 
-    def __init__(self, path: str, options: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        *,
+        socket: str | None = None,
+        connect: str | None = None,
+        fd: int | None = None,
+    ) -> None:
         self.options = dict(options)
+        self._socket, self._connect, self._fd = socket, connect, fd
+
+    def _backend(self, device: Device) -> Backend:
+        if self._connect is not None:
+            return Backend(device, self._connect, connect=True, **self.options)
+        if self._socket is not None:
+            return Backend(device, self._socket, **self.options)
+        if self._fd is not None:
+            return Backend(device, adopt_socket(self._fd), **self.options)
+        handed = activation_sockets()
+        if len(handed) != 1:
+            for each in handed:
+                each.close()
+            fail(
+                f"systemd hands over {len(handed)} sockets: name one with --fd"
+                if handed
+                else "say where to listen (--socket PATH) or to connect to (--connect PATH), or "
+                "which socket to use (--fd N)"
+            )
+        return Backend(device, handed[0], **self.options)
 
     def run(
         self,
@@ -140,7 +190,7 @@ class Server:
         cleanup: Callable[[], object] = lambda: None,
         more: Callable[[], Sequence[str]] = lambda: (),
     ) -> None:
-        """Make a device and serve it until SIGINT, SIGTERM or SIGHUP.
+        """Make a device and serve it until SIGINT, SIGTERM or SIGHUP, or the end of its connection.
 
         A `GuestioError`, `ValueError` or `TypeError` of making the device or listening ends the
         process with status 2 and one line, an error of the system or while serving with 1.
@@ -161,10 +211,10 @@ class Server:
                 with _refusals():
                     device = make()
                     stack.callback(device.close)
-                    backend = stack.enter_context(Backend(device, self.path, **self.options))
+                    backend = stack.enter_context(self._backend(device))
 
                 def ready() -> None:
-                    for line in (f"listening on {backend.path}", *more()):
+                    for line in (backend.ready_line, *more()):
                         log.say(line)
 
                 if not run_until_signaled(backend, stop, ready):

@@ -1,9 +1,8 @@
-"""A device behind a Unix socket, for any vhost-user front-end."""
+"""A device at the end of a Unix socket, for any vhost-user front-end."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import gc
 import logging
@@ -11,13 +10,11 @@ import operator
 import os
 import select
 import socket
-import stat
 import threading
 import time
 from collections import deque
 from typing import Literal, Self
 
-from guestio._core.base.syscalls import accept_stream
 from guestio.addr import check_address, check_int, check_seconds, shown
 from guestio.budgets import (
     FIRST_MESSAGE_TIMEOUT,
@@ -27,10 +24,10 @@ from guestio.budgets import (
     WAITING_LOOK,
 )
 from guestio.errors import DeviceError
-from guestio.memory.backing import close_fd
 from guestio.ratelog import LOG
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.connection import Connection
+from guestio.vhost_user.endpoint import make_endpoint
 from guestio.vhost_user.foreign import close_socket, queued_fds
 from guestio.vhost_user.session import MAX_QUEUES
 from guestio.virtio.device import (
@@ -46,12 +43,6 @@ from guestio.virtio.statistics import Statistics
 
 log = logging.getLogger("guestio.vhost_user")
 
-MAX_PATH = 107
-"""Bytes of a Unix socket's path (sun_path without its terminator)."""
-
-ACCEPT_PAUSE = 0.25
-"""Seconds until the next attempt if a front-end cannot be accepted, for want of fds say."""
-
 
 class Backend:
     """Serves a virtio device to one vhost-user front-end after the other.
@@ -61,7 +52,11 @@ class Backend:
 
     Args:
         device: What to serve; it is the caller's to close.
-        path: Where to listen. A socket that nobody listens on is replaced.
+        path: Where to listen; a socket that nothing listens on is replaced. Or a socket, which is
+            the back-end's from here on: a listening one, or one that a front-end is connected to,
+            which is the only one then.
+        connect: Whether a front-end listens on the path, and the back-end connects to it, again and
+            again, also once that front-end is gone.
         iommu: ``"auto"`` lets the front-end decide whether there is an IOMMU; ``"off"`` does not
             offer it.
         indirect: Whether to offer VIRTIO_F_INDIRECT_DESC. ``"auto"`` does so without an IOMMU:
@@ -80,10 +75,14 @@ class Backend:
             one thread at a time, so this is for devices whose requests take long in system calls.
 
     Raises:
-        DeviceError: The path is too long or in use, or its directory cannot be written; or the
-            device's ``config()`` returned no bytes.
+        DeviceError: The path is too long or in use, or its directory cannot be written; the socket
+            is no connected or listening Unix stream socket; or the device's ``config()`` returned
+            no bytes. A socket that is refused is still the caller's.
 
     Attributes:
+        path: Where the socket is; empty if it has no name in the file system.
+        ready_line: One line that says where front-ends come from: ``listening on PATH``,
+            ``connecting to PATH``, or which descriptor it is.
         statistics: Counters over all front-ends so far.
 
     Threads: everything happens in the thread that calls :meth:`serve`, unless queues have their
@@ -93,8 +92,9 @@ class Backend:
     def __init__(
         self,
         device: Device,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | socket.socket,
         *,
+        connect: bool = False,
         iommu: Literal["auto", "off"] = "auto",
         indirect: Literal["auto", "on", "off"] = "auto",
         miss_timeout: float = 5.0,
@@ -127,7 +127,6 @@ class Backend:
         if check_int(poll_us, "poll_us") < 0:
             raise ValueError(f"poll_us {poll_us} must not be negative")
         self.device = device
-        self.path = os.fspath(path)
         self.statistics = Statistics(device_failures=functools.partial(_failures, device))
         self._offered = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_EVENT_IDX
         if iommu == "auto":
@@ -142,8 +141,7 @@ class Backend:
         self._stopping = threading.Event()
         self._connection: Connection | None = None
         self._waiting: deque[socket.socket] = deque()
-        self._paused = False
-        self._serving = False
+        self._serving = self._closed = False
         self._accepted_at = 0.0
         with contextlib.ExitStack() as undo:
             self._loop = EventLoop()
@@ -159,15 +157,15 @@ class Backend:
             )
             undo.callback(self._host.close)
             self.statistics.device_holds = lambda: self._host.outstanding
-            self._listener = listen_on(self.path)
-            undo.callback(self._close_listener)
-            self._inode = _inode(self.path)
+            self._endpoint = make_endpoint(path, connect=connect)
+            undo.callback(self._endpoint.close)
             device.attached(self._host)
             undo.pop_all()
+        self.path, self.ready_line = self._endpoint.path, self._endpoint.ready_line
         LOG.watch(self._lines_hidden)
 
     def serve(self, connections: int | None = None) -> None:
-        """Serve front-ends until :meth:`stop` is called.
+        """Serve front-ends until :meth:`stop` is called, or the only front-end is gone.
 
         Args:
             connections: Return after so many front-ends; None for no limit.
@@ -179,14 +177,13 @@ class Backend:
         self._serving = True
         try:
             with self._loop.woken_by_signals():
-                self._listen_again()
-                while not self._stopping.is_set() and connections != 0:
+                self._endpoint.start(self._loop, self._arrived)
+                while not (self._stopping.is_set() or self._endpoint.exhausted or connections == 0):
                     self._serve_one()
                     if connections is not None and not self._stopping.is_set():
                         connections -= 1
         finally:
-            self._loop.remove_reader(self._listener.fileno())
-            self._loop.clear_timer(self)
+            self._endpoint.stop()
             self._loop.clear_timer((self, "silent"))
             self._loop.clear_timer((self, "waiting"))
             try:
@@ -205,7 +202,7 @@ class Backend:
         self._loop.clear_timer((self, "silent"))
         while not self._stopping.is_set():
             try:
-                if self._waiting and self._connection is None and not self._paused:
+                if self._waiting and self._connection is None and not self._endpoint.paused:
                     self._begin(self._waiting.popleft())
                 self._loop.run_once()
             except (KeyboardInterrupt, SystemExit):
@@ -215,11 +212,14 @@ class Backend:
                 LOG.report(log, logging.ERROR, "serving failed", trace=True)
                 self._drop()
             if self._is_done():
+                self._endpoint.gone()
+                return
+            if self._connection is None and self._endpoint.exhausted:
                 return
 
     def _drop(self) -> None:
         if self._connection is None:
-            self._pause_accepting()
+            self._endpoint.pause()
         else:
             self._connection.unclean = True
             self._connection.close()
@@ -228,19 +228,7 @@ class Backend:
         """Whether there was a front-end and it has gone."""
         return self._connection is not None and self._connection.closed
 
-    def _accept(self) -> None:
-        try:
-            fd = accept_stream(self._listener.fileno())
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
-                LOG.report(log, logging.ERROR, "cannot accept a front-end: %s", error.strerror)
-                self._pause_accepting()
-            return
-        try:
-            connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
-        except BaseException:
-            close_fd(fd)
-            raise
+    def _arrived(self, connected: socket.socket) -> None:
         if self._connection is None and not self._waiting:
             self._begin(connected)
         else:
@@ -351,20 +339,6 @@ class Backend:
 
         self._loop.call_soon_threadsafe(arm)
 
-    def _pause_accepting(self) -> None:
-        """Look away for a while from front-ends that go on waiting."""
-        self._paused = True
-        self._loop.remove_reader(self._listener.fileno())
-        self._loop.set_timer(self, time.monotonic() + ACCEPT_PAUSE, self._listen_again)
-
-    def _listen_again(self) -> None:
-        self._paused = False
-        try:
-            self._loop.add_reader(self._listener.fileno(), self._accept)
-        except OSError as error:
-            log.error("cannot wait for front-ends: %s", error.strerror)  # noqa: TRY400
-            self._pause_accepting()
-
     def stop(self) -> None:
         """Make :meth:`serve` return after what it is doing. From any thread or signal handler."""
         self._stopping.set()
@@ -378,13 +352,14 @@ class Backend:
         """
         if self._serving:
             raise DeviceError(
-                f"the back-end of {self.path} cannot be closed while it serves: call stop(), and "
-                "close() once serve() has returned"
+                f"the back-end ({self.ready_line}) cannot be closed while it serves: call stop(), "
+                "and close() once serve() has returned"
             )
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if self._listener.fileno() >= 0:
+        if not self._closed:
+            self._closed = True
             LOG.unwatch(self._lines_hidden)
             LOG.flush()
             # A front-end that waits may have sent descriptors already.
@@ -392,18 +367,12 @@ class Backend:
                 close_socket(waiting)
             self._waiting.clear()
             self._host.close()
+            self._endpoint.close()
             self._loop.close()
-            self._close_listener()
-
-    def _close_listener(self) -> None:
-        close_socket(self._listener)
-        self.remove_socket()
 
     def remove_socket(self) -> None:
         """Remove the socket, unless another one has taken its place. From any thread."""
-        with contextlib.suppress(FileNotFoundError):
-            if _inode(self.path) == self._inode:
-                os.unlink(self.path)  # noqa: PTH108 - the path may be bytes-like
+        self._endpoint.remove_socket()
 
     def __enter__(self) -> Self:
         return self
@@ -422,54 +391,3 @@ def _failures(device: Device) -> int:
         name = type(device).__name__
         LOG.report(log, logging.ERROR, "%s.failures is no number", name, trace=True)
         return 0
-
-
-def _inode(path: str) -> tuple[int, int]:
-    status = os.lstat(path)
-    return status.st_dev, status.st_ino
-
-
-def listen_on(path: str) -> socket.socket:
-    """A listening Unix socket that does not block; one that nothing listens on is replaced.
-
-    Raises:
-        DeviceError: The path is too long or in use, or its directory cannot be written.
-    """
-    if not path or b"\0" in os.fsencode(path):
-        raise DeviceError(f"cannot listen on {path!r}: it is not the name of a file")
-    if len(os.fsencode(path)) > MAX_PATH:
-        raise DeviceError(
-            f"the socket path {path} is {len(os.fsencode(path))} bytes long; "
-            f"a Unix socket's is at most {MAX_PATH}"
-        )
-    _remove_stale(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        listener.bind(path)
-        listener.listen(8)
-    except OSError as error:
-        listener.close()
-        raise DeviceError(f"cannot listen on {path}: {error.strerror}") from error
-    return listener
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens on; refuse anything else that is in the way."""
-    try:
-        mode = os.stat(path).st_mode  # noqa: PTH116
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise DeviceError(f"cannot listen on {path}: {error.strerror}") from error
-    if not stat.S_ISSOCK(mode):
-        raise DeviceError(f"cannot listen on {path}: there is a file that is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)  # noqa: PTH108
-            return
-        except OSError as error:
-            if error.errno != errno.EAGAIN:
-                raise DeviceError(f"cannot listen on {path}: {error.strerror}") from error
-    raise DeviceError(f"cannot listen on {path}: another process is listening there")

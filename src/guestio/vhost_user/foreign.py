@@ -98,7 +98,7 @@ def check_memory(fd: int) -> None:
 
 
 def check_channel(fd: int) -> None:
-    """Refuse what is no Unix stream socket, or one that is connected to a listener.
+    """Refuse what is no Unix stream socket, or has a name, as one that comes of a listener.
 
     Raises:
         ProtocolError: It is something else.
@@ -108,11 +108,11 @@ def check_channel(fd: int) -> None:
         raise ProtocolError(
             f"the fd for a back-end channel is {_name(fd)}, not a connected Unix stream socket"
         )
-    if names[1]:
-        # The front-end's end of its own connection is such a one.
+    if names != ("", ""):
+        # The front-end's end of its own connection is such a one, whichever side listens.
         raise ProtocolError(
-            f"the socket for a back-end channel is connected to {names[1]!r}: pass one end of a "
-            "socketpair"
+            f"the socket for a back-end channel is connected to {names[1] or names[0]!r}: pass one "
+            "end of a socketpair"
         )
 
 

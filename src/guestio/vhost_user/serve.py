@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -19,17 +20,20 @@ from guestio.virtio.device import Device
 from guestio.virtio.statistics import Statistics
 
 
-def serve(device: Device, path: str | os.PathLike[str], **options: Any) -> Statistics:
+def serve(
+    device: Device, path: str | os.PathLike[str] | socket.socket, **options: Any
+) -> Statistics:
     """Serve a device at a Unix socket until SIGINT, SIGTERM or SIGHUP.
 
-    One line on standard error, ``listening on PATH``, says that a front-end may connect. A signal
+    One line on standard error, ``listening on PATH``, says that a front-end may connect; with other
+    sockets it is :attr:`Backend.ready_line <guestio.vhost_user.Backend.ready_line>`. A signal
     ends the service within 2 s, whatever the guest or the device does, and removes the socket. The
     signals are handled as before afterwards.
 
     Args:
         device: What to serve; it is the caller's to close.
-        path: Where to listen.
-        options: As for :class:`~guestio.vhost_user.Backend`.
+        path: Where to listen, or a socket, as for :class:`~guestio.vhost_user.Backend`.
+        options: As for `Backend`.
 
     Returns:
         Counters over all front-ends.
@@ -54,7 +58,7 @@ def serve(device: Device, path: str | os.PathLike[str], **options: Any) -> Stati
         stack.callback(backend.close)
 
         def ready() -> None:
-            print(f"listening on {backend.path}", file=sys.stderr, flush=True)
+            print(backend.ready_line, file=sys.stderr, flush=True)
 
         if not run_until_signaled(backend, signals, ready):
             # What is in use by the thread that hangs is not closed.
