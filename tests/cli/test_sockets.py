@@ -39,7 +39,9 @@ def start(tmp_path: Path, image: Path) -> Iterator[Start]:
         started.append(process)
         if ready:
             assert process.stderr is not None
-            assert process.stderr.readline() == f"{ready}\n"
+            # A log line may come first.
+            while (line := process.stderr.readline()) != f"{ready}\n":
+                assert line, f"{ready} was not said"
         return process
 
     yield begin
