@@ -161,6 +161,12 @@ Linux spins while a console does not take its output. Other ports wait for their
 CONTROL_TURN = 64
 """Control messages of a console device that are sent before the loop has its turn."""
 
+INPUT_EVENTS = 1024
+"""Events of an input device that wait for a guest to take them; reports beyond are dropped."""
+
+INPUT_STATUS_EVENTS = 256
+"""Events of one request on the status queue of an input device that are looked at."""
+
 DEVICE_CLOSE_TIMEOUT = 0.3
 """Seconds that closing a block device waits for requests under way. The image stays open if that is
 not enough, until they are done."""

@@ -11,6 +11,7 @@ import guestio
 from guestio.cli.bench import bench
 from guestio.cli.blk import blk
 from guestio.cli.console import console
+from guestio.cli.input import input_
 from guestio.cli.net import net
 from guestio.cli.rng import rng
 from guestio.cli.seconds import Seconds
@@ -44,7 +45,7 @@ def demo(seconds: float) -> None:
     sys.exit(run(seconds))
 
 
-for _command in (bench, blk, console, net, rng, serve):
+for _command in (bench, blk, console, input_, net, rng, serve):
     cli.add_command(_command)
 
 

@@ -11,11 +11,13 @@ from guestio._core.virtio.split import SplitRing
 from guestio.virtio.console import ConsoleDevice, ConsolePort
 from guestio.virtio.device import Device, DeviceId, Status
 from guestio.virtio.host import DeviceHost
+from guestio.virtio.input import AbsInfo, InputDevice
 from guestio.virtio.queue import DeviceQueue
 from guestio.virtio.rng import EntropyDevice
 from guestio.virtio.statistics import Statistics
 
 __all__ = [
+    "AbsInfo",
     "Chain",
     "ConsoleDevice",
     "ConsolePort",
@@ -24,6 +26,7 @@ __all__ = [
     "DeviceId",
     "DeviceQueue",
     "EntropyDevice",
+    "InputDevice",
     "SplitRing",
     "Statistics",
     "Status",

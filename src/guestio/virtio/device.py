@@ -31,6 +31,7 @@ class DeviceId(enum.IntEnum):
     BLOCK = 2
     CONSOLE = 3
     ENTROPY = 4
+    INPUT = 18
     IOMMU = 23
 
 
