@@ -12,7 +12,7 @@ and holds no lease in between.
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_NoMemory
-from libc.errno cimport EAGAIN, EINTR, EPIPE, errno
+from libc.errno cimport EAGAIN, EFAULT, EINTR, EPIPE, errno
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
@@ -438,6 +438,11 @@ cdef class FrameFiller:
         if moved < 0:
             if error == EAGAIN:
                 return IDLE
+            if error == EFAULT:
+                # The buffer's memory is gone, and the frame with it.
+                self.dropped += 1
+                self.consume(ring, chain, 0)
+                return BUSY
             self.error = error
             return BROKEN
         if not moved:
@@ -522,6 +527,7 @@ cdef class FrameFiller:
         cdef u64 left = size - HEADER_MOST, at = HEADER_MOST, n, skip = self.header_size
         cdef u64 room = 0
         cdef int state
+        cdef bint gone = False
         while room < left + self.header_size:
             if chains and (not self.mergeable or len(chains) >= MERGE_MOST or (
                 <u32>len(chains) >= ring.size
@@ -551,8 +557,14 @@ cdef class FrameFiller:
             n = min(chain.writable.total - skip, left)
             chain.writable.transfer(<u8 *>frame + at, skip, n, True)
             chain.writable.mark(0, skip + n)
-            self.consume(ring, chain, skip + n)
+            chain.written = skip + n
+            gone |= chain.writable.vanished(0, skip + n)
             at, left, skip = at + n, left - n, 0
+        for chain in chains:
+            self.consume(ring, chain, 0 if gone else chain.written)
+        if gone:
+            self.dropped += 1
+            return BUSY
         self.frames += 1
         self.received_bytes += size - HEADER_MOST
         return BUSY
