@@ -18,7 +18,7 @@ import pytest
 from guestio._core.vhost_user.miss_table import REPEAT_AFTER
 from guestio.addr import Permissions
 from guestio.errors import QueueError
-from guestio.guest.blkqueue import Shape
+from guestio.guest import Shape
 from guestio.guest.disk import ScriptedGuest
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.ratelog import LOG

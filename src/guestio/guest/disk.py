@@ -13,20 +13,18 @@ Source: virtio 1.3 section 5.2 (block device); the order of set-up after QEMU's 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from guestio.errors import DeviceError
-from guestio.guest.blkqueue import GuestQueue, Request, Shape
-from guestio.guest.dma import PAGE, DmaSpace, IommuMode, PageAllocator, Segment
-from guestio.iommu import Iommu, IommuMemory, Iotlb
-from guestio.memory import Backing, GuestMemory, GuestRegionCollection, MmapRegion
+from guestio.guest.blkqueue import BlkQueue, Request
+from guestio.guest.dma import DmaSpace, IommuMode, Segment
+from guestio.guest.driver import GuestDriver
+from guestio.guest.queue import Shape
+from guestio.memory import GuestMemory
 from guestio.vhost_user.frontend import Frontend
-from guestio.vhost_user.messages import ProtocolFeature
 from guestio.virtio.blk import (
     F_BLK_SIZE,
     F_DISCARD,
@@ -44,13 +42,6 @@ from guestio.virtio.blk import (
     T_OUT,
     T_WRITE_ZEROES,
 )
-from guestio.virtio.device import (
-    VIRTIO_F_ACCESS_PLATFORM,
-    VIRTIO_F_EVENT_IDX,
-    VIRTIO_F_INDIRECT_DESC,
-    VIRTIO_F_VERSION_1,
-    Status,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,9 +50,6 @@ BLK_FEATURES: Final = (
     F_SEG_MAX | F_RO | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ | F_DISCARD | F_WRITE_ZEROES
 )
 """Features of a block device that the driver here knows."""
-
-HIGH_MEMORY: Final = 1 << 32
-"""Where the second half of guest memory begins; the first is at 0."""
 
 WRITE_ZEROES_F_UNMAP: Final = 1
 
@@ -87,7 +75,7 @@ class BlkConfig(NamedTuple):
     write_zeroes_may_unmap: int
 
 
-class ScriptedGuest:
+class ScriptedGuest(GuestDriver[BlkQueue]):
     """A guest with one vhost-user-blk disk.
 
     Each queue may be driven by a thread of its own; everything else is for one thread.
@@ -135,20 +123,17 @@ class ScriptedGuest:
         timeout: float = 10.0,
         **frontend: Any,
     ) -> None:
-        self._timeout = timeout
-        self._contiguous = contiguous
-        self._queues: list[GuestQueue] = []
-        self.frontend = (
-            target
-            if isinstance(target, Frontend)
-            else Frontend(target, timeout=timeout, **frontend)
+        super().__init__(
+            target,
+            features=BLK_FEATURES,
+            memory_size=memory_size,
+            iommu=iommu,
+            contiguous=contiguous,
+            seed=seed,
+            timeout=timeout,
+            frontend=frontend,
         )
-        self._backings: list[Backing] = []
         try:
-            self._make_memory(memory_size)
-            self._pages = PageAllocator(self.memory, seed)
-            self.frontend.negotiate(_wanted_features(iommu, indirect=True, event_idx=True))
-            self.frontend.set_memory(self.memory)
             self.boot(
                 queues=queues,
                 queue_size=queue_size,
@@ -161,18 +146,6 @@ class ScriptedGuest:
         except BaseException:
             self.close()
             raise
-
-    def _make_memory(self, size: int) -> None:
-        if size <= 0 or size % (2 * PAGE):
-            raise ValueError(f"memory_size {size} is not a positive multiple of {2 * PAGE}")
-        half = size // 2
-        with Backing.memfd(size, "guestio-guest", seal=True) as whole:
-            assert whole.fd is not None
-            self._backings = [Backing.from_fd(whole.fd, half, at) for at in (0, half)]
-        places = zip((0, HIGH_MEMORY), self._backings, ("low", "high"), strict=True)
-        self.memory = GuestRegionCollection.from_regions(
-            MmapRegion(start, backing, name=name) for start, backing, name in places
-        )
 
     # Life and death
 
@@ -191,74 +164,30 @@ class ScriptedGuest:
 
         The arguments are those of the class. Requests still in flight are forgotten.
         """
-        self.shut_down()
-        wanted = _wanted_features(iommu, indirect=indirect, event_idx=event_idx)
-        self.frontend.set_features(self.frontend.offered & wanted)
-        if iommu != "off" and not self.frontend.iommu:
-            raise DeviceError("the device does not offer VIRTIO_F_ACCESS_PLATFORM (no IOMMU)")
-        self.config = BlkConfig._make(_CONFIG.unpack(self.frontend.get_config(0, _CONFIG.size)))
-        self._dma = DmaSpace(
-            self.memory, self._pages, self.frontend.iotlb, iommu, reuse=reuse_iovas
+        self._set_up(
+            queues=queues,
+            queue_size=queue_size,
+            iommu=iommu,
+            indirect=indirect,
+            event_idx=event_idx,
+            polling=polling,
+            reuse_iovas=reuse_iovas,
         )
-        view: GuestMemory = self.memory
-        if iommu != "off":
-            view = IommuMemory(self.memory, _GuestTables(self.frontend.iotlb.mappings))
-        for index in range(queues):
-            self._queues.append(
-                GuestQueue(
-                    self.frontend,
-                    self._dma,
-                    index,
-                    queue_size,
-                    view,
-                    polling=polling,
-                    contiguous=self._contiguous,
-                    timeout=self._timeout,
-                )
-            )
-        self._set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)
 
-    def shut_down(self) -> None:
-        """Stop the device and take its queues down; :meth:`boot` sets it up again."""
-        while self._queues:
-            queue = self._queues.pop()
-            if queue.started:
-                queue.stop()
-            queue.close()
-        self._set_status(Status(0))
+    def _look_at_config(self) -> None:
+        self.config = BlkConfig._make(_CONFIG.unpack(self.frontend.get_config(0, _CONFIG.size)))
 
-    def _set_status(self, status: Status) -> None:
-        if self.frontend.protocol_features & ProtocolFeature.STATUS:
-            self.frontend.set_status(status)
-
-    def pause(self) -> None:
-        """Stop all queues as for a snapshot; what the device has taken is finished first."""
-        for queue in self._queues:
-            queue.stop()
-
-    def resume(self) -> None:
-        """Start all queues again where they stopped."""
-        for queue in self._queues:
-            queue.start()
-
-    def close(self) -> None:
-        """Disconnect and give the memory up. May be called again."""
-        self.frontend.close()
-        while self._queues:
-            self._queues.pop().ring.close()
-        self.frontend.iotlb.memory = None
-        # Whatever refers to the memory keeps it mapped.
-        for name in ("memory", "_dma"):
-            self.__dict__.pop(name, None)
-        while self._backings:
-            with contextlib.suppress(BufferError):
-                self._backings.pop().close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _make_queue(self, index: int, size: int, view: GuestMemory, *, polling: bool) -> BlkQueue:
+        return BlkQueue(
+            self.frontend,
+            self._dma,
+            index,
+            size,
+            view,
+            polling=polling,
+            contiguous=self._contiguous,
+            timeout=self._timeout,
+        )
 
     # Requests, one at a time
 
@@ -451,26 +380,3 @@ class ScriptedGuest:
     def in_flight(self, queue: int = 0) -> int:
         """How many requests of a queue the device has."""
         return self._queues[queue].ring.outstanding
-
-
-class _GuestTables(Iommu):
-    """The guest's own I/O page tables, for the driver's view of its rings."""
-
-    def __init__(self, tables: Iotlb) -> None:
-        self._tables = tables
-
-    @property
-    def iotlb(self) -> Iotlb:
-        """The tables; they are complete."""
-        return self._tables
-
-
-def _wanted_features(iommu: IommuMode, *, indirect: bool, event_idx: bool) -> int:
-    bits = [VIRTIO_F_VERSION_1]
-    if iommu != "off":
-        bits.append(VIRTIO_F_ACCESS_PLATFORM)
-    if indirect:
-        bits.append(VIRTIO_F_INDIRECT_DESC)
-    if event_idx:
-        bits.append(VIRTIO_F_EVENT_IDX)
-    return BLK_FEATURES | sum(1 << bit for bit in bits)

@@ -13,8 +13,8 @@ from typing import Final, Literal, TypeAlias, get_args
 
 from guestio.addr import Permissions
 from guestio.guest._load.iotlb_front import IotlbFront
-from guestio.guest.disk import HIGH_MEMORY
 from guestio.guest.dma import PAGE, IommuMode, PageAllocator
+from guestio.guest.driver import HIGH_MEMORY
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.virtio.blk import SECTOR
 from guestio.virtio.layout import RingLayout

@@ -1,11 +1,22 @@
 """The test kit: what users need to test devices and mapping targets of their own.
 
-The guest without a virtual machine comes from :mod:`guestio.guest`; ``targets`` has DMA targets
-that remember and that fail, ``host_iommu`` a host's IOMMU without hardware.
+The guest without a virtual machine comes from :mod:`guestio.guest`, with a driver for any device
+and one for disks; ``server`` serves a device for as long as a test lasts; ``targets`` has DMA
+targets that remember and that fail, ``host_iommu`` a host's IOMMU without hardware.
 """
 
-from guestio.guest import BlkConfig, BlkError, IommuMode, Request, ScriptedGuest, Shape
+from guestio.guest import (
+    BlkConfig,
+    BlkError,
+    Driver,
+    DriverBuffer,
+    IommuMode,
+    Request,
+    ScriptedGuest,
+    Shape,
+)
 from guestio.testing.host_iommu import DmaFaultError, SimulatedBar, SimulatedHostIommu
+from guestio.testing.server import serving
 from guestio.testing.targets import DmaEvent, FailAfter, RecordingTarget, ReplacingTarget
 
 __all__ = [
@@ -13,6 +24,8 @@ __all__ = [
     "BlkError",
     "DmaEvent",
     "DmaFaultError",
+    "Driver",
+    "DriverBuffer",
     "FailAfter",
     "IommuMode",
     "RecordingTarget",
@@ -22,4 +35,5 @@ __all__ = [
     "Shape",
     "SimulatedBar",
     "SimulatedHostIommu",
+    "serving",
 ]

@@ -138,6 +138,12 @@ class DriverQueue:
         return self._outstanding
 
     @property
+    def tokens(self) -> list[Any]:
+        """What the chains were added with that were not collected yet, those not published too."""
+        chains = [chain for chain in self._chains if chain is not None]
+        return [chain.token for chain in chains] + [chain.token for _, chain in self._staged]
+
+    @property
     def next_used(self) -> int:
         """Number of the used entry that is collected next, modulo 65536."""
         return self._collected
