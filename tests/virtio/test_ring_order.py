@@ -40,7 +40,7 @@ class Bench(HandRing):
     Args:
         size: Entries.
         base: Index of the first entry.
-        order: ``"ordered"``, ``"done"`` or ``"noted"``.
+        order: ``"ordered"``, ``"done"``, ``"noted"``, or ``"both"``: noted and ordered.
     """
 
     def __init__(self, size: int = 8, *, base: int = 0, order: str = "ordered") -> None:
@@ -52,7 +52,7 @@ class Bench(HandRing):
         self.iotlb.set_mapping(0, 0, AREAS, RW)
         self.space = AddressSpace(self.memory._space.regions, self.iotlb)
         self.order = order
-        self.region = InflightRegion.create(1, size) if order == "noted" else None
+        self.region = InflightRegion.create(1, size) if order in ("noted", "both") else None
         self.memory.write(USED + 2, base.to_bytes(2, "little"))
         self.memory.write(AVAIL + 2, base.to_bytes(2, "little"))
         for head in range(size):
@@ -75,7 +75,7 @@ class Bench(HandRing):
             self.size,
             *(DESC, AVAIL, USED),
             base=base,
-            ordered=self.order == "ordered",
+            ordered=self.order in ("ordered", "both"),
             inflight=self.noted(),
         )
 
@@ -105,11 +105,12 @@ class Bench(HandRing):
         return chains
 
 
-@pytest.fixture
-def ordered() -> Bench:
-    made = Bench()
+@pytest.fixture(params=["ordered", "both"])
+def ordered(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    made = Bench(order=request.param)
     made.tell(*range(8))
-    return made
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -207,11 +208,56 @@ class TestInTurn:
         ordered.ring = again
         assert [chain.head for chain in ordered.take()] == [1, 2, 3, 4]
 
-    def test_notes_and_order_exclude_each_other(self, noted: Bench) -> None:
-        with pytest.raises(ValueError, match="not shown in order"):
-            SplitRing(noted.space, 8, DESC, AVAIL, USED, ordered=True, inflight=noted.noted())
+    def test_notes_need_room(self, noted: Bench) -> None:
         with pytest.raises(ValueError, match="8 requests in flight can be noted of a ring of 16"):
             SplitRing(noted.space, 16, DESC, AVAIL, USED, inflight=noted.noted())
+
+    @pytest.mark.parametrize("base", [0, 0xFFFD])
+    @pytest.mark.parametrize("done", list(itertools.permutations(range(5))))
+    def test_what_was_in_flight_before_is_published_in_order_too(
+        self, base: int, done: tuple[int, ...]
+    ) -> None:
+        """With notes: what the device before had taken, and what is new."""
+        bench = Bench(base=base, order="both")
+        bench.tell(*range(8))
+        bench.offer(4, 2, 0)
+        bench.take()
+        bench.ring = bench.device(0)
+        bench.offer(1, 3)
+        chains = bench.take()
+        assert [chain.head for chain in chains] == [4, 2, 0, 1, 3]
+        complete: set[int] = set()
+        for i in done:
+            bench.ring.complete(chains[i], i)
+            bench.ring.publish()
+            complete.add(i)
+            ready = next(n for n in range(6) if n not in complete)
+            assert bench.shown(base) == [((4, 2, 0, 1, 3)[n], n) for n in range(ready)]
+            assert bench.ring.resume_at == (base + ready) & 0xFFFF
+        bench.ring = bench.device(bench.ring.resume_at)
+        assert bench.take() == []
+        assert bench.ring.held_count == 0
+        bench.close()
+
+    def test_a_successor_with_or_without_the_notes_does_what_was_not_published(self) -> None:
+        bench = Bench(order="both")
+        bench.tell(*range(8))
+        bench.offer(*range(4))
+        chains = bench.take()
+        for i in (0, 3, 2):
+            bench.ring.complete(chains[i], 0)
+        bench.ring.publish()
+        del chains
+        base = bench.ring.resume_at
+        assert base == bench.used_idx == 1
+        for noted in (bench.noted(), None):
+            successor = SplitRing(
+                bench.space, 8, DESC, AVAIL, USED, base=base, ordered=True, inflight=noted
+            )
+            again, _ = successor.pop()
+            assert [chain.head for chain in again] == [1, 2, 3]
+            successor.put_back(again)
+        bench.close()
 
 
 class TestSettling:
@@ -290,7 +336,7 @@ class TestSettling:
 class TestWaiting:
     """A request that lacks a translation, and those behind it."""
 
-    @pytest.mark.parametrize("order", ["ordered", "done", "noted"])
+    @pytest.mark.parametrize("order", ["ordered", "done", "noted", "both"])
     def test_nothing_overtakes_it(self, order: str) -> None:
         bench = Bench(order=order)
         bench.tell(1, 3)
@@ -594,8 +640,10 @@ class TestGoingOn:
         assert [chain.head for chain in noted.take()] == [3]
 
     @pytest.mark.capacity(RING_LOOK_WORK=1024)
-    def test_what_is_put_back_is_taken_again(self, noted: Bench) -> None:
+    @pytest.mark.parametrize("order", ["noted", "both"])
+    def test_what_is_put_back_is_taken_again(self, order: str) -> None:
         """Both what was in flight before and what is new."""
+        noted = Bench(order=order)
         noted.tell(0, 1, 2, 3)
         noted.offer(0, 1)
         noted.take()
@@ -616,6 +664,7 @@ class TestGoingOn:
         noted.ring = noted.device(0)
         assert noted.ring.held_count == 0
         assert [chain.head for chain in noted.take()] == [0, 1, 2, 3]
+        noted.close()
 
     def test_what_was_overtaken_before_stays_in_the_notes(self, noted: Bench) -> None:
         self.leave(noted)

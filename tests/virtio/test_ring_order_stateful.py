@@ -49,7 +49,7 @@ class OrderMachine(RuleBasedStateMachine):
     SIZE = 8
 
     @initialize(
-        order=st.sampled_from(("ordered", "done", "noted", "noted")),
+        order=st.sampled_from(("ordered", "done", "noted", "noted", "both")),
         base=st.sampled_from((0, 1, 0xFFFA, 0xFFFF)),
     )
     def start(self, order: str, base: int) -> None:
@@ -70,7 +70,7 @@ class OrderMachine(RuleBasedStateMachine):
 
     @property
     def noted(self) -> bool:
-        return self.bench.order == "noted"
+        return self.bench.order in ("noted", "both")
 
     heads = st.integers(0, SIZE - 1)
 
@@ -162,7 +162,7 @@ class OrderMachine(RuleBasedStateMachine):
         if early:
             each.chain.settle(each.written)
         self.bench.ring.complete(each.chain, None if early else each.written)
-        if self.bench.order != "ordered":
+        if self.bench.order not in ("ordered", "both"):
             # In the order in which they are done, at the end of those done before.
             self.taken.remove(each)
             done = sum(other.written is not None for other in self.taken)

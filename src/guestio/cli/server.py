@@ -63,6 +63,12 @@ _OPTIONS = (
         "each request's table costs a translation. Without them a disk's queue needs 128 entries.",
     ),
     click.option(
+        "--in-order",
+        is_flag=True,
+        help="Offer to give requests back in the order of the ring (VIRTIO_F_IN_ORDER), which some "
+        "drivers make use of; a slow request then holds up those behind it.",
+    ),
+    click.option(
         "--stop-timeout",
         type=Seconds(0, LONGEST_TIMEOUT),
         default=STOP_TIMEOUT,
@@ -101,6 +107,7 @@ _OPTIONS = (
 _NAMES = (
     "iommu",
     "indirect",
+    "in_order",
     "stop_timeout",
     "miss_timeout",
     "track_dirty",

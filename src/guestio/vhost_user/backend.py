@@ -33,6 +33,7 @@ from guestio.vhost_user.session import MAX_QUEUES
 from guestio.virtio.device import (
     VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_IN_ORDER,
     VIRTIO_F_INDIRECT_DESC,
     VIRTIO_F_VERSION_1,
     Device,
@@ -63,6 +64,11 @@ class Backend:
             behind one, each request's table is another page to ask for and to be forgotten, and
             what is in it can only be asked for afterwards. Without tables a request takes as many
             entries of its ring as it has pieces.
+        in_order: Whether to offer VIRTIO_F_IN_ORDER (virtio 1.4, section 6). A driver that accepts
+            it is given requests back in the order of its ring, and may rely on that, whatever the
+            device answers first. Otherwise they are given back as they are answered where the
+            front-end keeps notes of those in flight, and in the order of the ring where it does
+            not.
         miss_timeout: Seconds a front-end may take to answer an IOTLB miss, at most 3600; then the
             request fails.
         stop_timeout: Seconds that a stop waits for requests that the device holds, whether the
@@ -97,6 +103,7 @@ class Backend:
         connect: bool = False,
         iommu: Literal["auto", "off"] = "auto",
         indirect: Literal["auto", "on", "off"] = "auto",
+        in_order: bool = False,
         miss_timeout: float = 5.0,
         stop_timeout: float = STOP_TIMEOUT,
         track_dirty: bool = False,
@@ -133,6 +140,8 @@ class Backend:
             self._offered |= 1 << VIRTIO_F_ACCESS_PLATFORM
         if indirect == "on" or (indirect == "auto" and iommu == "off"):
             self._offered |= 1 << VIRTIO_F_INDIRECT_DESC
+        if in_order:
+            self._offered |= 1 << VIRTIO_F_IN_ORDER
         self._miss_timeout = check_seconds(
             miss_timeout, "miss_timeout", LONGEST_TIMEOUT, zero=False
         )

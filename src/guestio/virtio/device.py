@@ -23,6 +23,9 @@ VIRTIO_F_VERSION_1 = 32
 VIRTIO_F_ACCESS_PLATFORM = 33
 """Feature bit: the device's memory accesses are translated by the platform's IOMMU."""
 
+VIRTIO_F_IN_ORDER = 35
+"""Feature bit: the device uses buffers in the order in which they were made available."""
+
 
 class DeviceId(enum.IntEnum):
     """Device types (virtio 1.3, section 5)."""

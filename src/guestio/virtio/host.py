@@ -25,6 +25,7 @@ from guestio.errors import DeviceError, GuestioError
 from guestio.ratelog import LOG
 from guestio.virtio.device import (
     VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_IN_ORDER,
     VIRTIO_F_INDIRECT_DESC,
     Device,
     Status,
@@ -450,7 +451,7 @@ class DeviceHost:
             event_idx=event_idx,
             indirect=bool(self.features >> VIRTIO_F_INDIRECT_DESC & 1),
             base=queue.base,
-            ordered=inflight is None,
+            ordered=inflight is None or bool(self.features >> VIRTIO_F_IN_ORDER & 1),
             inflight=inflight,
             turn_bytes=TURN_BYTES,
             quota=self._quota,

@@ -575,7 +575,7 @@ cdef class FrameFiller:
             ring.forget_held()
         else:
             ring.advance(chain.head)
-        chain.position = ring.next_avail - 1
+        chain.position = ring.taken_at
         chain.clear()
         chain.written = written
         ring.finish(chain)

@@ -33,6 +33,8 @@ cdef class Ring(RingAreas):
     cdef Chain spare
     cdef u16 *held
     cdef int held_at      # the first of those that were not taken again
+    cdef u16 held_from    # the position of the first of them all
+    cdef u16 taken_at     # the position of the request that was taken last
     cdef u16 first_new    # where the turn began to take requests that were not in flight
     cdef u16 *published
     cdef Completed *pending

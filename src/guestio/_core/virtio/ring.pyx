@@ -74,8 +74,8 @@ cdef class Ring(RingAreas):
         indirect: VIRTIO_F_INDIRECT_DESC was negotiated.
         base: Index of the next available entry.
         ordered: Show completed requests in the order in which they were taken, so that the used
-            index says where to go on after a stop or a crash. Otherwise they are shown as they
-            complete.
+            index says where to go on after a stop or a crash, and as VIRTIO_F_IN_ORDER promises.
+            Otherwise they are shown as they complete.
         inflight: Where to note which requests are in flight, for whoever goes on after a crash.
             Requests that are noted in it already are taken first, whatever ``base`` is.
         turn_bytes: Bytes of requests that are served in one turn, before others have theirs; the
@@ -104,10 +104,9 @@ cdef class Ring(RingAreas):
         self.quota = Quota(1 << 62) if quota is None else quota
         self.turn_bytes = as_address(turn_bytes, "turn_bytes")
         self.indirect = indirect
-        if inflight is not None and (ordered or inflight.size < entries):
+        if inflight is not None and inflight.size < entries:
             raise ValueError(
-                f"{inflight.size} requests in flight can be noted of a ring of {entries}, and "
-                "requests that are noted are not shown in order"
+                f"{inflight.size} requests in flight can be noted of a ring of {entries}"
             )
         self.ordered, self.inflight = ordered, inflight
         self.next_avail = self.publish_at = as_address(base, "base") & 0xFFFF
@@ -141,6 +140,7 @@ cdef class Ring(RingAreas):
                 self.held[self.held_count] = head
                 self.held_count += 1
         self.outstanding = self.held_count
+        self.held_from = self.publish_at = self.next_used
         self.next_avail = self.next_used + <u16>self.held_count
         return 0
 
@@ -266,6 +266,7 @@ cdef class Ring(RingAreas):
     cdef void forget_held(self) noexcept:
         """Go on behind the oldest of the requests that the notes had in flight."""
         self.progress += 1
+        self.taken_at = self.held_from + <u16>self.held_at
         self.held_at += 1
         self.held_count -= 1
 
@@ -291,6 +292,7 @@ cdef class Ring(RingAreas):
 
     cdef void advance(self, int head) noexcept:
         """Take the next request of the ring."""
+        self.taken_at = self.next_avail
         self.next_avail += 1
         self.outstanding += 1
         self.progress += 1
@@ -315,7 +317,7 @@ cdef class Ring(RingAreas):
         """Have the request in the spare chain served, or hand it out; 1 if it was served."""
         cdef Chain chain = self.spare
         cdef i64 written
-        chain.position = self.next_avail - 1
+        chain.position = self.taken_at
         if server is not None and chain.fault is None:
             written = server.serve(chain)
             if written != NOT_SERVED:
@@ -392,7 +394,7 @@ cdef class Ring(RingAreas):
                 self.forget_held()
             else:
                 self.advance(head)
-            self.spare.position = self.next_avail - 1
+            self.spare.position = self.taken_at
             return self.hand_out()
         finally:
             self.keep_nothing()
@@ -503,14 +505,14 @@ cdef class Ring(RingAreas):
             chain = chains[-1]
             if chain.done or chain.ring is not self:
                 raise ValueError(f"request {chain.head} was not handed out by this ring")
-            if chain.position != <u16>(self.next_avail - 1):
-                break
             if self.next_avail != self.first_new:
+                if chain.position != <u16>(self.next_avail - 1):
+                    break
                 if self.inflight is not None:
                     self.inflight.release(<u16>chain.head)
                 self.next_avail -= 1
                 self.outstanding -= 1
-            elif self.held_at and self.held[self.held_at - 1] == chain.head:
+            elif self.held_at and chain.position == <u16>(self.held_from + self.held_at - 1):
                 self.held_at -= 1
                 self.held_count += 1
             else:
@@ -549,7 +551,7 @@ cdef class Ring(RingAreas):
     @property
     def resume_at(self):
         """Where whoever goes on after a stop begins; what is not shown by then is done again."""
-        if self.inflight is not None:
+        if self.inflight is not None and not self.ordered:
             return self.next_avail
         return <u16>(self.next_avail - self.outstanding - self.pending_count)
 
