@@ -1,12 +1,13 @@
-"""The memory side of virtual machines.
+"""Virtual devices and the memory side of virtual machines.
 
-Rooms, each importing only from those before it: ``errors``, ``addr``, ``_core`` (compiled),
-``memory`` (what memory the guest has), ``dma`` (who must be told when that changes), ``iommu``
-(which of it a device may touch), ``virtio`` (queues and devices), ``vhost_user`` (the wire),
-``guest`` (a guest without a VM), ``cli``. ``testing`` is a kit for users' own tests. This module
-only re-exports.
+Packages, each importing only from those before it: ``errors``, ``addr``, ``_core`` (compiled),
+``memory`` (what memory the guest has), ``dma`` (mapping changes go out), ``iommu`` (which of it a
+device may touch), ``virtio`` (queues and devices), ``vhost_user`` (a transport), ``guest`` (a guest
+without a VM), ``cli``. ``testing`` is a kit for users' own tests. This module only re-exports; the
+packages are its attributes, imported when they are first used.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 from guestio.addr import IovaRange, MappedRange, Ordering, Permissions
@@ -71,6 +72,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_PACKAGES = frozenset({"cli", "dma", "guest", "iommu", "memory", "testing", "vhost_user", "virtio"})
+
 __all__ = [
     "AccessError",
     "AddMapResult",
@@ -128,9 +131,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Programs that have no devices do without the packages that serve them.
+    # Packages, and what needs them, are imported when they are first used.
+    if name in _PACKAGES:
+        return importlib.import_module(f"guestio.{name}")
     if name == "serve":
         from guestio.vhost_user.serve import serve
 
         return serve
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PACKAGES, "serve"})

@@ -51,7 +51,28 @@ _E = TypeVar("_E", bound=BaseException)
 
 
 class GuestioError(Exception):
-    """Root of everything that guestio raises on purpose."""
+    """Root of everything that guestio raises on purpose.
+
+    Errors can be pickled, for another process; the region of an :class:`AccessError` is its text
+    there.
+    """
+
+    def __reduce__(self) -> tuple[object, ...]:
+        state = dict(vars(self))
+        if state.get("region") is not None:
+            state["region"] = str(state["region"])
+        if isinstance(self, OSError):
+            state["errno"] = self.errno
+        return _restore, (type(self), self.args, state)
+
+
+def _restore(kind: type[_E], args: tuple[object, ...], state: dict[str, object]) -> _E:
+    """An error as it was pickled, without its constructor, whose arguments are others."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    for name, value in state.items():
+        setattr(error, name, value)
+    return error
 
 
 class AccessError(GuestioError):

@@ -77,6 +77,9 @@ class DeviceRegion:
         self.writable = bool(info.flags & _uapi.VFIO_REGION_INFO_FLAG_WRITE)
         self.areas = _mmap_areas(raw, info)
 
+    def __repr__(self) -> str:
+        return f"<DeviceRegion {self.index} of {self._device!r}: {self.size:#x} bytes>"
+
     def read(self, offset: int, length: int) -> bytes:
         """Read through the kernel.
 

@@ -528,6 +528,9 @@ class RegionManager:
         # Replaced as a whole, for the same reason.
         self._targets: tuple[TargetHandle, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<RegionManager: {len(self._regions)} regions, {len(self._targets)} targets>"
+
     @property
     def regions(self) -> tuple[Region, ...]:
         """All open regions in the order in which they were made."""

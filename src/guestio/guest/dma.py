@@ -157,6 +157,10 @@ class GuestBuffer:
         ]
         self.memory = IoVector.of_slices(slices, Permissions.READ_WRITE)
 
+    def __repr__(self) -> str:
+        where = "not mapped" if self.iova is None else f"at {self.iova:#x}"
+        return f"<GuestBuffer of {self.length} bytes on {len(self.pages)} pages, {where}>"
+
     def pieces(self, at: int, length: int) -> list[Segment]:
         """The physically contiguous pieces of a part of the buffer, in order."""
         known = self._known.get((at, length))

@@ -95,6 +95,10 @@ class ExportedRegion:
         self.memory = IommuMemory(physical, iommu)
         exporter.revoked.add_callback(self._take_away)
 
+    def __repr__(self) -> str:
+        iova, size = self._range
+        return f"<ExportedRegion {iova:#x}+{size:#x}: {'open' if self._open else 'released'}>"
+
     @property
     def valid(self) -> bool:
         """Whether the memory may still be accessed."""

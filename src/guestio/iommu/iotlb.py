@@ -133,6 +133,10 @@ class Iotlb(IntervalMap):
         """True, also while nothing is mapped: an empty cache is a cache."""
         return True
 
+    def __repr__(self) -> str:
+        room = "" if self.capacity is None else f" of {self.capacity}"
+        return f"<Iotlb: {len(self)}{room} mappings, {self.hits} hits, {self.misses} misses>"
+
     def stats(self) -> IotlbStats:
         """The counters at this moment."""
         return IotlbStats(

@@ -210,6 +210,10 @@ class ExportSession:
         self._timer: threading.Timer | None = None
         self._ends = 0.0
 
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "revoked" if self._broken else "open"
+        return f"<ExportSession {self.id}: {len(self._exports)} ranges exported, {state}>"
+
     @property
     def broken(self) -> bool:
         """Whether a fault, a revocation or :meth:`close` has ended it."""
@@ -464,6 +468,12 @@ class BasicMemoryMapper(MemoryMapper):
         self._map = IntervalMap(merge=False)
         self._sessions: set[ExportSession] = set()
         self._single: ExportSession | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<BasicMemoryMapper {self._id}: {len(self._map)} mappings, "
+            f"{len(self._sessions)} sessions>"
+        )
 
     @property
     def mask(self) -> int:

@@ -144,6 +144,10 @@ class IommuMemory(GuestMemory):
         )
         self.enabled = enabled
 
+    def __repr__(self) -> str:
+        state = "" if self._enabled else ", translation off"
+        return f"<IommuMemory over {self.backend!r}: {self.iommu!r}{state}>"
+
     @property
     def enabled(self) -> bool:
         """Whether addresses are translated; a change holds from the next access on."""

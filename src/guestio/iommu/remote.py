@@ -239,6 +239,9 @@ class ExportServer:
         self._link = _Link(sock, MAX_REQUEST, self._serve)
         self._sessions: dict[int, ExportSession] = {}
 
+    def __repr__(self) -> str:
+        return f"<ExportServer: {len(self._sessions)} sessions>"
+
     def run(self) -> None:
         """Serve until the client goes away or :meth:`close` is called.
 
@@ -354,6 +357,10 @@ class ExportClient:
         self._thread = threading.Thread(target=self._run, name="guestio-exports", daemon=True)
         self._thread.start()
 
+    def __repr__(self) -> str:
+        state = "lost" if self.lost.is_set else "connected"
+        return f"<ExportClient: {len(self._mappers)} endpoints, {state}>"
+
     def mapper(self, endpoint: int) -> RemoteMapper:
         """Export and release for an endpoint, by its id; the same object each time."""
         if not 0 <= check_int(endpoint, "endpoint") < 1 << 32:
@@ -441,6 +448,9 @@ class RemoteMapper:
         self.endpoint = endpoint
         self.fault = Event()
         self._client = client
+
+    def __repr__(self) -> str:
+        return f"<RemoteMapper of endpoint {self.endpoint}>"
 
     @property
     def revoked(self) -> Event:

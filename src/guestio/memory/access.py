@@ -362,6 +362,9 @@ class SliceMemory(GuestMemory):
             raise TypeError(f"memory must be a VolatileSlice, not {type(memory).__name__}")
         self._memory = memory
 
+    def __repr__(self) -> str:
+        return f"<SliceMemory over {self._memory!r}>"
+
     def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:
         """Whether the range lies in the slice and ``access`` is allowed."""
         start, size = check_address(addr), check_int(length, "length")

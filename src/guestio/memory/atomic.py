@@ -23,6 +23,9 @@ class GuestMemoryAtomic(Generic[M]):
         self._memory = _check_memory(memory)
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        return f"<GuestMemoryAtomic of {self._memory!r}>"
+
     def memory(self) -> M:
         """The map as it is now. O(1); from any thread."""
         return self._memory

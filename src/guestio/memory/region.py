@@ -268,6 +268,14 @@ class GuestRegionCollection(GuestMemory):
         made._set_regions([other for other in self._regions if other is not region])
         return made, region
 
+    def __repr__(self) -> str:
+        size = sum(region.size for region in self._regions)
+        return f"<GuestRegionCollection of {len(self._regions)} regions, {size:#x} bytes>"
+
+    def __bool__(self) -> bool:
+        """True, also without a region."""
+        return True
+
     def __len__(self) -> int:
         return len(self._regions)
 

@@ -66,6 +66,9 @@ class SimulatedBar:
         assert self.backing.fd is not None
         self._inode = os.fstat(self.backing.fd).st_ino
 
+    def __repr__(self) -> str:
+        return f"<SimulatedBar of {self.backing!r}>"
+
     @property
     def memory_space(self) -> bool:
         """Whether the device answers at its BAR.
@@ -224,6 +227,12 @@ class SimulatedHostIommu:
         self._exports: dict[int, tuple[SimulatedBar, int, int]] = {}
         self._fuse: tuple[int, int, frozenset[str]] | None = None
         self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return (
+            f"<SimulatedHostIommu ({self.interface}): {len(self._maps)} mappings, "
+            f"{self.calls} calls>"
+        )
 
     # What a DMA target does; see the real ones.
 

@@ -41,6 +41,9 @@ class RecordingTarget:
         # Ascending, so that a neighbour is found without looking at all.
         self._starts: list[int] = []
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self.held)} mappings held, {len(self.events)} calls>"
+
     def map_dma(self, request: DmaMapRequest) -> None:
         """Hold a mapping.
 

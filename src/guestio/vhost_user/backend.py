@@ -173,6 +173,11 @@ class Backend:
         self.path, self.ready_line = self._endpoint.path, self._endpoint.ready_line
         LOG.watch(self._lines_hidden)
 
+    def __repr__(self) -> str:
+        kind = type(self.device).__name__
+        served = "serving" if self._serving else "not serving"
+        return f"<Backend of {kind} on {self.path}: {served}, {self.statistics}>"
+
     def serve(self, connections: int | None = None) -> None:
         """Serve front-ends until :meth:`stop` is called, or the only front-end is gone.
 

@@ -186,6 +186,12 @@ class Frontend:
         self._protocol_bit = 0
         self._queues: dict[int, FrontendQueue] = {}
 
+    def __repr__(self) -> str:
+        return (
+            f"<Frontend: features {self.features:#x} of {self.offered:#x}, "
+            f"{len(self._queues)} queues>"
+        )
+
     # The connection
 
     def request(

@@ -76,6 +76,9 @@ class Device(ABC):
     error_status: int | None = None
     server: Server | None = None
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.num_queues} queues, features {self.features:#x}>"
+
     def process(self, queue: int, chain: Chain) -> int | Future[int]:
         """Serve one request, now or later.
 

@@ -6,6 +6,7 @@ from cpython.exc cimport PyErr_NoMemory
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
+from guestio._core.base.naming cimport publish_type
 from guestio._core.base.checks cimport Span, as_address, as_span, u64
 from guestio._core.base.capacity cimport GUESTIO_ASSERT, HARVEST_WORDS
 
@@ -417,6 +418,12 @@ cdef class AtomicBitmap:
     def __len__(self):
         return self.pages
 
+    def __repr__(self):
+        return (
+            f"<AtomicBitmap of {self.byte_size:#x} bytes in pages of {self.page_size}: "
+            f"{self.count()} dirty>"
+        )
+
     def __bool__(self):
         """True, whatever it covers: the length is a number of pages."""
         return True
@@ -435,6 +442,9 @@ cdef class BitmapSlice:
 
     def __init__(self, *args, **kwargs):
         raise TypeError("slices come from AtomicBitmap.slice_at()")
+
+    def __repr__(self):
+        return f"<BitmapSlice at {self.offset:#x} of {self.bitmap!r}>"
 
     def set_range(self, start, length):
         """Mark every page that ``[start, start + length)`` touches.
@@ -464,3 +474,7 @@ cdef class BitmapSlice:
                 span.first, length, None, f"it passes 2**64 in a slice at {self.offset:#x}"
             )
         return self.offset + span.first
+
+
+publish_type(AtomicBitmap, "guestio.memory.AtomicBitmap", "AtomicBitmap(size, page_size=4096)\n--\n\n")
+publish_type(BitmapSlice, "guestio.memory.BitmapSlice", "BitmapSlice()\n--\n\n")

@@ -9,6 +9,7 @@ from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.stdint cimport uintptr_t
 from libc.string cimport memmove, memset
 
+from guestio._core.base.naming cimport publish_type
 from guestio._core.base.checks cimport Span, as_span, u8, u64
 from guestio._core.base.capacity cimport HOLD_GIL_UP_TO
 from guestio._core.base.atomics cimport (
@@ -168,6 +169,13 @@ cdef class VolatileSlice:
 
     def __len__(self):
         return self.size
+
+    def __bool__(self):
+        """True, also for an empty slice."""
+        return True
+
+    def __repr__(self):
+        return f"<VolatileSlice of {self.size} bytes, {'writable' if self.writable else 'read-only'}>"
 
     @property
     def host_address(self):
@@ -427,3 +435,6 @@ cdef size_t copy_between(VolatileSlice source, VolatileSlice target) except? <si
     target.finish_write(0, n)
     source.check_there(0, n, READ)
     return n
+
+
+publish_type(VolatileSlice, "guestio.memory.VolatileSlice", "VolatileSlice()\n--\n\n")

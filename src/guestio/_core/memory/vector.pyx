@@ -19,6 +19,7 @@ from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
+from guestio._core.base.naming cimport publish_type
 from guestio._core.base.checks cimport (
     Span, as_access, as_address, as_fd, as_size, as_span, u8, u64,
 )
@@ -387,6 +388,14 @@ cdef class IoVector:
 
     def __len__(self):
         return self.total
+
+    def __bool__(self):
+        """True, also for a vector of no bytes."""
+        return True
+
+    def __repr__(self):
+        cdef str kind = (None, "to read", "to write", "to read and write")[self.access & 3]
+        return f"<IoVector of {self.total} bytes {kind} at {self.start:#x}, in {self.count} pieces>"
 
     @property
     def stop_region(self):
@@ -829,3 +838,6 @@ cdef class Held:
 
     def __del__(self):
         self.close()
+
+
+publish_type(IoVector, "guestio.memory.IoVector", "IoVector()\n--\n\n")

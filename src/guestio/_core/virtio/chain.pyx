@@ -1,5 +1,6 @@
 """Requests that were taken from a ring, and what may serve them in the core."""
 
+from guestio._core.base.naming cimport publish_type
 from guestio._core.base.checks cimport as_address
 
 cdef enum:
@@ -31,6 +32,15 @@ cdef class Chain:
 
     def __init__(self):
         raise TypeError("chains come from a ring")
+
+    def __repr__(self):
+        cdef str state = "" if self.fault is None else f", refused: {self.fault}"
+        if self.done or self.settled:
+            state = ", completed" if self.done else ", answered"
+        return (
+            f"<Chain {self.head}: {self.readable.total} bytes to read, {self.writable.total} to "
+            f"write{state}>"
+        )
 
     cdef int clear(self) except -1:
         """Give its memory back and be ready for another request."""
@@ -141,3 +151,6 @@ cdef class Server:
     cdef i64 serve(self, Chain chain) except -2:
         """Serve a request; the bytes written, or NOT_SERVED if it is left to the device."""
         return NOT_SERVED
+
+
+publish_type(Chain, "guestio.virtio.Chain", "Chain()\n--\n\n")

@@ -124,6 +124,13 @@ cdef class Ring(RingAreas):
         free(self.held)
         free(self.published)
 
+    def __repr__(self):
+        cdef str state = "" if self.broken is None else f", broken: {self.broken}"
+        return (
+            f"<{type(self).__name__} of {self.size} entries: next available {self.next_avail}, next "
+            f"used {self.next_used}, {self.outstanding} outstanding{state}>"
+        )
+
     cdef int begin(self) except -1:
         """Find out where the driver is, and what was in flight when somebody else stopped."""
         cdef u16 head

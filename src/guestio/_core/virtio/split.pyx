@@ -4,6 +4,7 @@ An index is loaded once and judged once, a descriptor is copied before it is loo
 published with one release store each, after everything they cover.
 """
 
+from guestio._core.base.naming cimport publish_type
 from guestio._core.base.checks cimport u8
 from guestio._core.iommu.address_space cimport AddressSpace, IoVector
 from guestio._core.iommu.misses cimport Misses
@@ -185,3 +186,10 @@ cdef class SplitRing(Ring):
         before = self.table
         self.table = IoVector()
         Ring.rebind(self, space)
+
+
+publish_type(
+    SplitRing, "guestio.virtio.SplitRing",
+    "SplitRing(space, size, desc, avail, used, *, event_idx=False, indirect=False, base=0, "
+    "ordered=False, inflight=None, turn_bytes=None, quota=None)\n--\n\n",
+)
