@@ -147,6 +147,9 @@ class ScriptedGuest(GuestDriver[BlkQueue]):
             self.close()
             raise
 
+    def __repr__(self) -> str:
+        return f"<ScriptedGuest: {len(self._queues)} queues, features {self.features:#x}>"
+
     # Life and death
 
     def boot(
