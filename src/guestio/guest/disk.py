@@ -148,7 +148,7 @@ class ScriptedGuest(GuestDriver[BlkQueue]):
             raise
 
     def __repr__(self) -> str:
-        return f"<ScriptedGuest: {len(self._queues)} queues, features {self.features:#x}>"
+        return f"<ScriptedGuest: {len(self._queues)} queues, {self.frontend!r}>"
 
     # Life and death
 
