@@ -75,6 +75,18 @@ def again(driver: Driver, index: int) -> None:
     driver.wait(index, 1)
 
 
+def again_without_misses(driver: Driver, index: int) -> None:
+    """As :func:`again`, with a front-end that refuses every miss from now on.
+
+    Misses are not counted: on a busy machine one that was answered may be repeated late.
+    """
+    driver.frontend.iotlb.miss_hook = lambda message: MissAnswer(MissAction.REFUSE)
+    status = driver.buffer(index, 0) + PAGE + 4
+    driver.memory.write(status, b"\xee")
+    again(driver, index)
+    assert driver.memory.read(status, 1) == bytes([OK])
+
+
 def used(driver: Driver, index: int) -> int:
     return driver.rings[index].used_idx
 
@@ -123,18 +135,14 @@ class TestTranslations:
         """The start of a second queue does not have the first one ask anew."""
         behind.stop(1)
         assert behind.run(0, b"before") == mirrored(b"before")
-        asked = behind.frontend.iotlb.counts.misses
         behind.start(1)
-        again(behind, 0)
-        assert behind.frontend.iotlb.counts.misses == asked
+        again_without_misses(behind, 0)
 
     def test_of_a_running_queue_outlive_the_stop_of_another(self, behind: Driver) -> None:
         """While one runs, invalidations are forwarded, and its ring must be there when it stops."""
         assert behind.run(1, b"other") == mirrored(b"other")
-        asked = behind.frontend.iotlb.counts.misses
         behind.stop(0)
-        again(behind, 1)
-        assert behind.frontend.iotlb.counts.misses == asked
+        again_without_misses(behind, 1)
 
     def test_in_use_by_another_queue_are_waited_for(self, device: Later, behind: Driver) -> None:
         """Another queue's stop neither waits for a request nor lets its memory be taken away."""
