@@ -96,9 +96,9 @@ class GuestDriver(Generic[_Q]):
         self._known = features
         self._queues: list[_Q] = []
         self.frontend = (
-            target
-            if isinstance(target, Frontend)
-            else Frontend(target, timeout=timeout, **frontend)
+            Frontend(target, timeout=timeout, **frontend)
+            if isinstance(target, (str, bytes, os.PathLike, socket.socket))
+            else target
         )
         self._backings: list[Backing] = []
         try:

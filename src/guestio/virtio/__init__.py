@@ -8,6 +8,7 @@ ring is. ``driver`` is the other side of a queue; ``blk``, ``console``, ``net``,
 
 from guestio._core.virtio.chain import Chain
 from guestio._core.virtio.split import SplitRing
+from guestio.virtio.blk import BlockDevice
 from guestio.virtio.console import ConsoleDevice, ConsolePort
 from guestio.virtio.device import Device, DeviceId, Status
 from guestio.virtio.host import DeviceHost
@@ -19,6 +20,7 @@ from guestio.virtio.statistics import Statistics
 
 __all__ = [
     "AbsInfo",
+    "BlockDevice",
     "Chain",
     "ConsoleDevice",
     "ConsolePort",

@@ -22,6 +22,7 @@ from guestio._core.virtio.split import SplitRing
 from guestio.addr import check_int, check_seconds
 from guestio.budgets import OUTSTANDING_PIECES, TURN_BYTES
 from guestio.errors import DeviceError, GuestioError
+from guestio.memory import GuestRegionCollection
 from guestio.ratelog import LOG
 from guestio.virtio.device import (
     VIRTIO_F_EVENT_IDX,
@@ -89,6 +90,25 @@ class DeviceHost:
     :meth:`config_changed`, :meth:`add_reader`, :meth:`remove_reader`, :meth:`call_later` and
     :meth:`call_soon_threadsafe`. The rest is for transports.
 
+    A transport makes a host, tells the device (`Device.attached`), and for each driver
+
+    1. connects: :meth:`connect`, with itself and a translator;
+    2. tells what was negotiated: :meth:`set_features`; the host does not check that it was offered;
+    3. gives the driver's memory: :meth:`set_memory`, which may come again at any time;
+    4. starts queues: :meth:`start_over`, then ``queue.set_base``, ``set_call``, ``set_err``,
+       ``set_kick`` and ``enable(True)``, with eventfds that the queue owns from then on. The queue
+       asks :meth:`Transport.ring_layout` where its ring is once it is announced something;
+    5. stops them: :meth:`stop` says where to go on, for a later ``set_base``. Before a ring's
+       layout changes while its queue runs: :meth:`move`. When the driver resets the device:
+       :meth:`reset`;
+    6. lets go: all steps of :meth:`disconnect`. Memory may be unmapped after them.
+
+    While a driver is served, a revocation of a translation takes it out of the translator's
+    ``iotlb``, waits for its users (``iotlb.drain``) for ``stop_timeout`` seconds, has
+    :meth:`give_up` fail the requests that still use it, and waits once more. All this is called in
+    the loop's thread; nothing else may run the loop. ``tests/kit/in_process.py`` is a whole
+    transport.
+
     Args:
         device: What is hosted.
         loop: Serves it.
@@ -105,7 +125,6 @@ class DeviceHost:
         status: Device status, `Status` bits.
         translator: Requests translations.
         threaded: Whether each queue is served in a thread of its own.
-        clean: False once something could not be released, or an error may refer to it.
     """
 
     def __init__(
@@ -304,9 +323,24 @@ class DeviceHost:
     def change_memory(self, space: AddressSpace) -> None:
         """Use other memory; rings and translations are looked up again. All queues are detached.
 
-        To be called within :meth:`detached`.
+        To be called within :meth:`detached`; :meth:`set_memory` is simpler.
         """
         self._space = space
+
+    def set_memory(
+        self, memory: GuestRegionCollection, translator: Translator | None = None
+    ) -> None:
+        """Use a driver's memory, and another translator; all queues are detached meanwhile.
+
+        Args:
+            memory: All of the driver's memory that the device may reach.
+            translator: Requests translations from now on, and knows them: its ``iotlb`` is in front
+                of the memory. None for the one of before.
+        """
+        with self.detached():
+            if translator is not None:
+                self.translator = translator
+            self._space = AddressSpace(memory._space.regions, self.translator.iotlb)
 
     @property
     def tracked(self) -> bool:
