@@ -14,7 +14,7 @@ import pytest
 from lab.guest import MIB, Guest, Script, Viommu
 from lab.parts import Kernel
 
-SIZE = 32 * MIB
+SIZE = 4 * MIB
 LIMIT = 240.0
 
 WORK = """
@@ -25,7 +25,7 @@ sum() {
 first=$(sum)
 echo "FACT read=once"
 i=0
-while [ "$i" -lt 5 ]; do
+while [ "$i" -lt 10 ]; do
     [ "$(sum)" = "$first" ]
     i=$((i + 1))
 done

@@ -15,7 +15,7 @@ import pytest
 from lab.guest import MIB, Guest, Script, VhostUserDisk, Viommu
 from lab.parts import Kernel
 
-FIRST, LARGER, LARGEST, SMALLER = 32 * MIB, 96 * MIB, 128 * MIB, 64 * MIB
+FIRST, LARGER, LARGEST, SMALLER = 4 * MIB, 12 * MIB, 16 * MIB, 8 * MIB
 
 # The driver is unloaded for long enough that the host changes the size meanwhile; QEMU takes no
 # notice of that by itself.
