@@ -35,6 +35,7 @@ from guestio.virtio.device import (
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_IN_ORDER,
     VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_RING_RESET,
     VIRTIO_F_VERSION_1,
     Device,
 )
@@ -69,6 +70,10 @@ class Backend:
             device answers first. Otherwise they are given back as they are answered where the
             front-end keeps notes of those in flight, and in the order of the ring where it does
             not.
+        ring_reset: Whether to offer VIRTIO_F_RING_RESET. Only for a front-end that stops the ring
+            (GET_VRING_BASE) when its driver resets a queue. QEMU up to 11.1 does not: it offers the
+            feature to the driver and tells the back-end nothing, which goes on with the old ring in
+            memory that the driver has taken back.
         miss_timeout: Seconds a front-end may take to answer an IOTLB miss, at most 3600; then the
             request fails.
         stop_timeout: Seconds that a stop waits for requests that the device holds, whether the
@@ -104,6 +109,7 @@ class Backend:
         iommu: Literal["auto", "off"] = "auto",
         indirect: Literal["auto", "on", "off"] = "auto",
         in_order: bool = False,
+        ring_reset: bool = False,
         miss_timeout: float = 5.0,
         stop_timeout: float = STOP_TIMEOUT,
         track_dirty: bool = False,
@@ -142,6 +148,8 @@ class Backend:
             self._offered |= 1 << VIRTIO_F_INDIRECT_DESC
         if in_order:
             self._offered |= 1 << VIRTIO_F_IN_ORDER
+        if ring_reset:
+            self._offered |= 1 << VIRTIO_F_RING_RESET
         self._miss_timeout = check_seconds(
             miss_timeout, "miss_timeout", LONGEST_TIMEOUT, zero=False
         )

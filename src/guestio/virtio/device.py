@@ -26,6 +26,9 @@ VIRTIO_F_ACCESS_PLATFORM = 33
 VIRTIO_F_IN_ORDER = 35
 """Feature bit: the device uses buffers in the order in which they were made available."""
 
+VIRTIO_F_RING_RESET = 40
+"""Feature bit: the driver may reset a queue by itself."""
+
 
 class DeviceId(enum.IntEnum):
     """Device types (virtio 1.3, section 5)."""
