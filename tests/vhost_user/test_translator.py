@@ -167,7 +167,8 @@ class Rig:
         for i in range(rounds):
             wanted = [PAGE * rng.randrange(64 * i, 64 * i + 96) for _ in range(24)]
             self.learn(waiter, wanted)
-            self.translations.report_access_fails([(IovaRange(wanted[0], 8), 2)])
+            forbidden = [(IovaRange(wanted[0], 8), 2)]
+            self.translations.report_failed(forbidden, forbidden)
             if i % 5 == 4:
                 self.translations.request(waiter, [(IovaRange(1 << 40, 8), 1)])
                 self.translations.forget(waiter)

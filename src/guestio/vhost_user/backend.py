@@ -131,7 +131,7 @@ class Backend:
                 f"{type(device).__name__}.error_status {shown(device.error_status)} is not in "
                 "0..255, nor None"
             )
-        check_address(device.features, f"{type(device).__name__}.features")
+        check_address(device.offered_features, f"{type(device).__name__}.features")
         check_config(device, device.config())
         if iommu not in ("auto", "off"):
             raise ValueError(f"iommu {iommu!r} is neither 'auto' nor 'off'")

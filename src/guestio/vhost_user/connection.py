@@ -84,7 +84,7 @@ class Connection:
         self._stats = host.statistics
         self._shared = SharedMemory(track_dirty=track_dirty)
         self._inflight: InflightRegion | None = None
-        self.features = host.device.features | offered
+        self.features = host.device.offered_features | offered
         self.protocol_features = int(SUPPORTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD)
         self.num_queues = len(host.queues)
         self.max_mem_slots = MAX_MEM_SLOTS

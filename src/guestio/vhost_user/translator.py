@@ -50,7 +50,7 @@ class VhostUserTranslator:
     """The IOTLB of a connection and the traffic that fills it; a :class:`Translator`.
 
     Any thread may call :meth:`request`, :meth:`refused`, :meth:`under_way`, :meth:`forget` and
-    :meth:`report_access_fails`; the rest is for the loop's. The set of what a waiter was refused
+    :meth:`report_failed`; the rest is for the loop's. The set of what a waiter was refused
     grows in the loop's thread while another one of the waiter's removes from it.
 
     Args:
@@ -232,18 +232,21 @@ class VhostUserTranslator:
         """
         IntervalMap.clear(self.iotlb)
 
-    def report_access_fails(self, fails: list[tuple[IovaRange, int]]) -> None:
-        """Tell the front-end what was attempted and is not allowed, or some of it if it is much."""
+    def report_failed(self, lacking: list[Miss], forbidden: list[Miss]) -> None:
+        """Tell the front-end what was attempted and is not allowed, or some of it if it is much.
+
+        What has no translation it knows: it refused to give one.
+        """
         messages = b"".join(
             encode_iotlb(
                 BackendRequest.IOTLB_MSG,
                 IotlbMessage.access_fail(base, length, access),
                 need_reply=False,
             )
-            for (base, length), access in fails[:MAX_REPORTS]
+            for (base, length), access in forbidden[:MAX_REPORTS]
         )
         with self._lock:
-            self._stats.access_fails += len(fails)
+            self._stats.access_fails += len(forbidden)
             if messages:
                 self._send(messages)
 

@@ -12,6 +12,7 @@ from guestio._core.virtio.chain import Chain, Server
 from guestio.errors import DeviceError
 
 if TYPE_CHECKING:
+    from guestio.iommu.events import Event
     from guestio.virtio.host import DeviceHost
 
 VIRTIO_F_INDIRECT_DESC = 28
@@ -176,8 +177,23 @@ class Device(ABC):
     def negotiated(self, features: int) -> None:
         """Learn which feature bits the driver accepted."""
 
-    def reset(self) -> None:
-        """Forget everything that the driver told the device."""
+    @property
+    def offered_features(self) -> int:
+        """What a driver may accept of the device's features: :attr:`features`, by default.
+
+        For a device whose ``features`` means something else.
+        """
+        return self.features
+
+    def reset(self) -> Event | None:
+        """Forget everything that the driver told the device.
+
+        Returns:
+            None, or what is to happen before the driver is told that the reset is done: what it
+            gave the device is still in use elsewhere. That is waited for as long as a stop may
+            take, in the carrier's thread. Whatever else a device returns is ignored.
+        """
+        return None
 
     @property
     def failures(self) -> int:

@@ -20,8 +20,9 @@ from guestio._core.virtio.chain import Quota
 from guestio._core.virtio.inflight import InflightQueue
 from guestio._core.virtio.split import SplitRing
 from guestio.addr import check_int, check_seconds
-from guestio.budgets import OUTSTANDING_PIECES, TURN_BYTES
+from guestio.budgets import COPY_GRACE, OUTSTANDING_PIECES, TURN_BYTES
 from guestio.errors import DeviceError, GuestioError
+from guestio.iommu.events import Event
 from guestio.memory import GuestRegionCollection
 from guestio.ratelog import LOG
 from guestio.virtio.device import (
@@ -125,6 +126,9 @@ class DeviceHost:
         status: Device status, `Status` bits.
         translator: Requests translations.
         threaded: Whether each queue is served in a thread of its own.
+        has_successor: Whether another device may go on with the queues after a crash: requests that
+            are not noted are published in the order of the ring then, so that the used index says
+            where to go on. For the transport to set.
     """
 
     def __init__(
@@ -148,6 +152,7 @@ class DeviceHost:
         self.translator: Translator = PhysicalTranslator()
         self.features = 0
         self.status = 0
+        self.has_successor = True
         self._loop = loop
         self._transport: Transport = _NoTransport()
         self._space = AddressSpace(RegionTable([]))
@@ -403,10 +408,18 @@ class DeviceHost:
 
     def _reset_device(self) -> None:
         try:
-            self.call_device("reset")
+            over = self.call_device("reset")
         except GuestioError as error:
             # The queues are reset all the same.
             self.log.report("the device was not reset: %s", error)
+            return
+        limit = self.stop_timeout + COPY_GRACE
+        if isinstance(over, Event) and not over.wait(limit):
+            self.log.report(
+                "%s.reset: what the driver gave the device is still in use after %g s",
+                type(self.device).__name__,
+                limit,
+            )
 
     def start_over(self) -> None:
         """Give the device its whole time again: a queue is set up anew."""
@@ -485,7 +498,8 @@ class DeviceHost:
             event_idx=event_idx,
             indirect=bool(self.features >> VIRTIO_F_INDIRECT_DESC & 1),
             base=queue.base,
-            ordered=inflight is None or bool(self.features >> VIRTIO_F_IN_ORDER & 1),
+            ordered=bool(self.features >> VIRTIO_F_IN_ORDER & 1)
+            or (self.has_successor and inflight is None),
             inflight=inflight,
             turn_bytes=TURN_BYTES,
             quota=self._quota,

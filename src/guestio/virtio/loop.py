@@ -48,6 +48,9 @@ class EventLoop:
     def __init__(self) -> None:
         self.core = CoreLoop(round_bytes=TURN_BYTES)
         self._epoll = select.epoll()
+        # An epoll descriptor keeps what is only looked at, edges included.
+        self._look = select.poll()
+        self._look.register(self._epoll, select.POLLIN)
         self._callbacks: dict[int, Callback] = {}
         self._edges: set[int] = set()
         self._timers: dict[Hashable, tuple[float, Callback]] = {}
@@ -183,15 +186,20 @@ class EventLoop:
             close_fd(reading)
             close_fd(writing)
 
-    def run_once(self) -> None:
+    def run_once(self, longest: float = math.inf) -> None:
         """Wait until something is due and call back for all of it.
 
         Readers that are not called within TURN_SECONDS are called the next time, after another
         look at all descriptors.
+
+        Args:
+            longest: Seconds to wait at most.
         """
         self._thread = threading.get_ident()
         soon, callbacks = self._soon, self._callbacks
         seconds = 0 if soon else self._patience()
+        if longest != math.inf and not 0 <= seconds <= longest:
+            seconds = longest
         fds, feeds, outcomes = self.core.wait(self._epoll.fileno(), seconds)
         for feed in feeds:
             feed.callback()
@@ -214,6 +222,25 @@ class EventLoop:
                 break
         if self._due != math.inf and time.monotonic() >= self._due:
             self._run_timers()
+
+    @property
+    def pending(self) -> bool:
+        """Whether something is due, so that :meth:`run_once` would not wait."""
+        return bool(self._soon or time.monotonic() >= self._due or self._look.poll(0))
+
+    def leave(self) -> None:
+        """End the turn of the calling thread: another thread, or another loop, is next.
+
+        Once something is due, :meth:`fileno` is readable; but for timers, see :attr:`next_timer`.
+        """
+        self._thread = None
+        if self._soon or time.monotonic() >= self._due:
+            self.wake()
+
+    @property
+    def next_timer(self) -> float:
+        """When the next timer is due (``time.monotonic``), infinite if there is none."""
+        return self._due
 
     def _patience(self) -> float:
         return -1 if self._due == math.inf else max(self._due - time.monotonic(), 0)

@@ -189,6 +189,7 @@ class DeviceQueue:
         self._started = False
         self._polled = False
         self._stuck = False
+        self._why_stuck = ""
         self._watch_until = 0.0
         self._stalled_at: float | None = None
         self._stalled_for = 0
@@ -213,6 +214,17 @@ class DeviceQueue:
     def outstanding(self) -> int:
         """Requests that the device holds, or whose memory it still uses."""
         return len(self._in_progress) + len(self._finished) + len(self._copying)
+
+    @property
+    def broken(self) -> str | None:
+        """Why the queue is not served any more until it is set up anew, or None."""
+        return self._why_stuck if self._stuck else None
+
+    @property
+    def held_since(self) -> float | None:
+        """Since when the device has the oldest request that it holds (monotonic time), or None."""
+        with self._change:
+            return min((held.since for held in self._in_progress.values()), default=None)
 
     @property
     def lock(self) -> FairLock:
@@ -737,7 +749,7 @@ class DeviceQueue:
         return not resting
 
     def _break(self, error: GuestioError) -> None:
-        self._stuck = True
+        self._stuck, self._why_stuck = True, str(error)
         signal(self._err)
         self._host.broken(self, error)
 
@@ -1130,6 +1142,12 @@ class DeviceQueue:
             held = [chain for chain in list(self._in_progress) if _uses(chain, iova, iova + size)]
         self._disown(held, "their memory is taken away")
 
+    def give_up_older(self, since: float) -> None:
+        """Fail the requests that the device has held since before a time (monotonic)."""
+        with self._change:
+            held = [chain for chain, late in self._in_progress.items() if late.since <= since]
+        self._disown(held, "its time is up")
+
     def _disown(self, held: list[Chain], why: str) -> None:
         """Fail requests that the device still holds; what it says of them later goes nowhere."""
         if not held:
@@ -1264,6 +1282,7 @@ class DeviceQueue:
         lacking = ring.missing()
         if lacking and (late or touched(lacking, refused)):
             self._host.log.report("queue %d: its ring has no translation", self.index)
+            self._host.translator.report_failed(lacking, [])
             refused.clear()
             self._started, self._stalled_at = False, None
             return True
@@ -1283,10 +1302,10 @@ class DeviceQueue:
                 self.index,
                 self._host.translator.patience,
             )
-        self._fail_lacking(ring)
+        self._fail_lacking(ring, lacks)
         return True
 
-    def _fail_lacking(self, ring: Ring) -> None:
+    def _fail_lacking(self, ring: Ring, lacks: list[Miss]) -> None:
         """Fail a request that waits for what will not come."""
         host = self._host
         chain = ring.pop_faulty()
@@ -1295,7 +1314,8 @@ class DeviceQueue:
             ring.put_back([chain])
         elif chain is not None:
             host.statistics.counters.count_requests(1)
-            host.translator.report_access_fails(chain.access_fails)
+            if chain.fault is not None:
+                host.translator.report_failed(lacks, chain.access_fails)
             self._begin(ring, [chain])
         self.wake()
 

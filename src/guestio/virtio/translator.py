@@ -55,8 +55,14 @@ class Translator(Protocol):
         """Forget what a stopped queue waits for and what it was refused."""
         ...
 
-    def report_access_fails(self, fails: list[Miss]) -> None:
-        """Report accesses that their translation forbids."""
+    def report_failed(self, lacking: list[Miss], forbidden: list[Miss]) -> None:
+        """Report what a failed access lacks, in the thread that serves the queue.
+
+        Args:
+            lacking: Ranges of a request that fails, or of a ring, without a translation for the
+                access.
+            forbidden: Those of them that have one which forbids the access; empty for a ring.
+        """
         ...
 
 
@@ -84,5 +90,5 @@ class PhysicalTranslator:
     def forget(self, waiter: int) -> None:
         """Do nothing."""
 
-    def report_access_fails(self, fails: list[Miss]) -> None:
+    def report_failed(self, lacking: list[Miss], forbidden: list[Miss]) -> None:
         """Do nothing: there is no IOMMU to report to."""

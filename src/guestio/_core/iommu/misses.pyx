@@ -69,14 +69,21 @@ cdef class Misses:
 
 
 def touched(missing, known):
-    """Those of the ``known`` pages ``(iova, access)`` that ranges touch, as a set."""
+    """Those of the ``known`` pages ``(iova, access)`` that ranges touch, as a set.
+
+    Cost: for each range, O(its pages) or O(known pages), whatever is less.
+    """
     cdef u64 iova, last
     cdef set found = set()
-    if not known:
+    cdef size_t count = len(known)
+    if not count:
         return found
     for (base, length), access in missing:
         last = base + (length - 1)
         iova = <u64>base // PAGE_BYTES * PAGE_BYTES
+        if (last - iova) // PAGE_BYTES >= count:
+            found.update(page for page in known if page[1] == access and iova <= page[0] <= last)
+            continue
         while True:
             page = (iova, access)
             if page in known:
