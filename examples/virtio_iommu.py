@@ -35,6 +35,7 @@ IOMMU_REQUESTS, IOMMU_EVENTS, IOMMU_BUFFERS = 0x1000, 0x2000, 0x3000
 DISK_RING, DISK_BUFFERS = 0x8000, 0x10000
 # Where it lets the disk see them.
 RING_IOVA, BUFFERS_IOVA = 0x4000_0000, 0x7000_0000
+STATUS = 0x800  # in the page of the ring: the disk can always say that it failed
 
 
 class Host:
@@ -83,17 +84,18 @@ class Guest:
 
     def read_sector(self, sector: int) -> None:
         """Read from the disk, by the addresses that the disk may use."""
-        header, data, status = 0, 512, 1024
+        header, data = 0, 512
         self.memory.write(DISK_BUFFERS + header, struct.pack("<IIQ", T_IN, 0, sector))
-        self.memory.fill(DISK_BUFFERS + data, 513, 0xFF)
+        self.memory.fill(DISK_BUFFERS + data, 512, 0xFF)
+        self.memory.write(DISK_RING + STATUS, b"\xff")
         self.disk.add(
             [(BUFFERS_IOVA + header, 16)],
-            [(BUFFERS_IOVA + data, 512), (BUFFERS_IOVA + status, 1)],
+            [(BUFFERS_IOVA + data, 512), (RING_IOVA + STATUS, 1)],
         )
         self.disk.publish()
         self.host.disk_queue.serve()
         self.disk.collect()
-        if self.memory.read(DISK_BUFFERS + status, 1)[0] == S_OK:
+        if self.memory.read(DISK_RING + STATUS, 1)[0] == S_OK:
             text = self.memory.read(DISK_BUFFERS + data, 512).rstrip(b"\0").decode()
             print(f"sector {sector}: {text!r}")
         else:
@@ -136,6 +138,8 @@ def main() -> None:
         guest.read_sector(3)
         guest.take_events()
         print(host.iommu.endpoint(DISK).explain(BUFFERS_IOVA, PAGE))
+        host.disk_queue.close()
+        host.iommu_queues.close()
         host.disk.close()
 
 

@@ -29,12 +29,14 @@ ATTACH of an endpoint with a target, beyond is answered with NOMEM."""
 IOMMU_WAITING_REQUESTS = 256
 """Requests of a virtio-iommu that wait for their answers. Its queue is not read on until one has
 been answered; a request that comes all the same is answered with NOMEM."""
-IOMMU_REQUESTS_PER_TURN = 256
-"""Requests of a virtio-iommu served, and buffers for its fault records filled, before the caller's
-loop has its turn."""
+IOMMU_EVENTS_PER_TURN = 256
+"""Buffers for the fault records of a virtio-iommu that are filled before the loop serves others."""
 IOMMU_REVOKE_AFTER = 5.0
 """Seconds that a client of exported memory has to release what the guest unmapped; then it is
 revoked. A Linux driver spins while it waits for the answer."""
+IOMMU_REVOKE_AT_STOP = 0.5
+"""Seconds that such a client has if the queue with the request is to stop meanwhile. Less than
+STOP_TIMEOUT, so that the request is answered before it is given up."""
 IOMMU_BYPASS_WAIT = 1.0
 """Seconds that a change of a virtio-iommu's bypass mode waits for accesses that have begun; it
 takes effect later then."""
@@ -50,7 +52,7 @@ IOMMU_RECORDS_PER_ACCESS = 16
 
 ENDPOINT_ANSWER_TIMEOUT = 5.0
 """Seconds that a device behind a virtio-iommu in this process has for a request that it answers
-later; then its queue serves no more, because the request's memory cannot be taken from it."""
+later; then the request fails, and its memory is taken from the device."""
 
 EXPORT_RANGES = 4096
 """Different ranges that an export session holds; an export beyond is refused."""

@@ -84,7 +84,7 @@ class Tables:
     def forget(self, waiter: int) -> None:
         self._refused.pop(waiter, None)
 
-    def report_access_fails(self, fails: list[Miss]) -> None: ...
+    def report_failed(self, lacking: list[Miss], forbidden: list[Miss]) -> None: ...
 
     def map(self, iova: int, gpa: int, length: int, perm: Permissions) -> None:
         self.mappings.set_mapping(iova, gpa, length, perm)
@@ -113,7 +113,7 @@ class InProcess:
     def __init__(
         self, device: Device, config_changed: Callable[[], None], *, queue_threads: bool = False
     ) -> None:
-        self.offered = device.features | RING_FEATURES | PLATFORM
+        self.offered = device.offered_features | RING_FEATURES | PLATFORM
         self.iommu = Tables(self)
         self.closed = False
         self.errors: list[BaseException] = []

@@ -8,12 +8,19 @@ import time
 
 import pytest
 
-from guestio import DeviceError, GuestRegionCollection, MmapRegion, Permissions
+from guestio import (
+    DeviceError,
+    GuestRegionCollection,
+    InvalidAddressError,
+    MmapRegion,
+    Permissions,
+)
 from guestio.budgets import IOMMU_RECORDS_PER_ACCESS, LOG_BURST
 from guestio.dma import DmaError
 from guestio.ratelog import LOG
 from guestio.testing.targets import FailAfter, RecordingTarget
 from guestio.virtio.iommu import VirtioIommu, wire
+from guestio.virtio.iommu.serving import FaultReporter
 from tests.kit.iommu_driver import (
     DEVERR,
     MMIO,
@@ -170,16 +177,17 @@ class TestWaiting:
         assert [status(p.result(0)) for p in waiting] == [OK] * 3
         send_all(iommu, page(5))
 
-    def test_beyond_the_limit_the_queue_is_not_read_on(self, monkeypatch):
-        monkeypatch.setattr("guestio.virtio.iommu.queues.IOMMU_WAITING_REQUESTS", 2)
+    def test_beyond_the_limit_requests_of_a_queue_are_not_begun(self, monkeypatch):
+        for module in ("serving", "device"):
+            monkeypatch.setattr(f"guestio.virtio.iommu.{module}.IOMMU_WAITING_REQUESTS", 2)
         guest = self.held()
         guest.send(unmap(1, PAGE, 2 * PAGE - 1))
         for number in range(3, 8):
             guest.send(page(number))
-        guest.queues.serve()
-        assert guest.queues.waiting == 2
-        guest.queues.serve()
-        assert guest.queues.waiting == 2
+        for _ in range(2):
+            guest.queues.serve()
+            assert guest.queues.waiting == 6
+            assert guest.iommu._requests.waiting == 2
         assert guest.answers() == []
         guest.session.release(PAGE, 1)
         assert guest.wakes()
@@ -191,13 +199,18 @@ class TestWaiting:
         """The memory of the ring can be closed although the answer is still to come."""
         guest = self.held()
         guest.send(unmap(1, PAGE, 2 * PAGE - 1))
+        chains = []
+        process = guest.iommu.process
+        guest.iommu.process = lambda queue, chain: chains.append(chain) or process(queue, chain)
         guest.queues.serve()
-        ((chain, pending),) = guest.queues._unanswered.values()
-        held = sys.getrefcount(chain)
+        (chain,) = chains
+        chain.writable.write(b"x")
         guest.queues.close()
-        assert sys.getrefcount(chain) == held - 1 == 2, "somebody else holds the request"
+        with pytest.raises(InvalidAddressError):
+            chain.writable.write(b"x")
+        assert guest.answers() == [(wire.tail(DEVERR), 4)]
         guest.session.release(PAGE, 1)
-        assert pending.done
+        assert not guest.iommu._requests.waiting
         assert guest.answers() == []
 
     @pytest.mark.parametrize("revoke_after", [None, 60.0])
@@ -378,26 +391,25 @@ class TestFaults:
 
     def test_buffers_that_are_too_small_and_never_end(self, monkeypatch):
         """A driver gives them back as fast as they come: the caller has its turn all the same."""
-        monkeypatch.setattr("guestio.virtio.iommu.queues.IOMMU_REQUESTS_PER_TURN", 8)
+        monkeypatch.setattr("guestio.virtio.iommu.serving.IOMMU_EVENTS_PER_TURN", 8)
         guest = Guest()
         guest.fault()
-        ring = guest.queues._rings[1]
-        complete, times = guest.queues._fill_buffer, []
+        fill = FaultReporter._fill_one
 
         def refilled(*args):
-            complete(*args)
-            times.append(1)
-            ring.publish()
+            fill(*args)
             guest.driver[1].collect()
             guest.add_event_buffer(4)
 
-        monkeypatch.setattr(guest.queues, "_fill_buffer", refilled)
+        monkeypatch.setattr(FaultReporter, "_fill_one", refilled)
         guest.add_event_buffer(4)
         guest.queues.serve()
-        assert len(times) == guest.queues.short_buffers == 8
+        filled = guest.queues.short_buffers
+        assert filled
         assert guest.wakes()
         guest.queues.serve()
-        assert len(times) == 16
+        assert guest.queues.short_buffers == 2 * filled
+        guest.queues.close()
 
 
 class TestMemoryThatChanges:

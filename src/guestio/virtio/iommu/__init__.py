@@ -1,13 +1,14 @@
 """The virtio-iommu device (virtio 1.3, section 5.13).
 
-``device`` is the device without queues, ``queues`` puts it on a pair of virtqueues, ``carrier``
-carries a queue of another device of this process that sits behind an endpoint. ``wire`` is
-the bytes, ``space`` what endpoints see, ``programs`` what DMA targets hold of it, ``requests`` the
-order of requests that wait, ``faults`` the records on their way to the guest.
+``device`` is the device, ``serving`` what it does on its queues, ``queues`` serves those to a
+driver in memory of this process, and ``endpoint_queue`` a queue of another device that sits behind
+an endpoint. ``wire`` is the bytes, ``space`` what endpoints see, ``programs`` what DMA targets hold
+of it, ``requests`` the order of requests that wait, ``faults`` the records on their way to the
+guest.
 """
 
-from guestio.virtio.iommu.carrier import EndpointQueue
 from guestio.virtio.iommu.device import VirtioIommu
+from guestio.virtio.iommu.endpoint_queue import EndpointQueue
 from guestio.virtio.iommu.faults import FaultStats
 from guestio.virtio.iommu.programs import TargetStats
 from guestio.virtio.iommu.queues import IommuQueues

@@ -1,7 +1,7 @@
-"""The virtio-iommu device without its queues (virtio 1.3, section 5.13).
+"""The virtio-iommu (virtio 1.3, section 5.13): a device like any other.
 
-Bytes of a request go in, bytes of its answer come out. What the driver may do wrong ends in a
-status or a zero-length answer and changes nothing.
+Bytes of a request go in, bytes of its answer come out, with queues or without. What the driver may
+do wrong ends in a status or a zero-length answer and changes nothing.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, Self, SupportsIndex
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex
 
+from guestio._core.virtio.chain import Chain
 from guestio.addr import Permissions, check_flag, check_int, check_range, check_seconds
 from guestio.budgets import (
     IOMMU_BYPASS_WAIT,
@@ -19,6 +21,7 @@ from guestio.budgets import (
     IOMMU_FAULT_RATE,
     IOMMU_FAULT_RECORDS,
     IOMMU_REVOKE_AFTER,
+    IOMMU_REVOKE_AT_STOP,
     IOMMU_TOTAL_MAPPINGS,
     IOMMU_WAITING_REQUESTS,
     STOP_TIMEOUT,
@@ -28,16 +31,30 @@ from guestio.errors import DeviceError
 from guestio.iommu.events import Event
 from guestio.memory import GuestRegionCollection
 from guestio.ratelog import LOG
+from guestio.virtio.device import Device, DeviceId
 from guestio.virtio.iommu import snapshot, wire
 from guestio.virtio.iommu.faults import FaultLog, FaultStats
 from guestio.virtio.iommu.programs import Program, target_key
 from guestio.virtio.iommu.requests import Keys, Pending, RequestQueue, Steps
+from guestio.virtio.iommu.serving import (
+    EVENT_QUEUE,
+    REQUEST_QUEUE,
+    FaultReporter,
+    RequestServer,
+    write_failure,
+)
 from guestio.virtio.iommu.space import Endpoint, ReservedRegion, TargetHandle
 from guestio.virtio.iommu.state import Limits, State
 from guestio.virtio.iommu.wire import FaultRecord
 
+if TYPE_CHECKING:
+    from guestio.virtio.host import DeviceHost
+
 U32: Final = (1 << 32) - 1
 U64: Final = (1 << 64) - 1
+
+DEVICE_BITS: Final = (1 << 24) - 1
+"""Feature bits whose meaning depends on the device type (virtio 1.4, section 2.2)."""
 
 FEATURES: Final = (
     wire.F_INPUT_RANGE
@@ -54,10 +71,12 @@ _log = logging.getLogger(__name__)
 Reserved = Sequence[ReservedRegion]
 
 
-class VirtioIommu:
-    """The device's state and its requests.
+class VirtioIommu(Device):
+    """Lets a guest decide which of its memory each endpoint reaches.
 
-    The first arguments are named after the configuration space, and inclusive as it is.
+    A :class:`~guestio.virtio.Device`: a back-end serves its two queues, or `IommuQueues` in this
+    process; or :meth:`handle_request` and :meth:`event_records` are called without any queue. The
+    first arguments are named after the configuration space, and inclusive as it is.
 
     Args:
         endpoints: Ids of the endpoints that there are.
@@ -88,6 +107,10 @@ class VirtioIommu:
 
     Everything may be called from any thread.
     """
+
+    device_id = DeviceId.IOMMU
+    num_queues = 2
+    device_queues = (EVENT_QUEUE,)
 
     def __init__(
         self,
@@ -132,6 +155,7 @@ class VirtioIommu:
             clock,
         )
         self._requests = RequestQueue()
+        self._server = RequestServer(self)
         self._state = State(self, self._limits)
         accepted = self.offered_features if features is None else _bits(features)
         if isinstance(endpoints, str | bytes) or not isinstance(endpoints, Iterable):
@@ -143,7 +167,7 @@ class VirtioIommu:
 
     @property
     def offered_features(self) -> int:
-        """Feature bits of the device."""
+        """Feature bits that the device offers a driver."""
         return FEATURES if self._limits.probe_size else FEATURES & ~wire.F_PROBE
 
     @property
@@ -197,11 +221,60 @@ class VirtioIommu:
     def bypass(self, value: bool | int) -> None:
         self._set_idle(check_flag(value, "bypass"), self._state.features)
 
+    def negotiated(self, features: int) -> None:
+        """See :class:`Device`. The bits of the device type become :attr:`features`.
+
+        Raises:
+            Exception: As setting :attr:`bypass`; nothing changed then.
+        """
+        accepted = features & DEVICE_BITS
+        if accepted != self.features:
+            self.features = accepted
+
     def _set_idle(self, bypass: bool, features: int) -> None:
         work = self._state.switch_idle(bypass, features)
         pending = self._requests.submit(lambda: None, work, raises=True)
         if pending.wait(IOMMU_BYPASS_WAIT):
             pending.result()
+
+    def attached(self, host: DeviceHost) -> None:
+        """See :class:`Device`. Fault records go to the driver of the last host from now on."""
+        self._server.use(host.call_soon_threadsafe)
+        FaultReporter(self._faults, host.queue(EVENT_QUEUE))
+
+    def process(self, queue: int, chain: Chain) -> int | Future[int]:
+        """Serve a request; see :class:`Device` and :meth:`handle_request`.
+
+        With `IOMMU_WAITING_REQUESTS` that wait, the next ones are begun when one is answered.
+        """
+        return self._server.serve(chain)
+
+    def fail(self, queue: int, chain: Chain) -> int:
+        """Answer a request with DEVERR where a byte of that can be written; see :class:`Device`."""
+        if queue == EVENT_QUEUE:
+            self._faults.short_buffers += 1
+            return 0
+        return write_failure(chain, self._limits.probe_size)
+
+    def stopping(self, queue: int) -> None:
+        """See :class:`Device`.
+
+        Requests that have not begun fail. If others wait for clients to release memory, those have
+        `IOMMU_REVOKE_AT_STOP` seconds, or ``stop_timeout`` if that is less; then they are revoked.
+        """
+        if queue != REQUEST_QUEUE:
+            return
+        self._server.drop_backlog()
+        if self._server.busy:
+            limit = min(IOMMU_REVOKE_AT_STOP, self._limits.stop_timeout)
+            for number in self.endpoint_ids:
+                for session in self.endpoint(number).sessions:
+                    session.hurry(limit)
+
+    @property
+    def short_buffers(self) -> int:
+        """Event buffers that were too small for a record, or out of reach; they went back empty."""
+        return self._faults.short_buffers
 
     def handle_request(self, request: bytes, writable: int) -> bytes | Pending:
         """Serve one request of the request queue.
@@ -255,6 +328,7 @@ class VirtioIommu:
             None, or what to wait for before the driver is told that the reset is done: memory is
             still exported, or in use by an access that has begun.
         """
+        self._server.drop_backlog()
         self._requests.cancel()
         self._faults.clear()
         self._state.hurry()

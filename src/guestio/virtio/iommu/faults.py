@@ -47,6 +47,9 @@ class FaultLog:
         capacity: Records that wait at most, of all endpoints.
         clock: Tells the time in seconds.
 
+    Attributes:
+        short_buffers: Buffers of the guest's that were too small for a record, or out of reach.
+
     Everything may be called from any thread.
     """
 
@@ -64,6 +67,7 @@ class FaultLog:
         self._waiting: deque[FaultRecord] = deque()
         self._accounts: dict[int, _Account] = {}
         self._arrival = Event()
+        self.short_buffers = 0
 
     def add(self, record: FaultRecord) -> bool:
         """Have a fault reported, if there is room; whether it will be."""
