@@ -138,12 +138,15 @@ class VhostUserNet:
         socket: Unix socket of the back end; QEMU connects to it when it starts.
         queue_pairs: Number of queue pairs, 1 or more.
         mac: The address that the guest sees.
+        whole: Whether QEMU hands the whole device through (QEMU 11 or newer): its address, its
+            link and its control queue are the back end's then, and `mac` has no meaning.
         virtio_id: The device type, for User-mode Linux.
     """
 
     socket: Path
     queue_pairs: int = 1
     mac: str = "52:54:00:12:34:56"
+    whole: bool = False
     virtio_id: int = 1
 
     def arguments(self, index: int, viommu: Viommu) -> list[str]:
@@ -152,9 +155,16 @@ class VhostUserNet:
         queues = f",queues={self.queue_pairs}" if several else ""
         options = f"netdev=net{index},mac={self.mac}{',mq=on' if several else ''},romfile="
         options += viommu.device_options(index)
-        return [
+        common = [
             *viommu.port_arguments(index),
             *("-chardev", f"socket,id=vhost{index},path={_escaped(self.socket)}"),
+        ]
+        if self.whole:
+            numbers = f"virtio-id={self.virtio_id},num_vqs={2 * self.queue_pairs + 1},vq_size=256"
+            device = f"vhost-user-test-device-pci,chardev=vhost{index},{numbers},config_size=12"
+            return [*common, "-device", device + viommu.device_options(index)]
+        return [
+            *common,
             *("-netdev", f"vhost-user,id=net{index},chardev=vhost{index}{queues}"),
             *("-device", f"virtio-net-pci,{options}"),
         ]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.guest import MIB, GuestResult, Script, VhostUserNet, Viommu
+from lab.guest import MIB, Guest, GuestResult, Script, VhostUserNet, Viommu
 from lab.qemu import new_qemu
 from lab.uml import UmlGuest, uml_kernel
 
@@ -52,6 +52,12 @@ def served(tmp_path: Path, *options: str) -> Iterator[tuple[Path, subprocess.Pop
         process.wait()
 
 
+@pytest.fixture
+def qemu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU 7.2 without KVM cannot start a vhost-user network card."""
+    monkeypatch.setenv("GUESTIO_LAB_QEMU", str(new_qemu()))
+
+
 def test_a_kernel_in_a_process_pings_and_gets_an_address(tmp_path: Path) -> None:
     uml_kernel()
     options = ("--responder", "10.0.2.1/24", "--iommu", "off", "--mac", "52:54:00:00:00:77")
@@ -83,6 +89,7 @@ carrier() { # value
     done
     echo "FACT carrier=$1"
 }
+[ "$(cat /sys/class/net/eth0/address)" = 52:54:00:00:00:77 ] || exit 1
 ip link set eth0 up
 for life in 1 2 3; do
     carrier 1
@@ -91,25 +98,35 @@ done
 carrier 1
 ip addr add 10.0.2.9/24 dev eth0
 ping -c 1 -W 10 10.0.2.1
+# Its address, and which others it receives, are for the control queue.
+ip link set eth0 down
+ip link set eth0 address 52:54:00:00:00:78
+ip link set eth0 up
+ping -c 1 -W 10 10.0.2.1
 """
 
 
-def test_a_kernel_sees_its_link_go_down_and_up(tmp_path: Path) -> None:
-    options = ("--responder", "10.0.2.1/24", "--iommu", "off")
-    with served(tmp_path, *options) as (path, process, _):
-        guest = UmlGuest(devices=[VhostUserNet(path)], scripts=[Script("link", WATCHES_THE_LINK)])
+@pytest.mark.parametrize("kind", ["uml", "qemu"])
+@pytest.mark.usefixtures("qemu")
+def test_a_kernel_sees_its_link_go_down_and_up(kind: str, tmp_path: Path) -> None:
+    """In QEMU behind an IOMMU, and the device as a whole is ours: control queue, address, link."""
+    options = ("--responder", "10.0.2.1/24", "--mac", "52:54:00:00:00:77")
+    with served(tmp_path, *options, *(["--iommu", "off"] if kind == "uml" else [])) as served_by:
+        path, process, _ = served_by
+        script = Script("link", WATCHES_THE_LINK)
+        guest = (
+            UmlGuest(devices=[VhostUserNet(path)], scripts=[script])
+            if kind == "uml"
+            else Guest(
+                devices=[VhostUserNet(path, whole=True)], scripts=[script], viommu=Viommu.VIRTIO
+            )
+        )
         with guest.boot(tmp_path / "guest") as running:
             for life in range(1, 4):
                 for value in ("1", "0"):
                     running.wait_for(f"FACT carrier={value}\n", times=life)
                     process.send_signal(signal.SIGUSR1)
             running.wait().check()
-
-
-@pytest.fixture
-def qemu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """QEMU 7.2 without KVM cannot start a vhost-user network card."""
-    monkeypatch.setenv("GUESTIO_LAB_QEMU", str(new_qemu()))
 
 
 class Peer:

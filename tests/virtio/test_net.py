@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from guestio.addr import Permissions
 from guestio.virtio.net import NetDevice, Port
 from guestio.virtio.net.features import ACK_ERR, ACK_OK, Class, LinkStatus, Net
 from tests.kit.net_driver import (
+    BUFFERS,
     MAC,
     MODERN,
     PEER,
@@ -487,10 +489,46 @@ def test_untaken_buffers_cost_nothing_behind_an_iommu(plug: Plug, port: Port) ->
     _, serving = plug(port)
     with NetGuest(serving.path, iommu=True, map_all=False) as guest:
         guest.post(*[2000] * 60)
-        guest.send_raw(bytes(5))
         asked = serving.stats.counters.misses
         wait_quiet()
         assert serving.stats.counters.misses == asked
+        guest.frontend.iotlb.map(BUFFERS, BUFFERS, 0x40000, Permissions.READ_WRITE)
+        for seed in range(3):
+            arrive(port, frame(seed=seed))
+            assert guest.receive()[1] == frame(seed=seed)
+        # An invalidation waits for nothing, and what was translated ahead is not used any more.
+        guest.frontend.iotlb.unmap((BUFFERS, 0x40000))
+        guest.frontend.iotlb.map(BUFFERS, BUFFERS + 0x40000, 0x40000, Permissions.READ_WRITE)
+        arrive(port, frame(100, seed=9))
+        [(written, data)] = guest.used(1)
+        assert (written, data) != (0, b"")
+        at = 3 * 2000
+        assert guest.memory.read(BUFFERS + 0x40000 + at + 12, 100) == frame(100, seed=9)
+        assert serving.stats.counters.misses > asked
+        guest.stop()
+
+
+def test_many_frames_pass_a_strict_iommu(plug: Plug, port: Port) -> None:
+    """Each buffer is mapped when it is made available, and unmapped when it comes back."""
+    _, serving = plug(port)
+    page = 0x1000
+    with NetGuest(serving.path, iommu=True, map_all=False) as guest:
+        iotlb = guest.frontend.iotlb
+        expected, came = [frame(1000, seed=i) for i in range(200)], []
+        for at in range(0, 200, 20):
+            places = [BUFFERS + (at + i) * page for i in range(20)]
+            for place in places:
+                iotlb.map(place, place, page, Permissions.READ_WRITE)
+                guest.queues[0].add([], [(place, page)], (place, page))
+            guest.queues[0].publish()
+            guest.handles[0].kick()
+            for one in expected[at : at + 20]:
+                arrive(port, one)
+            for _ in range(20):
+                came.append(guest.receive()[1])
+            for place in places:
+                iotlb.unmap((place, page))
+        assert came == expected
 
 
 def test_a_cable_that_is_gone_takes_the_link_down(plug: Plug) -> None:

@@ -38,6 +38,7 @@ cdef enum:
     FRAME_MOST = HEADER_MOST + ETHERNET + 8 + 40 + 65535
     MERGE_MOST = 1024         # buffers that a frame is spread over
     NUM_BUFFERS_AT = 10       # in the header (section 5.1.6)
+    LOOK_AHEAD = 16           # buffers whose translations are requested together
     PIECES_MOST = 1022        # of a frame, besides its header and a rest: IOV_MAX is 1024
 
 # What became of a call of `FrameFiller.fill`.
@@ -367,6 +368,7 @@ cdef class FrameFiller:
                     ring.publish_pending()
             if misses.count:
                 state = LACKING
+                self.look_ahead(ring, misses)
             # Others ran while data moved.
             if ring.pending_count and ring.reachable():
                 ring.publish_pending()
@@ -514,6 +516,21 @@ cdef class FrameFiller:
             self.consume(ring, ring.spare, 0)
             if ring.work >= RING_LOOK_WORK:
                 return AGAIN
+
+    cdef int look_ahead(self, Ring ring, Misses misses) except -1:
+        """Collect what more of the next buffers lacks, to be requested at once.
+
+        They hold no lease for it, and frames for them will come soon, or have come already.
+        """
+        cdef int ahead, available
+        if ring.held_count or not ring.reachable():
+            return 0
+        available = min(ring.waiting(), LOOK_AHEAD)
+        for ahead in range(1, available):
+            if ring.work >= RING_LOOK_WORK or not current(ring):
+                break
+            ring.look(ring.head_at(<u16>(ring.next_avail + ahead)), misses, False)
+        return 0
 
     cdef int spread(self, Ring ring, const u8 *frame, u64 size, Misses misses) except -1:
         """Copy a frame with its header into as many buffers as it needs; BUSY if that is done, or
