@@ -171,6 +171,41 @@ class VhostUserNet:
 
 
 @dataclass(frozen=True, slots=True)
+class VhostUserDevice:
+    """A device of any type, served by the process that listens on `socket`.
+
+    Attributes:
+        socket: Unix socket of the back end; QEMU connects to it when it starts.
+        virtio_id: The device type.
+        num_queues: As many as the guest's driver sets up.
+        config_size: Bytes of its configuration space.
+        front_end: A front-end of QEMU's for this type alone (`vhost-user-rng-pci`), which older
+            versions have; without it that for any type, of QEMU 11.1 or newer.
+    """
+
+    socket: Path
+    virtio_id: int
+    num_queues: int = 1
+    config_size: int = 0
+    front_end: str = ""
+
+    def arguments(self, index: int, viommu: Viommu) -> list[str]:
+        """QEMU arguments; see `Disk`."""
+        device = self.front_end or (
+            f"vhost-user-test-device-pci,virtio-id={self.virtio_id},num_vqs={self.num_queues},"
+            f"vq_size=64,config_size={self.config_size}"
+        )
+        options = viommu.device_options(index)
+        if not self.front_end:
+            options = options.replace(",disable-legacy=on", "")  # It never is legacy.
+        return [
+            *viommu.port_arguments(index),
+            *("-chardev", f"socket,id=vhost{index},path={_escaped(self.socket)}"),
+            *("-device", f"{device},chardev=vhost{index}{options}"),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class QemuDisk:
     """QEMU's own `virtio-blk` on a raw image, for comparison.
 

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.guest import MIB, Guest, VhostUserDisk, VhostUserNet
+from lab.guest import MIB, Guest, VhostUserDevice, VhostUserDisk, VhostUserNet
 from lab.parts import (
     Kernel,
     PartsError,
@@ -108,7 +108,7 @@ class UmlGuest(Guest):
             *(
                 f"virtio_uml.device={device.socket.absolute()}:{device.virtio_id}"
                 for device in self.devices
-                if isinstance(device, VhostUserNet)
+                if isinstance(device, (VhostUserDevice, VhostUserNet))
             ),
             *("con=null", "con0=null,fd:1", "ssl1=null,fd:3", "quiet", "panic=-1"),
             *self.append.split(),

@@ -18,7 +18,7 @@ from guestio.cli import cli
 from tests.kit.serving import PLATFORM, SLACK, Driver, Mirror, until
 
 ENDS_WITHIN = 2.0
-SERVERS = ["blk", "net", "rng", "serve"]
+SERVERS = ["blk", "console", "input", "net", "rng", "serve"]
 
 DICE = '''
 import os, time

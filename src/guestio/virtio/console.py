@@ -367,12 +367,16 @@ class ConsolePort:
 
     def begin(self, host: DeviceHost) -> None:
         """Begin with a host."""
-        host.queue(self._receive).on_available(lambda: self.schedule("deliver"))
+        host.queue(self._receive).on_available(self._buffers_available)
         host.queue(self._transmit).on_available(lambda: self.schedule("pump"))
         if self._starting is not None:
             self._starting(host)
         if self._listener is not None:
             host.add_reader(self._listener.fileno(), self._accept)
+
+    def _buffers_available(self) -> None:
+        self._device.tell_size(self, 0)
+        self.schedule("deliver")
 
     def drop(self, stream: _Stream) -> None:
         """Have nothing to do with a stream any more."""
@@ -536,6 +540,7 @@ class ConsolePort:
             if chain is None:
                 return None
             self._offset = 0
+            self._device.tell_size(self, 1)
         total = chain.readable.total
         try:
             data = chain.readable.read(self._offset, min(CONSOLE_OUTPUT, total - self._offset))
@@ -588,6 +593,7 @@ class ConsoleDevice(Device):
         self._lock = threading.Lock()
         self._pending: dict[tuple[int, int], bytes] = {}
         self._flushing = False
+        self._told: set[int] = set()
         self._multiport = False
         self.host: DeviceHost | None = None
         self.ports = tuple(
@@ -631,6 +637,7 @@ class ConsoleDevice(Device):
     def reset(self) -> None:
         """See :class:`Device`."""
         self._multiport = False
+        self._told.clear()
         with self._lock:
             self._pending.clear()
         for port in self.ports:
@@ -727,6 +734,16 @@ class ConsoleDevice(Device):
         """A queue of the device."""
         assert self.host is not None
         return self.host.queue(index)
+
+    def tell_size(self, port: ConsolePort, event: int) -> None:
+        """Tell a driver that has begun of the terminal's size, once for each sign of that.
+
+        Linux does not ask for it when it begins (drivers/char/virtio_console.c): it waits for a
+        change, and has no terminal to change before it has written to it.
+        """
+        if port.console and event not in self._told and self.host is not None:
+            self._told.add(event)
+            self.host.config_changed()
 
     def listens(self, port: ConsolePort) -> bool:
         """Whether the guest takes what is sent to a port."""
