@@ -1,5 +1,7 @@
 """The list of what a translation lacks, as Python sees it."""
 
+import random
+
 import pytest
 
 from guestio import Iotlb, IotlbFails, IovaRange, Permissions
@@ -48,6 +50,37 @@ def test_an_access_that_fails_tells_all_that_is_missing_and_all_that_is_forbidde
         AddressSpace(RegionTable([]), iotlb).gather(0, 7 << 12, R)
     assert caught.value.misses == [(0, 4096), (0x2000, 0x3000), (0x6000, 4096)]
     assert caught.value.access_fails == [(0x1000, 4096), (0x5000, 4096)]
+
+
+def test_pages_that_huge_ranges_touch():
+    """A driver chooses how long a buffer is; what is looked at must not grow with it."""
+    known = {(0x5000, R), (0x5000, RW), (1 << 63, R), ((1 << 64) - 4096, R), (0x4000, R)}
+    assert touched([(IovaRange(0x5000, (1 << 64) - 0x5000), R)], known) == {
+        (0x5000, R),
+        (1 << 63, R),
+        ((1 << 64) - 4096, R),
+    }
+    assert touched([(IovaRange(0x4FFF, 1 << 40), R), (IovaRange(0x5001, 1 << 40), RW)], known) == {
+        (0x4000, R),
+        (0x5000, R),
+        (0x5000, RW),
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pages_that_ranges_touch_are_the_same_by_either_way(seed):
+    rng = random.Random(seed)
+    known = {(rng.randrange(40) << 12, rng.choice((R, RW))) for _ in range(rng.randrange(1, 12))}
+    missing = [
+        (IovaRange(rng.randrange(40 << 12), rng.randrange(1, 20 << 12)), rng.choice((R, RW)))
+        for _ in range(4)
+    ]
+    assert touched(missing, known) == {
+        (page, access)
+        for page, access in known
+        for where, wanted in missing
+        if access == wanted and where.base < page + 4096 and page < where.base + where.length
+    }
 
 
 def test_a_range_touches_a_page_with_its_last_byte():

@@ -72,7 +72,7 @@ class Rig:
         self.drivers = [DriverQueue(self.memory, self.layouts[n]) for n in range(queues)]
         self.transport = LocalTransport(
             device,
-            self.memory._space,
+            self.memory,
             self.layouts,
             lambda queue: self.interrupt(queue),
             **options,
@@ -256,7 +256,7 @@ def test_other_memory(rig: Rig) -> None:
     rig.post()
     other = GuestRegionCollection.from_ranges([(0, 0x80000)])
     other.write(0, rig.memory.read(0, 0x80000))
-    rig.transport.change_memory(other._space)
+    rig.transport.change_memory(other)
     rig.transport.serve()
     assert rig.device.hosts[0].queue(SPOKEN).send(b"there")
     (done,) = DriverQueueView(other, rig.layouts[SPOKEN]).collect()
@@ -286,9 +286,9 @@ def test_nothing_is_left() -> None:
         rig.transport.serve()
         rig.close()
         with pytest.raises(TypeError):
-            LocalTransport(Port(), rig.memory._space, {}, None)
+            LocalTransport(Port(), rig.memory, {}, None)
         with pytest.raises(DeviceError):
-            LocalTransport(Port(), rig.memory._space, {9: rig.layouts[0]}, print)
+            LocalTransport(Port(), rig.memory, {9: rig.layouts[0]}, print)
         del rig
 
 

@@ -13,11 +13,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
+from guestio._core.iommu.address_space import AddressSpace
 from guestio.addr import IovaRange, check_seconds
 from guestio.budgets import LONGEST_TIMEOUT, STOP_TIMEOUT
 from guestio.errors import QueueError
+from guestio.iommu import IommuMemory
+from guestio.memory import GuestRegionCollection
 from guestio.memory.backing import close_fd
 from guestio.virtio.host import DeviceHost
 from guestio.virtio.loop import EventLoop
@@ -25,11 +28,13 @@ from guestio.virtio.statistics import Statistics
 from guestio.virtio.translator import Miss, Page, PhysicalTranslator
 
 if TYPE_CHECKING:
-    from guestio._core.iommu.address_space import AddressSpace
     from guestio._core.iommu.intervals import IntervalMap
     from guestio._core.virtio.inflight import InflightQueue
     from guestio.virtio.device import Device
     from guestio.virtio.layout import RingLayout
+
+Memory: TypeAlias = GuestRegionCollection | IommuMemory | AddressSpace
+"""Guest memory, or guest memory as an IOMMU shows it; the core calls either an address space."""
 
 PAGE: Final = 4096
 """Bytes of a page that is refused; queues compare in these, see `Page`."""
@@ -79,7 +84,7 @@ class LocalTranslator:
 
     def __init__(
         self,
-        iotlb: IntervalMap | None,
+        iotlb: IntervalMap,
         wake: Callable[[Iterable[int]], None],
         report: Callable[[IovaRange, int], object],
     ) -> None:
@@ -113,6 +118,14 @@ class LocalTranslator:
             self._report(where, access)
 
 
+def _ignore(where: IovaRange, access: int) -> None:
+    pass
+
+
+def _space_of(memory: Memory) -> AddressSpace:
+    return memory if isinstance(memory, AddressSpace) else memory._space
+
+
 class LocalTransport:
     """Serves a device whose rings and buffers are in memory of this process.
 
@@ -122,12 +135,13 @@ class LocalTransport:
 
     Args:
         device: What to serve; it is the caller's to close.
-        space: Where the addresses of rings and buffers lead.
+        memory: Where the addresses of rings and buffers lead: guest memory, or guest memory as an
+            IOMMU of this process shows it.
         rings: Where each ring is, by the index of its queue; the other queues do not run.
         notify: Called with the index of a queue when the driver wants to hear of used buffers.
         features: Feature bits that were negotiated, those of the rings among them.
-        report: Called with each range that an access could not reach, and the access; None if
-            ``space`` translates nothing.
+        report: Called with each range that the IOMMU has not mapped for an access, and the access,
+            when a request fails because of it.
         config_changed: Called when the configuration space has changed.
         stop_timeout: Seconds that a stop waits for requests that the device holds; then they fail.
 
@@ -145,7 +159,7 @@ class LocalTransport:
     def __init__(
         self,
         device: Device,
-        space: AddressSpace,
+        memory: Memory,
         rings: Mapping[int, RingLayout],
         notify: Callable[[int], object],
         *,
@@ -162,6 +176,7 @@ class LocalTransport:
         self._kicks: list[_Bell] = []
         self._calls: list[tuple[int, _Bell]] = []
         self.statistics = Statistics()
+        space = _space_of(memory)
         with contextlib.ExitStack() as undo:
             self._loop = EventLoop()
             undo.callback(self._loop.close)
@@ -175,8 +190,8 @@ class LocalTransport:
             self.host.connect(
                 self,
                 PhysicalTranslator()
-                if report is None
-                else LocalTranslator(space.iotlb, self.host.wake, report),
+                if space.iotlb is None
+                else LocalTranslator(space.iotlb, self.host.wake, report or _ignore),
             )
             undo.callback(self._stop)
             self.host.features = features
@@ -261,8 +276,12 @@ class LocalTransport:
                 self._notify(index)
         return notified
 
-    def change_memory(self, space: AddressSpace) -> None:
-        """Go on in other memory. Requests that the device holds are finished before, or fail."""
+    def change_memory(self, memory: Memory) -> None:
+        """Go on in other memory, behind the same IOMMU if there is one.
+
+        Requests that the device holds are finished before, or fail.
+        """
+        space = _space_of(memory)
         with self.host.detached():
             self.host.change_memory(space)
 

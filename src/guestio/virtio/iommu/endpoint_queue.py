@@ -69,7 +69,7 @@ class EndpointQueue:
 
         self._transport = LocalTransport(
             device,
-            memory._space,
+            memory,
             {number: layout},
             lambda _: notify(),
             features=ring_features(event_idx=event_idx, indirect=indirect),
@@ -95,20 +95,25 @@ class EndpointQueue:
             QueueError: The driver broke a rule of its queue; the device needs a reset.
         """
         more = self._transport.serve()
-        began = time.monotonic()
-        until = began + self._answer_timeout
+        if self._queue.outstanding:
+            began = time.monotonic()
+            more |= self._wait_for_answers(began, began + self._answer_timeout)
+        return more or bool(self._queue.outstanding)
+
+    def _wait_for_answers(self, began: float, until: float) -> bool:
+        """Serve until what the device held when this began is done, or fails; as :meth:`serve`."""
         ready = select.poll()
         ready.register(self._transport, select.POLLIN)
+        more = False
         while self._holds_older(began):
             left = until - time.monotonic()
             if left <= 0:
                 self._queue.give_up_older(began)
-                more = self._transport.serve()
-                break
+                return self._transport.serve()
             timer = self._transport.timeout()
             ready.poll(1000 * (left if timer is None else min(left, timer)))
             more = self._transport.serve()
-        return more or bool(self._queue.outstanding)
+        return more
 
     def _holds_older(self, began: float) -> bool:
         """Whether a request that was taken by then is not completed."""
@@ -122,7 +127,7 @@ class EndpointQueue:
             memory: What the device sees from now on, of the same endpoint. The physical memory of
                 before may be closed afterwards.
         """
-        self._transport.change_memory(memory._space)
+        self._transport.change_memory(memory)
 
     def close(self) -> None:
         """Stop the queue and forget its ring, as a reset of the device does.
