@@ -1,8 +1,8 @@
-"""Vectors 10 (region manager) and those of 11 (mapping manager) that concern DMA maps.
+"""A region manager and its targets: what each call tells them, and what a failure leaves.
 
-Vector 10's "one unmap of the whole region" is replaced by this library's rule: one per mapping.
-Upstream lets a replay that fails half-way leave its mappings behind, and remembers the parameters
-of an enable that failed; the last tests pin what happens here instead.
+Where OpenVMM unmaps a whole region at once, each mapping is unmapped here. OpenVMM lets a replay
+that fails half-way leave its mappings behind, and remembers the parameters of a failed enable;
+neither happens here.
 """
 
 import pytest
@@ -26,7 +26,7 @@ def two_maps(manager: RegionManager, backing: Backing):
         yield region
 
 
-def test_10_overlap(manager: RegionManager):
+def test_overlapping_regions_are_refused(manager: RegionManager):
     high = region_at(manager, 0x1000, 0x3000, 1)
     with pytest.raises(MemoryRegionOverlapError):
         region_at(manager, 0x2000, 0x4000, 0)
@@ -47,7 +47,7 @@ def test_10_overlap(manager: RegionManager):
     ("start", "end", "fits"),
     [(0x1000, 0x3000, True), (0x1000, 0x2000, False), (0, 0x3000, False), (0x3000, 0x4000, True)],
 )
-def test_10_overlap_of_equal_priority_must_be_identical(manager, start, end, fits):
+def test_overlaps_of_equal_priority_must_be_identical(manager, start, end, fits):
     region_at(manager, 0x1000, 0x3000, 7)
     if fits:
         region_at(manager, start, end, 7)
@@ -56,13 +56,13 @@ def test_10_overlap_of_equal_priority_must_be_identical(manager, start, end, fit
             region_at(manager, start, end, 7)
 
 
-def test_10_replay(manager: RegionManager, two_maps: Region):
+def test_a_new_target_is_told_of_all_mappings(manager: RegionManager, two_maps: Region):
     target = RecordingTarget()
     with manager.add_target(target):
         assert target.events == mapped(*REPLAYED)
 
 
-def test_10_live(manager: RegionManager, backing: Backing):
+def test_targets_follow_while_a_region_is_mapped(manager: RegionManager, backing: Backing):
     target = RecordingTarget()
     with region_at(manager, 0, 0x10000) as region, manager.add_target(target):
         region.map()
@@ -72,7 +72,7 @@ def test_10_live(manager: RegionManager, backing: Backing):
         assert target.events == mapped((0, FOUR)) + unmapped((0, FOUR))
 
 
-def test_10_private(manager: RegionManager, private: Backing):
+def test_private_memory_is_mapped_by_its_host_address(manager: RegionManager, private: Backing):
     target = RecordingTarget()
     with region_at(manager, 0, 0x10000) as region:
         region.map()
@@ -84,7 +84,7 @@ def test_10_private(manager: RegionManager, private: Backing):
             assert target.held[0x8000].host_address == private.host_address + FOUR
 
 
-def test_10_needs_fd_existing(manager: RegionManager, private: Backing):
+def test_a_target_that_needs_files_refuses_private_memory(manager: RegionManager, private: Backing):
     target = RecordingTarget()
     # Even of a region that is not mapped: it could be at any time.
     with region_at(manager, 0, 0x10000) as region:
@@ -95,7 +95,9 @@ def test_10_needs_fd_existing(manager: RegionManager, private: Backing):
     assert manager.targets == ()
 
 
-def test_10_needs_fd_new(manager: RegionManager, private: Backing, backing: Backing):
+def test_private_memory_is_refused_while_a_target_needs_files(
+    manager: RegionManager, private: Backing, backing: Backing
+):
     target = RecordingTarget()
     with region_at(manager, 0, 0x10000) as region:
         region.map()
@@ -109,7 +111,7 @@ def test_10_needs_fd_new(manager: RegionManager, private: Backing, backing: Back
         region.add_mapping(0x8000, FOUR, private)
 
 
-def test_10_disable(manager: RegionManager, two_maps: Region):
+def test_unmapping_a_region_unmaps_all_its_mappings(manager: RegionManager, two_maps: Region):
     target = RecordingTarget()
     with manager.add_target(target):
         target.events.clear()
@@ -119,7 +121,7 @@ def test_10_disable(manager: RegionManager, two_maps: Region):
         assert len(two_maps.mappings) == 2
 
 
-def test_10_remove_mapper(manager: RegionManager, two_maps: Region):
+def test_closing_a_target_unmaps_everything(manager: RegionManager, two_maps: Region):
     target = RecordingTarget()
     handle = manager.add_target(target)
     target.events.clear()
@@ -128,7 +130,7 @@ def test_10_remove_mapper(manager: RegionManager, two_maps: Region):
     assert manager.targets == ()
 
 
-def test_10_inactive(manager: RegionManager, backing: Backing):
+def test_a_region_that_is_not_mapped_reaches_no_target(manager: RegionManager, backing: Backing):
     target = RecordingTarget()
     with region_at(manager, 0, 0x10000) as region:
         region.add_mapping(0, FOUR, backing)
@@ -137,16 +139,16 @@ def test_10_inactive(manager: RegionManager, backing: Backing):
             assert target.events == []
 
 
-def test_10_live_failure(manager: RegionManager, backing: Backing):
+def test_a_mapping_that_fails_is_not_kept(manager: RegionManager, backing: Backing):
     with region_at(manager, 0, 0x10000, kind=MappingType.RAM) as region:
         region.map()
         with manager.add_target(FailAfter(0)), pytest.raises(DmaError, match="0x4000"):
             region.add_mapping(FOUR, FOUR, backing)
         assert region.mappings == ()
-    backing.close()  # nobody holds it
+    backing.close()  # no mapping holds it
 
 
-def test_10_enable_rollback_1(manager: RegionManager, backing: Backing):
+def test_a_failed_map_is_undone_at_other_targets(manager: RegionManager, backing: Backing):
     good, bad = RecordingTarget(), FailAfter(0)
     with region_at(manager, 0, 0x10000, kind=MappingType.RAM) as region:
         region.add_mapping(0, FOUR, backing)
@@ -157,7 +159,7 @@ def test_10_enable_rollback_1(manager: RegionManager, backing: Backing):
             assert bad.events == []
 
 
-def test_10_enable_rollback_2(manager: RegionManager, backing: Backing):
+def test_a_failed_map_is_undone_in_reverse_order(manager: RegionManager, backing: Backing):
     target = FailAfter(2)
     with region_at(manager, 0, 0x18000, kind=MappingType.RAM) as region:
         for offset in (0, 0x4000, 0x8000):
@@ -171,7 +173,7 @@ def test_10_enable_rollback_2(manager: RegionManager, backing: Backing):
             assert target.events == mapped(one, two) + unmapped(two, one)
 
 
-def test_10_replay_failure(manager: RegionManager, two_maps: Region):
+def test_a_target_whose_replay_fails_is_not_added(manager: RegionManager, two_maps: Region):
     target = FailAfter(1)
     with pytest.raises(DmaError):
         manager.add_target(target)
@@ -179,7 +181,7 @@ def test_10_replay_failure(manager: RegionManager, two_maps: Region):
     assert manager.targets == ()
 
 
-def test_10_stale_params(manager: RegionManager, backing: Backing):
+def test_a_failed_map_does_not_change_writability(manager: RegionManager, backing: Backing):
     target = FailAfter(0, times=1)
     with region_at(manager, 0, 0x10000, kind=MappingType.RAM) as region:
         region.add_mapping(0, FOUR, backing)
@@ -192,7 +194,9 @@ def test_10_stale_params(manager: RegionManager, backing: Backing):
             assert not target.held[0].writable
 
 
-def test_11_two_eager_mappers_second_fails(manager: RegionManager, backing: Backing):
+def test_a_mapping_that_fails_at_the_second_target_is_undone_at_the_first(
+    manager: RegionManager, backing: Backing
+):
     first, second = RecordingTarget(), FailAfter(0)
     with region_at(manager, 0, 0x10000, kind=MappingType.RAM) as region:
         region.map()
@@ -203,7 +207,7 @@ def test_11_two_eager_mappers_second_fails(manager: RegionManager, backing: Back
             assert region.mappings == ()
 
 
-def test_11_replay_failure_then_next_mapper_gets_both(manager: RegionManager, two_maps: Region):
+def test_a_failed_replay_does_not_affect_the_next_target(manager: RegionManager, two_maps: Region):
     with pytest.raises(DmaError):
         manager.add_target(FailAfter(1))
     target = RecordingTarget()
@@ -211,7 +215,7 @@ def test_11_replay_failure_then_next_mapper_gets_both(manager: RegionManager, tw
         assert target.events == mapped(*REPLAYED)
 
 
-def test_11_remove_mapping_reaches_every_holder(manager: RegionManager, two_maps: Region):
+def test_removing_mappings_reaches_every_target(manager: RegionManager, two_maps: Region):
     first, second = RecordingTarget(), RecordingTarget()
     with manager.add_target(first), manager.add_target(second):
         two_maps.remove_mappings(0, 0x8000)
@@ -220,7 +224,7 @@ def test_11_remove_mapping_reaches_every_holder(manager: RegionManager, two_maps
 
 
 @pytest.mark.parametrize("gap", [0, 2 * PAGE])
-def test_11_several_backings_side_by_side(manager: RegionManager, gap: int):
+def test_several_backings_side_by_side(manager: RegionManager, gap: int):
     target = RecordingTarget()
     with (
         Backing.memfd(2 * PAGE) as one,

@@ -60,7 +60,7 @@ class World:
         )
 
     def check(self) -> None:
-        """Law 3, and that every ledger tells the truth about its target."""
+        """Invariant L3, and that every ledger tells the truth about its target."""
         truth = set(self.manager.mappings())
         for handle in self.manager.targets:
             held = holds(handle.target)

@@ -180,7 +180,7 @@ class TestManyAtATime:
                     request.check()
                     assert request.data == disk.contents[request.sector * 512 :][:4096]
                     done += 1
-            assert len(guest.drain()) >= 0
+            guest.drain()
             assert guest.in_flight() == 0
 
     def test_poll_takes_what_is_finished(self, disk: Disk) -> None:

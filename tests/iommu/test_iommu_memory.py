@@ -1,4 +1,4 @@
-"""Memory behind an IOMMU: vectors 8."""
+"""Memory behind an IOMMU: what is mapped, what is resolved on demand, what a write marks."""
 
 import copy
 
@@ -76,7 +76,7 @@ def unresolved(access):
     return tuple(caught.value.iova_range)
 
 
-def test_8_pre_mapped(memory, iommu):
+def test_access_to_what_is_mapped(memory, iommu):
     iommu.iotlb.set_mapping(0x2A000, 0x4000, 128, R)
     iommu.iotlb.set_mapping(0x2A080, 0x8000, 128, R)
     assert [memory.check_range(0x2A000, 256, p) for p in (NONE, R, W, RW)] == [
@@ -93,14 +93,14 @@ def test_8_pre_mapped(memory, iommu):
     assert unresolved(lambda: memory.read(0x2A000, 257)) == (0x2A100, 1)
 
 
-def test_8_live_nothing_is_mapped(memory):
+def test_access_to_what_is_not_mapped(memory):
     for perm in (NONE, R, W, RW):
         assert not memory.check_range(0x2A000, 256, perm)
     for iova, length in ((0x2A000, 256), (0x29FFF, 1), (0x2A100, 1), (0x2A000, 257)):
         assert unresolved(lambda at=iova, n=length: memory.read(at, n)) == (iova, length)
 
 
-def test_8_live_resolving_while_in_use(memory, iommu):
+def test_misses_are_resolved_during_an_access(memory, iommu):
     iommu.armed = 0x4000
     assert memory.read(0x2A000, 128) == counted(128)
     assert iommu.recorded == (0x2A000, 128, True)
@@ -113,7 +113,7 @@ def test_8_live_resolving_while_in_use(memory, iommu):
     assert iommu.recorded == (0x2A000, 128, False)
 
 
-def test_8_replace(iommu):
+def test_views_with_another_backend(iommu):
     a = IommuMemory(physical((0x4000, 128)), iommu)
     clone = copy.copy(a)
     iommu.iotlb.set_mapping(0x2A000, 0x4000, 128, R)
@@ -139,7 +139,7 @@ def test_8_replace(iommu):
     assert clone.read(0x4000, 128) == counted(128)
 
 
-def test_8_dirty(iommu):
+def test_slices_mark_io_pages(iommu):
     region = MmapRegion.anonymous(0x4000, 0x2000, bitmap=AtomicBitmap(0x2000))
     marked = AtomicBitmap(0x2C000)
     memory = IommuMemory(GuestRegionCollection.from_regions([region]), iommu, bitmap=marked)
@@ -158,7 +158,7 @@ def test_8_dirty(iommu):
 
 @pytest.fixture
 def wide():
-    """The set-up of 8.2."""
+    """Five mappings: two writable, one read-only, one without memory, one with memory in part."""
     regions = [
         MmapRegion.anonymous(0x4000, 0x2000, bitmap=AtomicBitmap(0x2000)),
         MmapRegion.anonymous(0x8000, 0x1000, bitmap=AtomicBitmap(0x1000)),
@@ -181,13 +181,13 @@ def dirty(memory):
     return memory.bitmap.dirty_pages().tolist(), [r.bitmap.count() for r in memory.backend]
 
 
-def test_8_2_1_writes_are_marked_by_iova(wide):
+def test_writes_are_marked_by_iova(wide):
     wide.write(0x10FF8, bytes(range(16)))
     assert dirty(wide) == ([0x10, 0x11], [0, 0])
     assert wide.read(0x10FF8, 16) == bytes(range(16))
 
 
-def test_8_2_2_and_3_refused_writes_move_nothing(wide):
+def test_refused_writes_move_nothing(wide):
     assert unresolved(lambda: wide.write(0x12000, b"four")) == (0x12000, 4)
     before = wide.backend.read(0x4000, 0x2000), wide.backend.read(0x8000, 0x1000)
     assert unresolved(lambda: wide.write(0x11FF8, b"\xff" * 16)) == (0x12000, 8)
@@ -195,14 +195,14 @@ def test_8_2_2_and_3_refused_writes_move_nothing(wide):
     assert dirty(wide) == ([], [0, 0])
 
 
-def test_8_2_4_a_target_without_memory(wide):
+def test_a_target_without_memory(wide):
     with pytest.raises(InvalidAddressError) as caught:
         wide.read(0x13000, 4)
     assert (caught.value.addr, caught.value.target) == (0x13000, 0xF000)
     assert not wide.check_range(0x13000, 4, R)
 
 
-def test_8_2_5_a_target_with_memory_for_a_part(wide):
+def test_a_target_with_memory_for_a_part(wide):
     assert wide.read_some(0x14000, bytearray(0x2000)) == 0x1000
     with pytest.raises(PartialAccessError) as caught:
         wide.write(0x14000, bytes(0x2000))
@@ -211,24 +211,24 @@ def test_8_2_5_a_target_with_memory_for_a_part(wide):
     assert (error.__cause__.addr, error.__cause__.target) == (0x15000, 0x6000)
 
 
-def test_8_2_6_empty_writes(wide):
-    """The second fails upstream."""
+def test_empty_writes(wide):
+    """vm-memory fails the second."""
     assert wide.write_some(0x99999, b"") == 0
     assert wide.write_some(0x12800, b"") == 0
 
 
-def test_8_2_7_an_object_over_two_translations(wide):
+def test_an_object_over_two_translations(wide):
     with pytest.raises(MisalignedError):
         wide.load(0x10FFC, 8)
     wide.write_obj(0x10FFC, np.uint64(0x0123456789ABCDEF))
     assert wide.read_obj(0x10FFC, np.uint64) == 0x0123456789ABCDEF
 
 
-def test_8_2_8_slices(wide):
+def test_slices_end_at_page_boundaries_of_the_iommu(wide):
     assert [len(piece) for piece in wide.slices(0x10000, 0x3000, R)] == [0x1000] * 3
 
 
-def test_8_2_9_and_10_disabled(wide):
+def test_a_disabled_iommu_passes_addresses_through(wide):
     wide.enabled = False
     wide.write(0x5000, b"four")
     assert dirty(wide) == ([], [1, 0])

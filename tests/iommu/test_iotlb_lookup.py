@@ -1,4 +1,4 @@
-"""The IOTLB: vectors 7."""
+"""Lookups in an IOTLB: merged entries, permissions, misses, and ends of the address space."""
 
 from itertools import pairwise
 
@@ -19,10 +19,10 @@ def outcome(iotlb, iova, length, access):
         return fails.misses, fails.access_fails
 
 
-X4 = [(0x1000, 0x1000, 0x8000, R)]
-X6 = [*X4, (0x3000, 0x1000, 0x20000, RW)]
-X8 = [*X6, (0x1400, 0x100, 0x9000, RW)]
-X12 = [(0x1000, 0x200, MAX - 0xFF, R)]
+READ_ONLY = [(0x1000, 0x1000, 0x8000, R)]
+WITH_A_HOLE = [*READ_ONLY, (0x3000, 0x1000, 0x20000, RW)]
+SPLIT = [*WITH_A_HOLE, (0x1400, 0x100, 0x9000, RW)]
+WRAPPING = [(0x1000, 0x200, MAX - 0xFF, R)]
 PERMS = [(42, 123, 87, R), (165, 234, 210, W)]
 MERGE = [(42, 123, 87, RW), (165, 234, 210, RW)]
 INVAL = [(42, 123, 87, RW)]
@@ -31,7 +31,7 @@ CASES = [
     ("merge-1", MERGE, [], (42, 357, RW), [(87, 357)]),
     ("merge-2", MERGE, [], (164, 2, RW), [(209, 2)]),
     (
-        "nomerge",
+        "targets-apart",
         [(42, 123, 87, RW), (165, 234, 87, RW)],
         [],
         (42, 357, RW),
@@ -48,36 +48,48 @@ CASES = [
     ("inval-3", INVAL, [(103, 3)], (42, 123, RW), ([(103, 3)], [])),
     ("inval-4", INVAL, [(103, 3)], (106, 59, RW), [(151, 59)]),
     ("inval-5", INVAL, ["all"], (42, 123, RW), ([(42, 123)], [])),
-    # Upstream fails x4: an access of 0 bytes inside an entry that forbids it.
-    ("x4", X4, [], (0x1800, 0, W), []),
-    ("x5", X4, [], (0x1000, 0, W), []),
-    ("x5", X4, [], (0x2000, 0, W), []),
-    ("x5", X4, [], (0x5000, 0, RW), []),
+    # vm-memory fails here.
+    ("nothing-in-a-forbidding-entry", READ_ONLY, [], (0x1800, 0, W), []),
+    ("nothing-at-its-start", READ_ONLY, [], (0x1000, 0, W), []),
+    ("nothing-at-its-end", READ_ONLY, [], (0x2000, 0, W), []),
+    ("nothing-in-a-hole", READ_ONLY, [], (0x5000, 0, RW), []),
     (
-        "x6",
-        X6,
+        "misses-and-refusals",
+        WITH_A_HOLE,
         [],
         (0x800, 0x4000, W),
         ([(0x800, 0x800), (0x2000, 0x1000), (0x4000, 0x800)], [(0x1000, 0x1000)]),
     ),
-    ("x7", X6, [], (0x1000, 0x3000, R), ([(0x2000, 0x1000)], [])),
-    ("x8", X8, [], (0x1000, 0x1000, R), [(0x8000, 0x400), (0x9000, 0x100), (0x8500, 0xB00)]),
-    ("x9", X8, [], (0x1000, 0x1000, W), ([], [(0x1000, 0x400), (0x1500, 0xB00)])),
-    ("x10", [*X8, (0x1400, 0x100, 0x8400, R)], [], (0x1000, 0x1000, R), [(0x8000, 0x1000)]),
+    ("a-hole", WITH_A_HOLE, [], (0x1000, 0x3000, R), ([(0x2000, 0x1000)], [])),
     (
-        "x11",
-        [*X8, (0x1400, 0x100, 0x8400, R), (0x2000, 0x1000, 0x9000, RW)],
+        "replaced-within",
+        SPLIT,
+        [],
+        (0x1000, 0x1000, R),
+        [(0x8000, 0x400), (0x9000, 0x100), (0x8500, 0xB00)],
+    ),
+    (
+        "replaced-within-by-more-rights",
+        SPLIT,
+        [],
+        (0x1000, 0x1000, W),
+        ([], [(0x1000, 0x400), (0x1500, 0xB00)]),
+    ),
+    ("put-back", [*SPLIT, (0x1400, 0x100, 0x8400, R)], [], (0x1000, 0x1000, R), [(0x8000, 0x1000)]),
+    (
+        "put-back-and-continued",
+        [*SPLIT, (0x1400, 0x100, 0x8400, R), (0x2000, 0x1000, 0x9000, RW)],
         [],
         (0x1000, 0x2000, R),
         [(0x8000, 0x1000), (0x9000, 0x1000)],
     ),
-    ("x12", X12, [], (0x1080, 0x100, R), [(0xFFFFFFFFFFFFFF80, 0x100)]),
-    ("x12", X12, [], (0x1100, 0x10, R), [(0, 0x10)]),
-    ("x13", [(0, 0x10, 0x5000, NONE)], [], (0, 0x10, NONE), [(0x5000, 0x10)]),
-    ("x13", [(0, 0x10, 0x5000, NONE)], [], (0, 0x10, R), ([], [(0, 0x10)])),
+    ("target-wraps", WRAPPING, [], (0x1080, 0x100, R), [(0xFFFFFFFFFFFFFF80, 0x100)]),
+    ("target-has-wrapped", WRAPPING, [], (0x1100, 0x10, R), [(0, 0x10)]),
+    ("no-rights-needed", [(0, 0x10, 0x5000, NONE)], [], (0, 0x10, NONE), [(0x5000, 0x10)]),
+    ("no-rights-granted", [(0, 0x10, 0x5000, NONE)], [], (0, 0x10, R), ([], [(0, 0x10)])),
     (
-        "x14",
-        X12,
+        "invalidated-at-both-ends",
+        WRAPPING,
         [(0x1010, 0x10), (0x1100, 0x1000)],
         (0x1000, 0x200, R),
         ([(0x1010, 0x10), (0x1100, 0x100)], []),
@@ -120,7 +132,6 @@ def test_lookups(mappings, invalidations, lookup, expected):
         (0, 2**64, True),
         (1, 2**64, False),
     ],
-    ids=lambda v: f"x1-x3 {v}",
 )
 def test_where_a_mapping_may_end(iova, length, fits):
     """x1 to x3: the original panics, and cannot map the last byte."""
@@ -156,3 +167,28 @@ def test_targets_of_batches_that_span_entries():
     assert (targets.tolist(), status.tolist()) == ([0x1004, 0x1004, 0], [0, 0, 1])
     targets, status = iotlb.lookup_many([4], [20], W)
     assert (targets.tolist(), status.tolist()) == ([0], [2])
+
+
+def test_every_range_of_the_space_can_be_mapped():
+    """vm-memory panics at a length of 0 and at an end of 2**64."""
+    top, iotlb = 2**64, Iotlb()
+    for start, length in ((top - 1, 1), (top - 0x1000, 0x1000), (0, top)):
+        iotlb.set_mapping(start, 0x5000, length, RW)
+        assert iotlb.lookup(top - 1, 1, RW) == [((0x5000 + top - 1 - start) % top, 1)]
+        iotlb.invalidate_mapping(top - 1, 1)
+        with pytest.raises(IotlbFails) as caught:
+            iotlb.lookup(top - 1, 1, R)
+        assert caught.value.misses == [(top - 1, 1)]
+        iotlb.invalidate_all()
+    iotlb.set_mapping(0x1000, 0, 0x1000, RW)
+    before = list(iotlb)
+    for refused in (
+        lambda: iotlb.set_mapping(0x1000, 0, 0, RW),
+        lambda: iotlb.set_mapping(top - 1, 0, 2, RW),
+        lambda: iotlb.invalidate_mapping(0x1000, 0),
+        lambda: iotlb.invalidate_mapping(top - 1, 2),
+        lambda: iotlb.lookup(top - 1, 2, R),
+    ):
+        with pytest.raises(ValueError, match=r"greater than 0|passes 2\*\*64"):
+            refused()
+    assert list(iotlb) == before

@@ -1,4 +1,4 @@
-"""The memory mapper beyond its vectors: several clients, limits, events, exported memory."""
+"""Clients of a memory mapper: events, faults, time limits, exported memory."""
 
 import asyncio
 import logging
@@ -107,7 +107,7 @@ class TestEvent:
 
 
 class TestWholeSpace:
-    """Law L5."""
+    """The whole 64-bit space can be mapped."""
 
     def test_the_last_byte(self):
         mapper = mapper_of((MAX, 1, MAX, RW))
@@ -285,7 +285,7 @@ class TestTimeLimit:
 
 
 class TestExportedRegion:
-    """Memory in a client's hands; A10 of the wishes."""
+    """Memory that a client holds."""
 
     def setup_method(self):
         self.physical = GuestRegionCollection.from_ranges([(0, 0x10000)])

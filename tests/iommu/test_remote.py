@@ -69,7 +69,7 @@ def remote(mapper):
         yield client.mapper(3)
 
 
-def test_9_4_the_request_arrives_and_so_does_the_answer():
+def test_an_export_reaches_the_server_and_is_answered():
     class Source:
         def open_session(self):
             session = mapper_of((0x555, 1, 0x777, RW)).open_session()

@@ -1,4 +1,4 @@
-"""Law L1 under threads: no access after an acknowledged invalidation, no deadlock.
+"""Invariant L1 under threads: no access after an acknowledged invalidation, no deadlock.
 
 Guest pages come and go at I/O addresses. As soon as the IOTLB says that a mapping is gone, its
 page is poisoned: whoever still reads it sees poison, whoever still writes it destroys poison. Pages

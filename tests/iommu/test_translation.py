@@ -1,4 +1,4 @@
-"""What vm-memory's IOMMU side can do and no other test pins; see docs/coming-from-vm-memory.md."""
+"""Translation by an IOMMU's tables: what is asked for, explained, counted, and shared by views."""
 
 import io
 

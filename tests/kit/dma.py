@@ -1,4 +1,4 @@
-"""What the tests of DMA maps share."""
+"""Regions, and the events that targets of DMA maps record."""
 
 from guestio.dma import DmaMapRequest, MappingType, Region, RegionManager
 from guestio.testing.targets import DmaEvent, RecordingTarget
@@ -28,5 +28,5 @@ def region_at(
     priority: int = 0,
     kind: MappingType = MappingType.DEVICE,
 ) -> Region:
-    """A region of ``[start, end)``, of kind ``DEVICE`` as in the vectors."""
+    """A region of ``[start, end)``; of kind ``DEVICE`` unless told otherwise."""
     return manager.new_region(f"{start:#x}", start, end - start, priority, kind)

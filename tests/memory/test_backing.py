@@ -457,3 +457,41 @@ def test_an_address_or_a_region_can_be_looked_for():
         "0x1000" in memory  # noqa: B015
     with pytest.raises(ValueError):
         -1 in memory  # noqa: B015
+
+
+def test_private_memory_is_not_shared_and_files_are(tmp_path):
+    """Without a file private and zeroed; with one, what is written is in the file."""
+    path = tmp_path / "ram"
+    path.write_bytes(bytes(0x2000))
+    shared = MmapRegion(0x1000, Backing.from_file(path))
+    memory = GuestRegionCollection.from_regions([MmapRegion.anonymous(0, 0x1000), shared])
+    assert memory.read(0, 0x1000) == bytes(0x1000)
+    memory.write(0xFFC, b"12345678")
+    assert path.read_bytes()[:4] == b"5678"
+    modes = []
+    for region in memory:
+        at = region.host_address()
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            first, last = (int(part, 16) for part in line.split()[0].split("-"))
+            if first <= at < last:
+                modes.append(line.split()[1])
+    assert modes == ["rw-p", "rw-s"]
+
+
+def test_adopted_memory_stays_the_owners():
+    """Any address can be adopted by way of ctypes, aligned or not; closing does not unmap it."""
+    owner = np.zeros(0x2001, np.uint8)
+    at = owner.ctypes.data + 1
+    backing = Backing.from_buffer((ctypes.c_uint8 * 0x1000).from_address(at))
+    assert (backing.host_address, backing.fd, backing.file_offset) == (at, None, None)
+    memory = GuestRegionCollection.from_regions([MmapRegion(0, backing)])
+    memory.write(0, b"adopted")
+    assert owner[1:8].tobytes() == b"adopted"
+    del memory
+    backing.close()
+    owner[1] = 1
+
+
+def test_memory_of_ordinary_pages_says_so():
+    assert not MmapRegion.anonymous(0, 0x1000).is_hugetlbfs
+    assert not MmapRegion.memfd(0, 0x1000).is_hugetlbfs

@@ -300,13 +300,15 @@ class TestServing:
     def test_stopping_under_load(self, tmp_path: Path, path: Path) -> None:
         image = tmp_path / "image"
         image.write_bytes(bytes(1 << 20))
-        device = BlockDevice(image)
-        with Serving(device, path):
-            guest = ScriptedGuest(path)
-            for _ in range(100):
-                guest.submit_read(0, 4096)
-        guest.close()
-        device.close()
+        with nothing_left():
+            device = BlockDevice(image)
+            with Serving(device, path):
+                guest = ScriptedGuest(path)
+                for _ in range(100):
+                    guest.submit_read(0, 4096)
+            guest.close()
+            device.close()
+        assert not path.exists()
 
     def test_polling_for_requests(self, device: Mirror, path: Path) -> None:
         with Serving(device, path, poll_us=200), Driver(path, queues=2) as driver:

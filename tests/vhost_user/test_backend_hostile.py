@@ -321,7 +321,9 @@ def test_a_message_byte_by_byte(served: Serving) -> None:
             time.sleep(0.001)
         received = b""
         while len(received) < 40:
-            received += raw.sock.recv(100)
+            received += (part := raw.sock.recv(100))
+            assert part, "the back-end closed the connection"
+        assert received[:20] == received[20:]
 
 
 def test_one_that_never_reads(served: Serving, caplog: pytest.LogCaptureFixture) -> None:

@@ -627,11 +627,12 @@ class TestImages:
     def test_a_closed_device_touches_no_other_file(self, image: Path, tmp_path: Path) -> None:
         device = BlockDevice(image)
         disk = Disk(device)
+        number = device._fd
         device.close()
         other = tmp_path / "other"
         with other.open("w+b") as file:
-            # The number that was the image's is somebody else's now.
-            assert file.fileno() >= 0
+            # The number that the image had now leads to this file.
+            held = os.dup2(file.fileno(), number) if file.fileno() != number else None
             file.write(b"o" * 4096)
             file.flush()
             for served in (True, False):
@@ -641,6 +642,8 @@ class TestImages:
             assert disk.run(T_FLUSH).status == S_IOERR
             assert disk.trim(T_DISCARD, (0, 8, 0)) == S_IOERR
             assert disk.trim(T_WRITE_ZEROES, (0, 8, 0)) == S_IOERR
+            if held is not None:
+                os.close(held)
         assert other.read_bytes() == b"o" * 4096
 
 

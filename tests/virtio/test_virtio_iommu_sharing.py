@@ -253,7 +253,7 @@ def resident():
 
 
 def test_accesses_of_many_threads_while_pages_and_endpoints_come_and_go():
-    """Law L1 with a shared map: after an answer no endpoint reaches what was taken away."""
+    """Invariant L1 with a shared map: after an answer no endpoint reaches what was taken away."""
     iommu = VirtioIommu(endpoints=[8, 9, 10])
     send_all(iommu, *(attach(number, 1) for number in (8, 9, 10)))
     physical = GuestRegionCollection.from_ranges([(0, 0x10000)])
@@ -467,3 +467,30 @@ def test_machine():
     run_state_machine_as_test(
         Machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
     )
+
+
+class TestTwoEndpoints:
+    """A second endpoint sees the domain's mappings, and the first keeps them."""
+
+    def test_both_see_what_was_and_what_comes(self, physical):
+        iommu = VirtioIommu(endpoints=[8, 9])
+        targets = {n: LedgerTarget() for n in (8, 9)}
+        memory = {n: iommu.endpoint(n).memory(physical) for n in (8, 9)}
+        for number, target in targets.items():
+            iommu.endpoint(number).add_target(target, physical)
+        send_all(iommu, attach(8, 1), map_(1, 0, PAGE - 1, PAGE), attach(9, 1))
+        send_all(iommu, map_(1, PAGE, 2 * PAGE - 1, 0))
+        for number in (8, 9):
+            assert memory[number].check_range(0, 2 * PAGE, Permissions.READ_WRITE)
+            assert targets[number].ranges() == [(0, PAGE), (PAGE, PAGE)]
+        send_all(iommu, unmap(1, 0, PAGE - 1))
+        for number in (8, 9):
+            assert not memory[number].check_range(0, 1)
+            assert targets[number].ranges() == [(PAGE, PAGE)]
+
+    def test_removing_a_device_leaves_the_domain(self, physical):
+        iommu = VirtioIommu(endpoints=[8, 9])
+        send_all(iommu, attach(8, 1), attach(9, 1), map_(1, 0, PAGE - 1, 0))
+        iommu.remove_endpoint(8)
+        assert iommu.endpoint(9).memory(physical).check_range(0, PAGE)
+        assert send(iommu, map_(1, 0, PAGE - 1, 0)) is INVAL

@@ -201,7 +201,7 @@ class TestFollowing:
 
 
 class TestRefusals:
-    """Law L2: a request that fails at one target leaves no trace at any."""
+    """Invariant L2: a request that fails at one target leaves no trace at any."""
 
     @pytest.fixture
     def targets(self, iommu, physical):
@@ -300,7 +300,7 @@ class TestRefusals:
         assert [len(t.ranges()) for t in targets] == [1, 1, 1]
 
     def test_a_rollback_that_fails_is_kept_in_mind(self, iommu, physical):
-        """Law L4: what a target does not give up is stuck, visible, and tried again."""
+        """Invariant L4: what a target does not give up is stuck, visible, and tried again."""
         good, bad = LedgerTarget(), LedgerTarget()
         handle = iommu.endpoint(8).add_target(good, physical)
         iommu.endpoint(9).add_target(bad, physical)

@@ -222,7 +222,7 @@ def test_sessions_of_one_domain_fault_apart():
 
 
 class TestAccessesThatHaveBegun:
-    """Law L1: the answer waits for them, and no later access gets through."""
+    """Invariant L1: the answer waits for them, and no later access gets through."""
 
     def memory(self, iommu):
         physical = GuestRegionCollection.from_ranges([(0, 0x10000)])
