@@ -162,7 +162,8 @@ class VhostUserNet:
         if self.whole:
             numbers = f"virtio-id={self.virtio_id},num_vqs={2 * self.queue_pairs + 1},vq_size=256"
             device = f"vhost-user-test-device-pci,chardev=vhost{index},{numbers},config_size=12"
-            return [*common, "-device", device + viommu.device_options(index)]
+            behind = viommu.device_options(index).replace(",disable-legacy=on", "")
+            return [*common, "-device", device + behind]
         return [
             *common,
             *("-netdev", f"vhost-user,id=net{index},chardev=vhost{index}{queues}"),
