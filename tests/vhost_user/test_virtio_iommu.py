@@ -182,10 +182,36 @@ def test_more_requests_than_may_wait(
     session = iommu.endpoint(8).open_session()
     session.export(0, 1)
     sent = [guest.send(unmap(1, 0, PAGE - 1))]
-    sent += [guest.send(map_(1, n * PAGE, (n + 1) * PAGE - 1, 0)) for n in range(1, 20)]
-    until(lambda: guest.rings[REQUESTS].offered == 22)
+    # In any other order some of them would be refused.
+    toggles = [map_(1, PAGE, 2 * PAGE - 1, 0), unmap(1, PAGE, 2 * PAGE - 1)] * 100
+    sent += [guest.send(request) for request in toggles[:24]]
+    until(lambda: len(iommu._server._backlog) == 21)
+    assert iommu._requests.waiting == 4
     session.close()
-    assert [guest.answer(number) for number in sent] == [bytes(4)] * 20
+    for request in toggles[24:]:
+        assert guest.answer(sent[-24]) == bytes(4)
+        sent.append(guest.send(request))
+    for number in sent[-24:]:
+        assert guest.answer(number) == bytes(4)
+    assert iommu.snapshot()["domains"][0]["mappings"] == []
+
+
+def test_requests_that_have_not_begun_fail_at_a_stop(
+    iommu: VirtioIommu, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("serving", "device"):
+        monkeypatch.setattr(f"guestio.virtio.iommu.{module}.IOMMU_WAITING_REQUESTS", 2)
+    guest.check(attach(8, 1), map_(1, 0, PAGE - 1, 0))
+    session = iommu.endpoint(8).open_session()
+    session.export(0, 1)
+    sent = [guest.send(unmap(1, 0, PAGE - 1))]
+    sent += [guest.send(map_(1, n * PAGE, (n + 1) * PAGE - 1, 0)) for n in range(1, 5)]
+    until(lambda: len(iommu._server._backlog) == 3)
+    guest.stop(REQUESTS)
+    # The client was revoked, so those that had begun were carried out.
+    assert [guest.answer(number)[0] for number in sent] == [0, 0, *[Status.DEVERR] * 3]
+    assert len(iommu.snapshot()["domains"][0]["mappings"]) == 1
+    assert iommu._server._waiting == 0
 
 
 def test_a_stop_does_not_wait_for_clients(iommu: VirtioIommu, guest: Guest) -> None:

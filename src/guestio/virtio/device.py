@@ -1,4 +1,4 @@
-"""What a virtual device is, whoever carries its queues."""
+"""What a virtual device is, whatever transport serves its queues."""
 
 from __future__ import annotations
 
@@ -65,8 +65,7 @@ class Device(ABC):
         num_queues: How many virtqueues it has.
         device_queues: Indices of those in which the device speaks first: their buffers stay in the
             ring, untranslated, until the device takes them by ``host.queue(index)``.
-        features: Feature bits of its own; those of the transport and the rings are added by
-            whoever carries the queues.
+        features: Feature bits of its own; the transport adds its own and those of the rings.
         error_status: The value of a request's last device-writable byte that tells the driver that
             the request failed. None if the device type has no such byte.
         server: Serves the simple requests in the compiled core; :meth:`process` is given the
@@ -88,15 +87,15 @@ class Device(ABC):
 
         What is done quickly is done here, and the number returned. What takes time (a disk, a
         peer, a sleep) goes to a thread, and a future of the number is returned, as
-        ``ThreadPoolExecutor.submit`` makes one: the carrier serves others meanwhile and gives the
+        ``ThreadPoolExecutor.submit`` makes one: the host serves others meanwhile and gives the
         request back when the future is done, from whichever thread. Requests may overtake each
         other that way; a device that owes its driver an order keeps it itself.
 
         A future should get done by itself, in bounded time, whatever the driver does or omits:
-        before a queue is stopped or reset, or memory goes away, its carrier calls :meth:`stopping`
+        before a queue is stopped or reset, or memory goes away, the host calls :meth:`stopping`
         and waits for all that are under way, a second by default. Those that are still not done
         then fail and are cancelled, and their late answers go nowhere. Until the future is done, or
-        the carrier has given it up, the memory of ``chain`` may be used; afterwards its vectors are
+        the host has given it up, the memory of ``chain`` may be used; afterwards its vectors are
         empty, and an access raises :class:`InvalidAddressError`.
 
         What does not return at all keeps its queue from being served, and without queue threads
@@ -142,7 +141,7 @@ class Device(ABC):
         last byte that the driver wanted written. The default writes :attr:`error_status` there, if
         the device type has one. For a request that :meth:`process` answered with a future, this is
         called in the thread that finished it, while other requests of the queue may be processed;
-        for one that was given up, in the carrier's thread. If this raises, the default is done.
+        for one that was given up, in the loop's thread. If this raises, the default is done.
 
         Returns:
             How many bytes were written, as from :meth:`process`; at once.
@@ -155,8 +154,8 @@ class Device(ABC):
     def stopping(self, queue: int) -> None:
         """Finish or give up what :meth:`process` has not answered yet: the queue is about to stop.
 
-        Called before the carrier waits for the queue's requests: when it stops, is reset, or lets
-        go of its memory for a moment. It is called in the carrier's thread and should return at
+        Called before the host waits for the queue's requests: when it stops, is reset, or lets
+        go of its memory for a moment. It is called in the loop's thread and should return at
         once; futures may be completed or cancelled in it. The default does nothing.
         """
 
@@ -191,7 +190,7 @@ class Device(ABC):
         Returns:
             None, or what is to happen before the driver is told that the reset is done: what it
             gave the device is still in use elsewhere. That is waited for as long as a stop may
-            take, in the carrier's thread. Whatever else a device returns is ignored.
+            take, in the loop's thread. Whatever else a device returns is ignored.
         """
         return None
 
@@ -207,7 +206,7 @@ class Device(ABC):
 def settled(answer: int | Future[int]) -> int:
     """What :meth:`Device.process` answered, waited for if it comes later.
 
-    For a carrier of queues that has nobody else to serve meanwhile.
+    For a caller of ``process`` that has nothing else to do meanwhile.
 
     Raises:
         GuestioError: Whatever the future ended with.

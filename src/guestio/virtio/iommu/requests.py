@@ -2,7 +2,7 @@
 
 A request is a generator: it yields events to wait for and returns its answer. Each names what it
 touches (domains, endpoints, targets); a request waits for all earlier ones that touch something of
-the same, and for nobody else. While it runs, nobody else touches those things, so that it needs no
+the same, and for no other. While it runs, no other request touches those things, so it needs no
 lock and may call targets and clients.
 """
 
@@ -169,7 +169,7 @@ class RequestQueue:
         except StopIteration as finished:
             self._finish(job, finished.value)
         except BaseException as error:
-            # Whatever it was, nobody behind it may wait for a request that has ended.
+            # Whatever it was, no request behind it may wait for one that has ended.
             if not job.raises:
                 LOG.report(
                     _log,

@@ -54,6 +54,8 @@ class RequestServer:
         self._lock = threading.Lock()
         self._waiting = 0
         self._backlog: deque[Request] = deque()
+        # A thread begins requests of the backlog: no other request may overtake them.
+        self._beginning = False
 
     def use(self, schedule: Callable[[Callable[[], None]], None]) -> None:
         """Begin requests of the backlog through this, in the loop that serves the queue."""
@@ -62,7 +64,7 @@ class RequestServer:
     def serve(self, chain: Chain) -> int | Future[int]:
         """Answer a request; see :meth:`Device.process`."""
         with self._lock:
-            if self._backlog or self._waiting >= IOMMU_WAITING_REQUESTS:
+            if self._backlog or self._beginning or self._waiting >= IOMMU_WAITING_REQUESTS:
                 later: Future[int] = Future()
                 self._backlog.append((chain, later))
                 return later
@@ -90,7 +92,7 @@ class RequestServer:
             return written
         if later is None:
             later = Future()
-            # It cannot be cancelled: what has begun goes on, whoever hears the answer.
+            # It cannot be cancelled: what has begun goes on, even if its answer goes nowhere.
             later.set_running_or_notify_cancel()
         answered = functools.partial(self._answered, chain, later, answer)
         answer.add_callback(answered)
@@ -99,6 +101,9 @@ class RequestServer:
     def _end(self) -> None:
         with self._lock:
             self._waiting -= 1
+            more = self._backlog and not self._beginning
+        if more:
+            self._schedule(self._go_on)
 
     def _answered(self, chain: Chain, later: Future[int], answer: Pending) -> None:
         """Give an answer that came later, in the thread that it came in."""
@@ -108,32 +113,41 @@ class RequestServer:
             later.set_exception(error)
         finally:
             self._end()
-            if self._backlog:
-                self._schedule(self._go_on)
 
     def _go_on(self) -> None:
-        """Begin requests of the backlog, as many as may wait."""
+        """Begin requests of the backlog, as many as may wait, in one thread at a time."""
         until = time.monotonic() + TURN_SECONDS
-        while (request := self._next()) is not None:
+        with self._lock:
+            if self._beginning:
+                return
+            self._beginning = True
+        while (request := self._next(until)) is not None:
             chain, later = request
             try:
                 written = self._begin(chain, later)
-            except Exception as error:
+            except BaseException as error:
                 later.set_exception(error)
+                if not isinstance(error, Exception):
+                    self._beginning = False
+                    raise
             else:
                 if isinstance(written, int):
                     later.set_result(written)
-            if time.monotonic() >= until:
-                self._schedule(self._go_on)
-                return
 
-    def _next(self) -> Request | None:
+    def _next(self, until: float) -> Request | None:
+        """The next request to begin; None if there is none, or if it is time for others."""
         with self._lock:
             while self._backlog and self._waiting < IOMMU_WAITING_REQUESTS:
+                if time.monotonic() >= until:
+                    break
                 chain, later = self._backlog.popleft()
                 if later.set_running_or_notify_cancel():
                     self._waiting += 1
                     return chain, later
+            self._beginning = False
+            more = self._backlog and self._waiting < IOMMU_WAITING_REQUESTS
+        if more:
+            self._schedule(self._go_on)
         return None
 
     def drop_backlog(self) -> None:
