@@ -184,7 +184,7 @@ class Backend:
     def __repr__(self) -> str:
         kind = type(self.device).__name__
         served = "serving" if self._serving else "not serving"
-        return f"<Backend of {kind} on {self.path}: {served}, {self.statistics}>"
+        return f"<Backend of {kind}, {self.ready_line}: {served}, {self.statistics}>"
 
     def serve(self, connections: int | None = None) -> None:
         """Serve front-ends until :meth:`stop` is called, or the only front-end is gone.

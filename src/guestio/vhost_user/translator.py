@@ -137,7 +137,8 @@ class VhostUserTranslator:
             self._unsent += unsent
             self._blocked()
         if unrequested:
-            self._send(unrequested)
+            with self._lock:
+                self._send(unrequested)
 
     def receive(self, channel: Channel) -> bool:
         """Apply a run of plain messages from the main channel; False if none has arrived."""
