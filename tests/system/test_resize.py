@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lab.guest import MIB, Guest, Script, VhostUserDisk, Viommu
 from lab.parts import Kernel
+from lab.uml import UmlGuest, uml_kernel
 
 FIRST, LARGER, LARGEST, SMALLER = 4 * MIB, 12 * MIB, 16 * MIB, 8 * MIB
 
@@ -52,10 +54,25 @@ def test_linux_sees_another_size(
     tmp_path: Path,
     guest_kernel: Kernel,
 ) -> None:
-    image, path, log = disk_image(FIRST), tmp_path / "blk.sock", tmp_path / "blk.log"
+    _sees_another_size(disk_image(FIRST), tmp_path, Guest, viommu=viommu)
+
+
+def test_a_kernel_in_a_process_sees_another_size(
+    disk_image: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Another front-end: User-mode Linux itself."""
+    uml_kernel()
+    _sees_another_size(disk_image(FIRST), tmp_path, UmlGuest, "--iommu", "off")
+
+
+def _sees_another_size(
+    image: Path, tmp_path: Path, kind: type[Guest], *options: str, **description: Any
+) -> None:
+    path, log = tmp_path / "blk.sock", tmp_path / "blk.log"
     with log.open("wb") as stderr:
         blk = subprocess.Popen(
-            [sys.executable, "-m", "guestio", "blk", image, "--socket", path], stderr=stderr
+            [sys.executable, "-m", "guestio", "blk", image, "--socket", path, *options],
+            stderr=stderr,
         )
 
     def logged(text: str) -> None:
@@ -72,7 +89,7 @@ def test_linux_sees_another_size(
 
     try:
         logged("listening on")
-        guest = Guest(disks=[VhostUserDisk(path)], viommu=viommu, scripts=[Script("resize", WORK)])
+        guest = kind(disks=[VhostUserDisk(path)], scripts=[Script("resize", WORK)], **description)
         with guest.boot(tmp_path / "guest") as running:
             for fact, size in (("first", LARGER), ("larger", LARGEST), ("largest", SMALLER)):
                 running.wait_for(f"FACT at={fact}", 240)
