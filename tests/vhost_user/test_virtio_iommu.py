@@ -15,7 +15,7 @@ from guestio import CannotResolveError
 from guestio.virtio.iommu import FaultRecord, Status, VirtioIommu, wire
 from tests.kit.iommu_driver import MSI, PAGE, LedgerTarget, attach, map_, probe, unmap
 from tests.kit.rings import WRITE, Desc
-from tests.kit.serving import SLACK, Driver, Serving, nothing_left, until
+from tests.kit.serving import SLACK, WAIT, Driver, Serving, nothing_left, until
 
 REQUESTS, EVENTS = 0, 1
 NOWHERE = 1 << 30
@@ -86,7 +86,9 @@ def iommu() -> VirtioIommu:
 def serving(
     iommu: VirtioIommu, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Serving]:
-    with Serving(iommu, tmp_path / "socket", queue_threads=request.param) as made:
+    # A stop has time for what it waits for, on a busy machine as well.
+    options = {"queue_threads": request.param, "stop_timeout": WAIT}
+    with Serving(iommu, tmp_path / "socket", **options) as made:
         yield made
 
 
