@@ -2,7 +2,7 @@
 
 Back ends take turns on the same image, on a real disk. Before each measurement the image is dropped
 from the page cache, and it is large enough that hardly a page is read twice. Many disks of rented
-machines serve a burst quickly and then slow down, whoever asks: runs are short, with pauses.
+machines serve a burst quickly and then slow down, for any program: runs are short, with pauses.
 
 For the flushes, one queue writes a few blocks and flushes, over and over, while another reads what
 is cached, one block at a time; the latency of those reads is shown.

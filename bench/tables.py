@@ -406,7 +406,7 @@ def changes(sizes: list[int], rounds: int) -> list[Report]:
 
 
 def growth(sizes: list[int], rounds: int) -> Report:
-    """Our own changes, at other random places each time; nobody else uses the caches meanwhile.
+    """Our own changes, at other random places each time; nothing else uses the caches meanwhile.
 
     The maps grow by a tenth at most, and shrink again.
     """

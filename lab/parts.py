@@ -244,7 +244,7 @@ def _newest(cache: Path, flavour: str) -> Kernel | None:
 
 @contextlib.contextmanager
 def locked(cache: Path, tell: Progress) -> Iterator[None]:
-    """Hold a directory's lock, which is made with it; waits for whoever holds it."""
+    """Hold a directory's lock, which is made with it; waits while another process holds it."""
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         try:

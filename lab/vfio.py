@@ -128,7 +128,7 @@ class VfioGuest(Guest):
             qemu,
             *("-accel", "tcg,thread=single", "-cpu", "max,la57=off"),
             # Time in the guest is instructions done, and leaps while nothing is to be done: a
-            # busy host confuses no timer, and nobody waits 100 ms for each transfer of edu.
+            # busy host confuses no timer, and no transfer of edu takes 100 ms.
             *("-icount", "shift=3,sleep=off"),
             *("-machine", "q35,kernel-irqchip=off"),
             *("-smp", str(self.smp), "-m", f"{self.memory // MIB}M"),

@@ -1,4 +1,4 @@
-"""A bounded number of log lines, and no line that nobody hears of."""
+"""A bounded number of log lines, and no line that stays hidden."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_flood_for_a_day(clock: Clock, caplog: pytest.LogCaptureFixture) -> No
     assert len(found) <= 8640 / 10 * 11 + 11
 
 
-def test_somebody_is_told_once_that_lines_are_hidden(clock: Clock) -> None:
+def test_the_watcher_is_called_once_when_lines_are_hidden(clock: Clock) -> None:
     limited = RateLimitedLog(burst=1, lines=10, interval=10)
     told: list[float] = []
     limited.watch(told.append)

@@ -1,5 +1,5 @@
 # Direct 4 KiB reads and writes from several processes at once, two on each CPU: a writer that
-# reads back what it wrote, and a reader of an area that nobody writes.
+# reads back what it wrote, and a reader of an area that is not written.
 #   DISK             block device (/dev/vda)
 #   PARALLEL_BLOCKS  4 KiB blocks in each process's area (256)
 #   PARALLEL_ROUNDS  passes of each process over its area (4)

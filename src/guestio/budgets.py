@@ -66,7 +66,7 @@ taken them."""
 
 CLOSE_GRACE = 0.02
 """Seconds that closing a peer's descriptors is waited for, so that in the ordinary case they are
-closed afterwards. What takes longer goes on in its thread; nobody waits while there is such one."""
+closed afterwards. What takes longer goes on in its thread; until then no close is waited for."""
 
 MAX_CLOSERS = 256
 """Threads that close descriptors of peers at the same time, in the whole process. Each takes one

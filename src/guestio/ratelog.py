@@ -1,8 +1,8 @@
 """Log lines that a guest, a peer or a device may cause any number of times.
 
 The first few of a kind are logged at once, and then only counted until the interval is over; the
-count is logged then. There is one limit for the whole process, so that whoever connects anew does
-not begin anew.
+count is logged then. There is one limit for the whole process: a peer that connects again gets no
+new one.
 
 What foreign code says, an exception's text above all, goes into a line through :func:`one_line`: it
 may raise when it is asked, hold line breaks, or be megabytes long.
@@ -106,7 +106,7 @@ class RateLimitedLog:
         self._log_counts(over)
 
     def watch(self, watcher: Callable[[float], None]) -> None:
-        """Have somebody told that lines are only counted from now on, who will call :meth:`flush`.
+        """Call ``watcher`` when lines are only counted from now on; it must see to a :meth:`flush`.
 
         Args:
             watcher: Called from any thread with the seconds that the interval still has.

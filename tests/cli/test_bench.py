@@ -236,7 +236,7 @@ def test_a_failure_is_one_line_and_status_1(
 
 
 def test_wrong_contents_are_a_failure(tmp_path: Path, serve: Callable[..., Any]) -> None:
-    """Somebody else writes to the image while it is verified."""
+    """Another process writes to the image while it is verified."""
     serve()
     process = subprocess.Popen(
         [

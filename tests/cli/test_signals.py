@@ -74,7 +74,7 @@ def program(directory: Path, before: str = "", *options: str) -> Iterator[Progra
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_nobody_is_there(tmp_path: Path, number: int) -> None:
+def test_without_a_front_end(tmp_path: Path, number: int) -> None:
     with program(tmp_path) as blk:
         blk.end(number)
 
@@ -249,7 +249,7 @@ def test_a_call_eventfd_that_is_full(tmp_path: Path) -> None:
         blk.end()
 
 
-def test_questions_that_nobody_answers(tmp_path: Path) -> None:
+def test_misses_that_are_not_answered(tmp_path: Path) -> None:
     with (
         program(tmp_path) as blk,
         DiskDriver(blk.path, iommu=True, map_all=False) as driver,

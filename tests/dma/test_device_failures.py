@@ -24,7 +24,7 @@ def test_openvmm_add_mapping_dma_failure_propagates(manager: RegionManager, back
     with pytest.raises(DmaError, match="0x4000"):
         region.add_mapping(0, FOUR, backing)
     assert region.mappings == ()
-    backing.close()  # nobody holds it
+    backing.close()  # no mapping holds it
 
 
 def test_openvmm_enable_region_rollback_unmaps_current_sub_mapping_from_earlier_dma_mappers(

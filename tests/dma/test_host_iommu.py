@@ -410,7 +410,7 @@ def test_a_region_manager_on_a_simulated_host(interface, memory):
 
 
 @BOTH
-def test_a_region_that_nobody_refers_to_stays_mapped(interface, memory):
+def test_a_region_without_references_stays_mapped(interface, memory):
     host = SimulatedHostIommu(interface)
     with RegionManager() as manager, manager.add_target(host):
         manager.new_region("ram", 0x10000, 8 * PAGE).map()

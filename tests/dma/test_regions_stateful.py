@@ -112,7 +112,7 @@ class RegionsMachine(RuleBasedStateMachine):
     # The model.
 
     def truth(self) -> dict[int, DmaMapRequest]:
-        """By start: what everybody should hold, found page by page."""
+        """By start: what every target should hold, found page by page."""
         order = list(self.model)
         winner = {}
         for page in range(PAGES):
@@ -154,7 +154,7 @@ class RegionsMachine(RuleBasedStateMachine):
         try:
             operation()
         except DmaError:
-            assert self.failures() > failures, "nobody had failed"
+            assert self.failures() > failures, "no target had failed"
             newly = {h for h in self.manager.targets if h.broken} - broken_before
             took_effect = self.looks_like(model_change)
             # Only a failed unmapping, at a target broken by it or before, lets a call that raises
@@ -448,7 +448,7 @@ class RegionsMachine(RuleBasedStateMachine):
             handle.retry()
         self.manager.close()
         assert not self.steady.held
-        self.backing.close()  # nobody keeps it any more
+        self.backing.close()  # nothing holds it any more
 
 
 RegionsMachine.TestCase.settings = settings(

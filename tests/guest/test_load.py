@@ -362,7 +362,7 @@ class TestWrong:
         with own_disk(tmp_path) as disk, Load(disk.socket, plan) as load:
             assert load.run(0.1).reads > 0
 
-    def test_nobody_there(self, tmp_path: Path) -> None:
+    def test_no_listener(self, tmp_path: Path) -> None:
         with nothing_left(), pytest.raises(FileNotFoundError):
             Load(tmp_path / "absent.sock", LoadPlan())
 

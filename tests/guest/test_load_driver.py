@@ -324,7 +324,7 @@ class TestTrouble:
         assert rig.driver.run(10**10) == TROUBLE
         assert self.trouble(rig)[0] == "gone"
 
-    def test_a_message_nobody_asked_for(self, rig: Rig) -> None:
+    def test_a_message_that_was_not_requested(self, rig: Rig) -> None:
         rig.front_peer.send(b"hello")
         assert rig.driver.run(10**10) == TROUBLE
         assert self.trouble(rig)[0] == "unasked"

@@ -199,7 +199,7 @@ class TestMisses:
         assert peer.answers() == [1]
         assert peer.iotlb.refused == 1
 
-    def test_nobody_is_answered_who_did_not_ask_for_it(self, peer: Peer) -> None:
+    def test_only_requested_acknowledgements_are_sent(self, peer: Peer) -> None:
         peer.ask(BASE + 3 * PAGE, need_reply=False)
         peer.ask(0, need_reply=False)
         peer.iotlb.exchange()

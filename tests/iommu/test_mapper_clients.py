@@ -253,7 +253,7 @@ class TestTimeLimit:
         assert order == ["fault", "revoked", "resolved"]
         assert session.exports == []
 
-    def test_whoever_releases_in_time_is_not_revoked(self):
+    def test_a_release_in_time_prevents_revocation(self):
         mapper = mapper_of((0, 0x1000, 0, RW))
         session = mapper.open_session(time_limit=0.5)
         session.export(0, 1)
@@ -263,7 +263,7 @@ class TestTimeLimit:
         time.sleep(0.6)
         assert not session.revoked.is_set
 
-    def test_nobody_is_revoked_without_a_limit(self):
+    def test_no_revocation_without_a_limit(self):
         mapper = mapper_of((0, 0x1000, 0, RW))
         session = mapper.open_session()
         session.export(0, 1)
@@ -336,7 +336,7 @@ class TestExportedRegion:
         region.close()
         assert fault.is_set
 
-    def test_revocation_takes_it_away_before_anybody_is_told(self):
+    def test_revocation_takes_it_away_before_callbacks_run(self):
         region = self.region(0x1000, 16)
         fault = self.mapper.remove_map(0x1000, 0x1000).fault
         seen = []
@@ -400,7 +400,7 @@ class TestContract:
 
 
 def test_threads_that_export_while_another_unmaps():
-    """Every unmap is answered, and nobody holds what was unmapped when it is."""
+    """Every unmap is answered, and no client holds what was unmapped when it is."""
     mapper = mapper_of((0, 0x1000, 0x8000, RW))
     stop = threading.Event()
     exported = [0]

@@ -1,4 +1,4 @@
-"""A revocation returns only when nobody uses the old translation any more."""
+"""A revocation returns only when the old translation is no longer in use."""
 
 import gc
 import re
@@ -93,7 +93,7 @@ def test_a_revocation_waits_for_its_users(memory, how, holder):
     held = HOLDERS[holder](memory)
     revocation = Background(lambda: REVOCATIONS[how](memory.iommu.iotlb))
     assert revocation.waits()
-    # It is in effect for everybody who comes later.
+    # It is in effect for every later access.
     try:
         found = memory.iommu.iotlb.lookup(0x17FF, 2, W)
     except IotlbFails:
@@ -166,7 +166,7 @@ def test_any_of_many_that_a_change_takes_away_is_waited_for(changed, restricted)
 
 
 @pytest.mark.parametrize("how", REVOCATIONS)
-def test_nobody_waits_for_himself(memory, how):
+def test_a_thread_does_not_wait_for_itself(memory, how):
     iotlb = memory.iommu.iotlb
     before = list(iotlb), iotlb.stats().invalidations, iotlb.generation
     with memory.iommu.translate(0x1400, 0x800, RW), pytest.raises(RuntimeError, match="itself"):
@@ -286,7 +286,7 @@ class Foreign(Iommu):
         return Guard()
 
 
-def test_a_translation_of_somebody_else_is_held_as_long_as_it_is_used():
+def test_a_translation_of_another_iommu_is_held_as_long_as_it_is_used():
     iommu = Foreign([MappedRange(0x100, 4), MappedRange(0x200, 4)])
     memory = IommuMemory(GuestRegionCollection.from_ranges([(0, 0x1000)]), iommu)
     memory.write(0x9000, b"12345678")
@@ -327,7 +327,7 @@ def test_a_translation_that_never_stays_is_given_up():
 
 
 class Fragments(GuestMemory):
-    """Memory of somebody else that provides no more than it must."""
+    """Foreign memory that provides no more than it must."""
 
     def __init__(self, backend):
         self.backend, self.open = backend, 0
@@ -344,7 +344,7 @@ class Fragments(GuestMemory):
             self.open -= 1
 
 
-def test_memory_of_somebody_else_has_every_access():
+def test_foreign_memory_has_every_access():
     memory = Fragments(GuestRegionCollection.from_ranges([(0, 0x100)]))
     memory.write(1, b"0123456789")
     assert memory.read(1, 10) == b"0123456789"

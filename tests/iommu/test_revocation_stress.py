@@ -1,7 +1,7 @@
 """Invariant L1 under threads: no access after an acknowledged invalidation, no deadlock.
 
 Guest pages come and go at I/O addresses. As soon as the IOTLB says that a mapping is gone, its
-page is poisoned: whoever still reads it sees poison, whoever still writes it destroys poison. Pages
+page is poisoned: a late read sees poison, a late write destroys it. Pages
 are large enough that copies of whole ones run without the interpreter lock, beside everything else.
 
 Values are whole words, and a word may be torn: copies of more than 8 bytes promise nothing about

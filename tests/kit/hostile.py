@@ -129,6 +129,6 @@ class Lingering:
         self.sock.close()
 
     def end(self) -> None:
-        """Let whoever closes it go on."""
+        """Let the thread that closes it go on."""
         # Closing with unread data resets the connection.
         self.other.close()

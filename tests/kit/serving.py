@@ -253,7 +253,7 @@ class Later(Mirror):
         promised.set_result(len(source) + 1)
 
     def give_up(self) -> None:
-        """Fail what nobody answered, so that nobody waits for it."""
+        """Fail what is not answered, so that no stop waits for it."""
         while self.begun:
             self.begun.popitem()[1][1].cancel()
 

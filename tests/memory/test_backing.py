@@ -56,7 +56,7 @@ def run(code, *fds):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_memfd_is_shared_by_whoever_has_it():
+def test_memfd_is_shared_by_all_holders():
     with Backing.memfd(3 * PAGE, "shared") as ours:
         assert Path(f"/proc/self/fd/{ours.fd}").readlink().name.startswith("memfd:shared")
         assert (ours.size, ours.file_offset, ours.writable, ours.page_size) == (
@@ -350,7 +350,7 @@ def test_guard_pages(kind, where):
     assert run(code) == (-signal.SIGSEGV, "inside\n")
 
 
-def test_memory_of_somebody_else():
+def test_memory_of_another_owner():
     array = np.zeros(PAGE, np.uint8)
     region = MmapRegion(0x4000, Backing.from_buffer(array), bitmap=AtomicBitmap(PAGE))
     memory = GuestRegionCollection.from_regions([region])

@@ -1,4 +1,4 @@
-"""What ends, is copied or is collected while somebody else still uses it.
+"""What ends, is copied or is collected while it is still in use.
 
 Where the danger is that the process dies, the test runs in one of its own.
 """
@@ -103,7 +103,7 @@ def test_a_shallow_copy_shares_or_is_refused(kind):
 
 
 def test_a_backing_closes_its_own_descriptor_only():
-    """A copy of one would close the number again, whoever has it by then."""
+    """A copy of one would close the number again, which may be reused by then."""
     backing = Backing.memfd(0x1000)
     fd = backing.fd
     with pytest.raises(TypeError, match="from_fd"):
@@ -165,7 +165,7 @@ def test_a_closed_vector_is_empty():
 
 
 def test_objects_in_a_cycle_are_collected():
-    """Whoever refers to the memory that it belongs to is still let go of."""
+    """What refers to the memory that it belongs to is still released."""
     backing = Backing.anonymous(0x1000)
     region = MmapRegion(0, backing)
     region.memory = GuestRegionCollection.from_regions([region])
@@ -188,7 +188,7 @@ class Broken(io.RawIOBase):
 
 
 class Foreign(GuestMemory):
-    """Memory of somebody else."""
+    """Foreign memory."""
 
     def __init__(self, backend):
         self.backend = backend
@@ -230,7 +230,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("kind", ["collection", "slice", "behind an IOMMU", "somebody else's"])
+@pytest.mark.parametrize("kind", ["collection", "slice", "behind an IOMMU", "foreign"])
 @pytest.mark.parametrize("call", REFUSED)
 def test_a_refused_access_lets_go_of_the_memory(kind, call):
     """At once: its error does not keep memory in use until the collector comes by."""
@@ -242,7 +242,7 @@ def test_a_refused_access_lets_go_of_the_memory(kind, call):
         iommu = Tables()
         iommu.iotlb.set_mapping(0x1000, 0x1000, 0x1000, RW)
         memory = IommuMemory(memory, iommu)
-    elif kind == "somebody else's":
+    elif kind == "foreign":
         memory = Foreign(memory)
     gc.collect()
     gc.disable()

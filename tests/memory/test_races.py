@@ -87,7 +87,7 @@ SCENARIOS = {
         new = collection(0x200000)
         request(new, 2 * PAGE)
         ring.rebind(AddressSpace(new._space.regions, iotlb))
-        assert held == [0], "memory that nobody can reach any more is still mapped"
+        assert held == [0], "memory out of reach is still mapped"
         iotlb.set_mapping(0x101000, 0x103000, PAGE, RW)
         (chain,), misses = ring.pop()
         assert chain.readable.fragments() == [(0x100000, PAGE), (0x101000, PAGE)]
@@ -107,7 +107,7 @@ SCENARIOS = {
             begun.release()
             chain.readable.readinto(buffer)
             done.append(True)
-        # Whoever has the interpreter keeps it, so the main thread goes on only during the copy.
+        # The running thread keeps the interpreter, so the main thread goes on only during the copy.
         sys.setswitchinterval(1000)
         thread = threading.Thread(target=copy)
         thread.start()

@@ -480,7 +480,7 @@ def test_a_region_alone_can_be_accessed():
         region.slice(0xFFF, 2)
 
 
-def test_whoever_shares_a_map_sees_every_swap():
+def test_every_holder_of_a_map_sees_every_swap():
     """Readers do not wait for a writer; writers take turns; old snapshots stay whole."""
     holder = GuestMemoryAtomic(GuestRegionCollection.from_ranges([(0, 0x1000)]))
     seen, second_done = [], threading.Event()

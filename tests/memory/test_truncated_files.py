@@ -249,7 +249,7 @@ SCENARIOS = {
                 assert "truncated" in str(error), error
             else:
                 raise AssertionError("nothing was noticed")
-            assert os.pread(fd, 512, 0) == bytes(512), "a request was served that nobody made"
+            assert os.pread(fd, 512, 0) == bytes(512), "a request was served that was not made"
             assert memory.load(low + 0xC00, 1) == 0
     """,
     "a used ring between taking and giving back": """

@@ -184,7 +184,7 @@ def tracked(qemu: int) -> Iterator[Tracked]:
         if "memfd:guestio-inflight" in str(fd.readlink())
     ]
     with found.open("rb") as file:
-        # It lives as long as somebody looks at it.
+        # It lives as long as it is referred to.
         memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     assert len(memory) == QUEUES * part_size(QUEUE_SIZE)
     yield Tracked(memory)

@@ -90,7 +90,7 @@ def disk(tmp_path: Path) -> Iterator[tuple[Path, VhostUserDisk, Path]]:
 
 
 def of_uml() -> list[str]:
-    """Processes of User-mode Linux that run, whoever started them."""
+    """All running processes of User-mode Linux."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

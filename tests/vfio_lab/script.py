@@ -32,7 +32,7 @@ SCRATCH = 0x7F000000
 BAR_SIZE = 1 << 20
 ENTRIES = 6
 LOCKED_PAGES = 8
-# The kernel gives nobody an address this low unasked; one where memory merely was may be anybody's
+# The kernel picks no address this low by itself; one where memory merely was may be reused
 # by the time it is used.
 UNMAPPED = 0x8000
 

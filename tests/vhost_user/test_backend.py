@@ -287,7 +287,7 @@ class TestServing:
         backend = Backend(device, path)
         backend.close()
         before = footprint()
-        # The number of its wake-up fd is somebody else's now.
+        # The number of its wake-up fd is reused now.
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
         backend.stop()
@@ -362,7 +362,7 @@ class TestSocket:
         with Serving(device, path) as serving:
             serving.check_serves()
 
-    def test_one_that_somebody_listens_on_is_not(self, device: Mirror, serving: Serving) -> None:
+    def test_one_with_a_listener_is_not(self, device: Mirror, serving: Serving) -> None:
         with nothing_left():
             for _ in range(3):
                 with pytest.raises(DeviceError, match="another process is listening there"):
@@ -433,12 +433,12 @@ class TestSocket:
         with pytest.raises(DeviceError, match=r"cannot listen on .*Not a directory"):
             Backend(device, tmp_path / "file" / "socket")
 
-    def test_somebody_removed_it(self, device: Mirror, path: Path) -> None:
+    def test_a_socket_that_was_removed(self, device: Mirror, path: Path) -> None:
         backend = Backend(device, path)
         path.unlink()
         backend.close()
 
-    def test_somebody_else_took_its_place(self, device: Mirror, path: Path) -> None:
+    def test_a_socket_that_another_back_end_replaced(self, device: Mirror, path: Path) -> None:
         old = Backend(device, path)
         path.unlink()
         with Serving(device, path) as new:

@@ -132,7 +132,7 @@ class TestAsking:
             number = driver.submit(0, b"first")
             until(lambda: service.service() or driver.done(0, number))
             until(lambda: driver.done(0, number) or service.service())
-            # 30 requests of two pages each; nobody answers yet.
+            # 30 requests of two pages each; none is answered yet.
             for i in range(30):
                 last = driver.prepare(0, b"batch%d" % i)
             driver.handles[0].kick()
@@ -568,7 +568,7 @@ class TestSilence:
         with Driver(impatient.path, iommu=True) as driver:
             assert driver.run(0, b"next") == (OK, b"txen")
 
-    def test_acknowledgements_that_nobody_asked_for(self, impatient: Serving) -> None:
+    def test_acknowledgements_that_were_not_requested(self, impatient: Serving) -> None:
         with Hand(impatient.path) as hand:
             hand.back.send(encode_ack(1, 0) * 5000)
             hand.submit()
@@ -664,7 +664,7 @@ class TestRevocation:
                 driver.run_raw(0, Desc(driver.at(BUFFERS), 6), Desc(iova, 7, WRITE))
                 assert driver.memory.read(page, 7) == (b"data%02d" % i)[::-1] + bytes([OK])
                 iotlb.unmap((iova, PAGE))
-                # The page is somebody else's now.
+                # The page has another use now.
                 driver.memory.write(page, b"private")
                 seen = len(device.seen)
                 driver.run_raw(0, Desc(driver.at(BUFFERS), 6), Desc(iova, 7, WRITE))
@@ -989,4 +989,4 @@ class Naive(Hand):
         return self.user(offset)
 
     def new_channel(self) -> None:
-        """There is nobody to ask."""
+        """There is no channel for requests."""

@@ -142,7 +142,7 @@ class TestStopping:
         assert driver.rings[0].used_idx == 1
         os.close(kept)
 
-    def test_a_kick_fd_that_waits_holds_up_nobody(self, driver: Driver) -> None:
+    def test_a_kick_fd_that_waits_delays_no_other_queue(self, driver: Driver) -> None:
         event = driver.handles[0].kick_fd
         assert event is not None
         kept = os.dup(event)
@@ -194,7 +194,7 @@ class TestEnabling:
             time.sleep(0.02)
             assert driver.rings[0].used_idx == 20
 
-    def test_without_call_fd_nobody_is_called(self, serving: Serving) -> None:
+    def test_without_a_call_fd_there_is_no_call(self, serving: Serving) -> None:
         with Driver(serving.path, queue_options={"call": False}) as driver:
             assert driver.run(0, b"quiet") == (OK, b"teiuq")
 
@@ -206,7 +206,7 @@ class TestEnabling:
         driver.frontend.sync()
         assert not driver.handles[0].clear_call()
 
-    def test_a_full_call_fd_holds_up_nobody(self, driver: Driver) -> None:
+    def test_a_full_call_fd_delays_no_other_queue(self, driver: Driver) -> None:
         call = driver.handles[0].call_fd
         assert call is not None
         os.eventfd_write(call, 2**64 - 2)
@@ -246,7 +246,7 @@ def _write_ring(driver: Driver, *descriptors: Desc) -> None:
 
 
 class TestBroken:
-    """A driver that breaks a rule: its queue stops and says so, everybody else goes on."""
+    """A driver that breaks a rule: its queue stops and says so, all others go on."""
 
     @pytest.mark.parametrize(
         ("descriptor", "message"),
@@ -300,7 +300,7 @@ class TestBroken:
             until(driver.handles[0].failed)
         serving.check_serves()
 
-    def test_without_anybody_to_tell(self, serving: Serving) -> None:
+    def test_without_an_error_fd(self, serving: Serving) -> None:
         with Driver(serving.path, queues=2) as driver:
             driver.frontend.request(F.SET_VRING_ERR, VringFd(0, has_fd=False))
             driver.rings[0].set_avail_idx(1000)

@@ -434,7 +434,7 @@ class TestDisk:
         rig.finish(chain, 1)
         device.close()
 
-    def test_a_disk_that_does_not_answer_keeps_nobody_from_closing_it(
+    def test_a_disk_that_does_not_answer_can_be_closed(
         self,
         image: Path,
         tmp_path: Path,
@@ -553,7 +553,7 @@ class TestMessages:
         (line,) = errors_of(caplog)
         assert line.endswith("no message within 1.0 s, and another front-end waits")
 
-    def test_one_that_says_nothing_may_stay_if_nobody_waits(
+    def test_a_silent_front_end_may_stay_if_no_other_waits(
         self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("guestio.vhost_user.backend.FIRST_MESSAGE_TIMEOUT", 0.1)
@@ -671,7 +671,7 @@ class TestMessages:
                 received += raw.sock.recv(65536)
             assert received == received[:20] * sent
 
-    def test_questions_that_are_not_read_keep_nobody(
+    def test_misses_that_are_not_read_delay_no_other_work(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A full back-end channel: the main channel is answered all the same."""

@@ -106,7 +106,7 @@ def test_message_arrives_with_its_fds_in_order(
         os.close(fd)
 
 
-def test_fds_nobody_takes_are_closed(
+def test_fds_that_are_not_taken_are_closed(
     pair: tuple[Channel, socket.socket], pipe: tuple[int, int]
 ) -> None:
     channel, peer = pair

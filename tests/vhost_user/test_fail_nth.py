@@ -1,4 +1,4 @@
-"""Whatever call of a back end fails: it lives, leaks nothing, deceives nobody, serves the next.
+"""Whatever call of a back-end fails: it lives, leaks and misreports nothing, serves the next.
 
 This is a sample of what `./run fail-nth` tries, the same each time.
 """

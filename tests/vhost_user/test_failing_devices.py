@@ -236,7 +236,7 @@ class TestStatus:
             until(driver.handles[0].failed)
             assert ring.used_idx == 1
             assert any("byte for its status cannot be reached" in e for e in errors_of(caplog))
-            # It is not done, so it is begun again by whoever goes on.
+            # It is not done, so the successor begins it again.
             assert driver.stop(0) == (2 if inflight else 1)
             driver.frontend.iotlb.miss_hook = None
             driver.frontend.iotlb.map(hole, BUFFERS + 4 * PAGE, PAGE, 3)  # type: ignore[arg-type]

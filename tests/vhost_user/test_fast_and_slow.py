@@ -138,13 +138,13 @@ class Side:
                 self.channel.send(reply, self.session.reply_fds)
 
     def ask(self, waiter: int, iova: int, length: int, access: int) -> None:
-        """Somebody needs a translation."""
+        """A waiter needs a translation."""
         self.translations._misses.request(
             waiter, [(IovaRange(iova, length), access)], 0.0, acknowledged=True
         )
 
     def seen(self) -> dict[str, Any]:
-        """Everything that somebody can see."""
+        """Everything that is visible from outside."""
         iotlb, stats = self.translations.iotlb, self.stats
         return {
             "mappings": list(iotlb),
@@ -349,7 +349,7 @@ class Disk:
             self.error = str(error)
 
     def seen(self) -> dict[str, Any]:
-        """Everything that somebody can see."""
+        """Everything that is visible from outside."""
         return {
             "memory": self.memory.read(0, LOW_SIZE) + self.memory.read(HIGH, HIGH_SIZE),
             "image": self.image.read_bytes(),

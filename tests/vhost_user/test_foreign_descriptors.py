@@ -1,4 +1,4 @@
-"""Descriptors that a front-end passes may keep nobody waiting, whatever they are."""
+"""Descriptors that a front-end passes never block a thread, whatever they are."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def lingering() -> Iterator[Lingering]:
 
 class TestEventfds:
     def test_a_full_one_that_waits(self) -> None:
-        """Its owner cleared O_NONBLOCK, and nobody reads it."""
+        """Its owner cleared O_NONBLOCK, and it is not read."""
         fd = os.eventfd(0)
         try:
             os.eventfd_write(fd, FULL)
@@ -179,7 +179,7 @@ class TestClosing:
         foreign.close_foreign([reader, writer, os.memfd_create("x"), os.eventfd(0)])
         until(lambda: footprint() == before)
 
-    def test_what_does_not_keeps_nobody(self, lingering: Lingering) -> None:
+    def test_one_that_closes_at_once_blocks_no_thread(self, lingering: Lingering) -> None:
         fds = [os.dup(lingering.sock.fileno()) for _ in range(3)]
         lingering.forget()
         started = time.monotonic()
@@ -314,7 +314,7 @@ def test_a_full_error_eventfd(survivor: Serving) -> None:
 
 
 def test_a_kick_eventfd_that_waits(survivor: Serving) -> None:
-    """Whoever reads it when there is nothing in it waits for ever."""
+    """A read when there is nothing in it waits for ever."""
     with Driver(survivor.path) as driver:
         handle = driver.handles[0]
         assert handle.kick_fd is not None
@@ -414,7 +414,7 @@ class TestPipes:
         os.close(reader)
 
     @pytest.mark.parametrize("make", [os.pipe, socket_pair])
-    def test_a_full_one_keeps_nobody(
+    def test_a_full_one_blocks_no_thread(
         self, survivor: Serving, make: Callable[[], tuple[int, int]]
     ) -> None:
         reader, writer = make()

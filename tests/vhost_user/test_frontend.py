@@ -300,7 +300,7 @@ class TestQueues:
 
 
 class TestLifeTime:
-    def test_nobody_listens(self, tmp_path: Path) -> None:
+    def test_no_listener(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             Frontend(tmp_path / "none")
         began = time.monotonic()
@@ -308,7 +308,7 @@ class TestLifeTime:
             Frontend(tmp_path / "none", connect_wait=0.1)
         assert 0.1 <= time.monotonic() - began < 10
 
-    def test_waiting_until_somebody_listens(self, tmp_path: Path) -> None:
+    def test_waiting_for_a_listener(self, tmp_path: Path) -> None:
         path = tmp_path / "late"
         with socket.socket(socket.AF_UNIX) as listener:
 
@@ -542,7 +542,7 @@ class TestInflight:
             for each in syncs:
                 each.result(WAIT)
             assert made == Inflight(320, 0, 1, 16)
-            # Nobody expects one any more.
+            # None is expected any more.
             late = pool.submit(frontend.sync)
             hand.expect(_F.GET_FEATURES)
             hand.main.send(ack, [hand.main.fileno()])

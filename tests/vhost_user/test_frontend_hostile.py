@@ -90,7 +90,7 @@ def make() -> Iterator[Callable[..., Pair]]:
 
 
 def send_fds(sock: socket.socket, data: bytes, count: int) -> None:
-    """Send bytes with fds, which nobody asked for."""
+    """Send bytes with fds, unsolicited."""
     with open(os.devnull, "rb") as file:  # noqa: PTH123
         socket.send_fds(sock, [data], [file.fileno()] * count)
 
@@ -170,9 +170,9 @@ class TestTheEnd:
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (encode_message(_F.GET_FEATURES, U64(1)), "nobody waits"),
-        (encode_message(_F.GET_QUEUE_NUM, U64(1), reply=True), "nobody waits"),
-        (encode_message(77, U64(1), reply=True), "nobody waits"),
+        (encode_message(_F.GET_FEATURES, U64(1)), "no call waits"),
+        (encode_message(_F.GET_QUEUE_NUM, U64(1), reply=True), "no call waits"),
+        (encode_message(77, U64(1), reply=True), "no call waits"),
         (FEATURES[:4] + struct.pack("<I", 4) + FEATURES[8:], "version"),
         (FEATURES[:8] + struct.pack("<I", 1 << 20), "payload of 1048576 bytes"),
         (FEATURES[:8] + b"\xff\xff\xff\xff", "payload"),
@@ -200,7 +200,7 @@ def test_a_second_reply(make: Callable[..., Pair]) -> None:
     pair = make()
     pair.peer.sendall(2 * FEATURES)
     pair.frontend.sync()
-    with pytest.raises(ProtocolError, match="nobody waits"):
+    with pytest.raises(ProtocolError, match="no call waits"):
         pair.frontend.get_status()
     stays_broken(pair.frontend, ProtocolError)
 
@@ -324,7 +324,7 @@ class TestQuestions:
         thread.start()
         try:
             for _ in range(5):
-                # What one read takes in is answered too, or nobody would be told of the rest.
+                # What one read takes in is answered too, or the rest would go unnoticed.
                 assert asked.service.service() <= FRONTEND_MISSES_PER_TURN + 16384 // len(MISS)
         finally:
             stop.set()
@@ -418,7 +418,7 @@ class TestQuestions:
         assert isinstance(failed(asked), ProtocolError)
 
     @pytest.mark.parametrize("part", [1, 12, 30])
-    def test_half_a_question_keeps_nobody_waiting(
+    def test_half_a_miss_message_blocks_no_thread(
         self, ask: Callable[..., Asked], pool: ThreadPoolExecutor, part: int
     ) -> None:
         asked = ask()

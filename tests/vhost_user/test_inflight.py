@@ -232,7 +232,7 @@ class Ring:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data(), U16, st.integers(1, 6))
-def test_whoever_comes_next_finds_what_was_not_shown(
+def test_the_successor_finds_what_was_not_published(
     data: st.DataObject, base: int, size: int
 ) -> None:
     """Back-ends that work, out of order and in batches, and are replaced at any step."""
@@ -503,7 +503,7 @@ class TestHostile:
                 assert queue.recover(0) == []
                 queue.take(600)
                 os.ftruncate(backing.fd, left)
-                assert not queue.vanished, "nobody has looked"
+                assert not queue.vanished, "not looked at"
                 queue.take(1)
                 queue.take(601)
                 queue.batch(601)

@@ -277,8 +277,8 @@ class TestActiveQueue:
         assert isinstance(outcome, tuple)
         (chain,), misses, served, resting = outcome
         assert (chain.head, len(misses), served, resting) == (2, 0, 1, False)
-        assert queue.counters.requests == 0, "whoever takes over counts the turn"
-        # Kicks are for whoever took over.
+        assert queue.counters.requests == 0, "the thread that takes over counts it"
+        # Kicks are for the thread that took over.
         os.eventfd_write(queue.kick, 1)
         assert queue.wait(5) == ([queue.kick], [], b"")
 
@@ -305,7 +305,7 @@ class TestActiveQueue:
         assert queue.tables.read(ANSWER, len(IMAGE) + 1) == IMAGE + bytes([S_OK])
         assert queue.counters.misses == 1
 
-    def test_a_question_that_nobody_would_look_after_comes_back(self, queue: Queue) -> None:
+    def test_a_miss_without_a_watched_deadline_comes_back(self, queue: Queue) -> None:
         """The alarm is to be set first."""
         queue.feed.look_after = 1
         queue.announce(queue.put(T_IN))

@@ -521,7 +521,7 @@ class TestOtherRequests:
 
 
 class ContendedLock:
-    """A lock that tells who has it, and when somebody else wants it."""
+    """A lock that tells which thread has it, and when another wants it."""
 
     def __init__(self) -> None:
         self.wanted = threading.Event()

@@ -193,7 +193,7 @@ class TestAsking:
         assert table.answer(TOP - PAGE) == set()
         assert table.answer(TOP - 2 * PAGE) == {0}
 
-    def test_a_page_once_for_everybody(self, table: Table) -> None:
+    def test_a_page_is_requested_once_for_all_waiters(self, table: Table) -> None:
         assert table.request(0, need(0x1000), need(0x1800)) == [(0x1000, R)]
         assert table.request(0, need(0x1004)) == []
         assert table.request(7, need(0x1FFF)) == []
@@ -237,7 +237,7 @@ class TestAsking:
         assert table.request(0, need(0x1000), acknowledged=False) == [(0x1000, R)]
         assert table.table.deadline() == 105.0
         assert table.repeat() == [], "there is nothing to be learnt from it"
-        assert table.ack(1) == ([], set()), "nobody asked for it"
+        assert table.ack(1) == ([], set()), "it was not requested"
         assert table.answer(0x1000) == {0}
 
     def test_not_what_was_refused(self, table: Table) -> None:
@@ -272,7 +272,7 @@ class TestAnswers:
         table.request(0, *pages(3))
         assert table.answer(0x100800, 2 * PAGE) == {0}
 
-    def test_one_that_nobody_asked_for(self, table: Table) -> None:
+    def test_one_that_was_not_requested(self, table: Table) -> None:
         table.request(0, need(0x1000))
         assert table.answer(0x2000) == set()
         assert table.table.awaited(0) == 1
@@ -385,7 +385,7 @@ class TestRepeating:
     def test_not_what_is_answered(self, table: Table) -> None:
         table.request(0, *pages(10))
         assert table.answer(0x100000, 10 * PAGE) == {0}
-        assert table.table.deadline() is None, "nobody needs to wake up for it"
+        assert table.table.deadline() is None, "no wake-up is needed for it"
         assert table.repeat() == []
         assert table.table.asked == 10
 
@@ -483,7 +483,7 @@ class TestRepeating:
         assert table.answer(0x100000, 2 * PAGE) == set()
         assert table.ack(1, 1, 1) == ([(0x102000, R, [0])], {0})
 
-    def test_not_what_nobody_needs_any_more(self, table: Table) -> None:
+    def test_not_what_is_not_needed_any_more(self, table: Table) -> None:
         table.request(0, *pages(3))
         table.request(1, *pages(1))
         table.table.forget(0)
@@ -722,7 +722,7 @@ class Asked:
 
 
 def test_against_a_model() -> None:
-    """Random counters against a few dictionaries: nobody is woken early, nobody is left waiting."""
+    """Random requests against a few dictionaries: no waiter wakes early or is left waiting."""
     for seed in range(60):
         _run_against_model(random.Random(seed))
 
@@ -923,7 +923,7 @@ class _FrontEnd:
 def _expected(
     wanted: list[tuple[IovaRange, int]], known: set[tuple[int, int]]
 ) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-    """What somebody waits for who needs ranges of a page, and what of it is asked anew."""
+    """What a waiter for ranges of a page waits for, and what of it is requested anew."""
     keys, fresh = set(), set()
     for (base, _), access in wanted:
         page = base - base % PAGE

@@ -135,7 +135,7 @@ class TestWaiting:
             # What they lack is asked for meanwhile.
             until(lambda: driver.frontend.iotlb.counts.updates >= told + 2)
             assert driver.heads() == []
-            # Now it comes, although nobody asks again.
+            # Now it comes, without another request.
             _tell(driver, place)
             until(lambda: len(driver.heads()) == 3)
             assert driver.heads() == [40, 42, 44]

@@ -107,7 +107,7 @@ class TestAtTheSameTime:
         assert {index: len(names) for index, names in device.threads.items()} == {0: 1, 1: 1, 2: 1}
         assert len(set().union(*device.threads.values())) == QUEUES
 
-    def test_a_busy_queue_keeps_nobody(self, device: Meeting, driver: Driver) -> None:
+    def test_a_busy_queue_delays_no_other(self, device: Meeting, driver: Driver) -> None:
         number = driver.submit(0, b"WAIT")
         assert device.entered.wait(WAIT)
         for _ in range(5):
@@ -374,7 +374,7 @@ class TestDevicesThatFail:
 
     @pytest.mark.parametrize("threads", [False, True], ids=["one thread", "queue threads"])
     def test_one_that_leaves_takes_the_back_end_along(self, tmp_path: Path, threads: bool) -> None:
-        """A queue that nobody serves any more would be worse, as nobody would know."""
+        """A queue that silently is not served any more would be worse."""
         serving = Serving(Leaving(), tmp_path / "socket", queue_threads=threads)
         with serving, Driver(serving.path) as driver:
             driver.submit(0, b"LEAVE")
@@ -534,7 +534,7 @@ def _forget(driver: Driver, index: int) -> None:
 
 
 def _tell(driver: Driver, index: int) -> None:
-    """A translation that nobody asked for."""
+    """A translation that was not requested."""
     if driver.iommu:
         place = driver.buffer(index, 3)
         message = IotlbMessage.update(

@@ -121,7 +121,7 @@ def test_no_answer_in_time(pair: tuple[RequestChannel, Hand]) -> None:
     assert isinstance(exchange.failure, NoAnswerError)
 
 
-def test_an_answer_to_somebody_else_does_not_extend_the_wait(
+def test_a_reply_to_another_call_does_not_extend_the_wait(
     pair: tuple[RequestChannel, Hand], pool: ThreadPoolExecutor
 ) -> None:
     exchange, hand = pair
@@ -151,8 +151,8 @@ def test_the_peer_hangs_up(pair: tuple[RequestChannel, Hand], pool: ThreadPoolEx
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (encode_ack(_F.GET_QUEUE_NUM, 1), "GET_QUEUE_NUM came, which nobody waits for"),
-        (FEATURES, "GET_FEATURES came, which nobody waits for"),
+        (encode_ack(_F.GET_QUEUE_NUM, 1), "GET_QUEUE_NUM came, but no call waits for it"),
+        (FEATURES, "GET_FEATURES came, but no call waits for it"),
         (b"\xff" * 12, "version"),
     ],
 )
@@ -172,7 +172,7 @@ def test_fds_with_a_reply_are_refused_and_do_not_leak(pair: tuple[RequestChannel
         ask(exchange)
 
 
-def test_shut_down_wakes_everybody(
+def test_shut_down_wakes_all_waiting_calls(
     pair: tuple[RequestChannel, Hand], pool: ThreadPoolExecutor
 ) -> None:
     exchange, hand = pair

@@ -523,7 +523,7 @@ class TestRevocation:
         assert behind.result(0, number, 4) == mirrored(b"LATE")
         assert behind.frontend.iotlb.counts.invalidations == 1
 
-    def test_waits_for_nobody_else(self, device: Later, behind: Driver) -> None:
+    def test_waits_for_no_other_request(self, device: Later, behind: Driver) -> None:
         first, second = begin(behind, device, b"LATE 0", b"LATE 1")
         unused = behind.at(behind.buffer(0, second + 1))
         behind.frontend.iotlb.unmap((unused, 2 * PAGE))
@@ -587,7 +587,7 @@ class TestRevocation:
         assert behind.rings[0].used_idx == 1
 
     def test_a_late_answer_finds_nothing(self, device: Later, behind: Driver) -> None:
-        """Once it is acknowledged, the memory is out of reach for whoever kept the request."""
+        """Once it is acknowledged, a kept request does not reach the memory any more."""
         (number,) = begin(behind, device, b"LATE")
         chain, promised = device.begun.pop(b"LATE")
         promised.set_result(0)

@@ -221,7 +221,7 @@ def test_a_back_end_that_went_away(manager: RegionManager, memory: Backing) -> N
         peer.frontend.close()
         with pytest.raises(DmaError):
             ram.unmap()
-        # It is gone, so nobody reaches the memory any more.
+        # It is gone, and the memory is out of reach.
         handle.forget()
         ram.close()
         peer.close()

@@ -174,7 +174,7 @@ class TestTranslations:
         )
         behind.submit(0, b"text")
         until(lambda: service.counts.ignored)
-        # From here on the queue is not served, so nobody draws a conclusion from the refusal.
+        # From here on the queue is not served, so the refusal has no effect.
         behind.frontend.enable_queue(0, enable=False)
         service.miss_hook = refuse
         until(lambda: refused)
@@ -400,7 +400,7 @@ class TestNoAnswer:
                 else:
                     service.mappings.set_mapping(page, ELSEWHERE, PAGE, RW)
                     service.push(page)
-            # The one that used the page has failed; nobody can reach it from there any more.
+            # The one that used the page has failed; it is out of reach from there.
             assert driver.result(0, lost, 6) == (FAILED, bytes(6))
             with pytest.raises(ValueError, match="holds 0x0 bytes"):
                 chain.writable.write(b"late")
@@ -429,7 +429,7 @@ class TestNoAnswer:
 
 class TestStopping:
     def test_is_the_device_s_chance(self, silent: Silent, tmp_path: Path) -> None:
-        """What it answers then is no failure, and nobody waits."""
+        """What it answers then is no failure, and nothing waits for it."""
 
         def finish(queue: int) -> None:
             for source in [s for s in silent.begun if s[5] == ord("0") + queue]:
@@ -544,7 +544,7 @@ class TestWhereItStopped:
     def test_is_before_what_still_waits_for_translations(
         self, device: Later, serving: Serving, tmp_path: Path
     ) -> None:
-        """With notes, too: whoever goes on may have none, and goes by the index alone."""
+        """With notes, too: the successor may have none, and goes by the index alone."""
         with Driver(serving.path, iommu=True, inflight=True) as driver:
             driver.run(0, b"before")
             lacking = {driver.at(driver.buffer(0, number)) for number in (1, 2, 3)}

@@ -129,7 +129,7 @@ def killed(
 
 
 def test_requests_in_flight_are_done_by_the_next_one(tmp_path: Path) -> None:
-    """Those, in order, and no others; nobody announces them again."""
+    """Those, in order, and no others; they are not announced again."""
     device = Mirror(1)
     words = [b"keep0", b"done1", b"keep2", b"done3", b"keep4"]
     with Guest() as guest, killed(guest, tmp_path / "s", *words, shown=2) as hand_over:

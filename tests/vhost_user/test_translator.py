@@ -155,7 +155,7 @@ class Rig:
             self.woken[waiter].clear()
             self.translations.request(waiter, missing)
             while self.translations._misses.awaited(waiter):
-                assert self.woken[waiter].wait(10), "nobody says that it may go on"
+                assert self.woken[waiter].wait(10), "it was not woken"
                 self.woken[waiter].clear()
         for iova in wanted:
             assert ((iova, 1) in refused) == refuses(iova)
@@ -246,7 +246,7 @@ def test_a_channel_that_another_thread_finds_gone_is_closed_by_the_loop(rig: Rig
     until(lambda: channel.fileno() == -1)
     rig.translations.request(1, [(IovaRange(0x100000, 8), 1)])
     assert rig.translations._misses.awaited(1) == 1
-    # With a new one everybody asks again.
+    # With a new one every waiter requests again.
     ours, theirs = socket.socketpair()
     with Channel(theirs, with_fds=False) as back:
         rig.loop.call_soon_threadsafe(lambda: rig.asking.open(ours.detach(), acknowledged=True))

@@ -635,7 +635,7 @@ def test_numbers_of_threads_that_cannot_be(image: Path, count: int) -> None:
 
 
 class TestStuck:
-    """A disk that never answers keeps its thread, and nobody else."""
+    """A disk that never answers blocks its own thread only."""
 
     def test_does_not_keep_the_device_from_closing(self, tmp_path: Path) -> None:
         image = tmp_path / "image"

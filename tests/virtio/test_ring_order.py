@@ -197,7 +197,7 @@ class TestInTurn:
             bench.ring.publish()
         assert bench.shown(0) == [(2, 2), (0, 0), (3, 3), (1, 1)]
 
-    def test_whoever_goes_on_does_again_what_was_not_shown(self, ordered: Bench) -> None:
+    def test_the_successor_repeats_what_was_not_published(self, ordered: Bench) -> None:
         ordered.offer(*range(5))
         chains = ordered.take()
         for i in (0, 2, 4):

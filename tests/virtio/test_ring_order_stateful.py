@@ -185,7 +185,7 @@ class OrderMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.bench.order != "done")
     @rule(hint=st.integers(0, 0xFFFF), told=st.booleans())
     def die(self, hint: int, told: bool) -> None:
-        """What was not shown is taken again; with notes, nobody has to say where to go on."""
+        """What was not published is taken again; with notes, no index is needed to resume."""
         base = self.bench.ring.resume_at if told or not self.noted else hint
         if not self.noted:
             assert base == self.shown

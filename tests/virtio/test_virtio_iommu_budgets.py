@@ -334,7 +334,7 @@ class TestFailures:
         assert handle.stats().missing == {}
         send_all(iommu, page(1, flags=flags))
 
-    def test_an_interrupt_is_undone_and_blocks_nobody(self):
+    def test_an_interrupt_is_undone_and_blocks_no_request(self):
         iommu = VirtioIommu(endpoints=[8, 9])
         physical = GuestRegionCollection.from_ranges([(0, 0x10000)])
         good = RecordingTarget()
@@ -349,7 +349,7 @@ class TestFailures:
         send_all(iommu, page(1))
         assert good.held.keys() == bad.held.keys() == {PAGE}
 
-    def test_an_interrupt_keeps_nobody_waiting_behind_it(self):
+    def test_an_interrupt_blocks_no_request_behind_it(self):
         iommu = VirtioIommu(endpoints=[8], revoke_after=None)
         physical = GuestRegionCollection.from_ranges([(0, 0x10000)])
         target = FailAfter(1, times=1, error=lambda *_: KeyboardInterrupt())

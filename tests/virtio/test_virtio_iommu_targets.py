@@ -159,7 +159,7 @@ class TestFollowing:
         iommu.reset()
         assert target.ranges() == RAM
 
-    def test_a_shared_target_follows_whoever_is_attached(self, iommu, physical):
+    def test_a_shared_target_follows_the_attached_endpoint(self, iommu, physical):
         target = LedgerTarget()
         handles = {n: iommu.endpoint(n).add_target(target, physical) for n in (8, 9)}
         send_all(iommu, attach(8, 1), page(1), attach(9, 1))

@@ -315,7 +315,7 @@ class TestReset:
         reset = iommu.reset()
         assert fault.is_set
         assert not reset.done
-        # Nobody gets at the old mappings meanwhile, and new requests wait.
+        # The old mappings are out of reach meanwhile, and new requests wait.
         assert len(endpoint.iotlb) == 0
         behind = pend(iommu, attach(9, 2))
         endpoint.release(0, 16)

@@ -57,8 +57,8 @@ everything after num-queues. With intel-iommu, boot with intel_iommu=on, put the
     show_default=True,
     metavar="N",
     help="Threads that wait for the disk: for reads of what is not in the page cache, flushes and "
-    "discards. Others are served meanwhile. 0: everybody waits for each, which takes least CPU "
-    "time. Cached reads, and writes, never need them.",
+    "discards. Other requests are served meanwhile. 0: every request waits for each, which takes "
+    "least CPU time. Cached reads, and writes, never need them.",
 )
 @click.option("--serial", metavar="TEXT", help="Serial number, up to 20 ASCII characters.")
 @server_options

@@ -60,7 +60,7 @@ class Turn:
                 while self._owner is not None or self._waiting[0] is not ticket:
                     self._changed.wait()
             finally:
-                # Also when the wait is interrupted, or nobody behind would ever get a turn.
+                # Also when the wait is interrupted, or the threads behind would wait for ever.
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
             self._owner = me

@@ -372,7 +372,7 @@ def _mmap_areas(raw: bytes, info: _uapi.VfioRegionInfo) -> tuple[MmapArea, ...]:
                 begin = at + ctypes.sizeof(head)
                 found = _uapi.array_of(raw, _uapi.VfioRegionSparseMmapArea, begin, head.nr_areas)
                 areas = [MmapArea(area.offset, area.size) for area in found]
-    # What is left of a page belongs to somebody else, or to nobody.
+    # The rest of a page may belong to another device.
     whole = [MmapArea(a.offset, a.size - a.size % mmap.PAGESIZE) for a in areas]
     return tuple(area for area in whole if area.size and area.offset % mmap.PAGESIZE == 0)
 

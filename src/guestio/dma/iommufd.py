@@ -192,7 +192,7 @@ class IommufdTarget:
             hint = {
                 errno.EPERM: "interrupt remapping is off (or set "
                 "iommufd.allow_unsafe_interrupts=1)",
-                errno.EBUSY: "somebody else uses it",
+                errno.EBUSY: "it is in use elsewhere",
                 errno.EADDRINUSE: "something is mapped where it can reach no memory",
             }.get(error.errno or 0, error.strerror)
             raise DeviceError(f"{address} cannot join the address space: {hint}") from error

@@ -1,4 +1,4 @@
-"""The contract between whoever decides what devices may reach and whoever programs it.
+"""The contract between what decides which memory devices may reach and what programs it.
 
 A source of mappings (a region manager, a virtio-iommu domain) calls a :class:`DmaTarget` (a VFIO
 container, an iommufd address space, a simulated IOMMU) with one :class:`DmaMapRequest` per
@@ -112,7 +112,7 @@ class DmaMapRequest:
 
 @runtime_checkable
 class DmaTarget(Protocol):
-    """Somebody who must be told which memory devices may reach.
+    """Receives DMA mappings: a VFIO container, an iommufd IOAS, a simulator.
 
     One source calls one target from one thread at a time. An implementation must not call its
     source back. Any exception means failure; :class:`DmaError` says it best.

@@ -179,7 +179,7 @@ class BlkQueue(GuestQueue[Request]):
     ) -> None:
         """Put a request into the ring whose data is at addresses of the caller's choice.
 
-        Header and status are where they may be; nobody checks whether the data is.
+        Header and status are at valid addresses; the data may not be, which is not checked.
 
         Raises:
             QueueError: The ring is full.

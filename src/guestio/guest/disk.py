@@ -319,7 +319,7 @@ class ScriptedGuest(GuestDriver[BlkQueue]):
     ) -> Request:
         """Begin a request whose data is at device addresses of the caller's choice.
 
-        This is how a driver misbehaves: nobody checks whether the device may go there. Memory and
+        This is how a driver misbehaves: whether the device may go there is not checked. Memory and
         mappings for it come from :attr:`dma`.
 
         Args:

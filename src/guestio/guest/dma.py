@@ -104,8 +104,9 @@ class IovaAllocator:
     """Hands out I/O virtual addresses in pages. Safe for several threads.
 
     Args:
-        reuse: Whether the range freed last is handed out again first, as Linux does: whoever keeps
-            an old translation then reaches the wrong memory. False for addresses never used before.
+        reuse: Whether the range freed last is handed out again first, as Linux does: an old
+            translation that is still used then reaches the wrong memory. False for addresses never
+            used before.
     """
 
     def __init__(self, *, reuse: bool) -> None:
@@ -115,7 +116,7 @@ class IovaAllocator:
         self._lock = threading.Lock()
 
     def take(self, count: int) -> int:
-        """Return the first address of ``count`` pages that nobody uses."""
+        """Return the first address of ``count`` unused pages."""
         with self._lock:
             freed = self._freed.get(count)
             if freed:

@@ -132,7 +132,7 @@ class Load:
         target: Path of the back-end's socket, or a connected socket, which it owns from here on.
         plan: What to do.
         timeout: Seconds that the device may take for anything.
-        connect_wait: Seconds to go on trying while nobody listens on the path yet.
+        connect_wait: Seconds to go on trying while the path has no listener yet.
 
     Attributes:
         plan: As given.
@@ -438,7 +438,7 @@ def _error(name: str, queue: int, values: Sequence[int], timeout: float) -> Gues
         ),
         "stalled": (NoAnswerError, f"none of {a} requests was finished for {timeout} s"),
         "gone": (PeerGoneError, "the back-end went away"),
-        "unasked": (ProtocolError, "the back-end sent a message nobody asked for"),
+        "unasked": (ProtocolError, "the back-end sent a message that was not requested"),
         "ring-error": (QueueError, "the device reports that the queue is broken"),
     }
     error, text = messages.get(name, (GuestioError, f"{name} {list(values)}"))

@@ -165,7 +165,7 @@ class LoadPlan:
 class LoadMemory:
     """Guest memory, and where in it and in the IOMMU's window everything is.
 
-    For one thread. Whoever works on it must be gone before :meth:`close`.
+    For one thread. Loads that work on it must have ended before :meth:`close`.
 
     Args:
         plan: What it must have room for.

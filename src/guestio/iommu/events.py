@@ -93,7 +93,7 @@ class Event:
                 self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             fd, happened = self._fd, self._happened
         if happened:
-            # Whoever made it happen may not have known of the descriptor.
+            # The thread that set it may not have seen the descriptor yet.
             os.eventfd_write(fd, 1)
         return fd
 

@@ -15,7 +15,7 @@ from guestio.memory import GuestRegionCollection
 
 
 class Exporter(Protocol):
-    """Whoever exports memory: a session, or one on the other side of a socket."""
+    """Exports memory: a session, or one on the other side of a socket."""
 
     @property
     def revoked(self) -> Event:

@@ -48,7 +48,7 @@ class Iotlb(IntervalMap):
             are never evicted, even if that exceeds it.
 
     Threads: everything may be called from any thread. Lookups never wait. A change that takes a
-    translation away returns only after everybody who was using it has finished (see
+    translation away returns only after every use of it has ended (see
     :meth:`Iommu.translate <guestio.iommu.Iommu.translate>`).
     """
 
@@ -78,7 +78,7 @@ class Iotlb(IntervalMap):
     def invalidate_mapping(self, iova: int, length: int) -> None:
         """Forget every translation in ``[iova, iova + length)``, splitting mappings at its ends.
 
-        When this returns, nobody uses the old translations any more.
+        When this returns, the old translations are no longer in use.
 
         Raises:
             TypeError, ValueError: Bad numbers, or a length of 0; nothing changed.
@@ -89,7 +89,7 @@ class Iotlb(IntervalMap):
         IntervalMap.cut(self, iova, length, drain=True)
 
     def invalidate_all(self) -> None:
-        """Forget every translation; returns once nobody uses one any more.
+        """Forget every translation; returns once none is in use any more.
 
         Raises:
             RuntimeError: This thread itself uses one; nothing changed.
@@ -117,7 +117,7 @@ class Iotlb(IntervalMap):
     def take(self, start: int, length: int) -> list[tuple[int, int, int, Permissions]] | None:
         """Take out the mappings of a range, unless one reaches out of it; None then.
 
-        Returns once nobody uses one of them any more.
+        Returns once none of them is in use any more.
 
         Raises:
             TypeError, ValueError: Bad numbers, or a length of 0; nothing changed.

@@ -1,6 +1,6 @@
 """The mappings of one I/O address space, and clients that hold memory through them.
 
-A :class:`BasicMemoryMapper` is what a domain of a virtio-iommu is made of. Whoever wants to use
+A :class:`BasicMemoryMapper` is what a domain of a virtio-iommu is made of. A client that uses
 memory by I/O virtual address for longer than one access opens an :class:`ExportSession`, exports a
 range (which tells where the memory is) and releases it when done. If the guest takes a mapping
 away whose memory is exported:
@@ -290,7 +290,7 @@ class ExportSession:
     def revoke(self) -> None:
         """Take everything from the client at once and end the session.
 
-        ``fault`` and ``revoked`` happen, then whoever waits for the release goes on.
+        ``fault`` and ``revoked`` happen, then a wait for the release ends.
         """
         with self._lock:
             if self._closed:
@@ -439,7 +439,7 @@ class BasicMemoryMapper(MemoryMapper):
     """The mappings of one domain, with any number of clients.
 
     Args:
-        mask: Page sizes that can be mapped. It is only remembered; whoever speaks to the guest
+        mask: Page sizes that can be mapped. It is only remembered; the device
             checks alignment.
         time_limit: What new sessions get as theirs, in seconds; None for no limit.
         sibling: A mapper whose sessions may :meth:`~ExportSession.move` to this one.

@@ -23,7 +23,7 @@ class Iommu(ABC):
     """Something that translates I/O virtual addresses; it keeps what it knows in an IOTLB.
 
     A subclass provides :attr:`iotlb` and, unless the IOTLB always holds every mapping,
-    :meth:`resolve`, which is asked to fill it. Whoever owns the full tables must take a mapping
+    :meth:`resolve`, which fills it on a miss. The owner of the full tables must take a mapping
     out of the IOTLB (``invalidate_mapping``) before its removal or restriction takes effect;
     additions need not be pushed.
     """

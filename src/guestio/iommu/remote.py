@@ -22,7 +22,7 @@ An answer has the tag of its request. With a status other than 0 its body is the
 (u64, u128) and a message in UTF-8. Who breaks the framing is disconnected.
 
 A revoked client is disconnected before the guest is told that the memory is free. Nothing can make
-another process forget memory that it has mapped: whoever needs that must end the process there.
+another process forget memory that it has mapped: a program that needs that must end the process.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Status(enum.IntEnum):
 
 
 class Exports(Protocol):
-    """Whoever gives out sessions: a mapper, or an endpoint of a virtio-iommu."""
+    """Opens sessions: a mapper, or an endpoint of a virtio-iommu."""
 
     def open_session(self) -> ExportSession:
         """Begin to export to a client."""

@@ -16,7 +16,7 @@ class GuestMemoryAtomic(Generic[M]):
     """The current memory map, swapped atomically.
 
     Readers take a snapshot with :meth:`memory` and never wait; a snapshot stays usable for as long
-    as it is held. Writers take turns. Share the object itself: whoever has it sees every swap.
+    as it is held. Writers are serialized. Share the object itself: every holder sees every swap.
     """
 
     def __init__(self, memory: M) -> None:

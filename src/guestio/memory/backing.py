@@ -78,7 +78,7 @@ class Backing:
             size: Bytes, greater than 0; a multiple of ``hugetlb`` if that is given.
             name: Shown in ``/proc/PID/maps``.
             hugetlb: Size of the huge pages to use, a power of two such as ``2 << 20``.
-            seal: Forbid that anybody changes the file's size.
+            seal: Forbid changes of the file's size, to every process.
             guard: Keep an inaccessible page on either side.
 
         Raises:
@@ -113,7 +113,7 @@ class Backing:
     def from_fd(
         cls, fd: int, size: int, offset: int = 0, writable: bool = True, *, guard: bool = False
     ) -> Self:
-        """Map a file that somebody else made.
+        """Map a file that the caller has open.
 
         Args:
             fd: An open descriptor; it is duplicated and stays the caller's.
@@ -189,7 +189,7 @@ class Backing:
 
     @classmethod
     def from_buffer(cls, buffer: Buffer) -> Self:
-        """Use memory that somebody else in this process owns: a ``bytearray``, an ``mmap``, ...
+        """Use memory that another object of this process owns: a ``bytearray``, an ``mmap``, ...
 
         The buffer stays exported (it cannot be resized or closed) until this is closed or goes
         away; it is not unmapped then. If it maps a file that others may truncate, accesses are not
@@ -246,8 +246,8 @@ class Backing:
     def seals(self) -> frozenset[str]:
         """What the file's seals forbid: of the values of ``SEALS``, such as ``shrink``.
 
-        Files that cannot be sealed have none. Memory without a file has none either; nobody can
-        change it. See fcntl(2), F_GET_SEALS.
+        Files that cannot be sealed have none. Memory without a file has none either; its
+        size cannot change. See fcntl(2), F_GET_SEALS.
         """
         if self.fd is None:
             return frozenset()
@@ -259,7 +259,7 @@ class Backing:
 
     @property
     def shrinkable(self) -> bool:
-        """Whether somebody may take the memory away by truncating its file.
+        """Whether the memory can be taken away by truncating its file.
 
         An access to memory that was taken away raises :class:`~guestio.MemoryVanishedError`.
         """

@@ -95,7 +95,7 @@ class MmapRegion:
         *,
         bitmap: AtomicBitmap | None = None,
     ) -> Self:
-        """A region of somebody's file; see :meth:`Backing.from_fd`."""
+        """A region of an open file; see :meth:`Backing.from_fd`."""
         check_range(start, size, name="start", empty=False)
         return cls(start, Backing.from_fd(fd, size, offset, writable), bitmap=bitmap)
 

@@ -4,10 +4,10 @@ A `Channel` turns the byte stream into `Message` objects and back; it knows fram
 what requests mean. (`session.py`, which judges messages, knows no operating system. Memory, pollers
 and eventfds have files of their own; plain IOTLB messages are read and written in the core.)
 
-Ownership: every fd that arrives belongs to its `Message` and is closed with it, unless somebody
-takes it. Every received fd is close-on-exec. Whatever the peer does (stops in the middle, sends
-fds where none belong, floods, never reads) ends in an exception in bounded time and memory, with
-no fd left behind.
+Ownership: every fd that arrives belongs to its `Message` and is closed with it, unless the
+receiver takes it. Every received fd is close-on-exec. Whatever the peer does (stops in the middle,
+sends fds where none belong, floods, never reads) ends in an exception in bounded time and memory,
+with no fd left behind.
 
 Source: QEMU docs/interop/vhost-user.rst, "Message Specification" and "Communication"; unix(7).
 """
@@ -53,7 +53,7 @@ class ConnectionLostError(PeerGoneError):
 class Message:
     """A received message and the fds that came with it.
 
-    Use it as a context manager, or call `close()`: fds that nobody took are closed then.
+    Use it as a context manager, or call `close()`: fds that were not taken are closed then.
 
     Attributes:
         header: Request, flags and size.
@@ -74,7 +74,7 @@ class Message:
 
     @property
     def fd_count(self) -> int:
-        """How many fds nobody has taken yet."""
+        """How many fds are not taken yet."""
         return len(self._fds)
 
     def take_fd(self) -> int:
@@ -91,7 +91,7 @@ class Message:
         return fds
 
     def close(self) -> None:
-        """Close the fds that nobody took. May be called again."""
+        """Close the fds that were not taken. May be called again."""
         close_foreign(self.take_fds())
 
     def __enter__(self) -> Self:
@@ -121,7 +121,7 @@ class Channel:
         sock: A connected AF_UNIX SOCK_STREAM socket; the channel owns it from here on.
         with_fds: Whether the peer may send fds. Without, whatever is there is read in one go,
             which makes floods of small messages (IOTLB misses, acknowledgements) cheap, and an fd
-            is a violation of the protocol. May be changed while nobody receives.
+            is a violation of the protocol. May be changed while no thread receives.
         send_timeout: Seconds one `send` may take in all, however slowly the peer reads.
     """
 

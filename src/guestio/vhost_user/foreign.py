@@ -1,6 +1,6 @@
 """Descriptors that a peer passes: which are accepted for what, and how they are closed.
 
-A descriptor is the peer's choice, and most kinds can keep whoever touches them waiting: a socket
+A descriptor is the peer's choice, and most kinds can block a system call on them: a socket
 while it is closed, a FUSE file while it is asked for its size, a device while it is read. So what
 it is is found out without asking its driver or file system, only what cannot wait is accepted, and
 the rest is closed in a thread.
@@ -197,7 +197,7 @@ class PipeNotifier:
             return
         own = -1
         try:
-            # A file description of our own: nobody else can make it one that waits for readers.
+            # A file description of our own: the peer cannot make it one that waits for readers.
             with contextlib.suppress(OSError):
                 own = os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             close_fd(pipe)

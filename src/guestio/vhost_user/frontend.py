@@ -142,7 +142,7 @@ class Frontend:
     Args:
         target: Path of the back-end's socket, or a connected socket, which it owns from here on.
         timeout: Seconds that any one wait for the back-end may take.
-        connect_wait: Seconds to go on trying while nobody listens on the path yet.
+        connect_wait: Seconds to go on trying while the path has no listener yet.
         answer: Who answers IOTLB misses, see the module: a thread, or the caller.
         granularity: Largest answer to a miss in bytes, a power of two; an answer does not cross a
             multiple of it. None for as much as is mapped in one piece. QEMU answers a page.

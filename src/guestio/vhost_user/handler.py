@@ -103,7 +103,7 @@ class SessionHandler(Protocol):
         ...
 
     def set_vring_err(self, index: int, fd: int | None) -> None:
-        """Set the eventfd to signal errors; None: nobody wants to know."""
+        """Set the eventfd to signal errors; None: errors are not signaled."""
         ...
 
     def set_vring_enable(self, index: int, enable: bool) -> None:

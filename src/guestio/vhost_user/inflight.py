@@ -39,7 +39,7 @@ class InflightRegion:
 
     @classmethod
     def create(cls, num_queues: int, queue_size: int) -> Self:
-        """Make an empty region in a file of its own that nobody can resize.
+        """Make an empty region in a file of its own that cannot be resized.
 
         Args:
             num_queues: 1 to 65535.
@@ -55,7 +55,7 @@ class InflightRegion:
 
     @classmethod
     def from_fd(cls, description: Inflight, fd: int) -> Self:
-        """Use a region that somebody else kept, or made.
+        """Use a region that the front-end kept, or made.
 
         Args:
             description: Where it is in the file and what it is for.

@@ -74,7 +74,7 @@ class MissAnswer(NamedTuple):
 _ANSWER: Final = MissAnswer()
 
 MissHook: TypeAlias = Callable[[IotlbMessage], MissAnswer]
-"""Decides about each miss; called by whoever serves misses."""
+"""Decides about each miss; called in the thread that serves misses."""
 
 
 @dataclass(slots=True)
@@ -422,7 +422,7 @@ class IotlbService:
         except GuestioError as error:
             self._exchange.fail(error)
         except Exception as error:
-            # Nobody would be told otherwise, and the back-end would wait for its answers.
+            # The failure would go unnoticed otherwise, and the back-end would wait for its answers.
             _log.exception("the thread that answers a back-end's IOTLB misses failed")
             reason = f"IOTLB misses are not answered any more: {type(error).__name__}: {error}"
             self._exchange.fail(GuestioError(reason))

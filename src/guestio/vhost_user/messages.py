@@ -5,7 +5,7 @@ protocol defines is a frozen value here with `encode()` and `decode()`, so that 
 front-end can be written on the same module; its docstring names the requests and replies it
 belongs to. Requests not named anywhere have no payload.
 
-Decoding trusts nobody: a payload of any other size than the layout's, or whose inner counts
+Decoding trusts no peer: a payload of any other size than the layout's, or whose inner counts
 disagree with it, raises `ProtocolError`. Only a memory table may be longer than its count says.
 Encoding checks our own caller: a value that does not fit its field raises `ValueError`. What a
 value *means* (ring exists, region overlaps) is not judged here but in `guestio.vhost_user.session`.

@@ -1,9 +1,9 @@
 """Requests go out and replies come back over one channel, for several threads at once.
 
 Replies keep the order of the requests of their kind, but not across kinds: a back-end that still
-works on a GET_VRING_BASE answers the IOTLB updates that it needs for that first. So a reply goes to
-the first who waits for one with its code. Nobody reads unless somebody waits, and whoever waits
-reads for all.
+works on a GET_VRING_BASE answers the IOTLB updates that it needs for that first. So a reply
+matches the oldest pending request with the same code. There is no reader thread: a waiting caller
+reads on behalf of all.
 
 Source: QEMU docs/interop/vhost-user.rst, "Communication" and "VHOST_USER_PROTOCOL_F_REPLY_ACK".
 """
@@ -152,7 +152,7 @@ class RequestChannel:
             self._fds_expected += 1
         try:
             with self._state:
-                # Whoever reads on without regard to fds now could meet the reply.
+                # A caller that goes on reading without room for fds could meet the reply.
                 if not self._state.wait_for(
                     lambda: not self._reading or self._channel.with_fds, self.timeout
                 ):
@@ -168,20 +168,20 @@ class RequestChannel:
         return decode_ack(message.header, message.payload, pending.request)
 
     def fail(self, error: GuestioError) -> None:
-        """Break the connection: everybody who waits, and every later call, raises ``error``."""
+        """Break the connection: every waiting call, and every later one, raises ``error``."""
         with self._state:
             if self._failure is None:
                 self._failure = again(error)
             self._state.notify_all()
 
     def shut_down(self) -> None:
-        """Wake everybody who waits; they and every later call raise PeerGoneError."""
+        """Wake all waiting calls; they and every later one raise PeerGoneError."""
         self.fail(PeerGoneError("the connection was closed on this side"))
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the socket. Nobody may be waiting any more. May be called again."""
+        """Close the socket, on which no call may be waiting. May be called again."""
         self.shut_down()
         self._channel.close()
 
@@ -216,7 +216,7 @@ class RequestChannel:
                 pending.message = message
                 return None
         message.close()
-        return ProtocolError(f"{request_name(message.request)} came, which nobody waits for")
+        return ProtocolError(f"{request_name(message.request)} came, but no call waits for it")
 
     def _time_out(self, request: int) -> NoReturn:
         self._failure = NoAnswerError(

@@ -95,7 +95,7 @@ class MemoryTableTarget:
         except (GuestioError, OSError) as error:
             raise DmaError("unmap", start, size, str(error)) from error
         del self._shared[start]
-        # Whoever still looks at it on our side keeps it until they are done.
+        # References on our side keep the memory mapped.
         with contextlib.suppress(BufferError):
             region.backing.close()
 

@@ -118,7 +118,7 @@ class VhostUserTranslator:
     def serve(self, channel: Channel | None) -> None:
         """Deal with plain messages of the main channel while waiting; None ends that.
 
-        Whoever takes a message from the channel calls :meth:`receive` before.
+        A thread that takes a message from the channel calls :meth:`receive` before.
         """
         self._main = channel
         self.feed.main = -1
@@ -168,7 +168,7 @@ class VhostUserTranslator:
             seconds: How long to wait for the users of a translation that is taken away.
 
         Returns:
-            Whether nobody uses what was taken away.
+            Whether what was taken away is no longer in use.
 
         Raises:
             InvalidAddressError: An UPDATE leads to memory that is not shared; nothing changed.
@@ -188,7 +188,7 @@ class VhostUserTranslator:
         return not taken or self.unused(iova, size, seconds)
 
     def unused(self, iova: int, size: int, seconds: float) -> bool:
-        """Wait until nobody uses what the range translated to; False if that takes longer."""
+        """Wait until what the range translated to is not in use; False if that takes longer."""
         return self.iotlb.drain(iova, size, seconds)
 
     def request(self, waiter: int, missing: Iterable[Miss]) -> None:
@@ -268,7 +268,7 @@ class VhostUserTranslator:
         self.serve(None)
         self._back.close()
         with self._lock:
-            # Nothing is to be watched any more, whoever still asks.
+            # No deadline is watched any more, even if requests still come.
             self.feed.alarm = -math.inf
         self._loop.clear_timer(self)
         self._loop.core.remove_feed(self.feed)

@@ -114,7 +114,7 @@ class BlockDevice(Device):
         read_only: Refuse writes.
         num_queues: Request queues, 1 to 64.
         serial: What GET_ID answers, up to 20 bytes of ASCII; None derives it from the file name.
-        io_threads: Threads that wait for the disk, up to 64, so that nobody else does: started
+        io_threads: Threads that wait for the disk, up to 64, instead of the loop: started
             when there is something to wait for. 0: :meth:`process` waits itself; one is started
             all the same for what is large, discards and write-zeroes.
 
@@ -368,8 +368,8 @@ class BlockDevice(Device):
             except OSError:
                 self._failed_flushes += 1
                 raise
-            # Of data that was lost the kernel tells once, to whoever asks first; the others that
-            # asked for it meanwhile must not believe that it is safe.
+            # The kernel reports lost data once, to the first fsync; the other flushes that
+            # wait for it must not succeed.
             if self._failed_flushes != failed:
                 raise OSError(errno.EIO, "another flush of the same data failed")
         return 0

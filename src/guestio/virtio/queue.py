@@ -46,13 +46,13 @@ Outcome = tuple[list[Chain], Misses, int, bool]
 """What a ring's ``turn`` returns."""
 
 TURN = 64
-"""Requests that are served before somebody else has a turn."""
+"""Requests served per queue before the other queues of the thread are served."""
 
 POLL_INTERVAL = 0.001
 """Seconds between looks at a ring whose front-end gave no kick fd."""
 
 SPIN = 50e-6
-"""Seconds that a queue is watched before everybody else has a turn."""
+"""Busy-polling time per queue, in seconds, before returning to the event loop."""
 
 MAX_REFUSED = 4096
 """Refused pages that are remembered for a queue."""

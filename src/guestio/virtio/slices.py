@@ -98,7 +98,7 @@ class SlicedThreads:
 
     def _run(self) -> None:
         while True:
-            # Whoever waits in here must not keep what was done last.
+            # A waiting thread must not keep what it finished last.
             taken = None
             try:
                 if (taken := self._take()) is None:
@@ -135,9 +135,9 @@ class SlicedThreads:
         """Finish what was submitted, and take no more.
 
         Args:
-            timeout: Seconds to wait for it at most. Nobody waits for the threads at the end of the
-                process.
-            last: Called once everything is done, by whoever did it.
+            timeout: Seconds to wait for it at most. The process does not wait for the threads when
+                it ends.
+            last: Called once everything is done, in the thread that did the last of it.
 
         Returns:
             Whether everything is done and every thread gone.
@@ -148,8 +148,8 @@ class SlicedThreads:
             self._last = last if self._running else None
             self._change.notify_all()
             threads = list(self._threads)
-            nobody = not self._running
-        if nobody and last is not None:
+            idle = not self._running
+        if idle and last is not None:
             last()
         for thread in threads:
             thread.join(max(until - time.monotonic(), 0))

@@ -44,7 +44,7 @@ def test_registers(lab: Lab):
 
 def test_regions(lab: Lab):
     assert [lab.other.bar(n).size for n in range(6)] == [256, 0, 1 << 20, 0, 0, 0]
-    # Less than a page cannot be mapped: the rest of the page is somebody else's.
+    # Less than a page cannot be mapped: the rest of the page may be another device's.
     assert lab.other.bar(0).areas == ()
     with pytest.raises(ValueError, match="0 areas"):
         lab.other.bar(0).backing()

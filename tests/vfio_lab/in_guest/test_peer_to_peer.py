@@ -123,7 +123,7 @@ def test_a_bar_that_cannot_be_mapped_costs_only_itself(lab, manager, memory):
 
 
 def test_what_the_kernel_does_not_unmap_stays_in_memory(lab, manager):
-    """Somebody maps behind the manager's back so that its unmapping would cut a mapping."""
+    """A mapping is made without the manager, so that its unmapping would cut a mapping."""
     memory = Backing.memfd(4 * PAGE)
     ram = manager.new_region("ram", 0, 4 * PAGE)
     ram.add_mapping(0, PAGE, memory)

@@ -153,7 +153,7 @@ def whole_connection(socket: Path, contents: Contents) -> list[str]:
 
 
 def next_one_is_served(socket: Path, contents: Contents) -> float:
-    """Connect as somebody who knows of nothing and use the disk; the seconds that took."""
+    """Connect as an unrelated front-end and use the disk; the seconds that took."""
     start = time.monotonic()
     with ScriptedGuest(socket, memory_size=1 << 20, queue_size=32, timeout=20.0) as guest:
         contents.check(3, guest.read(3 * SECTORS, CHUNK))

@@ -122,7 +122,7 @@ cdef extern from * nogil:
     static pthread_mutex_t closers_lock = PTHREAD_MUTEX_INITIALIZER;
     static pthread_cond_t closer_ended = PTHREAD_COND_INITIALIZER;
     static int closers;                 /* threads that are closing */
-    static int *waiting;                /* descriptors for whoever of them is ready first */
+    static int *waiting;                /* descriptors for the next thread that is free */
     static int waiting_count, waiting_room;
 
     static void *close_one_by_one(void *first)
@@ -275,10 +275,10 @@ def socket_kind(int fd):
 
 
 def close_aside(fds, double grace, int most):
-    """Close descriptors of any kind in threads of their own, so that nobody waits for it.
+    """Close descriptors of any kind in threads of their own; the caller does not wait.
 
     Args:
-        fds: Descriptors; nobody may use their numbers from now on.
+        fds: Descriptors; their numbers must not be used from now on.
         grace: Seconds to wait for it, if none is being closed at the moment, so that descriptors
             that close at once are closed when this returns.
         most: Threads at most; the descriptors of further ones wait their turn.

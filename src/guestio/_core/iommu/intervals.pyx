@@ -6,10 +6,10 @@ One structure, a B+tree, serves both policies: :meth:`IntervalMap.overwrite` and
 A batch of lookups goes down the tree side by side, so that their cache misses overlap.
 
 Threads: every method may be called from any thread. The tree is looked at while the GIL is held
-and is not touched by anything else then; whoever changes it holds the lock exclusively as well,
+and is not touched by anything else then; a writer holds the lock exclusively as well,
 and batch lookups hold the lock shared and release the GIL. Between looking at a node and being
 done with it no Python object is made: making one may run the garbage collector, and with it
-anybody's code.
+arbitrary code.
 """
 
 import numpy as np
@@ -280,7 +280,7 @@ cdef class IntervalMap:
             length: Bytes, greater than 0.
             target: Where ``start`` leads.
             perm: What is allowed.
-            drain: If a translation was taken away, return only when nobody uses it any more.
+            drain: If a translation was removed, return only when it is no longer in use.
 
         Returns:
             Whether a translation was taken away: moved elsewhere or restricted.
@@ -315,7 +315,7 @@ cdef class IntervalMap:
         Args:
             start: First address.
             length: Bytes, greater than 0.
-            drain: Return only when nobody uses a translation of the range any more.
+            drain: Return only when no translation of the range is in use any more.
 
         Returns:
             Whether anything was mapped there.
@@ -527,7 +527,7 @@ cdef class IntervalMap:
         return guard
 
     def drain(self, start, length, timeout=None):
-        """Wait until nobody uses a translation of this range that was looked up before now.
+        """Wait until no translation of this range that was looked up before now is in use.
 
         Returns:
             False if ``timeout`` seconds passed first.
@@ -661,8 +661,8 @@ cdef class IntervalMap:
 
         Lookups count and hold leases here, so :meth:`drain` of each follower waits for its own
         users only. Changes are made at ``source`` and seen at once; here they raise RuntimeError.
-        Whoever takes a mapping away there, or has a map follow something else, waits for those who
-        use it afterwards: :func:`users_of`, :meth:`drain`.
+        A caller that removes a mapping there, or has a map follow another source, must wait
+        afterwards until it is no longer in use: :func:`users_of`, :meth:`drain`.
 
         Args:
             source: A map without capacity that follows none; None to see nothing again.
@@ -680,7 +680,7 @@ cdef class IntervalMap:
             raise ValueError("only a map without capacity that follows none can be followed")
         cdef IntervalMap old = self.source
         self.cuts = self.invalidations + 1
-        # Numbers that nobody has seen yet, so that what was looked up before is looked up again.
+        # A new generation, so that what was looked up before is looked up again.
         self.own.generation = next_generation()
         self.source = source
         self.at = &self.own if source is None else &source.own

@@ -172,7 +172,7 @@ cdef extern from * nogil:
 
     /* Many lookups, a group at a time: each level of the tree is passed by the whole group before
        the next, so that the cache misses of a group overlap. The addresses are copied first; a
-       caller's array may be memory that somebody else writes to. */
+       caller's array may be memory that another thread writes to. */
     WIDE static void lookup_batch(
         Node *root, int height, const uint64_t *starts, const uint64_t *sizes, int stride,
         size_t n, uint64_t wanted, uint64_t stamp, uint64_t *target, uint8_t *status,

@@ -191,7 +191,7 @@ cdef class AtomicBitmap:
         return 0
 
     cdef void mark(self, u64 start, u64 length) noexcept nogil:
-        """Mark a byte range. Whoever calls it holds the GIL, which keeps :meth:`grow` away."""
+        """Mark a byte range. The caller holds the GIL, which keeps :meth:`grow` away."""
         cdef u64 first, last, i
         if not length or not self.pages:
             return

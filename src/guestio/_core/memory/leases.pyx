@@ -1,7 +1,7 @@
 """Who is using which translation at this moment.
 
-Whoever translates an address in order to use it enters a lease for the range, and leaves it when
-the last byte has moved. Whoever revokes a translation removes it first, so that nobody new can
+An access enters a lease for the range that it translates, and leaves it when the last byte has
+moved. A revocation removes the translation first, so that no new access can
 find it, and then waits for the leases that overlap it. Readers never wait: not for each other and
 not for a revocation.
 """
@@ -25,7 +25,7 @@ cdef extern from "<time.h>" nogil:
     int clock_gettime(int, timespec *)
 
 cdef enum:
-    NOBODY = 0    # no thread's ident
+    NO_OWNER = 0  # no thread's ident
     PATIENCE_NS = 50_000_000  # how long a wait goes on before it looks for a signal to Python
 
 
@@ -51,8 +51,8 @@ cdef class Leases:
     cdef int enter(self, u64 first, u64 last) except -1:
         """Take a lease and return its slot. O(1).
 
-        Takes the GIL, and so does whoever looks up a translation without locking the tree: as long
-        as one has it, nobody begins to use one.
+        Takes the GIL, and so does every lookup that does not lock the tree: while a thread holds
+        it, no other begins to use a translation.
         """
         cdef int slot
         cdef Lease *grown
@@ -98,7 +98,7 @@ cdef class Leases:
         pthread_mutex_lock(&self.mutex)
         GUESTIO_ASSERT(0 <= slot < self.slots)
         GUESTIO_ASSERT(self.slot[slot].serial != 0)
-        self.slot[slot].owner = NOBODY
+        self.slot[slot].owner = NO_OWNER
         pthread_mutex_unlock(&self.mutex)
 
     cdef bint busy(self, Span span, u64 before) noexcept nogil:

@@ -1,6 +1,6 @@
-"""Host memory that stays mapped as long as anybody looks at it.
+"""Host memory that stays mapped as long as anything refers to it.
 
-The file behind a mapping may belong to somebody else, who can truncate it at any time; touching
+The file behind a mapping may belong to another process, which can truncate it at any time; touching
 such a page raises SIGBUS. The handler installed here puts an empty private page in its place and
 records where the file was found to end, so that the access that met it fails with an error
 instead of killing the process. Memory beyond that point stays refused: what the file held is gone.
@@ -79,7 +79,7 @@ cdef extern from * nogil:
         pass_on(number, info, context);
     }
 
-    /* Somebody may have put a handler of their own in front since the last time. */
+    /* The program may have installed a handler of its own since the last time. */
     static int install_handler(void)
     {
         struct sigaction action = {0}, current;

@@ -307,7 +307,7 @@ cdef class IoVector:
         return 0
 
     cdef void enter(self) noexcept nogil:
-        """Keep the memory until :meth:`leave`, whoever closes the vector. Needs the GIL."""
+        """Keep the memory until :meth:`leave`, even if the vector is closed. Needs the GIL."""
         self.users += 1
 
     cdef int leave(self) except -1:
@@ -829,7 +829,7 @@ cdef class IoVector:
 
 
 cdef class Held:
-    """A context manager that somebody else made, left once."""
+    """Exits another context manager exactly once."""
 
     def close(self):
         guard, self.guard = self.guard, None

@@ -44,7 +44,7 @@ cdef class IotlbUpdater:
         """Apply the messages at the start of what has arrived at a socket, as long as they are plain.
 
         Plain is an UPDATE that lies in one piece of shared memory and an INVALIDATE, both of
-        ranges that nobody is using at the moment. They are taken from the socket and acknowledged.
+        ranges that are not in use at the moment. They are taken from the socket and acknowledged.
 
         Args:
             fd: The socket; no message on it may be taken in part.
@@ -138,10 +138,10 @@ cdef class IotlbUpdater:
         return entry.last >= message.uaddr + rest
 
     cdef bint replace(self, Span span, const Message *message, u64 target) noexcept:
-        """Change the IOTLB, which is locked, unless somebody uses the translation.
+        """Change the IOTLB, which is locked, unless the translation is in use.
 
-        The GIL is held since it was locked, and needed for a lease, so that nobody can begin to use
-        it in between. Nothing in here can fail: room was reserved when it was locked.
+        The GIL is held since it was locked, and needed for a lease, so that no
+        use of it can begin in between. Nothing in here can fail: room was reserved when it was locked.
         """
         if self.iotlb.leases.held and self.iotlb.leases.used(span.first, span.last):
             return False

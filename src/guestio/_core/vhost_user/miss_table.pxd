@@ -87,7 +87,7 @@ cdef class MissTable:
 
 
 cdef inline bint is_awaited(const Slot *miss) noexcept nogil:
-    """Whether anybody needs the answer."""
+    """Whether a waiter needs the answer."""
     cdef int word
     for word in range(WAITER_WORDS):
         if miss.waiting[word]:

@@ -11,7 +11,7 @@ translation was only late. A front-end deals with messages in their order (QEMU:
 hw/virtio/vhost-user.c, which goes on only when its UPDATE was acknowledged). So as long as answers
 come, what was asked after the last answered miss is not late, but waits for its turn.
 
-Each MISS_BATCH-th miss (256th) is acknowledged in any case, or else nobody would know that
+Each MISS_BATCH-th miss (256th) is acknowledged in any case: the only sign that
 the front-end reads them at all, and that there is room for more in the socket.
 """
 
@@ -82,7 +82,7 @@ cdef class MissTable:
     What is needed for reading and for writing at the same time is asked for once, for both. A
     waiter is a number below 256, such as that of a queue.
 
-    Every method may be called from any thread. Whoever sends what several threads ask must keep the
+    Every method may be called from any thread. Messages of several threads must be sent in the
     order in which the messages were made, because acknowledgements come in that order.
 
     Args:
@@ -220,7 +220,7 @@ cdef class MissTable:
             skip: Pages ``(iova, access)`` that are not to be asked for.
 
         Returns:
-            The messages to send, for what nobody has asked yet, as bytes. If too much is in flight
+            The messages to send, for what is not requested yet, as bytes. If too much is in flight
             already the rest is left out; the waiter is woken to ask again when there is room.
 
         Raises:
@@ -405,7 +405,7 @@ cdef class MissTable:
         return 0
 
     cdef bint starving(self) noexcept:
-        """Whether anybody could not ask for want of room."""
+        """Whether a waiter could not send a request for want of room."""
         cdef int word
         for word in range(WAITER_WORDS):
             if self.starved_waiters[word]:
@@ -663,7 +663,7 @@ cdef class MissTable:
         """Forget all misses, because no answer to them can be told from others any more.
 
         Returns:
-            Everybody who waited and has to ask again.
+            Every waiter, each of which must request again.
         """
         cdef int waiter
         cdef list waiters = []

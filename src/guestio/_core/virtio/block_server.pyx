@@ -5,7 +5,7 @@ Python object is made for one. Data moves without a copy in between; the system 
 GIL, with the translation of the memory held by its lease.
 
 A read can be limited to what the page cache has (RWF_NOWAIT of preadv2(2)): one that would wait is
-left to the device, which may have somebody else wait. The disk works on it from then on: looking
+left to the device, which may wait in another thread. The disk works on it from then on: looking
 starts its readahead. Writes are never left. They go to the page cache, which does not wait for the
 disk unless too much is dirty or a part of a page has to be read first, and there is no asking:
 ext4 and tmpfs refuse RWF_NOWAIT for buffered writes (EOPNOTSUPP).

@@ -205,7 +205,7 @@ cdef class InflightQueue:
     cdef void begin(self, u16 used_idx) noexcept:
         """Make the part one of a ring that has nothing in flight."""
         cdef u32 i
-        # Whoever is killed in here must be followed by somebody who begins again.
+        # A successor of a process that is killed in here must begin anew.
         put_u16(&self.region.version, 0)
         for i in range(self.size):
             if get_u8(&self.desc[i].inflight):

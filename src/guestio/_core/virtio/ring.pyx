@@ -76,7 +76,7 @@ cdef class Ring(RingAreas):
         ordered: Show completed requests in the order in which they were taken, so that the used
             index says where to go on after a stop or a crash, and as VIRTIO_F_IN_ORDER promises.
             Otherwise they are shown as they complete.
-        inflight: Where to note which requests are in flight, for whoever goes on after a crash.
+        inflight: Where to note which requests are in flight, for the successor after a crash.
             Requests that are noted in it already are taken first, whatever ``base`` is.
         turn_bytes: Bytes of requests that are served in one turn, before others have theirs; the
             last request may exceed it.
@@ -132,7 +132,7 @@ cdef class Ring(RingAreas):
         )
 
     cdef int begin(self) except -1:
-        """Find out where the driver is, and what was in flight when somebody else stopped."""
+        """Find out where the driver is, and what was in flight when the predecessor stopped."""
         cdef u16 head
         self.next_used = self.used_position()
         if self.inflight is None:
@@ -339,7 +339,7 @@ cdef class Ring(RingAreas):
         return 0
 
     cdef int keep_nothing(self) except -1:
-        """Let go of what was only looked at: nobody else will, and a revocation waits for it."""
+        """Release what was only looked at: a revocation waits for it."""
         if self.spare is not None:
             self.spare.clear()
         return 0
@@ -475,7 +475,7 @@ cdef class Ring(RingAreas):
             raise ValueError(f"request {chain.head} is not settled")
         if is_in_use(chain):
             return False
-        # Whoever keeps the request does not keep the ring, nor its memory.
+        # A reference to the request keeps neither the ring nor its memory.
         chain.done, chain.ring = True, None
         self.finish(chain)
         return True
@@ -557,7 +557,7 @@ cdef class Ring(RingAreas):
 
     @property
     def resume_at(self):
-        """Where whoever goes on after a stop begins; what is not shown by then is done again."""
+        """Where a successor resumes after a stop; what is not published by then is done again."""
         if self.inflight is not None and not self.ordered:
             return self.next_avail
         return <u16>(self.next_avail - self.outstanding - self.pending_count)

@@ -1,6 +1,6 @@
 """Bytes that lie in a row for a driver, on pages from anywhere, and what is written into them.
 
-Only for memory of our own guest, which nobody can take away: accesses are plain.
+Only for memory of our own guest, which cannot be taken away: accesses are plain.
 """
 
 from libc.stdint cimport int64_t

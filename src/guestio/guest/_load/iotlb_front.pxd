@@ -6,7 +6,7 @@ from guestio._core.base.checks cimport u8, u32, u64
 cdef enum FrontTrouble:
     FRONT_FINE = 0
     FRONT_GONE = 1          # the back-end closed a connection
-    FRONT_PROTOCOL = 2      # it sent what nobody may send; `detail` is the request's code
+    FRONT_PROTOCOL = 2      # it sent a message of no known kind; `detail` is the request's code
     FRONT_REFUSED = 3       # it refused to forget a translation
     FRONT_SYSTEM = 4        # a system call failed; `detail` is errno
 

@@ -79,7 +79,7 @@ cdef packed struct Ack:
 cdef class IotlbFront:
     """Translations of a window of I/O virtual addresses, and the talk about them.
 
-    Not safe for several threads at once. While it is in use nobody else may use the back-end's
+    Not safe for several threads at once. While it is in use no other code may use the back-end's
     channel, nor the front-end's socket unless :attr:`quiet`.
 
     Args:
@@ -365,7 +365,7 @@ cdef class IotlbFront:
         return self.trouble
 
     cdef bint full(self) noexcept nogil:
-        # Whoever does not read our answers is not given more of them.
+        # A peer that does not read the answers is not sent more of them.
         return self.answers + (
             (self.back.unsent_end - self.back.unsent_start) // sizeof(Ack)
         ) >= LOAD_ANSWERS

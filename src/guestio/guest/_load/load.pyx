@@ -2,7 +2,7 @@
 
 A :class:`LoadDriver` is a guest's driver of virtio-blk over split rings in memory of this process.
 Behind an IOMMU it also answers the back-end's questions, through an
-:class:`~guestio.guest._load.iotlb_front.IotlbFront`, in the same loop: nobody waits for anybody, so the
+:class:`~guestio.guest._load.iotlb_front.IotlbFront`, in the same loop, which never waits, so the
 requests of a whole queue can be mapped, served and unmapped at the same time.
 
 Everything happens in :meth:`LoadDriver.run`, in one thread and without the GIL.
@@ -180,8 +180,8 @@ cdef class LoadDriver:
         )
         self.trouble_found = &self.maker.trouble
         self.iotlb, self.translating, self.strict = iotlb, iotlb is not None, strict
-        # What was used last is in the cache. To verify, what was used first: whoever still writes
-        # to the memory of a request that is over must not find the next one there.
+        # What was used last is in the cache. To verify, what was used first: a device that
+        # still writes to the memory of a finished request must not find the next one there.
         self.polling, self.batches, self.reuse_first = polling, batches, verify
         self.timeout = as_address(timeout, "timeout")
         self.progress = self.left = clock_ns()
@@ -345,7 +345,7 @@ cdef class LoadDriver:
         cdef u64 now
         with nogil:
             now = clock_ns()
-            # While nobody answered it, the device could not go on.
+            # While its misses were not answered, the device could not go on.
             self.progress += now - self.left
             outcome = self.loop(now + length)
             self.left = clock_ns()

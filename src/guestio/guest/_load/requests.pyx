@@ -254,7 +254,7 @@ cdef class RequestMaker:
             self.iotlb.put(page + i, row.host[first + i], perm)
         slot.mapped[slot.maps] = Mapping(page, count)
         slot.maps += 1
-        # A page that is never mapped lies between, for whoever runs past the end.
+        # A page that is never mapped lies between, to catch accesses past the end.
         slot.stride_used += count + 1
         return self.iotlb.base + (page << PAGE_SHIFT) + ((row.base + at) & (PAGE - 1))
 

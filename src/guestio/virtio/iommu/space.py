@@ -46,7 +46,7 @@ class ReservedUnion:
     """What is reserved for any of a domain's endpoints.
 
     Endpoints of one machine mostly have the same regions, so equal ones are kept once. The union
-    of all is made when somebody asks for it after a change.
+    of all is made on the first use after a change.
     """
 
     def __init__(self) -> None:

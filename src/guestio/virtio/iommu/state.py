@@ -217,7 +217,7 @@ class State:
         edges = space.mapper.mappings(start, 1) + space.mapper.mappings(end, 1)
         if any(at < start or at + length - 1 > end for at, length, _, _ in edges):
             raise Refused(Status.RANGE, "a mapping would be split")
-        # The list may be as long as the quota, so it is only made where somebody needs it.
+        # The list may be as long as the quota, so it is only made where it is needed.
         entries = space.mapper.mappings(start, size) if space.programs else []
         with _all_or_nothing() as journal:
             for program in space.programs.values():
@@ -295,7 +295,7 @@ class State:
         return waits + _draining(endpoint.iotlb, 0, ADDRESS_SPACE)
 
     def place(self, endpoint: Endpoint, space: Space) -> None:
-        """Attach an endpoint that nobody uses yet, as when a snapshot is restored."""
+        """Attach an endpoint that is not in use yet, as when a snapshot is restored."""
         self._leave(endpoint, space)
         endpoint.show(space)
 
@@ -437,7 +437,7 @@ def _all_or_nothing(*, raises: bool = False) -> Iterator[Journal]:
 
 
 def _draining(iotlb: IntervalMap, start: int, length: int) -> list[Event]:
-    """What to wait for before nobody uses a translation any more that has been taken away."""
+    """What to wait for until a translation that was removed is no longer in use."""
     try:
         if iotlb.drain(start, length, 0):
             return []
