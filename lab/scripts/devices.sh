@@ -1,6 +1,9 @@
 # Uses what of an entropy device, a keyboard and a console is named in DEVICES; says what it saw.
 #   DEVICES  words: rng keyboard console port
+#   SIZE, NEW_SIZE  rows and columns that the console has, and gets while it is used
+#   RELOADS  how often the drivers of the first two are taken away and brought back (0)
 # modules: virtio-rng virtio_input evdev virtio_console
+: "${RELOADS:=0}"
 set -eu
 
 wait_for() { # command...
@@ -12,12 +15,29 @@ wait_for() { # command...
     done
 }
 
-rng() {
+again() { # module device: reloads a driver and uses its device, RELOADS times
+    count=0
+    "$2"
+    while [ "$count" -lt "$RELOADS" ]; do
+        rmmod "$1"
+        insmod "/lab/modules/$1.ko"
+        "$2"
+        count=$((count + 1))
+        echo "FACT $2_reloads=$count"
+    done
+}
+
+rng() { again virtio_rng read_rng; }
+
+read_rng() {
     wait_for grep -q virtio /sys/class/misc/hw_random/rng_current
     echo "FACT rng=$(dd if=/dev/hwrng bs=64 count=1 2>/dev/null)"
 }
 
-keyboard() {
+keyboard() { again virtio_input read_key; }
+
+read_key() {
+    wait_for grep -q guestio /sys/class/input/event*/device/name
     name=$(grep -l guestio /sys/class/input/event*/device/name)
     event=${name%/device/name}
     echo "FACT keyboard=$(cat "$name")"

@@ -192,7 +192,12 @@ def test_linux_uses_all_of_them(
                 VhostUserDevice(started[2].path, CONSOLE, num_queues=2, config_size=12),
             ],
             scripts=[Script.named("devices")],
-            environment={"DEVICES": "rng keyboard console", "SIZE": "40 100", "NEW_SIZE": "50 132"},
+            environment={
+                "DEVICES": "rng keyboard console",
+                "RELOADS": "2",
+                "SIZE": "40 100",
+                "NEW_SIZE": "50 132",
+            },
             timeout=LIMIT,
         )
         with guest.boot(tmp_path / "guest") as running:
@@ -201,6 +206,7 @@ def test_linux_uses_all_of_them(
     check_rng(facts)
     check_keyboard(facts)
     check_console(facts)
+    assert facts["read_rng_reloads"] == facts["read_key_reloads"] == "2"
     for each in started:
         counted = "iotlb_misses=0" in each.log.read_text().split(" ended: ")[1]
         assert counted is not viommu.present

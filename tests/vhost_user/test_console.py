@@ -372,6 +372,41 @@ def test_a_large_buffer_is_written_in_parts_and_given_back_at_a_stop(
             driver.write(5, b"again")
 
 
+def test_memory_that_is_taken_away_from_a_buffer_that_is_being_written(
+    tmp_path: Path,
+    ends: tuple[socket.socket, socket.socket],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mine, reader = ends
+    mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    device = ConsoleDevice(["p"])
+    port = device.ports[1]
+    port.attach(mine.fileno(), mine.fileno())
+    got: list[bytes] = []
+    device.ports[0].on_output(got.append)
+    room = 0x80000
+    with (
+        served(tmp_path, device, stop_timeout=0.2) as serving,
+        ConsoleDriver(serving.path, 2, iommu=True) as driver,
+    ):
+        place = driver.at(driver.SIZE - room)
+        ring = driver.rings[5]
+        ring.offer(ring.put_chain(0, Desc(place, room)))
+        driver.handles[5].kick()
+        until(lambda: port._chain is not None)
+        # Its reader reads nothing: the buffer is held, and given up after a while.
+        driver.frontend.iotlb.unmap((place, room))
+        driver.wait(5, 0)
+        driver.write(1, b"alive")
+        until(lambda: got == [b"alive"])
+        seen = b""
+        until(lambda: port._chain is None or not reader.recv(1 << 16))
+        driver.write(5, b"after it", wait=False)
+        while not seen.endswith(b"after it"):
+            seen += reader.recv(1 << 16)
+    assert "ConsoleDevice" in str(warnings_of(caplog))
+
+
 def test_ports_are_introduced(tmp_path: Path) -> None:
     device = ConsoleDevice(["org.example.agent", "log"], size=(90, 30))
     device.ports[2].on_output(lambda data: None)
@@ -632,7 +667,7 @@ def test_descriptors_of_the_users_that_are_closed_too_early(
     device.ports[0].attach(None, writing, ended=ended.set)
     os.close(reading)
     with served(tmp_path, device) as serving, ConsoleDriver(serving.path) as driver:
-        driver.write(1, b"nobody")
+        driver.write(1, b"no one")
         assert ended.wait(20)
         assert not device.ports[0].connected
         driver.write(1, b"listens")

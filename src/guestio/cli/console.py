@@ -20,7 +20,7 @@ from guestio.virtio.console import ConsoleDevice, open_again
 HELP = """Serve a console over vhost-user: a guest's terminal, and named ports beside it.
 
 The terminal is that of this command (--stdio, left by typing Ctrl-]), a new pseudoterminal whose
-path is printed (--pty), or whatever connects to a Unix socket, one client at a time (--listen).
+path is printed (--pty), or a client of a Unix socket, one at a time (--listen).
 The size of the terminal reaches the guest, and its changes with --stdio.
 
 The socket is ready when one line on standard error says so. SIGINT, SIGTERM and SIGHUP end the

@@ -225,7 +225,7 @@ class ConsolePort:
         self._in = bytearray()
         self._out = b""
         self._chain: Chain | None = None
-        self._offset = 0
+        self._offset = self._total = 0
         self._stream: _Stream | None = None
         self._starting: Callable[[DeviceHost], None] | None = None
         self._listener: socket.socket | None = None
@@ -409,7 +409,7 @@ class ConsolePort:
         chain, self._chain = self._chain, None
         if chain is None:
             return
-        left = chain.readable.total - self._offset
+        left = self._total - self._offset
         if left <= CONSOLE_OUTPUT:
             with contextlib.suppress(GuestioError):
                 self._out += chain.readable.read(self._offset, left)
@@ -539,9 +539,10 @@ class ConsolePort:
             chain = queue.take()
             if chain is None:
                 return None
-            self._offset = 0
+            # Once it is given up, for a translation that is gone, it has no bytes any more.
+            self._offset, self._total = 0, chain.readable.total
             self._device.tell_size(self, 1)
-        total = chain.readable.total
+        total = self._total
         try:
             data = chain.readable.read(self._offset, min(CONSOLE_OUTPUT, total - self._offset))
         except GuestioError as error:
