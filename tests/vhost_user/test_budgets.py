@@ -22,7 +22,7 @@ from guestio._core.virtio.split import SplitRing
 from guestio.errors import BackingError
 from guestio.memory import Backing, GuestRegionCollection
 from guestio.ratelog import LOG
-from guestio.vhost_user import backend_channel
+from guestio.vhost_user import Backend, backend_channel
 from guestio.vhost_user import memory as memory_module
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.memory import SharedMemory
@@ -581,6 +581,30 @@ class TestMessages:
             with Raw(survivor):
                 until(lambda: survivor.backend._waiting)
             until(lambda: not survivor.backend._waiting)
+
+    def test_those_left_waiting_by_an_earlier_call_are_watched(self, tmp_path: Path) -> None:
+        with Backend(Mirror(), tmp_path / "socket") as backend:
+            thread = threading.Thread(target=backend.serve, args=(1,))
+            thread.start()
+            with contextlib.ExitStack() as stack:
+                clients = [
+                    stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                    for _ in range(4)
+                ]
+                for client in clients:
+                    client.connect(str(tmp_path / "socket"))
+                until(lambda: len(backend._waiting) == 3)
+                clients[0].close()
+                thread.join(WAIT)
+                assert len(backend._waiting) == 3
+                thread = threading.Thread(target=backend.serve)
+                thread.start()
+                until(lambda: len(backend._waiting) == 2)
+                clients[2].close()
+                until(lambda: len(backend._waiting) == 1)
+                backend.stop()
+                thread.join(WAIT)
+                assert not thread.is_alive()
 
     def test_those_that_wait_are_served_in_order(self, survivor: Serving) -> None:
         with Raw(survivor) as first, Raw(survivor) as second, Raw(survivor) as third:

@@ -474,6 +474,29 @@ class TestPipes:
             notifier.close()
         until(lambda: footprint() == before)
 
+    @pytest.mark.parametrize("lacking", ["an eventfd", "a thread", "memory"])
+    def test_one_that_cannot_be_made_leaves_nothing(
+        self, monkeypatch: pytest.MonkeyPatch, lacking: str
+    ) -> None:
+        def fail(*_: object, **__: object) -> int:
+            raise {"a thread": RuntimeError, "memory": MemoryError}.get(lacking, OSError)("lacking")
+
+        target = {"an eventfd": "os.eventfd", "a thread": "threading.Thread.start"}.get(lacking)
+        before = footprint()
+        one, two = os.pipe()
+        with monkeypatch.context() as patch:
+            patch.setattr(target or "guestio.vhost_user.foreign.socket_kind", fail)
+            patch.setattr("threading.excepthook", lambda _: None)
+            if target is None:
+                notifier = foreign.PipeNotifier(two)
+                notifier._thread.join(WAIT)
+            else:
+                with pytest.raises((OSError, RuntimeError), match="lacking"):
+                    foreign.PipeNotifier(two)
+        os.close(one)
+        assert not foreign.PipeNotifier._alive
+        until(lambda: footprint() == before)
+
     def test_not_too_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(foreign, "MAX_PIPES", 1)
         before = footprint()

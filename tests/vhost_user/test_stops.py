@@ -221,7 +221,7 @@ class TestTranslations:
 
     def test_are_waited_for_anew_by_the_next_start(self, device: Later, tmp_path: Path) -> None:
         """What a queue waited for before it stopped is not added to what it waits for now."""
-        limit = 0.25
+        limit = 1.0
         with (
             Serving(device, tmp_path / "socket", miss_timeout=limit) as serving,
             Driver(serving.path, iommu=True) as driver,

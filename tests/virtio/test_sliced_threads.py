@@ -100,6 +100,30 @@ def test_threads_are_started_as_there_is_work() -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("test-slices")]
 
 
+def test_a_lack_of_threads_costs_no_work_that_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = SlicedThreads(2, "test-slices")
+    seen: list[str] = []
+    go, entered = threading.Event(), threading.Event()
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="new thread"):
+            threads.submit(0, steps(seen, "a", 1))
+        assert threads.waiting == 0
+    first = threads.submit(0, held(go, entered))
+    assert entered.wait(LIMIT)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        second = threads.submit(1, steps(seen, "b", 1))
+    go.set()
+    assert (first.result(LIMIT), second.result(LIMIT)) == (0, 1)
+    assert seen == ["b0"]
+    assert threads.close(LIMIT)
+
+
 def test_closing_waits_for_what_was_submitted_but_not_for_ever() -> None:
     threads = SlicedThreads(1, "test-slices")
     go, entered = threading.Event(), threading.Event()

@@ -211,7 +211,7 @@ class Server:
         """
         log = StderrLog()
         stop = Signals(signals)
-        drained = True
+        status, why = 1, ""
         try:
             with contextlib.ExitStack() as stack:
                 stack.callback(cleanup)
@@ -230,19 +230,24 @@ class Server:
                     log.drain(EXIT_GRACE)
                     os._exit(0)
             _log.info("%s ended: %s", what, backend.statistics)
+            status = 0
         except GuestioError as error:
-            _end(1, f"{what} cannot be served: {error}")
+            why = str(error)
         except OSError as error:
-            _end(1, f"{what} cannot be served: {error.strerror or error}")
+            why = error.strerror or str(error)
         except RuntimeError as error:
             if "new thread" not in str(error):
                 raise
-            _end(1, f"{what} cannot be served: {error} (ulimit -u, pids.max)")
+            why = f"{error} (ulimit -u, pids.max)"
         finally:
-            drained = log.drain(EXIT_GRACE)
-        if not drained:
-            # The end of Python waits for what is written to standard error.
-            os._exit(0)
+            if why:
+                # Not directly: a reader of standard error that reads nothing must not keep us.
+                log.say(f"guestio: {what} cannot be served: {why}")
+            if not log.drain(EXIT_GRACE):
+                # The end of Python waits for what is written to standard error.
+                os._exit(status)
+        if status:
+            sys.exit(status)
 
 
 @contextlib.contextmanager

@@ -200,6 +200,8 @@ class Backend:
         try:
             with self._loop.woken_by_signals():
                 self._endpoint.start(self._loop, self._arrived)
+                # Those that were left waiting by an earlier call.
+                self._look_at_waiting()
                 while not (self._stopping.is_set() or self._endpoint.exhausted or connections == 0):
                     self._serve_one()
                     if connections is not None and not self._stopping.is_set():

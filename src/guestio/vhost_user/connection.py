@@ -89,13 +89,14 @@ class Connection:
         self.num_queues = len(host.queues)
         self.max_mem_slots = MAX_MEM_SLOTS
         self._session = Session(self)
-        loop.add_reader(channel.fileno(), self._receive)
         self._back = BackendChannel(loop, self._stats, self._may_announce_config)
         self._translator = VhostUserTranslator(
             loop, self._back, self._stats, host.wake, self._receive, miss_timeout
         )
         host.connect(self, self._translator)
         host.change_memory(AddressSpace(self._shared.table))
+        # Last: nothing calls back a connection that could not be made.
+        loop.add_reader(channel.fileno(), self._receive)
 
     def _receive(self) -> None:
         if not self.closed:

@@ -180,16 +180,38 @@ class PipeNotifier:
         if len(self._alive) >= MAX_PIPES:
             close_foreign([pipe])
             raise ProtocolError(f"{MAX_PIPES} pipes are notified already: use an eventfd")
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self.fd = -1
         self._closing = False
-        self._alive.add(self)
-        self._thread = threading.Thread(
-            target=self._run, args=(pipe,), name="guestio-pipe", daemon=True
-        )
-        self._thread.start()
+        try:
+            self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+            self._alive.add(self)
+            self._thread = threading.Thread(
+                target=self._run, args=(pipe,), name="guestio-pipe", daemon=True
+            )
+            self._thread.start()
+        except BaseException:
+            self._let_go()
+            close_foreign([pipe])
+            raise
+
+    def _let_go(self) -> None:
+        self._alive.discard(self)
+        if self.fd >= 0:
+            close_fd(self.fd)
 
     def _run(self, pipe: int) -> None:
-        if socket_kind(pipe) is not None:
+        try:
+            self._serve(pipe)
+        finally:
+            self._let_go()
+
+    def _serve(self, pipe: int) -> None:
+        try:
+            is_socket = socket_kind(pipe) is not None
+        except BaseException:
+            close_foreign([pipe])
+            raise
+        if is_socket:
             with socket.socket(fileno=pipe) as sock:
                 if not _receive_no_more(sock):
                     close_socket(sock)
@@ -207,14 +229,10 @@ class PipeNotifier:
                 close_fd(own)
 
     def _pass_on(self, write: Callable[[], int]) -> None:
-        try:
-            while os.eventfd_read(self.fd) and not self._closing:
-                # One who is gone, or has not read any of what was written before, needs no more.
-                with contextlib.suppress(OSError):
-                    write()
-        finally:
-            close_fd(self.fd)
-            self._alive.discard(self)
+        while os.eventfd_read(self.fd) and not self._closing:
+            # One who is gone, or has not read any of what was written before, needs no more.
+            with contextlib.suppress(OSError):
+                write()
 
     def fileno(self) -> int:
         """The eventfd to notify."""

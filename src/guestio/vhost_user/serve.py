@@ -103,8 +103,10 @@ class Signals:
 
     def wait(self) -> None:
         """Wait for a signal or :meth:`over`."""
+        poll = select.poll()
+        poll.register(self._over, select.POLLIN)
         while True:
-            select.select((self._over,), (), ())
+            poll.poll()
             for number in os.read(self._over, 4096):
                 call = self._others.get(number)
                 if call is not None:

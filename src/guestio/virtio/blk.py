@@ -43,6 +43,7 @@ from guestio.budgets import (
     TRIM_SLICE_BYTES,
 )
 from guestio.errors import AccessError, DeviceError
+from guestio.memory.backing import close_fd
 from guestio.ratelog import LOG
 from guestio.virtio.device import Device, DeviceId
 from guestio.virtio.slices import SlicedThreads, Work
@@ -466,10 +467,9 @@ class BlockDevice(Device):
 
     def _close_image(self) -> None:
         fd, self._fd = self._fd, -1
-        try:
-            os.close(fd)
-        finally:
-            self._image_closed.set()
+        # Called from the core, which an error of a late write must not stop in the middle.
+        close_fd(fd)
+        self._image_closed.set()
 
 
 _PROCESS: Final = BlockDevice.process

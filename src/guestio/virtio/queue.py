@@ -888,7 +888,8 @@ class DeviceQueue:
                     if not self._complete(ring, chain, answer):
                         self._withhold(chain)
                 else:
-                    chain.settle(0)
+                    with contextlib.suppress(ValueError):  # the device may have done it
+                        chain.settle(0)
                     untold = chain
                 now = time.monotonic()
         except BaseException:
@@ -997,20 +998,26 @@ class DeviceQueue:
         with self._lock:
             self._finished.extend(self._copying)
             self._copying.clear()
-            self._serve()
-            if not self._copying or self._copying_since is None:
-                self._copying_since = None
-                return
-            if (age := time.monotonic() - self._copying_since) >= self._tell_after:
-                self._tell_after = 2 * age
-                self._host.log.report(
-                    "queue %d: %d requests that %s has answered wait for its system calls, which "
-                    "still move their memory after %d s",
-                    self.index,
-                    len(self._copying),
-                    self._method("process"),
-                    age,
-                )
+            available = self._serve()
+            self._report_copying()
+        if available:
+            self._announce()
+
+    def _report_copying(self) -> None:
+        """Watch the requests that still wait for system calls, and name what keeps them."""
+        if not self._copying or self._copying_since is None:
+            self._copying_since = None
+            return
+        if (age := time.monotonic() - self._copying_since) >= self._tell_after:
+            self._tell_after = 2 * age
+            self._host.log.report(
+                "queue %d: %d requests that %s has answered wait for its system calls, which "
+                "still move their memory after %d s",
+                self.index,
+                len(self._copying),
+                self._method("process"),
+                age,
+            )
 
     def _process(self, chain: Chain) -> int | Future[int]:
         """What the device says to a request; where it failed, what it says to that."""

@@ -42,7 +42,7 @@ class SlicedThreads:
         """Have work done for a queue.
 
         Raises:
-            RuntimeError: The threads were closed.
+            RuntimeError: The threads were closed, or there is none and none can be started.
         """
         future: Future[int] = Future()
         with self._change:
@@ -55,9 +55,17 @@ class SlicedThreads:
                 thread = threading.Thread(
                     target=self._run, name=f"{self._name}_{len(self._threads)}", daemon=True
                 )
-                thread.start()
-                self._threads.append(thread)
-                self._running += 1
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # For want of threads. The others do it, if there are any.
+                    if not self._running:
+                        self._work.pop(queue, None)
+                        self._turns.clear()
+                        raise
+                else:
+                    self._threads.append(thread)
+                    self._running += 1
         return future
 
     @property

@@ -792,7 +792,8 @@ cdef class IoVector:
             if moved < 0:
                 if error == EINTR:
                     PyErr_CheckSignals()
-                    continue
+                    if not self.closing:
+                        continue
                 if to_guest:
                     # How much arrived before the failure is unknown.
                     self.mark(at + done, length - done)

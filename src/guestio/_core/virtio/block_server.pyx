@@ -265,13 +265,14 @@ cdef class BlockServer(Server):
             outcome = WOULD_WAIT if moved < 0 and flags and error == EAGAIN else FAILED
             plan.error = error if moved < 0 else 0
             break
-        self.let_go()
         if plan.reading:
             # After a failure it is unknown how much of the rest was written.
             data.mark(plan.start + plan.done, end - plan.done)
         if outcome == MOVED and data.vanished(plan.start + plan.done, end - plan.done):
             outcome, plan.error = FAILED, EFAULT
         data.leave()
+        # Last: it may close the image, in Python.
+        self.let_go()
         if outcome != WOULD_WAIT:
             plan.done = done
         return outcome
