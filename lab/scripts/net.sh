@@ -44,6 +44,7 @@ ip link set lo up
 configure
 echo "FACT mac=$(cat /sys/class/net/eth0/address)"
 echo "FACT mtu=$(cat /sys/class/net/eth0/mtu)"
+echo "FACT queues=$(ls -d /sys/class/net/eth0/queues/rx-* | wc -l)"
 pings 56
 pings 1400
 life=0

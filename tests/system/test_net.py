@@ -176,14 +176,16 @@ class Peer:
 )
 def test_linux_uses_a_tap(viommu: Viommu, tmp_path: Path, boot: Callable[..., GuestResult]) -> None:
     """Pings, a transfer each way with equal sums, and the driver reloaded in between."""
-    with served(tmp_path, "--tap", TAP) as (path, _, log):
+    pairs = 1 if viommu.present else 2
+    with served(tmp_path, "--tap", TAP, "--queue-pairs", str(pairs)) as (path, _, log):
         subprocess.run(["ip", "addr", "add", "10.93.7.1/24", "dev", TAP], check=True)
         subprocess.run(["ip", "link", "set", TAP, "up"], check=True)
         peer = Peer("10.93.7.1", BYTES)
         try:
             result = boot(
-                devices=[VhostUserNet(path)],
+                devices=[VhostUserNet(path, pairs)],
                 viommu=viommu,
+                smp=pairs,
                 timeout=LIMIT,
                 scripts=[Script.named("net")],
                 environment={
@@ -196,6 +198,7 @@ def test_linux_uses_a_tap(viommu: Viommu, tmp_path: Path, boot: Callable[..., Gu
             )
         finally:
             peer.close()
+        assert int(result.facts["queues"]) == pairs
         assert result.facts["sent"] == peer.sum
         assert result.facts["received"] == hashlib.sha256(peer.data).hexdigest()
         assert int(result.facts["reloads"]) == RELOADS

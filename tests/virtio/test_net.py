@@ -484,6 +484,18 @@ def test_a_driver_is_reloaded_under_traffic(plug: Plug, port: Port) -> None:
     assert device.link
 
 
+def test_frames_that_no_driver_is_there_for_are_dropped(plug: Plug) -> None:
+    mirror = Mirror()
+    device, serving = plug(mirror)
+    for seed in range(30):
+        mirror.deliver(0, frame(seed=seed))
+    until(lambda: device.statistics().receive_dropped == 30)
+    with NetGuest(serving.path) as guest:
+        guest.post(200, 200)
+        guest.send(frame(70, to=PEER, of=MAC))
+        assert len(guest.receive()[1]) == 70
+
+
 def test_untaken_buffers_cost_nothing_behind_an_iommu(plug: Plug, port: Port) -> None:
     """They are neither translated nor do they delay an invalidation, a stop or a disconnection."""
     _, serving = plug(port)

@@ -353,7 +353,8 @@ class NetDevice(Device):
             # What arrives meanwhile waits in the port, which drops what is too much.
             self._unwatch(pair)
             if state is None:
-                # The queue was stopped meanwhile.
+                # There is no driver, or it has stopped the queue meanwhile.
+                filler.forget()
                 self._port.running(pair, False)
         elif fd >= 0:
             self._watch(pair)
