@@ -279,10 +279,12 @@ class TestSetUp:
         with nothing_left():
             with Driver(Frontend(serving.path), iommu=mode) as driver:
                 driver.post(100)
+                kept = [driver.post(100)]
                 driver.send(b"x", 1)
                 driver.receive()
             driver.close()
             serving.let_go()
+        assert kept[0].done is False, "the test has it still, and no memory of the guest"
 
     @pytest.mark.parametrize(
         "options",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import struct
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from guestio import virtio
+from guestio.errors import GuestioError
 from guestio.guest.dma import IommuMode
 from guestio.iommu import Iotlb
 from guestio.memory import GuestRegionCollection
@@ -32,9 +34,11 @@ from guestio.virtio import (
     NetDevice,
 )
 from guestio.virtio.host import Transport
+from guestio.virtio.iommu import VirtioIommu
 from guestio.virtio.layout import RingLayout
 from guestio.virtio.translator import Translator
 from tests.kit.in_process import PAGE, PLATFORM, InProcess, Tables
+from tests.kit.iommu_driver import attach, map_, unmap
 from tests.kit.net_driver import Mirror, frame
 from tests.kit.serving import WAIT, nothing_left, until
 
@@ -263,6 +267,27 @@ def test_a_keyboard(mode: IommuMode, threads: bool) -> None:
         until(lambda: device.leds["LED_CAPSL"])
         driver.write_config(0, bytes([1, 0]))
         assert driver.config(8, 17) == b"guestio keyboard\0"
+
+
+def test_a_virtio_iommu(mode: IommuMode, threads: bool) -> None:
+    """It is a device like any other, and may sit behind an IOMMU itself."""
+    device = VirtioIommu(endpoints=[8])
+    with driven(device, mode, threads) as driver:
+        for _ in range(4):
+            driver.post(24, queue=1)
+        assert driver.request(attach(8, 1), 4)[0] == 0
+        assert driver.request(map_(1, 0x1000, 0x1FFF, 0x5000), 4)[0] == 0
+        assert driver.request(attach(9, 1), 4)[0] != 0
+        driver.memory.write(0x5000, b"behind it")
+        memory = device.endpoint(8).memory(driver.memory)
+        assert memory.read(0x1000, 9) == b"behind it"
+        with pytest.raises(GuestioError) as caught:
+            memory.read(0x9000, 1)
+        del memory, caught
+        fault = driver.receive(1).data
+        assert struct.unpack_from("<Q", fault, 16)[0] == 0x9000
+        assert driver.request(unmap(1, 0x1000, 0x1FFF), 4)[0] == 0
+    gc.collect()
 
 
 class Owner(Device):

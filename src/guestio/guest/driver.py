@@ -193,7 +193,7 @@ class GuestDriver(Generic[_Q]):
         """Disconnect and give the memory up. May be called again."""
         self.frontend.close()
         while self._queues:
-            self._queues.pop().ring.close()
+            self._queues.pop().abandon()
         self.frontend.iotlb.memory = None
         # Whatever refers to the memory keeps it mapped.
         for name in ("memory", "_dma"):

@@ -216,6 +216,13 @@ class GuestQueue(Generic[_T]):
         self.ring.close()
         self._dma.release(self._rings)
 
+    def abandon(self) -> None:
+        """Let its memory and that of what is in flight go; the connection is gone."""
+        for request in self.ring.tokens:
+            for buffer in request.placement.buffers:
+                buffer.memory.close()
+        self.ring.close()
+
     def lay_out(
         self, placement: Placement, source: bytes, room: int, shape: Shape, fill: int
     ) -> Table | None:
