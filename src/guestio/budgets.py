@@ -27,8 +27,8 @@ IOMMU_TOTAL_MAPPINGS = 1 << 22
 target that holds them. About 130 bytes each in a domain, 400 in the list of a target. A MAP, or an
 ATTACH of an endpoint with a target, beyond is answered with NOMEM."""
 IOMMU_WAITING_REQUESTS = 256
-"""Requests of a virtio-iommu that wait for their answers. Its queue is not read on until one has
-been answered; a request that comes all the same is answered with NOMEM."""
+"""Requests of a virtio-iommu that wait for their answers. Those behind them in its queue are begun
+when one has been answered; a request that comes without a queue is answered with NOMEM."""
 IOMMU_EVENTS_PER_TURN = 256
 """Buffers for the fault records of a virtio-iommu that are filled before the loop serves others."""
 IOMMU_REVOKE_AFTER = 5.0
