@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from guestio.addr import Permissions
+from guestio.guest.dma import IommuMode
+from guestio.testing import Driver
 from guestio.virtio.net import NetDevice, Port
 from guestio.virtio.net.features import ACK_ERR, ACK_OK, Class, LinkStatus, Net
 from tests.kit.net_driver import (
@@ -281,6 +283,25 @@ def test_a_cable_that_takes_nothing_does_not_stall_the_driver(plug: Plug) -> Non
         assert wire.get()[1] == frame(77, to=PEER)
 
 
+@pytest.mark.parametrize("iommu", ["off", "static", "strict"])
+def test_a_driver_on_scattered_pages_gets_every_frame(plug: Plug, iommu: IommuMode) -> None:
+    wire = Wire()
+    device, serving = plug(wire)
+    features = int(Net.MRG_RXBUF | Net.MAC | Net.STATUS)
+    with Driver(serving.path, queues=2, features=features, iommu=iommu) as driver:
+        for size in (14, 1500, 4097, 9000, 65535):
+            buffers = [driver.post(5000) for _ in range(14)]
+            wire.put(frame(size))
+            first = driver.wait(buffers[0]).data
+            count = int.from_bytes(first[10:12], "little")
+            data = b"".join(driver.wait(buffer).data for buffer in buffers[:count])
+            assert data[12:] == frame(size)
+            driver.send(bytes(12) + frame(size, to=PEER), 1)
+            assert wire.get()[1] == frame(size, to=PEER)
+            driver.reset()
+    assert device.statistics().receive_dropped == 0
+
+
 # The configuration space, and control commands.
 
 
@@ -518,6 +539,25 @@ def test_untaken_buffers_cost_nothing_behind_an_iommu(plug: Plug, port: Port) ->
         assert guest.memory.read(BUFFERS + 0x40000 + at + 12, 100) == frame(100, seed=9)
         assert serving.stats.counters.misses > asked
         guest.stop()
+
+
+def test_a_frame_that_needs_a_refused_buffer_is_dropped(plug: Plug, port: Port) -> None:
+    """The buffers before it serve other frames, and it comes back empty once it is the next."""
+    device, serving = plug(port)
+    with NetGuest(serving.path, iommu=True, map_all=False) as guest:
+        for place, mapped in ((BUFFERS, True), (BUFFERS + 0x1000, False), (BUFFERS + 0x2000, True)):
+            if mapped:
+                guest.frontend.iotlb.map(place, place, 0x1000, Permissions.READ_WRITE)
+            guest.queues[0].add([], [(place, 600)], (place, 600))
+        guest.queues[0].publish()
+        guest.handles[0].kick()
+        arrive(port, frame(1000))
+        until(lambda: device.statistics().receive_dropped == 1)
+        arrive(port, frame(100, seed=1))
+        assert guest.receive()[1] == frame(100, seed=1)
+        arrive(port, frame(100, seed=2))
+        assert guest.used(1) == [(0, b"")]
+        assert guest.receive()[1] == frame(100, seed=2)
 
 
 def test_many_frames_pass_a_strict_iommu(plug: Plug, port: Port) -> None:

@@ -198,7 +198,7 @@ class DeviceQueue:
         self._err: Doorbell | None = None
         self._ring: Ring | None = None
         self._active: ActiveQueue | None = None
-        self._lacks = False
+        self._lacks: list[Miss] = []
 
     def __repr__(self) -> str:
         kind = type(self._host.device).__name__
@@ -491,13 +491,37 @@ class DeviceQueue:
                 state, missing, buffers = filler.fill(ring, call)
                 self._host.statistics.counters.count_requests(buffers)
                 if len(missing):
-                    self._stall(ring, missing)
+                    if ring.lacking() == [] and self._lost_behind(ring, missing):
+                        filler.forget()
+                        self.wake()
+                    else:
+                        self._stall(ring, missing)
                 elif self._stalled_at is not None:
                     self._end_stall()
             except GuestioError as error:
                 self._break(error)
                 return None
             return state
+
+    def _lost_behind(self, ring: Ring, missing: Iterable[Miss]) -> bool:
+        """Whether a frame waits in vain for the translation of a buffer behind the next one.
+
+        The buffer itself fails once it is the next.
+        """
+        translator, now = self._host.translator, time.monotonic()
+        if self._stalled_at is None or self._stalled_for != ring.progress:
+            self._stalled_at, self._stalled_for = now, ring.progress
+        refused = translator.refused(self.index)
+        lost = touched(missing, refused)
+        # What else was refused concerns buffers that are not needed yet; they are asked for again.
+        refused.clear()
+        if not lost and now - self._stalled_at < translator.patience:
+            return False
+        self._stalled_at = None
+        self._host.log.report(
+            "queue %d: frames are lost: a buffer that they need has no translation", self.index
+        )
+        return True
 
     def on_available(self, callback: Callable[[], object] | None) -> None:
         """Have the loop call back when :meth:`take` may have a buffer.
@@ -740,10 +764,9 @@ class DeviceQueue:
             self._stall(ring, missing)
             return False
         if self._lacks:
-            self._lacks = False
-            if lacking := ring.lacking():
-                self._stall(ring, lacking)
-                return False
+            lacks, self._lacks = self._lacks, []
+            self._stall(ring, lacks)
+            return False
         if self._polled:
             self._loop.set_timer(self, time.monotonic() + POLL_INTERVAL, self._run)
         return not resting
@@ -1255,7 +1278,7 @@ class DeviceQueue:
         """
         if self._owned and not self._loop.is_current:
             # Misses are requested in the loop's thread alone, in the order of their messages.
-            self._lacks = True
+            self._lacks = list(missing)
             self.wake()
             return False
         self._deactivate()
