@@ -40,7 +40,7 @@ def test_help_teaches_a_whole_qemu_command_line():
     [
         (["blk"], "Missing argument"),
         (["blk", "absent.img", "--socket", "s"], "cannot open the image absent.img"),
-        (["blk", "disk.img"], "Missing option"),
+        (["blk", "disk.img"], "say where to listen"),
         (["blk", "disk.img", "--socket", "x" * 120], "at most 107"),
         (["blk", "disk.img", "--socket", "no/such/dir/s"], "cannot listen on"),
         (["blk", "disk.img", "--socket", "disk.img"], "not a socket"),
