@@ -1,12 +1,12 @@
-"""Back ends for a vhost-user disk side by side: requests per second and CPU time per request.
+"""Back-ends for a vhost-user disk side by side: requests per second and CPU time per request.
 
 `guestio bench` drives `guestio blk` and `qemu-storage-daemon` in turn, on the same image, in the
-same run: load on one CPU and back end on another, or both on one. Every measurement has a fresh
-back end. The back ends take turns within a round; what is shown are medians over the rounds, and
+same run: load on one CPU and back-end on another, or both on one. Every measurement has a fresh
+back-end. The back-ends take turns within a round; what is shown are medians over the rounds, and
 medians of the ratios within each round. `qemu-storage-daemon` has no support for an IOMMU, so only
 guestio is measured behind one.
 
-The image is kept in memory (/dev/shm), because it is the back ends that are measured: on a disk,
+The image is kept in memory (/dev/shm), because it is the back-ends that are measured: on a disk,
 what was written is written back meanwhile, and both of them wait for that. `bench disk` is about
 that waiting.
 """
@@ -43,12 +43,12 @@ Server = Literal["guestio", "qemu-storage-daemon"]
 
 @dataclass(frozen=True)
 class Case:
-    """A back end, and what is between it and memory.
+    """A back-end, and what is between it and memory.
 
     Attributes:
         server: Which program.
         iommu: What the load does about an IOMMU.
-        poll_us: How long the back end polls before it sleeps; None for as it does by default.
+        poll_us: How long the back-end polls before it sleeps; None for as it does by default.
         io_threads: Threads of guestio's that wait for the disk; None for as it does by default.
         aio: How `qemu-storage-daemon` reads files: threads or io_uring; None for its default.
         acknowledge: Whether the load sends IOTLB messages in bulk, or each once the one before it
@@ -85,8 +85,8 @@ class Workload:
     Attributes:
         name: For the tables.
         options: Options of `guestio bench`.
-        cases: Back ends to compare, the base of the ratios first.
-        one_cpu: Whether load and back end share a CPU.
+        cases: Back-ends to compare, the base of the ratios first.
+        one_cpu: Whether load and back-end share a CPU.
     """
 
     name: str
@@ -161,11 +161,11 @@ GOALS = (
 
 @dataclass
 class Row:
-    """All measurements of one back end under one workload, one per round.
+    """All measurements of one back-end under one workload, one per round.
 
     Attributes:
         workload: Its name.
-        case: The back end.
+        case: The back-end.
         measured: What `guestio bench --json` said.
     """
 
@@ -200,7 +200,7 @@ def polls() -> bool:
 
 @contextlib.contextmanager
 def serving(case: Case, image: Path, socket: Path, cpu: int, queues: int = 1) -> Iterator[int]:
-    """Run a back end on a CPU; its process id."""
+    """Run a back-end on a CPU; its process id."""
     if case.server == "guestio":
         command = [sys.executable, "-m", "guestio", "blk", str(image), "--socket", str(socket)]
         if case.poll_us is not None:
@@ -239,7 +239,7 @@ def serving(case: Case, image: Path, socket: Path, cpu: int, queues: int = 1) ->
 
 
 def measure(case: Case, work: Workload, directory: Path, seconds: float) -> dict[str, Any]:
-    """One back end, fresh, under one workload."""
+    """One back-end, fresh, under one workload."""
     socket = directory / "bench.sock"
     cpu = LOAD_CPU if work.one_cpu else BACKEND_CPU
     with serving(case, directory / "disk.img", socket, cpu) as pid:
@@ -267,7 +267,7 @@ def run(
     place: Path,
     tell: Callable[[str], contextlib.AbstractContextManager[object]],
 ) -> list[Row]:
-    """Measure everything, the back ends in turn."""
+    """Measure everything, the back-ends in turn."""
     found: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="guestio-bench-", dir=place) as name:
         directory = Path(name)
@@ -289,7 +289,7 @@ def run(
 def show(rows: Sequence[Row], console: Console) -> None:
     """Print medians and ratios."""
     table = Table(
-        *("workload", "back end", "IOMMU", "IOPS", "x", "MB/s", "p50 us", "x", "p99 us"),
+        *("workload", "back-end", "IOMMU", "IOPS", "x", "MB/s", "p50 us", "x", "p99 us"),
         *("CPU us/req", "x"),
     )
     bases = {row.workload: row for row in reversed(rows)}

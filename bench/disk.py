@@ -1,6 +1,6 @@
 """What has to wait for a disk: reads that are not cached, and cached reads while flushes run.
 
-Back ends take turns on the same image, on a real disk. Before each measurement the image is dropped
+Back-ends take turns on the same image, on a real disk. Before each measurement the image is dropped
 from the page cache, and it is large enough that hardly a page is read twice. Many disks of rented
 machines serve a burst quickly and then slow down, for any program: runs are short, with pauses.
 
@@ -78,7 +78,7 @@ class Reads:
     """Cached reads while another queue flushed.
 
     Attributes:
-        case: The back end.
+        case: The back-end.
         p50, p99, worst: Latencies, us.
         reads: How many there were.
         flushes: How many flushes were completed meanwhile.
@@ -154,7 +154,7 @@ def _sector(rng: random.Random, start: int, end: int) -> int:
 def run(
     rounds: int, seconds: float, place: Path, tell: Callable[[str], AbstractContextManager[object]]
 ) -> tuple[list[Row], list[list[Reads]]]:
-    """Measure everything, the back ends in turn."""
+    """Measure everything, the back-ends in turn."""
     rows = [Row(work.name, case, []) for work in WORKLOADS for case in work.cases]
     flushed: list[list[Reads]] = [[] for _ in FLUSH_CASES]
     works = {work.name: work for work in WORKLOADS}

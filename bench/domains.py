@@ -55,7 +55,7 @@ def measure(endpoints: int, mappings: int) -> dict[str, float]:
     iommu = VirtioIommu(endpoints=range(endpoints + 1), max_total_mappings=1 << 40)
     ends = [wire.pack(wire.Attach(1, n, 0, bytes(4))) for n in range(endpoints + 1)]
     _per_request(iommu, ends[:endpoints])
-    # Where neighbours lead does not merge, as with a guest's pages.
+    # Where neighbors lead does not merge, as with a guest's pages.
     places = [(n * PAGE, (n * 7919) % mappings * PAGE) for n in range(mappings)]
     maps = [wire.pack(wire.Map(1, iova, iova + PAGE - 1, gpa, 3)) for iova, gpa in places]
     unmaps = [wire.pack(wire.Unmap(1, iova, iova + PAGE - 1, bytes(4))) for iova, _ in places]

@@ -1,13 +1,13 @@
 """User instructions that `guestio blk` takes per request, however busy the machine is.
 
 The rows are those of `bench block` in which guestio serves; the kernel, the load generator and
-other back ends are not counted. Where `perf` counts instructions it does so, otherwise the back
+other back-ends are not counted. Where `perf` counts instructions it does so, otherwise the back
 end runs in callgrind (`apt-get install valgrind`). The load depends on nothing but the numbers of
 requests: the generator begins a queue's depth of requests at once, notifies once, and waits until
 all of them are finished. N requests are counted, then 2 N on the same connection, and what is
 shown is (I(2N) - I(N)) / N.
 
-`--against DIRECTORY` counts another checkout's back end with the same generator, and shows ratios.
+`--against DIRECTORY` counts another checkout's back-end with the same generator, and shows ratios.
 Its core must have been built there: `python setup.py build_ext --inplace`.
 """
 
@@ -52,7 +52,7 @@ class Row:
     Attributes:
         name: For the table.
         plan: What the load is.
-        requests: N, a multiple of 256: each 256th question of a back end is acknowledged.
+        requests: N, a multiple of 256: each 256th question of a back-end is acknowledged.
     """
 
     name: str
@@ -83,7 +83,7 @@ def _rows() -> list[Row]:
 
 
 class Counter(Protocol):
-    """Counts the user instructions of a back end."""
+    """Counts the user instructions of a back-end."""
 
     def command(self, program: list[str], directory: Path) -> list[str]:
         """How to start the program so that it can be counted."""

@@ -67,7 +67,7 @@ def build(directory: Path) -> Any:
 
 
 class Guest:
-    """Shared memory with a receive and a transmit ring, served by a back end."""
+    """Shared memory with a receive and a transmit ring, served by a back-end."""
 
     def __init__(self, library: Any, path: Path, length: int, iommu: bool) -> None:
         self.frontend = Frontend(path, timeout=10)

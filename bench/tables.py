@@ -515,7 +515,7 @@ class Tables(Iommu):
 
 
 def scattered_memory(size: int) -> IommuMemory:
-    """Memory behind an IOMMU in which no two neighbouring pages are neighbours."""
+    """Memory behind an IOMMU in which no two neighboring pages are neighbors."""
     pages = 2 * size // PAGE
     backend = GuestRegionCollection.from_ranges([(0, pages * PAGE)])
     iommu = Tables()

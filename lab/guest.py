@@ -88,7 +88,7 @@ class Viommu(enum.Enum):
             return []
         # Only a PCI Express device has address translation services, and only below a port is a
         # virtio device one. Without them QEMU before 8.2 does not pass on that Linux flushed a
-        # whole domain, as it does in lazy mode: the back end would use stale translations.
+        # whole domain, as it does in lazy mode: the back-end would use stale translations.
         return ["-device", f"pcie-root-port,id=port{index},chassis={index + 1}"]
 
     def device_options(self, index: int) -> str:
@@ -112,7 +112,7 @@ class VhostUserDisk:
     """A `vhost-user-blk` disk served by the process that listens on `socket`.
 
     Attributes:
-        socket: Unix socket of the back end; QEMU connects to it when it starts.
+        socket: Unix socket of the back-end; QEMU connects to it when it starts.
         num_queues: Number of request queues, 1 or more.
     """
 
@@ -135,11 +135,11 @@ class VhostUserNet:
     """A `virtio-net` card served by the process that listens on `socket`; QEMU 8 or newer.
 
     Attributes:
-        socket: Unix socket of the back end; QEMU connects to it when it starts.
+        socket: Unix socket of the back-end; QEMU connects to it when it starts.
         queue_pairs: Number of queue pairs, 1 or more.
         mac: The address that the guest sees.
         whole: Whether QEMU hands the whole device through (QEMU 11 or newer): its address, its
-            link and its control queue are the back end's then, and `mac` has no meaning.
+            link and its control queue are the back-end's then, and `mac` has no meaning.
         virtio_id: The device type, for User-mode Linux.
     """
 
@@ -176,7 +176,7 @@ class VhostUserDevice:
     """A device of any type, served by the process that listens on `socket`.
 
     Attributes:
-        socket: Unix socket of the back end; QEMU connects to it when it starts.
+        socket: Unix socket of the back-end; QEMU connects to it when it starts.
         virtio_id: The device type.
         num_queues: As many as the guest's driver sets up.
         config_size: Bytes of its configuration space.

@@ -78,7 +78,7 @@ def reload_disk(
         blocks: 4 KiB blocks of each of the four areas that are read and written.
 
     Raises:
-        ReloadError: Something was read, written or summed wrongly, or the back end complained.
+        ReloadError: Something was read, written or summed wrongly, or the back-end complained.
         GuestError: The guest did not come to its end.
         PartsError: Something is missing on this machine.
     """
@@ -107,7 +107,7 @@ def reload_disk(
         if " INFO " not in line and "its requests are not tracked" not in line
     ]
     if complaints or "failed=0" not in said:
-        raise ReloadError(f"the back end complained:\n{said}")
+        raise ReloadError(f"the back-end complained:\n{said}")
     content = image.read_bytes()[: int(result.facts["reload_bytes"])]
     if hashlib.sha256(content).hexdigest() != result.facts["reload_sha256"]:
         raise ReloadError(f"what the guest reads is not what is in {image}")

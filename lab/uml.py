@@ -88,7 +88,7 @@ class UmlGuest(Guest):
     """Description of a User-mode Linux guest; its disks are `VhostUserDisk`s of one queue.
 
     What it runs is described like any guest; `viommu`, `smp` and `qemu_args` have no meaning. The
-    back end must run without an IOMMU (`guestio blk --iommu off`).
+    back-end must run without an IOMMU (`guestio blk --iommu off`).
     """
 
     memory: int = 64 * MIB

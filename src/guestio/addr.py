@@ -31,7 +31,7 @@ ADDRESS_SPACE = 1 << 64
 class Permissions(enum.IntFlag):
     """What an access does, or what a mapping grants.
 
-    As an access: ``NONE`` asks only whether something is mapped.
+    As an access: ``NONE`` checks only whether something is mapped.
     """
 
     NONE = 0

@@ -18,7 +18,7 @@ CANCEL_SECONDS = 0.1
 the device's own does more than setting a flag; those that are left are not cancelled."""
 
 LONGEST_TIMEOUT = 3600.0
-"""Seconds that a time limit of a back end may be set to at most; more is refused."""
+"""Seconds that a time limit of a back-end may be set to at most; more is refused."""
 
 IOMMU_DOMAIN_MAPPINGS = 1 << 20
 """Mappings of one domain of a virtio-iommu; a MAP beyond is answered with NOMEM."""
@@ -81,7 +81,7 @@ MAX_QUEUED = 4096
 socket's buffer holds some hundred."""
 
 FRONTEND_MISSES_PER_TURN = 1024
-"""Requests of a back-end that a front-end answers before its caller, or a stop, has its turn."""
+"""Requests of a back-end that a front-end answers before it returns to its caller, or stops."""
 
 LOG_BURST = 10
 """Log lines of one kind that a guest, a peer or a device causes in an interval of LOG_INTERVAL, in
@@ -111,8 +111,8 @@ LOG_CAUSES = 4
 """Exceptions in a traceback in the log: the one that was raised last and what led to it."""
 
 TURN_BYTES = 4 << 20
-"""Bytes of a queue's requests that are moved in one turn, before the main channel, other queues and
-the stop flag have theirs. The last request may exceed it, by INLINE_BYTES at most."""
+"""Bytes of a queue's requests that are moved before the loop serves the main channel, other queues
+and the stop flag. The last request may exceed it, by INLINE_BYTES at most."""
 
 TURN_SECONDS = 0.01
 """Seconds after which callbacks that wait let the descriptors be looked at again, and after which a
@@ -120,7 +120,7 @@ device is given no more of the requests that were taken: the others are put back
 
 SLOW_DEVICE = 1.0
 """Seconds that a device may work on requests in the thread of their queue without being reported.
-Nothing else that this thread serves has a turn meanwhile."""
+The thread serves nothing else meanwhile."""
 
 SLOW_ANSWER = 10.0
 """Seconds that a device may take to answer a request later without being named in the log."""
@@ -130,8 +130,8 @@ INLINE_BYTES = 2 << 20
 device's threads, in slices."""
 
 SLICE_BYTES = 4 << 20
-"""Bytes of a block request that a thread moves before another queue has its turn, and before it
-looks whether the request is to be given up."""
+"""Bytes of a block request that a thread moves before it serves another queue, and before it
+checks whether the request is to be given up."""
 
 TRIM_SLICE_BYTES = 32 << 20
 """The same for discards and writing zeroes."""
@@ -145,7 +145,7 @@ GIVE_UP_AFTER = 0.5
 then. Less than STOP_TIMEOUT, so that it is not disowned."""
 
 ENTROPY_BYTES = 1 << 16
-"""Bytes that an entropy device gives in answer to one request; a driver asks again for more."""
+"""Bytes that an entropy device gives in answer to one request; a driver requests the rest."""
 
 CONSOLE_INPUT = 1 << 16
 """Bytes that wait for a guest which does not read from a port of its console device; the descriptor
@@ -161,7 +161,7 @@ CONSOLE_PATIENCE = 1.0
 Linux spins while a console does not take its output. Other ports wait for their readers."""
 
 CONTROL_TURN = 64
-"""Control messages of a console device that are sent before the loop has its turn."""
+"""Control messages of a console device that are sent before control returns to the loop."""
 
 INPUT_EVENTS = 1024
 """Events of an input device that wait for a guest to take them; reports beyond are dropped."""
@@ -207,8 +207,8 @@ SEND_RETRY = 0.01
 """Seconds between attempts to send to a peer that does not read."""
 
 MAX_BACKLOG = 1 << 18
-"""Bytes of questions and reports that wait for a front-end to read them; more are dropped, and
-asked again later."""
+"""Bytes of misses and reports that wait for a front-end to read them; more are dropped, and
+sent again later."""
 
 MAX_GUEST_MEMORY = 1 << 45
 """Bytes of guest memory that one front-end may share; a table or region beyond is refused."""
@@ -218,7 +218,7 @@ EXIT_TIMEOUT = 1.4
 to be let go of; then it removes its socket and ends all the same, with status 0."""
 
 NET_TURN_FRAMES = 128
-"""Frames that a network device moves to its driver before its caller's loop has its turn."""
+"""Frames that a network device moves to its driver before control returns to the loop."""
 
 NET_TURN_BYTES = 4 << 20
 """Their bytes; the last frame may exceed it."""

@@ -235,7 +235,7 @@ def test_several_backings_side_by_side(manager: RegionManager, gap: int):
         ram.map()
         ram.add_mapping(0, 2 * PAGE, one)
         ram.add_mapping(2 * PAGE + gap, 2 * PAGE, two)
-        # Neighbours stay two mappings: each can be removed without touching the other.
+        # Neighbors stay two mappings: each can be removed without touching the other.
         assert target.events == mapped((0, 2 * PAGE), (2 * PAGE + gap, 4 * PAGE + gap))
         ram.remove_mappings(0, 2 * PAGE)
         assert [r.host_address for r in target.held.values()] == [two.host_address]

@@ -1,6 +1,6 @@
 """Every line of the comparisons with other projects names what exists, and the test that pins it.
 
-A test is given as ``tests/room/file.py::function``, or as a file of the rooms that its page names.
+A test is given as ``tests/folder/file.py::function``, or as a file in one of the page's folders.
 """
 
 import re
@@ -19,10 +19,10 @@ class Page(NamedTuple):
 
     name: str
     rows: int
-    """So many at least; a table that is no longer recognised must not pass."""
+    """So many at least; a table that is no longer recognized must not pass."""
     modules: tuple[str, ...]
     """Where names that are not fully dotted are looked for."""
-    rooms: tuple[str, ...]
+    folders: tuple[str, ...]
     """Directories of tests where files without a directory are looked for."""
 
 
@@ -106,7 +106,7 @@ def test_tests_exist(row: Row) -> None:
     assert named
     for code in named:
         file, _, function = code.partition("::")
-        paths = [ROOT / file, *(ROOT / "tests" / room / file for room in row.page.rooms)]
+        paths = [ROOT / file, *(ROOT / "tests" / folder / file for folder in row.page.folders)]
         found = [path for path in paths if path.is_file()]
         assert found, f"{file} is not there"
         assert pytest_names(found[0]), f"{file} has no tests"

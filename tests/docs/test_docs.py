@@ -181,7 +181,7 @@ def test_log_lines_that_are_explained_are_logged() -> None:
 
 @contextmanager
 def back_end(command: list[str], directory: Path) -> Iterator[Path]:
-    """A back end that is ready; the file with what it says."""
+    """A back-end that is ready; the file with what it says."""
     log = directory / "back-end.log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, cwd=directory, stderr=stderr)

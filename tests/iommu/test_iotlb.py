@@ -25,7 +25,7 @@ def pages(iotlb):
 
 
 def fill(iotlb, *numbers):
-    """Map pages, none of which can be joined with a neighbour."""
+    """Map pages, none of which can be joined with a neighbor."""
     for number in numbers:
         iotlb.set_mapping(number * PAGE, (number * 7 + 1) << 20, PAGE, RW)
 

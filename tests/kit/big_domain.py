@@ -61,7 +61,7 @@ class BigDomain:
         return self.base + page * PAGE
 
     def map(self, first, count=1, behind=None):
-        """Map pages; by default to where no neighbour leads, so that nothing can merge."""
+        """Map pages; by default to where no neighbor leads, so that nothing can merge."""
         if behind is None:
             behind = (first * 7919) % self.pages
         request = map_(1, self.at(first), self.at(first + count) - 1, behind * PAGE)

@@ -44,7 +44,7 @@ class Memory:
         assert self._next <= self.pages
         pages = list(range(first, first + count))
         if not contiguous:
-            # Neighbours in the row are not neighbours in memory.
+            # Neighbors in the row are not neighbors in memory.
             pages = pages[::2] + pages[1::2][::-1]
         return [DEVICE_BASE + p * PAGE for p in pages], [self.base + p * PAGE for p in pages], 0
 

@@ -63,7 +63,7 @@ def test_refused_collections(ranges, error):
         GuestRegionCollection.from_regions(MmapRegion.anonymous(*r) for r in ranges)
 
 
-def test_neighbours_and_the_empty_one():
+def test_neighbors_and_the_empty_one():
     assert GuestRegionCollection.from_ranges([(0, 100), (100, 100)]).last_addr == 199
     assert len(GuestRegionCollection()) == 0
 

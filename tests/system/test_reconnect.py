@@ -99,7 +99,7 @@ with Backend(SlowDisk(BlockDevice(image, num_queues=int(queues))), path) as back
 
 
 class BackEnd:
-    """A running back end.
+    """A running back-end.
 
     Args:
         program: What the interpreter is told to run.
@@ -133,7 +133,7 @@ class BackEnd:
 
 
 class ReconnectingDisk(VhostUserDisk):
-    """A disk whose back end may go away and come back."""
+    """A disk whose back-end may go away and come back."""
 
     __slots__ = ()
 
@@ -159,7 +159,7 @@ def _qemu_version() -> tuple[int, int]:
 
 
 class Tracked:
-    """The region for requests in flight, as the front end has it."""
+    """The region for requests in flight, as the front-end has it."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         parts = np.frombuffer(memory, np.uint8).reshape(QUEUES, part_size(QUEUE_SIZE))
@@ -191,7 +191,7 @@ def tracked(qemu: int) -> Iterator[Tracked]:
 
 
 def kill_at_work(backend: BackEnd, region: Tracked) -> None:
-    """Kill a back end amid requests, once it got on with every queue.
+    """Kill a back-end amid requests, once it got on with every queue.
 
     It is held up, so that requests come together, let go, and held to look how many it took.
     """

@@ -82,7 +82,7 @@ def uml() -> Kernel:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[tuple[Path, VhostUserDisk, Path]]:
-    """A served image of random bytes; the disk, and the back end's log."""
+    """A served image of random bytes; the disk, and the back-end's log."""
     image = tmp_path / "disk.img"
     image.write_bytes(os.urandom(DISK_SIZE))
     with served(image, tmp_path, "--iommu", "off") as (socket, log):

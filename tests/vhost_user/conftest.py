@@ -1,4 +1,4 @@
-"""What the tests of queues share: a device that answers when it is told to, and its back end."""
+"""What the tests of queues share: a device that answers when it is told to, and its back-end."""
 
 from __future__ import annotations
 

@@ -849,7 +849,7 @@ class Hand:
         self._start()
 
     def _share(self, regions: int, share: int) -> None:
-        """Share the memory in parts, neighbours for the front-end but not for the guest."""
+        """Share the memory in parts, neighbors for the front-end but not for the guest."""
         self._user = 0x7000_0000_0000
         assert self.backing.fd is not None
         for i in range(regions):

@@ -121,7 +121,7 @@ class Side:
         return answer
 
     def _receive(self) -> None:
-        """As the back end does."""
+        """As the back-end does."""
         while True:
             before = self.stats.iotlb_updates + self.stats.iotlb_invalidations
             if self.fast and self.translations.receive(self.channel):

@@ -1,4 +1,4 @@
-"""A ring whose back end is killed between any two machine instructions, and the one that goes on.
+"""A ring whose back-end is killed between any two machine instructions, and the one that goes on.
 
 The order of the stores into the used ring and of those into the region that notes the requests in
 flight is the ring's own here; `test_inflight` has the steps made one by one.
@@ -89,7 +89,7 @@ def states() -> list[tuple[bytes, bytes]]:
                 while (stopped := traced.step()) == signal.SIGTRAP:
                     if (now := (notes[:length], memory[used])) != seen[-1]:
                         seen.append(now)
-                assert stopped == signal.SIGSTOP, "the back end failed"
+                assert stopped == signal.SIGSTOP, "the back-end failed"
             finally:
                 traced.kill()
     return seen

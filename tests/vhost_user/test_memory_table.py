@@ -71,7 +71,7 @@ def test_many_regions_of_one_fd_that_may_even_overlap_in_the_file(fd: int) -> No
 class TestRanges:
     @pytest.fixture
     def shared(self, fd: int) -> SharedMemory:
-        # Neighbours for the front-end: the first two also for the guest, the third is not.
+        # Neighbors for the front-end: the first two also for the guest, the third is not.
         return SharedMemory().replaced(
             [
                 (region(0x1000, 0x1000, USER), fd),
@@ -119,7 +119,7 @@ class TestRanges:
 
     def test_the_same_as_a_map(self, shared: SharedMemory) -> None:
         entries = [(tuple(a), tuple(b)) for a, b, _ in shared.user_addresses()]
-        # Neighbours that are contiguous on both sides are one entry.
+        # Neighbors that are contiguous on both sides are one entry.
         assert entries == [
             ((USER, 0x2000), (0x1000, 0x2000)),
             ((USER + 0x2000, 0x1000), (0x9000, 0x1000)),

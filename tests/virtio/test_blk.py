@@ -58,7 +58,7 @@ class Disk:
 
     Args:
         device: The device.
-        served: Whether requests are offered to the device's server first, as a back end does.
+        served: Whether requests are offered to the device's server first, as a back-end does.
     """
 
     def __init__(self, device: BlockDevice, *, served: bool = True) -> None:

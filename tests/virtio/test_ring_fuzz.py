@@ -57,7 +57,7 @@ def translation(rng: random.Random) -> Iotlb:
 
 
 def serve(ring: SplitRing, device: BlockDevice) -> None:
-    """What a back end does with a ring, until there is no more or it is broken."""
+    """What a back-end does with a ring, until there is no more or it is broken."""
     for _ in range(3):
         chains, misses, *_ = ring.turn(device.server)
         if misses and not chains:

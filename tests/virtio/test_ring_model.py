@@ -162,7 +162,7 @@ class Model:
 
 
 def merged(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Neighbouring pieces as one."""
+    """Neighboring pieces as one."""
     result: list[tuple[int, int]] = []
     for start, size in pieces:
         if result and result[-1][0] + result[-1][1] == start:

@@ -36,7 +36,7 @@ def cli() -> None:
 def demo(seconds: float) -> None:
     """Watch a disk behind an IOMMU work, and refuse what it must refuse.
 
-    A back end runs in one process and a scripted guest in another; no VM is needed. Ends with
+    A back-end runs in one process and a scripted guest in another; no VM is needed. Ends with
     status 0 only if every check held.
     """
     from guestio.cli.demo import run

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 HELP = """Drive the vhost-user disk behind SOCKET, and measure it.
 
-No virtual machine is needed: this process is the guest. It shares memory with the back end, sets
+No virtual machine is needed: this process is the guest. It shares memory with the back-end, sets
 queues up, keeps each of them filled with requests, and tells how many were served and how long
-they took. Any vhost-user-blk back end will do:
+they took. Any vhost-user-blk back-end will do:
 
 \b
   guestio blk disk.img --socket /tmp/blk.sock &
@@ -45,16 +45,16 @@ THE DISK IS OVERWRITTEN by randwrite, write and randrw, and by --verify.
 
 \b
 With --iommu the device sees I/O virtual addresses, which this process
-translates when the back end asks (IOTLB misses):
+translates when the back-end asks (IOTLB misses):
   off     physical addresses
   static  everything is mapped once, page by page, physically scattered
   strict  each request maps what it uses and unmaps it when it is finished,
-          as Linux does by default; it is over when the back end has
+          as Linux does by default; it is over when the back-end has
           acknowledged that it forgot the mappings
 
 Latency is what the driver sees: from putting a request into the queue to having it back. Put load
-and back end on CPUs of their own to compare back ends (taskset -c 0 guestio bench ...). --pid tells
-what the back end's CPU time per request is; that is the steadier figure on a busy machine.
+and back-end on CPUs of their own to compare back-ends (taskset -c 0 guestio bench ...). --pid tells
+what the back-end's CPU time per request is; that is the steadier figure on a busy machine.
 
 --verify writes known contents first (the first 64 MiB unless --span says otherwise), lays requests
 out in memory at random (buffers cut anywhere, across pages, header and status split or shared),
@@ -90,11 +90,11 @@ class Job:
     """What the command was asked to do.
 
     Attributes:
-        socket: The back end's socket.
+        socket: The back-end's socket.
         plan: What load to make.
         seconds: How long to measure.
         warm_up: How long to run before that.
-        pid: The back end's process, to tell its CPU time.
+        pid: The back-end's process, to tell its CPU time.
         as_json: Whether to print JSON rather than a table.
     """
 
@@ -113,7 +113,7 @@ def run(job: Job) -> int:
         The command's exit status.
 
     Raises:
-        GuestioError: The back end cannot be reached, or cannot do what is asked.
+        GuestioError: The back-end cannot be reached, or cannot do what is asked.
     """
     from guestio.guest.load import Load
 
@@ -155,7 +155,7 @@ def _stopped_by_signals(load: Load, signals: list[int]) -> Iterator[None]:
 
 
 def _measure(load: Load, job: Job) -> tuple[LoadResult, float | None]:
-    """The result, and the CPU seconds that the back end used for it."""
+    """The result, and the CPU seconds that the back-end used for it."""
     with _Progress() as progress:
         if job.plan.verify:
             load.fill(progress.part("writing known contents"))
@@ -233,7 +233,7 @@ def describe(
     Args:
         job: What was asked for.
         result: What was measured.
-        cpu: CPU seconds the back end used meanwhile, if known.
+        cpu: CPU seconds the back-end used meanwhile, if known.
         interrupted: Whether a signal ended it early.
     """
     plan = job.plan
@@ -320,7 +320,7 @@ def _show(job: Job, result: LoadResult, cpu: float | None) -> None:
             rows[name] = f"{count:,} ({_per_request(count, result):.2f} a request)"
     if cpu is not None:
         busy = cpu / result.seconds if result.seconds else 0.0
-        rows["back end's CPU"] = f"{_per_request(cpu * 1e6, result):.2f} us a request, {busy:.0%}"
+        rows["back-end's CPU"] = f"{_per_request(cpu * 1e6, result):.2f} us a request, {busy:.0%}"
     if plan.verify:
         rows["verified"] = "everything read was what had been written"
     for name, value in rows.items():
@@ -401,7 +401,7 @@ def _show(job: Job, result: LoadResult, cpu: float | None) -> None:
 @click.option("--queue-size", type=int, help="Entries of each queue.  [default: 256 or as needed]")
 @click.option("--span", type=Size(), help="How much of the disk to use.  [default: all of it]")
 @click.option("--seed", type=click.IntRange(0, 1 << 32), default=0, help="Of all random choices.")
-@click.option("--pid", type=int, help="The back end's process, to tell its CPU time.")
+@click.option("--pid", type=int, help="The back-end's process, to tell its CPU time.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON rather than a table.")
 def bench(
     socket: str, seconds: float, warm_up: float, pid: int | None, as_json: bool, **plan: Any

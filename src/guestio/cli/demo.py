@@ -1,6 +1,6 @@
 """``guestio demo``: a disk behind an IOMMU, used, checked and attacked, without a VM.
 
-The back end runs in a process of its own, exactly as ``guestio blk`` runs it. This process is the
+The back-end runs in a process of its own, exactly as ``guestio blk`` runs it. This process is the
 guest: it has memory, an IOMMU whose tables it controls, and a driver that maps what each request
 needs and unmaps it afterwards. Every block that is read is compared with what was written.
 """
@@ -76,7 +76,7 @@ def _run(seconds: float, console: Console) -> bool:
 
 @contextlib.contextmanager
 def _served(directory: Path) -> Iterator[tuple[Path, Callable[[], Statistics]]]:
-    """A back end in its own process: its socket, and what asks it to end and tell its counters."""
+    """A back-end in its own process: its socket, and what asks it to end and tell its counters."""
     image = directory / "disk.img"
     with image.open("wb") as file:
         file.truncate(IMAGE_BYTES)
@@ -88,14 +88,14 @@ def _served(directory: Path) -> Iterator[tuple[Path, Callable[[], Statistics]]]:
     theirs.close()
     try:
         if not ours.poll(START_LIMIT) or ours.recv() != "ready":
-            raise GuestioError("the back end did not start")
+            raise GuestioError("the back-end did not start")
 
         def statistics() -> Statistics:
             assert process.pid is not None
             os.kill(process.pid, signal.SIGTERM)
             told = ours.recv() if ours.poll(START_LIMIT) else None
             if not isinstance(told, Statistics):
-                raise GuestioError("the back end did not end as it should")
+                raise GuestioError("the back-end did not end as it should")
             return told
 
         yield socket, statistics
@@ -108,7 +108,7 @@ def _served(directory: Path) -> Iterator[tuple[Path, Callable[[], Statistics]]]:
 
 
 def _serve(image: Path, socket: Path, tell: Connection) -> None:
-    """The back end's process."""
+    """The back-end's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("guestio").setLevel(logging.ERROR)
     device = BlockDevice(image, serial="guestio-demo")

@@ -39,8 +39,8 @@ class Step(NamedTuple):
     new: Entry | None
 
 
-class Turn:
-    """Gives operations their turn, in order of arrival."""
+class FairLock:
+    """A lock that operations get in order of arrival."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

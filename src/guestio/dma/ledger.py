@@ -162,7 +162,7 @@ class Ledger:
             self.map(new, journal)
 
     def map(self, entry: Entry, journal: Journal) -> None:
-        """Ask the target to hold a mapping, unless it is broken.
+        """Map at the target, unless it is broken.
 
         Raises:
             DmaError: It refused memory that it must hold, or it has a bug.
@@ -246,7 +246,7 @@ class Ledger:
         self.broken = None
 
     def forget(self) -> None:
-        """Let go of everything without asking the target, which is gone."""
+        """Let go of everything without calling the target, which is gone."""
         for start in list(self._held):
             self._drop(start)
         with self._lock:

@@ -9,8 +9,8 @@ An operation goes through three stages: check everything, carry out the steps at
 failure take them back in reverse order), and only then change the regions. So what is readable
 here is always the state before or after an operation, and memory is let go last.
 
-Operations run one at a time, in order of arrival, each on its caller's thread. No lock is held
-while targets are called: waiting operations wait for a turn, and everything that only reads goes
+Operations run one at a time, in order of arrival, each on its caller's thread. Targets are called
+without a lock that readers need: everything that only reads goes
 on. An operation that a target begins from inside a call is refused, because it could only wait
 for itself. For the same reason a target must not wait for another thread's operation.
 """
@@ -23,7 +23,7 @@ from bisect import bisect_left, bisect_right, insort
 from typing import TYPE_CHECKING, NamedTuple, Self, SupportsIndex, get_args
 
 from guestio.addr import ADDRESS_SPACE, check_flag, check_int, check_range
-from guestio.dma.changes import Entry, Step, Turn, carry_out, meet, plan, raise_failures
+from guestio.dma.changes import Entry, FairLock, Step, carry_out, meet, plan, raise_failures
 from guestio.dma.ledger import DeviceFailures, Ledger, TargetDiff, TargetStats, keep
 from guestio.dma.target import DmaError, DmaMapRequest, DmaTarget, MappingType
 from guestio.errors import MemoryRegionOverlapError, RegionError
@@ -156,7 +156,7 @@ class Region:
         Whatever it raises, nothing has changed, except that a target which failed to undo what it
         had done is broken.
         """
-        with self._manager._turn:
+        with self._manager._operations:
             self._check_open()
             mapping = self._checked_mapping(offset, size, backing, backing_offset, writable)
             self._manager._check_fds([self._request(mapping)])
@@ -186,7 +186,7 @@ class Region:
             DmaError: A target could not unmap one. The mappings are removed all the same; the
                 target is broken and its memory is kept.
         """
-        with self._manager._turn:
+        with self._manager._operations:
             self._check_open()
             first, length = self._checked_part(offset, size)
             gone = self._contained(first, first + length)
@@ -213,7 +213,7 @@ class Region:
             DmaError: A target refused. Nothing has changed: what was active is active again and
                 ``writable`` is not remembered; asking again tries again.
         """
-        with self._manager._turn:
+        with self._manager._operations:
             self._check_open()
             self._manager._change(self, mapped=True, writable=check_flag(writable, "writable"))
 
@@ -226,7 +226,7 @@ class Region:
                 target is broken and its memory is kept. Or a target refused what becomes active:
                 nothing has changed. :attr:`mapped` tells which.
         """
-        with self._manager._turn:
+        with self._manager._operations:
             self._check_open()
             failures = self._manager._change(self, mapped=False, onwards=True)
         raise_failures(failures)
@@ -246,7 +246,7 @@ class Region:
                 :meth:`RegionManager.new_region` refuses.
             DmaError: A target refused; nothing has changed.
         """
-        with self._manager._turn:
+        with self._manager._operations:
             self._check_open()
             first, _ = self._manager._check_placement(start, self.size, self.priority, self)
             self._manager._change(self, mapped=self._mapped, start=first, make_first=True)
@@ -257,7 +257,7 @@ class Region:
         Raises:
             DmaError: As :meth:`unmap`; the region is closed if it is no longer :attr:`mapped`.
         """
-        with self._manager._turn:
+        with self._manager._operations:
             if self._closed:
                 return
             failures = self._manager._change(self, mapped=False, onwards=True)
@@ -421,7 +421,7 @@ class TargetHandle:
             ValueError: The target is closed.
             DmaError: It failed again and is still broken.
         """
-        with self._manager._turn:
+        with self._manager._operations:
             if self._closed:
                 raise ValueError("this target is closed")
             self._ledger.reconcile(self._manager._truth())
@@ -434,7 +434,7 @@ class TargetHandle:
             DmaError: It could not unmap something. That memory is kept and the target stays
                 registered, broken; close it again, or :meth:`forget` it once it is gone.
         """
-        with self._manager._turn:
+        with self._manager._operations:
             if self._closed:
                 return
             failures = self._ledger.release_all(self._manager._truth())
@@ -448,7 +448,7 @@ class TargetHandle:
         Only for a target that no longer exists, such as a container whose fd was closed: devices
         must not reach anything through it any more.
         """
-        with self._manager._turn:
+        with self._manager._operations:
             if not self._closed:
                 self._ledger.forget()
                 self._discard()
@@ -469,7 +469,7 @@ class TargetHandle:
 
 
 class _Places:
-    """Regions by place, so that those that meet a range are found without asking all others.
+    """Regions by place, so that those that meet a range are found without a look at all.
 
     They are kept by size class, the number of bits of their size. A region of a class that meets
     a range begins less than the class's largest size before it; as regions only overlap where one
@@ -520,7 +520,7 @@ class RegionManager:
         if not 0 < page < ADDRESS_SPACE or page & (page - 1):
             raise ValueError(f"page_size {page} is not a power of two of 64 bits")
         self._page_size = page
-        self._turn = Turn()
+        self._operations = FairLock()
         # By age. Readers take a copy, which is one step, so that they need no lock.
         self._regions: dict[int, Region] = {}
         self._places = _Places()
@@ -577,7 +577,7 @@ class RegionManager:
         rank = check_int(priority, "priority")
         if not 0 <= rank <= MAX_PRIORITY:
             raise ValueError(f"priority {rank} is not in [0, {MAX_PRIORITY}]")
-        with self._turn:
+        with self._operations:
             first, length = self._check_placement(start, size, rank)
             number = next(self._numbers)
             region = Region(self, name, first, length, rank, kind, number)
@@ -595,7 +595,7 @@ class RegionManager:
         """Make a target hold all active mappings, now and from now on.
 
         Args:
-            target: Who to tell.
+            target: Receives the mappings.
             needs_fd: Whether it can only hold memory that has a file. Mappings without one are
                 refused as long as it is registered.
             device_failures: What happens when it refuses a mapping of kind ``DEVICE``, with a
@@ -616,7 +616,7 @@ class RegionManager:
         needs_fd = check_flag(needs_fd, "needs_fd")
         if not isinstance(device_failures, str) or device_failures not in get_args(DeviceFailures):
             raise ValueError(f"device_failures {device_failures!r} is neither 'record' nor 'raise'")
-        with self._turn:
+        with self._operations:
             if any(handle.target is target for handle in self._targets):
                 raise ValueError("this target is registered already")
             handle = TargetHandle(self, target, needs_fd, device_failures)

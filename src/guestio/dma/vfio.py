@@ -1,6 +1,6 @@
 """VFIO's type1 IOMMU: a container that holds DMA maps for the devices of its groups.
 
-What turns the kernel's answers into errors that say what to do stands on :class:`Type1Calls`, so
+What makes errors of the kernel's answers that say what to do stands on :class:`Type1Calls`, so
 that a simulated kernel can take the real one's place.
 
 Sources: ``include/uapi/linux/vfio.h``, ``drivers/vfio/vfio_iommu_type1.c``,

@@ -336,7 +336,7 @@ class ScriptedGuest(GuestDriver[BlkQueue]):
         return request
 
     def publish(self, queue: int = 0) -> None:
-        """Show the device the requests that were begun with ``publish=False``."""
+        """Publish the requests that were begun with ``publish=False``."""
         self._queues[queue].publish()
 
     @property
@@ -345,7 +345,7 @@ class ScriptedGuest(GuestDriver[BlkQueue]):
         return self._dma
 
     def poll(self, queue: int = 0) -> list[Request]:
-        """The requests that were finished since this was last asked, without waiting."""
+        """The requests that finished since the last call, without waiting."""
         return self._queues[queue].collect()
 
     def wait(self, *requests: Request) -> None:

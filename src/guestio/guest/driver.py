@@ -447,7 +447,7 @@ class Driver(GuestDriver[_Queue]):
         return buffer
 
     def publish(self, queue: int = 0) -> None:
-        """Show the device the buffers that were given with ``publish=False``."""
+        """Publish the buffers that were given with ``publish=False``."""
         self._queue(queue).publish()
 
     def receive(self, queue: int = 0, timeout: float | None = None) -> DriverBuffer:

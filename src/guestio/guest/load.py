@@ -80,10 +80,10 @@ class LoadResult:
         max_us: The slowest.
         kicks: Notifications sent to the device.
         interrupts: Notifications taken from it.
-        misses: Translations the back-end asked for.
+        misses: Translations the back-end requested.
         updates: Translations it was told.
         invalidations: Those it acknowledged to have forgotten.
-        refused: Questions that were answered with a failure.
+        refused: Misses that were answered with a failure.
         access_fails: Forbidden accesses it reported.
     """
 

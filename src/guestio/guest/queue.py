@@ -339,7 +339,7 @@ class GuestQueue(Generic[_T]):
         return []
 
     def _watch(self, timeout: float) -> None:
-        """Wait for a notification, a question of the back-end, or bad news."""
+        """Wait for a notification, a miss of the back-end, or a failure."""
         handle = self._handle
         if handle is None:
             raise DeviceError(f"queue {self._index} is stopped")

@@ -38,7 +38,7 @@ class Iotlb(IntervalMap):
     """A cache of I/O virtual address translations.
 
     Mappings may have any alignment and length. Setting one replaces whatever it overlaps;
-    neighbours that are contiguous on both sides and have equal permissions become one.
+    neighbors that are contiguous on both sides and have equal permissions become one.
     :meth:`lookup` either resolves a whole range or lists all that is missing and all that is
     forbidden.
 
@@ -97,7 +97,7 @@ class Iotlb(IntervalMap):
         IntervalMap.clear(self, drain=True)
 
     # What the structure beneath offers does not wait by itself. Here it always does, so that no
-    # translation can be taken away behind the back of those who use it. Devices of guestio that
+    # translation can be taken away behind the back of its users. Devices of guestio that
     # take many away and wait afterwards, for all at once, call the structure's own methods.
 
     def overwrite(

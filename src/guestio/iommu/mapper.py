@@ -7,8 +7,8 @@ away whose memory is exported:
 
 1. the mapping goes, and the session is broken: nothing more can be exported in it;
 2. the session's ``fault`` event tells the client, which must release all that it holds;
-3. the one who took the mapping away gets an event of its own and waits for it before telling the
-   guest that the memory is free;
+3. the caller that removed the mapping gets an event of its own and waits for it before it tells
+   the guest that the memory is free;
 4. with the last release that event happens. A client that does not release in time is *revoked*:
    what it held is taken from it, ``revoked`` happens, and the wait is over.
 
@@ -131,7 +131,7 @@ class RemoveMapResult:
 
 
 class MemoryMapper(ABC):
-    """What a virtio-iommu domain asks of the one that keeps its mappings.
+    """What a virtio-iommu domain needs from the object that keeps its mappings.
 
     What a kind of mapper cannot do raises :class:`ExportError`, as the defaults here do.
     """
@@ -240,7 +240,7 @@ class ExportSession:
 
         Returns:
             Pieces in ascending order of their I/O virtual address, ``size`` bytes in all.
-            Neighbours that are contiguous and have equal permissions are one piece.
+            Neighbors that are contiguous and have equal permissions are one piece.
 
         Raises:
             ExportError: The session is broken or holds too many ranges.
@@ -282,10 +282,10 @@ class ExportSession:
                 del self._exports[key]
             else:
                 self.stray_releases += 1
-            settled = self._take_settled()
+            released = self._take_released()
         if not count and self.stray_releases == 1:
             _log.warning("a client released %#x+%#x, which it did not hold", iova, size)
-        _settle(settled)
+        _announce_release(released)
 
     def revoke(self) -> None:
         """Take everything from the client at once and end the session.
@@ -303,8 +303,8 @@ class ExportSession:
             self.revoked.set()
         with self._lock:
             self._exports.clear()
-            settled = self._take_settled()
-        _settle(settled)
+            released = self._take_released()
+        _announce_release(released)
 
     def restore(self, exports: Iterable[tuple[int, int]], broken: bool) -> None:
         """Take over what a session held that there was before, as when a snapshot is restored.
@@ -335,8 +335,8 @@ class ExportSession:
             self._closed = True
             self._exports.clear()
             self._mapper._sessions.discard(self)
-            settled = self._take_settled()
-        _settle(settled)
+            released = self._take_released()
+        _announce_release(released)
 
     def __enter__(self) -> Self:
         return self
@@ -355,13 +355,13 @@ class ExportSession:
         self._resolved = Event()
         return self._resolved
 
-    def _take_settled(self) -> tuple[Event | None, threading.Timer | None]:
+    def _take_released(self) -> tuple[Event | None, threading.Timer | None]:
         """What to announce if nothing is held any more; needs the lock."""
         if self._exports:
             return None, None
-        settled = self._resolved, self._timer
+        released = self._resolved, self._timer
         self._resolved = self._timer = None
-        return settled
+        return released
 
     def _announce(self) -> None:
         """Tell the client of a fault, and start its time; without the lock."""
@@ -427,8 +427,8 @@ class ExportSession:
         return pending
 
 
-def _settle(settled: tuple[Event | None, threading.Timer | None]) -> None:
-    event, timer = settled
+def _announce_release(released: tuple[Event | None, threading.Timer | None]) -> None:
+    event, timer = released
     if timer is not None:
         timer.cancel()
     if event is not None:

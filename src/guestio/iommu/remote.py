@@ -19,7 +19,7 @@ FAULT            5  from the server, none, tag 0          never answered
 ============  ====  ====================================  =======================================
 
 An answer has the tag of its request. With a status other than 0 its body is the range concerned
-(u64, u128) and a message in UTF-8. Who breaks the framing is disconnected.
+(u64, u128) and a message in UTF-8. A peer that breaks the framing is disconnected.
 
 A revoked client is disconnected before the guest is told that the memory is free. Nothing can make
 another process forget memory that it has mapped: a program that needs that must end the process.
@@ -227,7 +227,7 @@ class ExportServer:
 
     Args:
         sock: A connected stream socket; it is closed when :meth:`run` returns.
-        lookup: Finds who exports for an endpoint, or None if there is no such endpoint, such as
+        lookup: Finds the exporter of an endpoint, or None if there is no such endpoint, such as
             the ``get`` of a dictionary of mappers. It is called in the thread of :meth:`run`.
     """
 

@@ -413,7 +413,7 @@ class Stop:
 
 
 def stop_of(vector: IoVector, addr: int, length: int) -> Stop | None:
-    """Why a vector holds less than was asked for, if it does."""
+    """Why a vector holds less than requested, if it does."""
     return Stop(_stop_error(vector, addr, length)) if vector.stop else None
 
 

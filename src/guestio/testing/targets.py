@@ -1,4 +1,4 @@
-"""DMA targets for tests: one that remembers what it was told, one that fails when asked to.
+"""DMA targets for tests: one that remembers what it was told, one that fails on demand.
 
 They hold their caller to the contract of :class:`~guestio.dma.DmaTarget`: mapping over a mapping,
 or unmapping what is not mapped exactly so, is an error.
@@ -38,7 +38,7 @@ class RecordingTarget:
     def __init__(self) -> None:
         self.events: list[DmaEvent] = []
         self.held: dict[int, DmaMapRequest] = {}
-        # Ascending, so that a neighbour is found without looking at all.
+        # Ascending, so that a neighbor is found without looking at all.
         self._starts: list[int] = []
 
     def __repr__(self) -> str:
@@ -127,7 +127,7 @@ class FailAfter(ReplacingTarget):
         self._times = times
         self._error = error or _out_of_memory
         if not replacing:
-            # Hides the method from who looks for it.
+            # Hides the method from hasattr().
             self.replace_dma = None  # type: ignore[method-assign, assignment]
 
     def map_dma(self, request: DmaMapRequest) -> None:

@@ -1,8 +1,8 @@
 """Descriptors that a peer passes: which are accepted for what, and how they are closed.
 
 A descriptor is the peer's choice, and most kinds can block a system call on them: a socket
-while it is closed, a FUSE file while it is asked for its size, a device while it is read. So what
-it is is found out without asking its driver or file system, only what cannot wait is accepted, and
+while it is closed, a FUSE file while its size is queried, a device while it is read. So the
+kind is found out without its driver or file system, only what cannot wait is accepted, and
 the rest is closed in a thread.
 """
 
@@ -230,7 +230,7 @@ class PipeNotifier:
 
     def _pass_on(self, write: Callable[[], int]) -> None:
         while os.eventfd_read(self.fd) and not self._closing:
-            # One who is gone, or has not read any of what was written before, needs no more.
+            # A reader that is gone, or has read nothing of what was written before, needs no more.
             with contextlib.suppress(OSError):
                 write()
 

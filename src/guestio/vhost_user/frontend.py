@@ -143,7 +143,7 @@ class Frontend:
         target: Path of the back-end's socket, or a connected socket, which it owns from here on.
         timeout: Seconds that any one wait for the back-end may take.
         connect_wait: Seconds to go on trying while the path has no listener yet.
-        answer: Who answers IOTLB misses, see the module: a thread, or the caller.
+        answer: Which thread answers IOTLB misses, see the module: its own, or the caller's.
         granularity: Largest answer to a miss in bytes, a power of two; an answer does not cross a
             multiple of it. None for as much as is mapped in one piece. QEMU answers a page.
         pipeline: IOTLB messages that may be under way to the back-end at a time. QEMU sends the

@@ -163,7 +163,7 @@ class InflightHandler(Protocol):
             queue_size: Entries of the largest of them, 1 to 32768.
 
         Returns:
-            Its description and its fd. The fd stays the handler's, who keeps it open until the
+            Its description and its fd. The fd stays the handler's, which keeps it open until the
             next message comes.
         """
         ...

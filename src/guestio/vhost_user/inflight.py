@@ -1,6 +1,6 @@
 """The region that tracks requests in flight: shared memory that outlives the back-end.
 
-The front-end asks for it (GET_INFLIGHT_FD), keeps it, and hands it to the back-end it connects to
+The front-end requests it (GET_INFLIGHT_FD), keeps it, and hands it to the back-end it connects to
 next (SET_INFLIGHT_FD). That one finds out from it what its predecessor had taken and not given
 back, also when requests were given back out of order.
 

@@ -1,10 +1,10 @@
-"""The IOMMU's side of a vhost-user connection: who may reach what, and telling the back-end.
+"""The IOMMU's side of a vhost-user connection: translations, misses, invalidations.
 
 An :class:`IotlbService` holds the translations of the IOMMU in front of a device, from I/O virtual
-to guest physical addresses. The back-end learns one when it asks (a MISS, answered by an UPDATE
+to guest physical addresses. The back-end learns one by a MISS (answered by an UPDATE
 with the address in this process) and forgets it when :meth:`IotlbService.unmap` says so.
 
-Who answers misses is chosen once. ``answer="thread"`` has a thread do it whatever the caller is at.
+Which thread answers misses is chosen once. ``answer="thread"`` starts one for it.
 ``answer="caller"`` leaves it to :meth:`IotlbService.service`; as in QEMU, whose main loop does
 everything, no miss is then answered while a request waits for its reply.
 
@@ -82,7 +82,7 @@ class IotlbCounts:
     """What happened between a front-end and its back-end's IOTLB.
 
     Attributes:
-        misses: Questions received.
+        misses: Misses received.
         updates: Translations sent.
         invalidations: Invalidations acknowledged.
         access_fails: Forbidden accesses the back-end reported.
@@ -99,14 +99,14 @@ class IotlbCounts:
 
 
 class IotlbService:
-    """Translations of one back-end's device, and the answers to its questions about them.
+    """Translations of one back-end's device, and the answers to its misses.
 
     Made by a :class:`~guestio.vhost_user.frontend.Frontend`, which opens the back-end's channel.
     Everything may be called from any thread.
 
     Args:
         exchange: Where UPDATE and INVALIDATE go.
-        answer: Who answers misses, see the module.
+        answer: Which thread answers misses, see the module.
         granularity: Largest answer to a miss in bytes, a power of two; an answer does not cross a
             multiple of it. None for as much as is mapped in one piece. QEMU answers a page.
         pipeline: Messages that may be under way to the back-end at a time. QEMU sends the next one
@@ -159,7 +159,7 @@ class IotlbService:
         self._changing = threading.Condition()
 
     def open(self, sock: socket.socket) -> None:
-        """Serve the questions that come on a socket, which is the service's from here on."""
+        """Serve the misses that come on a socket, which is the service's from here on."""
         self.close()
         self._stopping.clear()
         self._socket = sock
@@ -171,7 +171,7 @@ class IotlbService:
     def close(self) -> None:
         """Stop serving: the thread and the socket are gone when this returns.
 
-        It waits until a question that is being answered has been, or its connection is broken.
+        It waits until a miss that is being answered is, or until its connection is broken.
         """
         self._stopping.set()
         if self._socket is not None:
@@ -189,8 +189,8 @@ class IotlbService:
     def map(self, iova: int, gpa: int, length: int, perm: Permissions) -> None:
         """Let the device reach guest memory at an I/O virtual address.
 
-        Nothing is sent: the back-end asks when it needs to know. What the range translated to
-        before must have been unmapped.
+        Nothing is sent: the back-end sends a miss when it needs a translation. What the range
+        translated to before must have been unmapped.
         """
         with self._mapping:
             self.mappings.set_mapping(iova, gpa, length, perm)
@@ -211,7 +211,7 @@ class IotlbService:
         self.invalidate(*checked)
 
     def invalidate(self, *ranges: tuple[int, int]) -> None:
-        """Have the back-end forget translations; :attr:`mappings` stays, so it may ask again.
+        """Have the back-end forget translations; :attr:`mappings` stays: it may request them again.
 
         Raises:
             TypeError, ValueError: Bad numbers; nothing was sent.
@@ -236,7 +236,7 @@ class IotlbService:
             raise RefusedError(f"the back-end refused to forget {', '.join(refused[:16])}")
 
     def push(self, iova: int) -> bool:
-        """Tell the back-end about a translation before it asks, as QEMU does for used rings.
+        """Send a translation before a miss, as QEMU does for used rings.
 
         Returns:
             Whether there is one for ``iova``.
@@ -254,7 +254,7 @@ class IotlbService:
     def _post(self, messages: Sequence[IotlbMessage]) -> list[Pending]:
         if not messages:
             return []
-        # IOTLB_MSG has a reply of its own, whatever was negotiated; QEMU asks for it all the same.
+        # IOTLB_MSG has a reply of its own, whatever was negotiated; QEMU requests it all the same.
         data = b"".join(encode_iotlb(_F.IOTLB_MSG, each, need_reply=True) for each in messages)
         return self._exchange.send(_F.IOTLB_MSG, data, (), len(messages))
 
@@ -269,7 +269,7 @@ class IotlbService:
         return self._channel.fileno()
 
     def service(self) -> int:
-        """Answer what the back-end has asked, without waiting for more.
+        """Answer the misses that have come, without waiting for more.
 
         Returns:
             How many requests there were. From `FRONTEND_MISSES_PER_TURN` on there may be more;

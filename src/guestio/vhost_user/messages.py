@@ -213,7 +213,7 @@ class Header(NamedTuple):
 
     @property
     def need_reply(self) -> bool:
-        """Whether the sender asks for an acknowledgement (REPLY_ACK)."""
+        """Whether the sender requests an acknowledgement (REPLY_ACK)."""
         return bool(self.flags & _NEED_REPLY)
 
     def encode(self) -> bytes:
@@ -528,7 +528,7 @@ class Config:
 
 
 class IotlbMessage(NamedTuple):
-    """A change of, or a question about, I/O translations (struct vhost_iotlb_msg).
+    """A change of I/O translations, or a miss (struct vhost_iotlb_msg).
 
     IOTLB_MSG in both directions. A tuple, because guest I/O behind an IOMMU makes hundreds of
     thousands of them and a tuple is several times cheaper to make than a frozen dataclass.
@@ -563,7 +563,7 @@ class IotlbMessage(NamedTuple):
 
     @classmethod
     def miss(cls, iova: int, size: int, perm: int) -> Self:
-        """Ask for the translation of a range; `perm` is what the access needs."""
+        """Request the translation of a range; `perm` is what the access needs."""
         return cls(iova, size, 0, perm, IotlbType.MISS)
 
     @classmethod
@@ -689,7 +689,7 @@ def encode_iotlb(request: int, message: IotlbMessage, *, need_reply: bool) -> by
     Args:
         request: `FrontendRequest.IOTLB_MSG` or `BackendRequest.IOTLB_MSG`, by direction.
         message: What to say.
-        need_reply: Ask for an acknowledgement; only with REPLY_ACK negotiated.
+        need_reply: Request an acknowledgement; only with REPLY_ACK negotiated.
 
     Raises:
         ValueError: A field out of range.

@@ -51,12 +51,12 @@ class Pending:
 
 
 class RequestChannel:
-    """A channel on which we ask and the peer answers.
+    """A channel on which this side sends requests and the peer replies.
 
     Safe for any number of threads. Once it has failed, every call raises what broke it.
 
     Args:
-        sock: A connected Unix stream socket; it belongs to the exchange from here on.
+        sock: A connected Unix stream socket; it belongs to this object from here on.
         timeout: Seconds that one wait, for a reply or for room to send, may take.
     """
 

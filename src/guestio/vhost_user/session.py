@@ -10,11 +10,11 @@ Three ways a message can be wrong:
 * *Malformed* (wrong payload size, wrong number of fds, a reply where a request belongs): the peer
   does not speak the protocol; `ProtocolError`, close the connection.
 * *Refused* (feature never offered, no such ring, overlapping region, or the handler raised a
-  `GuestioError`): where the front-end asked for an acknowledgement it gets a non-zero one and the
+  `GuestioError`): where the front-end requested an acknowledgement it gets a non-zero one and the
   connection lives. Without one it would go on as if it had worked, so: `ProtocolError`. Nothing
   has changed in either case. Requests with a reply of their own cannot be refused, except
   GET_CONFIG (empty reply), IOTLB_MSG (non-zero reply) and GET_INFLIGHT_FD (region of 0 bytes).
-* *Unknown or not supported*: its fds are closed. With an acknowledgement asked for it gets a
+* *Unknown or not supported*: its fds are closed. If an acknowledgement was requested it gets a
   non-zero one ("MUST respond ... indicating success or failure"). Otherwise it is ignored and
   counted, because closing is for "exceptional circumstances" only; except for requests known to
   have a reply of their own, which would leave the front-end waiting for ever: `ProtocolError`.

@@ -15,7 +15,7 @@ log = logging.getLogger("guestio.virtio")
 
 @dataclass
 class Statistics:
-    """What happened on a back end, over all its front-ends.
+    """What happened on a back-end, over all its front-ends.
 
     Attributes:
         connections: Front-ends accepted.

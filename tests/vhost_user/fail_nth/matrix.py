@@ -64,7 +64,7 @@ class Bench:
         self._footprint = server.footprint()
 
     def _until_gone(self) -> None:
-        """Wait until the back end has let go of everything that a front-end shared."""
+        """Wait until the back-end has let go of everything that a front-end shared."""
         deadline = time.monotonic() + CLEAN_WITHIN
         while self.server.footprint()[2] and time.monotonic() < deadline:
             time.sleep(0.002)

@@ -1,4 +1,4 @@
-"""A whole connection of a front-end, and what it must not see whatever fails in the back end."""
+"""A whole connection of a front-end, and what it must not see whatever fails in the back-end."""
 
 from __future__ import annotations
 

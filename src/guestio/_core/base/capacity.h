@@ -83,7 +83,7 @@ enum {
     /* Host mappings that the SIGBUS handler finds in a chunk of its list. */
     SPOTS_IN_CHUNK = GUESTIO_CAPACITY_OF(256, 1),
 
-    /* Questions about translations: twice the limit, those still open and those that are only to be
+    /* IOTLB misses: twice the limit, those still open and those that are only to be
        acknowledged; and messages of which one is to be, half of all, so that there is room again
        before the last of many is answered. */
     MISS_BITS = GUESTIO_CAPACITY_OF(10, 3),
@@ -95,13 +95,13 @@ enum {
     READ_AHEAD = GUESTIO_CAPACITY_OF(32768, 100),
 
     /* Rings: descriptors and pieces of memory after which a look ends, looks at a ring between two
-       looks elsewhere, and requests served in the core that the driver is shown at a time. */
+       looks elsewhere, and requests served in the core that are published at a time. */
     RING_LOOK_WORK = GUESTIO_CAPACITY_OF(1 << 16, 4),
     RING_LOOKS = GUESTIO_CAPACITY_OF(64, 1),
     RING_PUBLISH_EACH = GUESTIO_CAPACITY_OF(8, 2),
 
-    /* The event loop: events of one wait, waits before others have a turn, requests that are taken
-       from a queue at a time, and turns of a busy queue before another has one. */
+    /* The event loop: events of one wait, waits before control returns to Python, requests that
+       are taken from a queue at a time, and how often a busy queue is served before the next. */
     LOOP_EVENTS = GUESTIO_CAPACITY_OF(32, 1),
     LOOP_TURNS = GUESTIO_CAPACITY_OF(64, 2),
     LOOP_REQUESTS = GUESTIO_CAPACITY_OF(64, 2),
@@ -109,7 +109,7 @@ enum {
 
     /* The load generator: bytes that are read ahead (at least the largest message), answers under
        way, events of one wait, looks at rings between two looks at sockets (with translations and
-       without), and turns with something to do after which sockets are looked at too. */
+       without), and busy rounds after which sockets are looked at too. */
     LOAD_PAYLOAD = 4096,
     LOAD_READ_AHEAD = GUESTIO_CAPACITY_OF(16384, LOAD_PAYLOAD + 12),
     LOAD_ANSWERS = GUESTIO_CAPACITY_OF(2048, 2),

@@ -9,7 +9,7 @@ a call proves nothing. What is used here does not depend on that flag:
   0 bytes from an eventfd of our own, which completes at once.
 * A read of an eventfd with RWF_NOWAIT does not wait.
 * `close(2)` may wait as long as the peer likes: a socket with SO_LINGER, a file of a FUSE server.
-  There is no way to ask, so it is done in a thread. The descriptor's number is free as soon as the
+  There is no way to find out, so it is done in a thread. The descriptor's number is free as soon as the
   call began.
 """
 
@@ -263,7 +263,7 @@ def accept_stream(int fd):
 def is_memory(int fd):
     """Whether the kernel itself holds a file's contents: memfd, tmpfs, POSIX shm, hugetlbfs.
 
-    Only these know seals, and to ask does not ask a file system. Nothing waits for them.
+    Only these know seals, and the query involves no file system. It never waits.
     """
     return seals_of(fd) >= 0
 
@@ -281,7 +281,7 @@ def close_aside(fds, double grace, int most):
         fds: Descriptors; their numbers must not be used from now on.
         grace: Seconds to wait for it, if none is being closed at the moment, so that descriptors
             that close at once are closed when this returns.
-        most: Threads at most; the descriptors of further ones wait their turn.
+        most: Threads at most; further descriptors are queued.
 
     Returns:
         How many are not closed yet, those of others included.

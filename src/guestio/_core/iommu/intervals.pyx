@@ -65,7 +65,7 @@ cdef class IntervalMap:
     """Disjoint address ranges, each with a target and permissions.
 
     Args:
-        merge: Join neighbours whose targets are contiguous too and whose permissions are equal.
+        merge: Join neighbors whose targets are contiguous too and whose permissions are equal.
         capacity: Largest number of entries; beyond it the least recently used one that is neither
             pinned nor in use is evicted. A change looks at a limited number of those that are;
             the capacity is exceeded until it finds others. None for no limit.
@@ -738,7 +738,7 @@ cdef class IntervalMap:
             if before is not None:
                 assert before[0] <= first, "entries overlap"
                 if self.merging and before[0] == first:
-                    assert (delta, perm) != before[1:], "neighbours were not joined"
+                    assert (delta, perm) != before[1:], "neighbors were not joined"
             before = (first + length, delta, perm)
 
 

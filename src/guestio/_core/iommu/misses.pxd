@@ -4,7 +4,7 @@ from guestio._core.base.checks cimport u8, u64
 
 
 cdef enum:
-    PAGE_BYTES = 4096        # front-ends are asked for, and answer, a page at a time
+    PAGE_BYTES = 4096        # a miss, and a front-end's answer, is about one page
 
 
 cdef struct Miss:

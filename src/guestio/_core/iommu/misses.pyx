@@ -1,7 +1,7 @@
 """What a translation lacks, collected while rings are walked.
 
 Behind an IOMMU nearly every new request lacks something, so this is kept as plain numbers; Python
-objects are made only for those who look.
+objects are made only when they are read.
 """
 
 from cpython.exc cimport PyErr_NoMemory

@@ -246,7 +246,7 @@ cdef void split_inner(Inner *inner, Inner *right) noexcept nogil:
 
 
 cdef int merge_partner(Inner *parent, int at) noexcept nogil:
-    """Index of the left one of two neighbours that include ``at`` and fit in one node, or -1."""
+    """Index of the left one of two neighbors that include ``at`` and fit in one node, or -1."""
     cdef u32 count = parent.child[at].count
     if at + 1 < <int>parent.head.count and count + parent.child[at + 1].count <= TREE_MERGE_UP_TO:
         return at

@@ -1,4 +1,4 @@
-"""Who is using which translation at this moment.
+"""Which translations are in use at this moment.
 
 An access enters a lease for the range that it translates, and leaves it when the last byte has
 moved. A revocation removes the translation first, so that no new access can

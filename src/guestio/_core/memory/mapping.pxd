@@ -17,8 +17,8 @@ cdef extern from * nogil:
         int prot;
     } Spot;
 
-    /* Whether any page of this process was found to be gone, ever. To be asked after the access
-       that may have met one: the fence keeps the question behind it. */
+    /* Whether any page of this process was found to be gone, ever. To be read after the access
+       that may have met one: the fence keeps the read behind it. */
     static inline int met_holes(const uint64_t *holes)
     {
         __atomic_thread_fence(__ATOMIC_ACQUIRE);

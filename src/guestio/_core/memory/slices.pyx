@@ -71,8 +71,8 @@ cdef class VolatileSlice:
     It offers the buffer protocol. What is written through the methods is marked dirty at once;
     what is written through a buffer (memoryview, numpy array) is when the buffer is released: then
     all of the slice counts as written. If the slice is part of a request or of a vector, it also
-    does when that is settled or closed, so that the mark is there before the request is shown as
-    complete. What is written later, through a buffer that is kept, the writer marks. Offsets are
+    does when that is completed or closed, so that the mark is there before the request is
+    published as complete. What is written later, through a buffer that is kept, the writer marks. Offsets are
     bytes from the start of the slice. A slice keeps its memory alive. Slices come from regions and
     memories, not from a constructor.
 
@@ -121,7 +121,7 @@ cdef class VolatileSlice:
         return span.first if span.empty else span.last + 1
 
     cdef size_t clip(self, object offset, object length, int access, size_t *at) except? <size_t>-1:
-        """How many bytes of a range there are; 0 only if none were asked for."""
+        """How many bytes of a range there are; 0 only if none were requested."""
         cdef Span span
         as_span(offset, length, &span, True)
         at[0] = 0

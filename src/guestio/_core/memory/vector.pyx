@@ -138,7 +138,7 @@ cdef class IoVector:
         total: Bytes held.
         count: Fragments they are in.
         access: What the memory was opened for, as a number of ``Permissions``.
-        stop: 0, or why it holds less than was asked for: 1 no memory, 2 read-only.
+        stop: 0, or why it holds less than requested: 1 no memory, 2 read-only.
         stop_addr: The address that was refused.
         stop_target: The same address behind the translation.
     """
@@ -247,7 +247,7 @@ cdef class IoVector:
     ) except? <u64>-1:
         """Append the memory behind ``[target, target + length)``, as far as it goes.
 
-        Returns the bytes appended; `stop` is set if they are fewer than asked for. No Python
+        Returns the bytes appended; `stop` is set if they are fewer than requested. No Python
         object is made here and none goes, unless there is no memory.
         """
         cdef RegionTable table = self.table
@@ -443,7 +443,7 @@ cdef class IoVector:
     cdef bint vanished(self, u64 start, u64 count) noexcept nogil:
         """Whether a window touches memory whose file is gone.
 
-        To be asked after the access: what stands in for a page can be read once it is known.
+        To be called after the access: what stands in for a page can be read once it is known.
         """
         cdef int i = 0
         cdef u64 n

@@ -168,7 +168,7 @@ cdef class IotlbFeed(Feed):
     Attributes:
         main: The main channel's socket, or -1 while it is not to be read here.
         back: The back-end channel's socket, or -1 while it is not to be written here.
-        acknowledged: Whether the front-end acknowledges misses if asked to.
+        acknowledged: Whether the front-end acknowledges misses on request.
         alarm: When the pending misses will be looked at (monotonic time).
         look_after: Seconds within which a new miss wants to be looked at.
 

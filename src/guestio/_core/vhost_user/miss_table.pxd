@@ -1,4 +1,4 @@
-"""C view of the misses in flight, for those who bring their answers."""
+"""C view of the misses in flight, for the code that reads their answers."""
 
 from libc.stdint cimport int16_t, uint16_t
 
@@ -15,14 +15,14 @@ cdef enum:
 cdef struct Slot:
     u64 iova
     u64 waiting[WAITER_WORDS]
-    u64 number               # misses up to this one, in the order in which they were asked
+    u64 number               # misses up to this one, in the order in which they were sent
     double asked
     int16_t next             # of the same hash, or free
     int16_t batch            # messages that its acknowledgement speaks for, this one included
     u8 access
     bint fresh               # not sent yet
     bint open                # neither answered nor refused
-    bint repeatable          # if it stays without an answer, it is to be asked once more
+    bint repeatable          # if it stays without an answer, it is to be sent once more
     bint expected            # its acknowledgement is still to come
     bint forbidden           # a translation came that does not allow the access
 
@@ -76,7 +76,7 @@ cdef class MissTable:
     cdef int answer(self, u64 first, u64 span, int perm, list ready) except -1
     cdef int answer_range(self, u64 first, u64 span, int perm, list ready) except -1
     cdef int answer_one(self, int16_t slot, int perm, list ready) except -1
-    cdef int settle(self, int16_t slot, list ready) except -1
+    cdef int finish(self, int16_t slot, list ready) except -1
     cdef int acknowledge_one(self, bint refuse, list refused, list ready) except -1
     cdef bytes repeat_late(self, double now, list ready)
     cdef int take_expired(self, double now, list late) except -1

@@ -1,15 +1,15 @@
-"""The misses about translations that are in flight, and who waits for the answers.
+"""The IOTLB misses that are in flight, and the waiters that need their answers.
 
 Behind an IOMMU a request of the driver costs a handful of them. They live in a table of fixed size,
 found by page and access in O(1), and no Python object is made for one unless it is refused.
 
 An acknowledgement costs both sides a system call and wakes us, and mostly it says nothing that the
-translation did not say before. So misses are asked without the flag NEED_REPLY (vhost-user
+translation did not say before. So misses are sent without the flag NEED_REPLY (vhost-user
 specification, section VHOST_USER_PROTOCOL_F_REPLY_ACK), and what has no answer after `REPEAT_AFTER`
-is asked once more, with it: that names what is refused, and costs nothing but a miss if the
+is sent once more, with it: that names what is refused, and costs nothing but a miss if the
 translation was only late. A front-end deals with messages in their order (QEMU: backend_read in
 hw/virtio/vhost-user.c, which goes on only when its UPDATE was acknowledged). So as long as answers
-come, what was asked after the last answered miss is not late, but waits for its turn.
+come, a miss that was sent after the last answered one is not overdue, only queued.
 
 Each MISS_BATCH-th miss (256th) is acknowledged in any case: the only sign that
 the front-end reads them at all, and that there is room for more in the socket.
@@ -37,17 +37,17 @@ cdef extern from * nogil:
     int lowest_bit(u64 v)
 
 PAGE = PAGE_BYTES
-"""Front-ends answer a page at a time, so that is how they are asked."""
+"""Front-ends answer a page at a time, so each miss names one page."""
 
 MAX_OUTSTANDING = MISS_SLOTS // 2
-"""Questions in flight at a time.
+"""Misses in flight at a time.
 
-All of them, each asked twice, fit in a socket's buffer, so asking does not wait; unless nearly each
+All of them, each sent twice, fit in a socket's buffer, so sending does not wait; unless nearly each
 is sent alone, as the buffer holds fewer than 300 messages that are.
 """
 
 REPEAT_AFTER = 0.005
-"""Seconds without an answer after which a miss is asked again.
+"""Seconds without an answer after which a miss is sent again.
 
 A front-end that is awake answers in 20 to 50 us; one that waits for a processor of a busy machine
 has it within a time slice, which is 3 to 4 ms in Linux. Only refusals take this long, and those are
@@ -68,7 +68,7 @@ cdef class PendingMiss:
     Attributes:
         iova: Its address.
         access: What was to be done with it.
-        waiting: Who needs it, as numbers.
+        waiting: The waiters that need it, as numbers.
     """
 
     cdef readonly u64 iova
@@ -77,9 +77,9 @@ cdef class PendingMiss:
 
 
 cdef class MissTable:
-    """Misses in flight, at most one for a page and access, and who waits for them.
+    """Misses in flight, at most one for a page and access, and their waiters.
 
-    What is needed for reading and for writing at the same time is asked for once, for both. A
+    What is needed for reading and for writing at the same time is requested once, for both. A
     waiter is a number below 256, such as that of a queue.
 
     Every method may be called from any thread. Messages of several threads must be sent in the
@@ -89,8 +89,8 @@ cdef class MissTable:
         time_limit: Seconds after which an unanswered miss counts as refused.
 
     Attributes:
-        asked: Messages that asked so far; a miss may take two.
-        refused: Questions refused or not answered in time so far.
+        asked: Messages sent so far; a miss may take two.
+        refused: Misses refused or not answered in time so far.
         timeouts: Those of them that were not answered in time.
     """
 
@@ -195,7 +195,7 @@ cdef class MissTable:
             self.free_slot = slot
 
     cdef void drop_stale(self, double now) noexcept:
-        """Expect no acknowledgement any more of misses that were settled long ago."""
+        """Expect no acknowledgement any more of misses that were answered long ago."""
         cdef Slot *miss
         while self.order_count:
             miss = &self.slots[self.order[self.order_first % MISS_SLOTS]]
@@ -204,7 +204,7 @@ cdef class MissTable:
             self.release(self.expected_next())
 
     cdef bint has_room(self, int fresh, double now) noexcept:
-        """Whether one more may be asked, beyond ``fresh`` ones that are not sent yet."""
+        """Whether one more may be sent, beyond ``fresh`` ones that are not sent yet."""
         if self.under_way + fresh >= LIMIT:
             self.drop_stale(now)
         return self.open_count < LIMIT and self.under_way + fresh < LIMIT
@@ -213,15 +213,15 @@ cdef class MissTable:
         """Note that ``waiter`` needs ranges.
 
         Args:
-            waiter: Who.
+            waiter: The number of the waiter.
             missing: ``(IovaRange, access)`` each.
             now: The time.
-            acknowledged: Whether the front-end acknowledges misses, in order, if asked to.
-            skip: Pages ``(iova, access)`` that are not to be asked for.
+            acknowledged: Whether the front-end acknowledges misses, in order, on request.
+            skip: Pages ``(iova, access)`` that are not to be requested.
 
         Returns:
             The messages to send, for what is not requested yet, as bytes. If too much is in flight
-            already the rest is left out; the waiter is woken to ask again when there is room.
+            already the rest is left out; the waiter is woken to request it again when there is room.
 
         Raises:
             ValueError: ``waiter`` is not below 256.
@@ -258,7 +258,7 @@ cdef class MissTable:
         return self.messages(fresh, count, acknowledged, False)
 
     cdef bytes messages(self, const int16_t *which, int count, bint acknowledged, bint repeated):
-        """Questions as they are sent; each repeated one is to be acknowledged."""
+        """Misses as messages; each repeated one is to be acknowledged."""
         cdef bytearray out = bytearray(count * MESSAGE_BYTES)
         cdef u8[::1] view = out
         cdef Header header = Header(FROM_BACKEND, VERSION, sizeof(Message))
@@ -287,7 +287,7 @@ cdef class MissTable:
         self, int waiter, u64 first, u64 last, int access, double now, skip, int16_t *fresh,
         int *count,
     ) except -1:
-        """Ask for the pages of a range; False once there is no room."""
+        """Request the pages of a range; False once there is no room."""
         cdef u64 iova = first // PAGE_BYTES * PAGE_BYTES
         while True:
             if skip is None or (iova, access) not in skip:
@@ -336,7 +336,7 @@ cdef class MissTable:
 
         Args:
             iova, size: The range.
-            perm: What it allows. Who needs more goes on waiting.
+            perm: What it allows. A waiter that needs more goes on waiting.
 
         Returns:
             The waiters that miss nothing any more.
@@ -381,12 +381,12 @@ cdef class MissTable:
         if self.slots[slot].access & ~perm:
             self.slots[slot].forbidden = True
             return 0
-        # What answers a miss shows that those before it had their turn.
+        # An answer means that all misses before it were handled.
         self.reached = max(self.reached, self.slots[slot].number)
-        return self.settle(slot, ready)
+        return self.finish(slot, ready)
 
-    cdef int settle(self, int16_t slot, list ready) except -1:
-        """Take a miss off the table and note who misses nothing any more."""
+    cdef int finish(self, int16_t slot, list ready) except -1:
+        """Take a miss off the table and add the waiters that lack nothing any more to ``ready``."""
         cdef Slot *miss = &self.slots[slot]
         cdef u64 left
         cdef int word, waiter
@@ -413,7 +413,7 @@ cdef class MissTable:
         return False
 
     cdef int relieve(self, list ready) except -1:
-        """Add those who could not ask for want of room, once there is some."""
+        """Add the waiters that could not send for want of room, once there is some."""
         cdef int waiter
         if max(self.open_count, self.under_way) <= LIMIT // 2 and self.starving():
             for waiter in range(WAITERS):
@@ -499,16 +499,16 @@ cdef class MissTable:
         return 0
 
     def repeat(self, double now):
-        """Ask once more, to be acknowledged, what should have been answered by now.
+        """Send again, to be acknowledged, what should have been answered by now.
 
         Only of front-ends that acknowledge. A miss waits for `REPEAT_AFTER`, and while others
-        are answered until one is that was asked after it.
+        are answered until one is that was sent after it.
 
         Args:
             now: The time.
 
         Returns:
-            ``(messages, ready)``: what to send, as bytes, and the waiters that could not ask for
+            ``(messages, ready)``: what to send, as bytes, and the waiters that could not send for
             want of room and may try again.
 
         Cost: O(misses).
@@ -548,7 +548,7 @@ cdef class MissTable:
     cdef int refuse(self, int16_t slot, list refused, list ready) except -1:
         refused.append(self.miss(slot))
         self.refused += 1
-        return self.settle(slot, ready)
+        return self.finish(slot, ready)
 
     def expired(self, double now):
         """Give up the misses whose time is over; they are refused.
@@ -579,13 +579,13 @@ cdef class MissTable:
             left -= 1
             if now - self.slots[slot].asked >= self.time_limit:
                 late.append((self.slots[slot].asked, len(late), self.miss(slot)))
-                self.settle(slot, unused)
+                self.finish(slot, unused)
         self.refused += len(late)
         self.timeouts += len(late)
         return 0
 
     def starved(self, double now):
-        """Waiters that could not ask for want of room, if there is room now."""
+        """Waiters that could not send for want of room, if there is room now."""
         as_moment(now, "now")
         cdef list ready = []
         self.hold()
@@ -608,7 +608,7 @@ cdef class MissTable:
         return None if first < 0 else first
 
     cdef double earliest(self) noexcept:
-        """When the next miss is late; negative if none is."""
+        """When the next miss is overdue; negative if none is."""
         cdef int16_t slot
         cdef int left = self.open_count
         cdef double first = -1, due
@@ -629,7 +629,7 @@ cdef class MissTable:
         return first
 
     def kept_waiting(self, double now):
-        """Those who wait for answers that are late.
+        """The waiters of answers that are overdue.
 
         Cost: O(misses).
         """
@@ -651,7 +651,7 @@ cdef class MissTable:
         ]
 
     def awaited(self, waiter):
-        """How many misses of a waiter are not settled."""
+        """How many misses of a waiter are not answered."""
         return self.lacking[waiter_of(waiter)]
 
     def is_open(self, iova, int access):
@@ -676,12 +676,12 @@ cdef class MissTable:
         return waiters
 
     def forget(self, waiter):
-        """End the waiting of one waiter; what only that one waited for is asked for anew next time.
+        """End the waiting of one waiter; what only that one waited for is requested anew next time.
 
-        An answer that comes later may say what was true when the miss was asked.
+        An answer that comes later may say what was true when the miss was sent.
 
         Returns:
-            Others that could not ask for want of room and may try again.
+            Others that could not send for want of room and may try again.
         """
         cdef int who = waiter_of(waiter)
         cdef int16_t slot
@@ -694,7 +694,7 @@ cdef class MissTable:
             for slot in range(MISS_SLOTS):
                 self.slots[slot].waiting[who // 64] &= others
                 if self.slots[slot].open and not is_awaited(&self.slots[slot]):
-                    self.settle(slot, unused)
+                    self.finish(slot, unused)
             self.relieve(ready)
         finally:
             self.let_go()

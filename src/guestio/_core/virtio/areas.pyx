@@ -115,7 +115,7 @@ cdef class RingAreas:
         return 0
 
     cdef bint reachable(self) except -1:
-        """As :meth:`areas_ready`, for those who do not want to know what is missing."""
+        """As :meth:`areas_ready`, without collecting what is missing."""
         self.ignored.count = 0
         return self.areas_ready(self.ignored)
 

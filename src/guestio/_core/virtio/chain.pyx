@@ -81,7 +81,7 @@ cdef class Chain:
         return self.end
 
     def hand_over(self):
-        """Let another thread use the memory: who revokes its translation waits for that thread.
+        """Let another thread use the memory: a revocation of its translation waits for that thread.
 
         Without this, a revocation by the thread that took the request is a mistake: it would wait
         for itself.

@@ -96,7 +96,7 @@ cdef void ring_add(Ring *ring, Desc *chain, u32 count, u32 token) noexcept nogil
 
 
 cdef bint ring_publish(Ring *ring) noexcept nogil:
-    """Show the device what was added, notify it if it wants that; whether there was anything."""
+    """Publish what was added, notify the device if it wants that; whether there was anything."""
     cdef u16 before = ring.published, event
     cdef u64 one = 1
     cdef bint wanted

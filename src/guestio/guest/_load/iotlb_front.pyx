@@ -1,4 +1,4 @@
-"""The IOMMU's side of a vhost-user connection, compiled: who may reach what, and telling so.
+"""The IOMMU's side of a vhost-user connection, compiled: mappings, misses, invalidations.
 
 An :class:`IotlbFront` holds the translations of one window of I/O virtual addresses in a flat table,
 answers the back-end's misses from it and has the back-end forget what is unmapped. It speaks on the
@@ -42,7 +42,7 @@ cdef enum:
     IOTLB_ACCESS_FAIL = 4
 
 # What is expected, in the order of what was sent. Below SENT nothing was sent: a request that is
-# answered in its turn without asking the back-end anything.
+# answered in order without a message to the back-end.
 cdef enum:
     ANSWER_DONE = 0
     ANSWER_FAILED = 1
@@ -51,7 +51,7 @@ cdef enum:
     SENT_PUSH = 3
     SENT_INVALIDATE = 4
     KIND = 7
-    WANTS_REPLY = 8              # the back-end asked for an acknowledgement
+    WANTS_REPLY = 8              # the back-end requests an acknowledgement
     REQUEST_SHIFT = 8            # and of which request, so that it can be named in the reply
 
 cdef packed struct Header:
@@ -128,7 +128,7 @@ cdef class IotlbFront:
         _free(&self.back)
 
     def map(self, page, host_address, perm):
-        """Let the device reach a page of this process; it is told when it asks.
+        """Let the device reach a page of this process; it is told on a miss.
 
         Args:
             page: Number of the page in the window.
@@ -164,7 +164,7 @@ cdef class IotlbFront:
             raise ValueError("too many invalidations are under way")
 
     def push(self, page):
-        """Tell the back-end of a page before it asks, as QEMU does for used rings.
+        """Send a translation before a miss, as QEMU does for used rings.
 
         Raises:
             ValueError: It is not mapped, or there is no room.
@@ -320,7 +320,7 @@ cdef class IotlbFront:
         self.send_settled()
 
     cdef void send_settled(self) noexcept nogil:
-        """Answer what waited only for its turn."""
+        """Answer what waited only for earlier answers."""
         cdef Expected *oldest
         while self.first != self.next:
             oldest = &self.expected[self.first & self.mask]

@@ -1,7 +1,7 @@
 """Load for a block device, compiled: keeps virtqueues full of requests and measures the answers.
 
 A :class:`LoadDriver` is a guest's driver of virtio-blk over split rings in memory of this process.
-Behind an IOMMU it also answers the back-end's questions, through an
+Behind an IOMMU it also answers the back-end's misses, through an
 :class:`~guestio.guest._load.iotlb_front.IotlbFront`, in the same loop, which never waits, so the
 requests of a whole queue can be mapped, served and unmapped at the same time.
 

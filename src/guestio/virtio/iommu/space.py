@@ -91,7 +91,7 @@ class Space:
         id: The guest's number of the domain; None for what unattached endpoints see.
         bypass: Whether every address is mapped to itself.
         mapper: The mappings, each as the driver made it, and the sessions that export them.
-        iotlb: The same for lookups: neighbours are joined, and what passes 2**64 is cut off. The
+        iotlb: The same for lookups: neighbors are joined, and what passes 2**64 is cut off. The
             IOTLBs of the endpoints follow it.
         mmio: First addresses of the mappings that have VIRTIO_IOMMU_MAP_F_MMIO.
         endpoints: The endpoints that see them, by id.

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from guestio.virtio.net.pcapng import CaptureFile
 
 MAX_PAIRS: Final = 31
-"""Queue pairs at most: with the control queue as many queues as a back end serves."""
+"""Queue pairs at most: with the control queue as many queues as a back-end serves."""
 
 _CONFIG: Final = struct.Struct("<6sHHH")
 _SHORT, _LONG = 10, 12
@@ -300,7 +300,7 @@ class NetDevice(Device):
             self._port.running(queue // 2, False)
 
     def close(self) -> None:
-        """Close the port and the capture, once the back end is closed. May be called again."""
+        """Close the port and the capture, once the back-end is closed. May be called again."""
         for sender, filler in zip(self._senders, self._fillers, strict=True):
             sender.fd = filler.fd = -1
         self._descriptors = [-1] * self.pairs
