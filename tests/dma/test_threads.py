@@ -145,7 +145,7 @@ def test_operations_are_carried_out_in_the_order_in_which_they_came(manager, bac
                 assert inside.wait(LONG)
             else:
                 end = time.monotonic() + LONG
-                while len(manager._turn._waiting) < number:
+                while len(manager._operations._waiting) < number:
                     assert time.monotonic() < end
                     time.sleep(0.001)
         go_on.set()
@@ -208,7 +208,7 @@ def test_many_threads(manager, backing):
 
 def test_an_interrupted_wait_lets_the_others_go_on(manager, region):
     """A thread that gives up waiting for its turn must not keep it."""
-    turn = manager._turn
+    turn = manager._operations
     with turn:
         waiting = threading.Event()
         outcome: list[BaseException] = []
