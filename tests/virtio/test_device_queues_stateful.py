@@ -1,7 +1,7 @@
 """A device that speaks first, and a driver that stops, starts and resets it at any moment.
 
 Whatever happens, each buffer comes back once, in the order of the ring, with what the device
-wrote to it; one that nobody took is still there after a stop; one that was held comes back empty.
+wrote to it; one that was not taken is still there after a stop; one that was held comes back empty.
 """
 
 from __future__ import annotations

@@ -354,44 +354,48 @@ class DeviceQueue:
         Threads and cost: as :meth:`complete`, with one notification for all.
         """
         self._check_owned("complete")
+        pairs = list(buffers)
+        counts = self._counts(pairs)
         with self._change:
-            given = self._release(buffers)
-        if given and self._lock.acquire(0):
+            held = {each: count for each, count in counts.items() if each in self._in_progress}
+            for chain in held:
+                del self._in_progress[chain]
+            self._give_back(held)
+        if len(held) < len(pairs):
+            self._host.log.report(
+                "queue %d: %s completes a buffer that it does not hold: it was completed before, "
+                "or given back when the queue stopped",
+                self.index,
+                type(self._host.device).__name__,
+            )
+        if held and self._lock.acquire(0):
             try:
                 self._publish_finished()
             finally:
                 self._lock.release()
-        elif given:
+        elif held:
             # The queue is being served or stopped; the thread that does it, or the loop, publishes.
             self.wake()
-        return 0 if self._stuck else given
+        return 0 if self._stuck else len(held)
 
-    def _release(self, buffers: Iterable[tuple[Chain, int]]) -> int:
-        """Let go of buffers that are completed, all or none. Needs the lock of late requests."""
+    def _counts(self, pairs: list[tuple[Chain, int]]) -> dict[Chain, int]:
+        """What was written to each buffer that the device holds; no lock is held."""
         name = type(self._host.device).__name__
-        held: dict[Chain, int] = {}
-        for chain, written in buffers:
+        counts: dict[Chain, int] = {}
+        for chain, written in pairs:
             if not isinstance(chain, Chain):
                 raise TypeError(f"{name} completes {chain!r}, which is no buffer: pass the chain")
-            if chain not in self._in_progress or chain in held:
-                self._host.log.report(
-                    "queue %d: %s completes a buffer that it does not hold: it was completed "
-                    "before, or given back when the queue stopped",
-                    self.index,
-                    name,
-                )
-                continue
             try:
                 count = _plausible(
                     written, chain, f"{name} completes a buffer of queue {self.index} with"
                 )
             except _NonsenseError as error:
-                raise DeviceError(str(error)) from None
-            held[chain] = count
-        for chain in held:
-            del self._in_progress[chain]
-        self._give_back(held)
-        return len(held)
+                # One that was given back meanwhile has room for nothing.
+                if chain in self._in_progress and chain not in counts:
+                    raise DeviceError(str(error)) from None
+                continue
+            counts.setdefault(chain, count)
+        return counts
 
     def _publish_finished(self) -> None:
         """Publish what is completed, with the lock held and in whatever thread."""
