@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import struct
 import time
@@ -254,7 +253,3 @@ class NetGuest:
 def wait_quiet(seconds: float = 0.05) -> None:
     """Give what must not happen a moment to happen."""
     time.sleep(seconds)
-
-
-def is_root() -> bool:
-    return os.geteuid() == 0
