@@ -39,7 +39,7 @@ def positions(lines: list[str], pattern: str) -> list[int]:
         # The device asks for kicks, then looks for requests.
         (
             "_core/virtio/split.pyx",
-            "more_after_request",
+            "more_beyond",
             r"store16\(self\.used",
             "full_barrier",
             r"load16\(",

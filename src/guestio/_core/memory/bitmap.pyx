@@ -477,4 +477,4 @@ cdef class BitmapSlice:
 
 
 publish_type(AtomicBitmap, "guestio.memory.AtomicBitmap", "AtomicBitmap(size, page_size=4096)\n--\n\n")
-publish_type(BitmapSlice, "guestio.memory.BitmapSlice", "BitmapSlice()\n--\n\n")
+publish_type(BitmapSlice, "guestio.memory.BitmapSlice", "BitmapSlice(*args, **kwargs)\n--\n\n")

@@ -437,4 +437,4 @@ cdef size_t copy_between(VolatileSlice source, VolatileSlice target) except? <si
     return n
 
 
-publish_type(VolatileSlice, "guestio.memory.VolatileSlice", "VolatileSlice()\n--\n\n")
+publish_type(VolatileSlice, "guestio.memory.VolatileSlice", "VolatileSlice(*args, **kwargs)\n--\n\n")

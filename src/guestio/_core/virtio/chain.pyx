@@ -153,4 +153,4 @@ cdef class Server:
         return NOT_SERVED
 
 
-publish_type(Chain, "guestio.virtio.Chain", "Chain()\n--\n\n")
+publish_type(Chain, "guestio.virtio.Chain", "Chain(*args, **kwargs)\n--\n\n")

@@ -1,4 +1,4 @@
-from typing import Final, final
+from typing import Final, Self, final
 
 from guestio._core.iommu.misses import Misses
 from guestio._core.virtio.chain import Server
@@ -35,7 +35,7 @@ class FrameFiller:
     discard: bool
     mergeable: bool
     offloads: bool
-    def __init__(self, *, frames: int, size: int, backlog: int, backlog_bytes: int) -> None: ...
+    def __new__(cls, *, frames: int, size: int, backlog: int, backlog_bytes: int) -> Self: ...
     @property
     def header_size(self) -> int: ...
     @property

@@ -108,7 +108,7 @@ cdef class CoreLoop:
     cdef u64 moved        # bytes served in this round
     cdef u64 round_bytes
 
-    def __init__(self, *, round_bytes=1 << 62):
+    def __init__(self, round_bytes=1 << 62):
         self.round_bytes = as_address(round_bytes, "round_bytes")
         self.by_kick, self.feeds = {}, []
 

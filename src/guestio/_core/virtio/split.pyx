@@ -191,5 +191,5 @@ cdef class SplitRing(Ring):
 publish_type(
     SplitRing, "guestio.virtio.SplitRing",
     "SplitRing(space, size, desc, avail, used, *, event_idx=False, indirect=False, base=0, "
-    "ordered=False, inflight=None, turn_bytes=None, quota=None)\n--\n\n",
+    "ordered=False, inflight=None, turn_bytes=4611686018427387904, quota=None)\n--\n\n",
 )
