@@ -81,6 +81,7 @@ def servers(*started: Server) -> Iterator[None]:
         for each in started:
             each.process.kill()
             each.process.wait()
+            print(f"--- {each.log.name} ---\n{each.log.read_text()}")
 
 
 class Terminal:
