@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from guestio import IotlbFails, Permissions
-from guestio._core.iommu.intervals import IntervalMap, users_of
+from guestio._core.iommu.intervals import IntervalMap, follow, users_of
 from guestio.iommu import Iotlb
 
 R, RW = Permissions.READ, Permissions.READ_WRITE
@@ -18,7 +18,7 @@ PAGE = 0x1000
 def followers(count, source):
     made = [Iotlb() for _ in range(count)]
     for follower in made:
-        follower.follow(source)
+        follow(follower, source)
     return made
 
 
@@ -48,7 +48,7 @@ def test_from_one_to_the_next_and_to_nothing():
     follower = Iotlb()
     seen = []
     for source, where in ((first, 0x10000), (second, 0x20000), (None, None), (first, 0x10000)):
-        follower.follow(source)
+        follow(follower, source)
         seen.append(follower.generation)
         if where is None:
             assert len(follower) == 0
@@ -100,7 +100,7 @@ def test_a_follower_is_not_changed(change):
 
 def test_what_cannot_be_followed():
     source, follower = Iotlb(), Iotlb()
-    follower.follow(source)
+    follow(follower, source)
     mapped = Iotlb()
     mapped.set_mapping(0, 0, 1, R)
     for map_, refused in (
@@ -111,9 +111,9 @@ def test_what_cannot_be_followed():
         (source, source),
     ):
         with pytest.raises(ValueError, match="follow"):
-            map_.follow(refused)
+            follow(map_, refused)
     with pytest.raises(TypeError):
-        source.follow(object())
+        follow(source, object())
 
 
 def test_each_has_its_own_counters():
@@ -129,10 +129,10 @@ def test_each_has_its_own_counters():
     source.invalidate_mapping(0, 1)
     assert one.stats()[:] == (2, None, 3, 1, 1, 0, 2)
     assert other.stats()[:] == (2, None, 0, 0, 0, 0, 2)
-    other.follow(None)
+    follow(other, None)
     source.invalidate_mapping(1, 1)
     assert (one.invalidations, other.invalidations) == (3, 3)
-    one.follow(source)
+    follow(one, source)
     source.invalidate_all()
     assert (one.invalidations, other.invalidations) == (5, 3)
 
@@ -153,7 +153,7 @@ class TestUsers:
             for busy in (one, other):
                 with pytest.raises(RuntimeError, match="itself"):
                     busy.drain(0, 1 << 64, 0)
-                busy.follow(None)
+                follow(busy, None)
                 with pytest.raises(RuntimeError, match="itself"):
                     busy.drain(0, 1 << 64, 0)
         assert users_of(by_number, 0, 1 << 64) == []
@@ -204,9 +204,9 @@ def test_batches_while_it_changes_what_it_follows():
     for number in range(200):
         source = Iotlb()
         source.set_mapping(0, number << 32, pages * PAGE, R)
-        follower.follow(source)
+        follow(follower, source)
         del source
-        follower.follow(None)
+        follow(follower, None)
     stop.set()
     for thread in threads:
         thread.join()

@@ -15,14 +15,14 @@ from guestio.dma.target import DmaError, DmaMapRequest, Journal
 from guestio.errors import GuestioError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from guestio.dma.ledger import Ledger
     from guestio.memory.backing import Backing
 
 
 class ReentrantCallError(GuestioError, RuntimeError):
-    """A target called the manager that is calling it; nothing was changed."""
+    """A target called the manager or virtio-iommu that is calling it; nothing was changed."""
 
 
 class Entry(NamedTuple):
@@ -105,13 +105,19 @@ def _blocks(step: Step, places: Sequence[tuple[int, int]]) -> bool:
 
 
 def carry_out(
-    steps: Sequence[Step], ledgers: Sequence[Ledger], *, onwards: bool = False
+    steps: Sequence[Step],
+    ledgers: Sequence[Ledger],
+    *,
+    onwards: bool = False,
+    then: Callable[[list[DmaError] | None], None] | None = None,
 ) -> list[DmaError]:
     """Take every step at every target, or none.
 
     Args:
         steps: What to do.
         ledgers: The targets.
+        then: Called when that is done, with where it may put unmappings that failed, or None.
+            What it raises has everything undone.
         onwards: Whether an unmapping that fails is collected instead of undoing everything:
             memory that is to be taken away is taken away wherever that works.
 
@@ -124,6 +130,8 @@ def carry_out(
         for step in steps:
             for ledger in ledgers:
                 ledger.carry_out(step, journal, failures if onwards else None)
+        if then is not None:
+            then(failures if onwards else None)
     except BaseException as error:
         for failure in failures:
             error.add_note(f"before that: {failure}")

@@ -4,14 +4,23 @@ A change of the mappings is a list of steps, each carried out at every target in
 ledger carries a step out, remembers its outcome and notes in a journal how to undo it; it asks
 the target to unmap only what the target really holds. Memory is kept from being closed for as
 long as a ledger says that a device may reach it.
+
+Every source of mappings has a ledger for each of its targets: a region manager, and a virtio-iommu.
+They differ in what follows when a target does not give a mapping up. A region manager's owner hears
+of it and calls ``retry()``, so until then the target gets nothing new. A virtio-iommu's driver
+hears of a refused request at most, so its ledgers mend themselves: only the range in question is
+*stuck*, and is tried again before something else is mapped there.
 """
 
 from __future__ import annotations
 
+import errno
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from guestio.addr import ADDRESS_SPACE
+from guestio.dma.changes import Step, plan
 from guestio.dma.target import (
     DmaError,
     DmaMapRequest,
@@ -24,7 +33,7 @@ from guestio.errors import GuestioError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from guestio.dma.changes import Entry, Step
+    from guestio.dma.changes import Entry
     from guestio.memory.backing import Backing
 
 
@@ -94,11 +103,22 @@ class TargetDiff:
 @dataclass(slots=True)
 class _Held:
     entry: Entry
-    view: memoryview
     # The call that makes it has not returned.
     pending: bool = True
-    # Unmapping it failed: it may be reachable wholly, partly or not at all.
-    stuck: bool = False
+    # Why it is stuck: unmapping it failed, it may be reachable wholly, partly or not at all.
+    error: DmaError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    entry: Entry
+    error: Exception
+
+
+@dataclass(slots=True)
+class _Kept:
+    view: memoryview
+    mappings: int = 0
 
 
 class Ledger:
@@ -111,10 +131,21 @@ class Ledger:
         target: The target.
         device_failures: ``"record"`` to go on without a mapping of kind ``DEVICE`` that the target
             refuses, ``"raise"`` to treat it like RAM.
+        self_mending: What follows when the target does not give up a mapping that must go. False:
+            it is broken, and gets nothing new until :meth:`reconcile` succeeds. True: that range
+            is stuck, and is unmapped before something else is mapped there, or by :meth:`unstick`.
+            What an undo could not map again is listed in :meth:`missing`.
     """
 
-    def __init__(self, target: DmaTarget, device_failures: DeviceFailures = "record") -> None:
+    def __init__(
+        self,
+        target: DmaTarget,
+        device_failures: DeviceFailures = "record",
+        *,
+        self_mending: bool = False,
+    ) -> None:
         self.target = target
+        self._self_mending = self_mending
         self._records_failures = device_failures == "record"
         # Optional; see ReplacingDmaTarget.
         self._replace_dma: Callable[[DmaMapRequest, DmaMapRequest], None] | None = getattr(
@@ -122,7 +153,12 @@ class Ledger:
         )
         self.broken: DmaError | None = None
         self._held: dict[int, _Held] = {}
-        self._failed: dict[int, FailedMapping] = {}
+        self._stuck: set[int] = set()
+        self._failed: dict[int, _Failure] = {}
+        # What an undo could not map again, where the ledger mends itself.
+        self._lost: dict[int, _Failure] = {}
+        # The memory of all that is held, each once.
+        self._kept: dict[int, _Kept] = {}
         self._calls = dict.fromkeys(("map", "unmap", "replace"), 0)
         self._errors = dict.fromkeys(("map", "unmap", "replace"), 0)
         # Guards the fields above for readers; never held while the target is called.
@@ -136,7 +172,7 @@ class Ledger:
         Args:
             step: What to do.
             journal: Notes how to undo it.
-            failures: Collects unmappings that failed, instead of raising them.
+            failures: Collects unmappings that failed, instead of raising them; they are stuck.
 
         Raises:
             DmaError: The target refused; the journal holds what had been done before.
@@ -157,27 +193,37 @@ class Ledger:
             except DmaError as error:
                 if failures is None:
                     raise
+                self._stick(old.request.start, error, journal)
                 failures.append(error)
         if new is not None:
+            if failures is not None and self._self_mending and self._stuck:
+                try:
+                    self.unstick(new.request.start, new.request.end)
+                except DmaError as error:
+                    self._note(self._lost, _Failure(new, _without_stack(error)), journal)
+                    failures.append(error)
+                    return
             self.map(new, journal)
 
     def map(self, entry: Entry, journal: Journal) -> None:
         """Map at the target, unless it is broken.
 
         Raises:
-            DmaError: It refused memory that it must hold, or it has a bug.
+            DmaError: It refused memory that it must hold, has a bug, or did not give up what is
+                stuck there.
         """
-        if self.broken is None:
-            self._map(entry, journal)
+        if self.broken is not None:
+            return
+        if self._stuck:
+            self.unstick(entry.request.start, entry.request.end)
+        self._map(entry, journal)
 
     def _map(self, entry: Entry, journal: Journal) -> None:
         request = entry.request
-        held = _Held(entry, keep(entry.backing))
         # Entered before the call: an interrupt that arrives while the target returns must not
         # lose a mapping it has made.
-        with self._lock:
-            self._held[request.start] = held
-        journal.did(lambda: self._unmap_held(request.start))
+        self._enter(_Held(entry))
+        journal.did(lambda: self._take_back(request.start))
         try:
             self.target.map_dma(request)
         except Exception as error:
@@ -185,26 +231,73 @@ class Ledger:
             self._count("map", failed=True)
             if not self._does_without(request, error):
                 raise _as_dma_error("map", request, error) from _cause(error)
-            self._note_failure(FailedMapping(request, _without_stack(error)), journal)
+            self._note(self._failed, _Failure(entry, _without_stack(error)), journal)
             return
-        held.pending = False
+        self._held[request.start].pending = False
         self._count("map")
+        if self._lost:
+            self._unnote(self._lost, entry, journal)
 
     def unmap(self, entry: Entry, journal: Journal) -> None:
         """Take a mapping away from the target, if the target holds it.
 
         Raises:
-            DmaError: It failed. The memory is kept and the target is broken.
+            DmaError: It failed. The memory is kept and the target is broken, or with
+                ``self_mending`` counts as holding it still.
         """
         start = entry.request.start
-        failed = self._failed.get(start)
-        if failed is not None and failed.request == entry.request:
-            with self._lock:
-                del self._failed[start]
-            journal.did(lambda: self._note_failure(failed, Journal()))
+        for notes in (self._failed, self._lost):
+            if notes:
+                self._unnote(notes, entry, journal)
         if self._holds(entry.request):
             self._unmap_held(start)
             journal.did(lambda: self._map_again(entry))
+
+    def steps_to(self, wanted: Sequence[Entry]) -> list[Step]:
+        """What leads from what it holds, or should hold, to ``wanted``; see :func:`plan`."""
+        with self._lock:
+            before = [held.entry for held in self._held.values() if held.error is None]
+            for notes in (self._failed, self._lost):
+                before += [failure.entry for failure in notes.values()]
+        before.sort(key=lambda entry: entry.request.start)
+        return self.steps_between(before, wanted)
+
+    def steps_between(self, before: Sequence[Entry], after: Sequence[Entry]) -> list[Step]:
+        """As :func:`plan`; but what an undo could not map again, and is to stay, is tried again."""
+        with self._lock:
+            lost = {failure.entry.request for failure in self._lost.values()}
+        if lost:
+            before = [entry for entry in before if entry.request not in lost]
+            kept = {entry.request for entry in after}
+            gone = [f.entry for f in self._lost.values() if f.entry.request not in kept]
+            return [Step(entry, None) for entry in gone] + plan(before, after, make_first=False)
+        return plan(before, after, make_first=False)
+
+    def unstick(self, start: int = 0, end: int = ADDRESS_SPACE) -> None:
+        """Unmap what is stuck in a range.
+
+        Raises:
+            DmaError: The target still does not give something up.
+        """
+        for at in sorted(self._stuck):
+            request = self._held[at].entry.request
+            if request.start < end and start < request.end:
+                self._unmap_held(at)
+
+    def note_missing(self, entry: Entry, error: Exception) -> None:
+        """Note that the target does not hold a mapping that it should."""
+        self._note(self._lost, _Failure(entry, _without_stack(error)), Journal())
+
+    def missing(self) -> dict[int, str]:
+        """What it should hold and does not, by first address, and why."""
+        with self._lock:
+            notes = [*self._failed.values(), *self._lost.values()]
+            return {note.entry.request.start: str(note.error) for note in notes}
+
+    def stuck(self) -> dict[int, str]:
+        """What should be gone and the target did not give up, by first address, and why."""
+        with self._lock:
+            return {start: str(self._held[start].error) for start in sorted(self._stuck)}
 
     def release_all(self, entries: Iterable[Entry]) -> list[DmaError]:
         """Unmap ``entries`` in order, then whatever else is held; returns what failed."""
@@ -229,7 +322,7 @@ class Ledger:
         """
         by_start = {entry.request.start: entry.request for entry in wanted}
         for start, held in list(self._held.items()):
-            if held.stuck or by_start.get(start) != held.entry.request:
+            if held.error is not None or by_start.get(start) != held.entry.request:
                 self._unmap_held(start)
         with self._lock:
             failed, self._failed = self._failed, {}
@@ -264,8 +357,11 @@ class Ledger:
                 replaces=self._calls["replace"],
                 map_failures=self._errors["map"] + self._errors["replace"],
                 unmap_failures=self._errors["unmap"],
-                failed=tuple(self._failed.values()),
-                quarantined=tuple(item.entry.request for item in held if item.stuck),
+                failed=tuple(
+                    FailedMapping(failure.entry.request, failure.error)
+                    for failure in self._failed.values()
+                ),
+                quarantined=tuple(item.entry.request for item in held if item.error is not None),
                 broken=self.broken is not None,
             )
 
@@ -277,7 +373,9 @@ class Ledger:
         intended = {entry.request: entry for entry in wanted}
         return TargetDiff(
             missing=tuple(request for request in intended if request not in actual),
-            stale=tuple(r for r, item in actual.items() if item.stuck or r not in intended),
+            stale=tuple(
+                r for r, item in actual.items() if item.error is not None or r not in intended
+            ),
         )
 
     @property
@@ -287,24 +385,25 @@ class Ledger:
 
     def _replace(self, old: Entry, new: Entry, journal: Journal) -> None:
         assert self._replace_dma is not None
-        view = keep(new.backing)
+        self._keep(new.backing)
         try:
             self._replace_dma(old.request, new.request)
         except Exception as error:
-            view.release()
+            self._let_go(new.backing)
             self._count("replace", failed=True)
             if not self._does_without(new.request, error):
                 raise _as_dma_error("replace", new.request, error) from _cause(error)
             self.unmap(old, journal)
-            self._note_failure(FailedMapping(new.request, _without_stack(error)), journal)
+            self._note(self._failed, _Failure(new, _without_stack(error)), journal)
             return
         except BaseException:
-            view.release()
+            self._let_go(new.backing)
             raise
         with self._lock:
             gone = self._held[new.request.start]
-            self._held[new.request.start] = _Held(new, view, pending=False)
-        gone.view.release()
+            self._held[new.request.start] = _Held(new, pending=False)
+            self._stuck.discard(new.request.start)
+        self._let_go(gone.entry.backing)
         self._count("replace")
         journal.did(lambda: self._replace_again(new, old))
 
@@ -313,6 +412,9 @@ class Ledger:
             self._replace(old, new, Journal())
         except DmaError as error:
             self._break(error)
+            if self._self_mending:
+                self._stick(old.request.start, error)
+                self.note_missing(new, error)
             raise
 
     def _map_again(self, entry: Entry) -> None:
@@ -324,6 +426,16 @@ class Ledger:
             self._map(entry, Journal())
         except DmaError as error:
             self._break(error)
+            if self._self_mending:
+                self.note_missing(entry, error)
+            raise
+
+    def _take_back(self, start: int) -> None:
+        """Undo a mapping."""
+        try:
+            self._unmap_held(start)
+        except DmaError as error:
+            self._stick(start, error)
             raise
 
     def _check_free(self, request: DmaMapRequest) -> None:
@@ -341,22 +453,42 @@ class Ledger:
         try:
             self.target.unmap_dma(request.start, request.size)
         except BaseException as error:
-            with self._lock:
-                held.stuck, held.pending = True, False
+            failure = _as_dma_error("unmap", request, error)
+            if held.pending and failure.errno == errno.ENOENT:
+                # The call that was to make it was interrupted before it had.
+                self._drop(start)
+                return
             self._count("unmap", failed=True)
-            self._break(_as_dma_error("unmap", request, error))
+            self._break(failure)
             if not isinstance(error, Exception):
+                self._stick(start, failure)
                 raise
-            raise _as_dma_error("unmap", request, error) from _cause(error)
+            if not self._self_mending:
+                self._stick(start, failure)
+            raise failure from _cause(error)
         self._count("unmap")
         self._drop(start)
 
+    def _stick(self, start: int, error: DmaError, journal: Journal | None = None) -> None:
+        """Note that a mapping must go and the target did not give it up."""
+        with self._lock:
+            held = self._held.get(start)
+            if held is not None:
+                held.error, held.pending = _kept_error(error), False
+                self._stuck.add(start)
+        if journal is not None and held is not None and self._self_mending:
+            journal.did(lambda: self._unstick_again(start, held))
+
+    def _unstick_again(self, start: int, held: _Held) -> None:
+        """Undo :meth:`_stick`: the mapping is wanted again, and there as far as is known."""
+        with self._lock:
+            if self._held.get(start) is held:
+                held.error = None
+                self._stuck.discard(start)
+
     def _break(self, error: DmaError) -> None:
-        if self.broken is None:
-            # Not the error itself: its traceback would keep everything on the stack alive.
-            self.broken = DmaError(
-                error.operation, error.start, error.size, error.reason, errno=error.errno
-            )
+        if self.broken is None and not self._self_mending:
+            self.broken = _kept_error(error)
 
     def _does_without(self, request: DmaMapRequest, error: Exception) -> bool:
         """Whether an operation goes on although the target raised for a mapping.
@@ -370,25 +502,52 @@ class Ledger:
             and isinstance(error, (OSError, GuestioError))
         )
 
-    def _note_failure(self, failure: FailedMapping, journal: Journal) -> None:
-        start = failure.request.start
+    def _note(self, notes: dict[int, _Failure], failure: _Failure, journal: Journal) -> None:
+        start = failure.entry.request.start
         with self._lock:
-            self._failed[start] = failure
+            notes[start] = failure
 
         def forget() -> None:
             with self._lock:
-                self._failed.pop(start, None)
+                notes.pop(start, None)
 
         journal.did(forget)
+
+    def _unnote(self, notes: dict[int, _Failure], entry: Entry, journal: Journal) -> None:
+        start = entry.request.start
+        failure = notes.get(start)
+        if failure is not None and failure.entry.request == entry.request:
+            with self._lock:
+                del notes[start]
+            journal.did(lambda: self._note(notes, failure, Journal()))
 
     def _holds(self, request: DmaMapRequest) -> bool:
         held = self._held.get(request.start)
         return held is not None and held.entry.request == request
 
+    def _enter(self, held: _Held) -> None:
+        self._keep(held.entry.backing)
+        with self._lock:
+            self._held[held.entry.request.start] = held
+
     def _drop(self, start: int) -> None:
         with self._lock:
             held = self._held.pop(start)
-        held.view.release()
+            self._stuck.discard(start)
+        self._let_go(held.entry.backing)
+
+    def _keep(self, backing: Backing) -> None:
+        kept = self._kept.get(id(backing))
+        if kept is None:
+            kept = self._kept[id(backing)] = _Kept(keep(backing))
+        kept.mappings += 1
+
+    def _let_go(self, backing: Backing) -> None:
+        kept = self._kept[id(backing)]
+        kept.mappings -= 1
+        if not kept.mappings:
+            del self._kept[id(backing)]
+            kept.view.release()
 
     def _count(self, call: str, *, failed: bool = False) -> None:
         with self._lock:
@@ -401,6 +560,11 @@ def _as_dma_error(operation: str, request: DmaMapRequest, error: BaseException) 
     number = error.errno if isinstance(error, OSError) else None
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return DmaError(operation, request.start, request.size, reason, errno=number)
+
+
+def _kept_error(error: DmaError) -> DmaError:
+    """An error to be kept: not the same, whose traceback keeps everything on the stack alive."""
+    return DmaError(error.operation, error.start, error.size, error.reason, errno=error.errno)
 
 
 def _cause(error: BaseException) -> BaseException | None:

@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, NamedTuple, Self, SupportsIndex, get_args
 from guestio.addr import ADDRESS_SPACE, check_flag, check_int, check_range
 from guestio.dma.changes import Entry, FairLock, Step, carry_out, meet, plan, raise_failures
 from guestio.dma.ledger import DeviceFailures, Ledger, TargetDiff, TargetStats, keep
+from guestio.dma.physical import PhysicalMap
 from guestio.dma.target import DmaError, DmaMapRequest, DmaTarget, MappingType
 from guestio.errors import MemoryRegionOverlapError, RegionError
 from guestio.memory.backing import Backing
+from guestio.memory.followed import Followed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -527,6 +529,8 @@ class RegionManager:
         self._numbers = itertools.count()
         # Replaced as a whole, for the same reason.
         self._targets: tuple[TargetHandle, ...] = ()
+        # The mappings of all active regions, from the moment on when they were asked for.
+        self._followed: Followed[PhysicalMap] | None = None
 
     def __repr__(self) -> str:
         return f"<RegionManager: {len(self._regions)} regions, {len(self._targets)} targets>"
@@ -544,6 +548,18 @@ class RegionManager:
     def mappings(self) -> tuple[DmaMapRequest, ...]:
         """What every target should hold: the mappings of all active regions."""
         return tuple(entry.request for entry in self._truth())
+
+    def followed(self) -> Followed[PhysicalMap]:
+        """For sources of mappings that lead to this memory, such as a virtio-iommu. Only follow it.
+
+        Followers are told of a change after the targets, and before it is readable here; what they
+        raise undoes it, except that what a target does not give up is treated as for targets.
+        """
+        if self._followed is None:
+            with self._turn:
+                if self._followed is None:
+                    self._followed = Followed(PhysicalMap(self._truth()))
+        return self._followed
 
     def new_region(
         self,
@@ -759,7 +775,12 @@ class RegionManager:
         return True
 
     def _carry_out(self, steps: Sequence[Step], *, onwards: bool = False) -> list[DmaError]:
-        return carry_out(steps, [handle._ledger for handle in self._targets], onwards=onwards)
+        def tell_followers(failures: list[DmaError] | None) -> None:
+            if self._followed is not None and steps:
+                self._followed.replace(self._followed.value.after(steps), failures)
+
+        ledgers = [handle._ledger for handle in self._targets]
+        return carry_out(steps, ledgers, onwards=onwards, then=tell_followers)
 
 
 def _check_fds(requests: Iterable[DmaMapRequest]) -> None:

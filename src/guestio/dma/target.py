@@ -140,7 +140,7 @@ class ReplacingDmaTarget(DmaTarget, Protocol):
     """A target that can exchange a mapping without a moment in which accesses fail."""
 
     def replace_dma(self, old: DmaMapRequest, new: DmaMapRequest) -> None:
-        """RequestChannel a mapping for another of the same ``start`` and ``size``.
+        """Exchange a mapping for another of the same ``start`` and ``size``.
 
         At every moment a device reaches the memory of one of the two. When it returns, the old
         memory is out of reach; when it raises, the old mapping is in place.

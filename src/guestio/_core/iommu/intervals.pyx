@@ -76,7 +76,7 @@ cdef class IntervalMap:
         access_fails: Lookups that were mapped throughout but forbidden somewhere.
         evictions: Entries dropped to keep within the capacity.
 
-    Several maps can show the mappings of one, see :meth:`follow`.
+    Several maps can show the mappings of one, see :func:`follow`.
 
     Memory: 50 to 65 bytes an entry, up to twice as much after removals; with a capacity, up to 64
     more.
@@ -656,36 +656,6 @@ cdef class IntervalMap:
         if not drop_pin(&self.queue, span.first, span.last):
             raise ValueError(f"{start:#x}+{length:#x} is not pinned")
 
-    def follow(self, IntervalMap source):
-        """Have lookups see the mappings of another map instead of its own, which it must not have.
-
-        Lookups count and hold leases here, so :meth:`drain` of each follower waits for its own
-        users only. Changes are made at ``source`` and seen at once; here they raise RuntimeError.
-        A caller that removes a mapping there, or has a map follow another source, must wait
-        afterwards until it is no longer in use: :func:`users_of`, :meth:`drain`.
-
-        Args:
-            source: A map without capacity that follows none; None to see nothing again.
-
-        Raises:
-            ValueError: This map has mappings or a capacity, or ``source`` is not such a map.
-
-        Cost: O(1).
-        """
-        if self.own.tree.entries or self.limit:
-            raise ValueError("a map with mappings of its own, or a capacity, cannot follow another")
-        if source is not None and (
-            source is self or source.source is not None or source.limit
-        ):
-            raise ValueError("only a map without capacity that follows none can be followed")
-        cdef IntervalMap old = self.source
-        self.cuts = self.invalidations + 1
-        # A new generation, so that what was looked up before is looked up again.
-        self.own.generation = next_generation()
-        self.source = source
-        self.at = &self.own if source is None else &source.own
-        self.seen_cuts = 0 if source is None else source.cuts
-
     @property
     def invalidations(self):
         """Calls of :meth:`cut` and :meth:`clear`, also those that were seen while following."""
@@ -740,6 +710,37 @@ cdef class IntervalMap:
                 if self.merging and before[0] == first:
                     assert (delta, perm) != before[1:], "neighbors were not joined"
             before = (first + length, delta, perm)
+
+
+def follow(IntervalMap map not None, IntervalMap source):
+    """Have lookups in a map see the mappings of another one instead of its own.
+
+    It must have none of its own. Lookups count and hold leases in the follower, so
+    :meth:`~IntervalMap.drain` of each follower waits for its own users only. Changes are made at
+    ``source`` and seen at once; at the follower they raise RuntimeError. Whoever takes a mapping
+    away there, or has a map follow something else, waits afterwards for those who use it:
+    :func:`users_of`, :meth:`~IntervalMap.drain`.
+
+    Args:
+        map: The follower.
+        source: A map without capacity that follows none; None to see nothing again.
+
+    Raises:
+        ValueError: ``map`` has mappings or a capacity, or ``source`` is not such a map.
+
+    Cost: O(1).
+    """
+    if map.own.tree.entries or map.limit:
+        raise ValueError("a map with mappings of its own, or a capacity, cannot follow another")
+    if source is not None and (source is map or source.source is not None or source.limit):
+        raise ValueError("only a map without capacity that follows none can be followed")
+    cdef IntervalMap old = map.source  # lives until all is exchanged
+    map.cuts = map.invalidations + 1
+    # A number that no lookup has seen yet, so that what was looked up before is looked up again.
+    map.own.generation = next_generation()
+    map.source = source
+    map.at = &map.own if source is None else &source.own
+    map.seen_cuts = 0 if source is None else source.cuts
 
 
 def users_of(dict maps, start, length):

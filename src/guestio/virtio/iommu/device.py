@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex
 
@@ -27,15 +27,16 @@ from guestio.budgets import (
     STOP_TIMEOUT,
 )
 from guestio.dma import DmaTarget
+from guestio.dma.physical import PhysicalMap
 from guestio.errors import DeviceError
 from guestio.iommu.events import Event
 from guestio.memory import GuestRegionCollection
+from guestio.memory.followed import Follower
 from guestio.ratelog import LOG
 from guestio.virtio.device import Device, DeviceId
 from guestio.virtio.iommu import snapshot, wire
 from guestio.virtio.iommu.faults import FaultLog, FaultStats
-from guestio.virtio.iommu.programs import Program, target_key
-from guestio.virtio.iommu.requests import Keys, Pending, RequestQueue, Steps
+from guestio.virtio.iommu.requests import Keys, Pending, RequestQueue, Steps, target_key
 from guestio.virtio.iommu.serving import (
     EVENT_QUEUE,
     REQUEST_QUEUE,
@@ -45,6 +46,7 @@ from guestio.virtio.iommu.serving import (
 )
 from guestio.virtio.iommu.space import Endpoint, ReservedRegion, TargetHandle
 from guestio.virtio.iommu.state import Limits, State
+from guestio.virtio.iommu.targets import DomainTarget, MemorySource, Physical
 from guestio.virtio.iommu.wire import FaultRecord
 
 if TYPE_CHECKING:
@@ -385,25 +387,47 @@ class VirtioIommu(Device):
         pending.result()
         return None
 
-    def add_target(
-        self, endpoint: int, target: DmaTarget, physical: GuestRegionCollection
-    ) -> TargetHandle:
+    def add_target(self, endpoint: int, target: DmaTarget, physical: Physical) -> TargetHandle:
         """Have a DMA target hold what an endpoint may access; see :meth:`Endpoint.add_target`."""
         endpoint = self.endpoint(endpoint).id
         if isinstance(target, type) or not isinstance(target, DmaTarget):
             raise TypeError(f"target must have map_dma and unmap_dma, not be {target!r}")
-        _check_memory(physical)
+        source = MemorySource(physical)
         state = self._state
         self._run(
             lambda: {target_key(target), *state.endpoint_keys(endpoint)},
-            state.add_target(endpoint, target, physical),
+            state.add_target(endpoint, target, source, self._follower_of),
         )
-        return TargetHandle(self, endpoint, state.programs[id(target)])
+        return TargetHandle(self, endpoint, state.targets[id(target)])
 
-    def change_memory(self, program: Program, physical: GuestRegionCollection) -> None:
+    def _follower_of(self, target: DomainTarget) -> Follower[Any]:
+        """What is told of the memory that a target's mappings lead to."""
+        state = self._state
+
+        def keys() -> set[Hashable]:
+            return {target.key}
+
+        def follow(memory: object, failures: list[Any] | None) -> Callable[[], None]:
+            physical = target.source.map_of(memory)
+            before: list[PhysicalMap] = []
+            self._run(keys, state.follow_memory(target, physical, failures, before), first=True)
+
+            def take_back() -> None:
+                for old in before:
+                    self._run(keys, state.return_to_memory(target, old), first=True)
+
+            return take_back
+
+        return follow
+
+    def change_memory(self, target: DomainTarget, physical: GuestRegionCollection) -> None:
         """Have a target follow guest memory; see :meth:`TargetHandle.change_memory`."""
-        _check_memory(physical)
-        self._run(lambda: {program.key}, self._state.change_memory(program, physical))
+        if not isinstance(physical, GuestRegionCollection):
+            raise TypeError(
+                f"physical must be a GuestRegionCollection, not {type(physical).__name__}"
+            )
+        work = self._state.change_memory(target, MemorySource(physical))
+        self._run(lambda: {target.key}, work, first=True)
 
     def remove_target(self, endpoint: int, target: DmaTarget) -> None:
         """Take an endpoint from a DMA target; see :meth:`TargetHandle.close`."""
@@ -411,8 +435,8 @@ class VirtioIommu(Device):
         state = self._state
         self._run(lambda: state.endpoint_keys(endpoint), state.remove_target(endpoint, target))
 
-    def _run(self, keys: Keys, work: Steps) -> None:
-        self._requests.submit(keys, work, raises=True).result()
+    def _run(self, keys: Keys, work: Steps, *, first: bool = False) -> None:
+        self._requests.run(keys, work, first=first)
 
     def report(self, record: FaultRecord) -> None:
         """Have a fault reported to the guest. It is not if the endpoint is gone."""
@@ -508,11 +532,6 @@ def _checked(value: int, name: str, first: int, last: int) -> int:
 
 def _count(value: int, name: str) -> int:
     return _checked(value, name, 0, U64)
-
-
-def _check_memory(physical: GuestRegionCollection) -> None:
-    if not isinstance(physical, GuestRegionCollection):
-        raise TypeError(f"physical must be a GuestRegionCollection, not {type(physical).__name__}")
 
 
 def _inclusive(pair: Sequence[int], name: str, limit: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from guestio._core.iommu.intervals import IntervalMap, users_of
+from guestio._core.iommu.intervals import IntervalMap, follow, users_of
 from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions, check_access, check_range
 from guestio.budgets import IOMMU_RECORDS_PER_ACCESS
 from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails
@@ -28,15 +28,19 @@ from guestio.virtio.iommu.wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
+    from collections.abc import Hashable, Iterable, Iterator
 
     from guestio.dma import DmaTarget
     from guestio.iommu.events import Event
-    from guestio.virtio.iommu.programs import Program, TargetStats
+    from guestio.iommu.mapper import MapEntry
+    from guestio.virtio.iommu.targets import DomainTarget, Physical, TargetStats
 
 ReservedRegion = tuple[int, int, int]
 """``(first, last, subtype)`` of a reserved region, inclusive."""
 
+
+LISTED: Final = 4096
+"""Mappings listed at a time: a list of all of a domain's would take more memory than they do."""
 
 _EMPTY: Final = Iotlb()
 """What an endpoint sees on its way from one space to the next."""
@@ -97,7 +101,7 @@ class Space:
         endpoints: The endpoints that see them, by id.
         iotlbs: Their IOTLBs, by id of the endpoint.
         reserved: What the driver cannot map because of them.
-        programs: The DMA targets that hold them.
+        targets: The DMA targets that hold them, by key.
     """
 
     def __init__(self, number: int | None, bypass: bool, mapper: BasicMemoryMapper) -> None:
@@ -109,7 +113,7 @@ class Space:
         self.endpoints: dict[int, Endpoint] = {}
         self.iotlbs: dict[int, IntervalMap] = {}
         self.reserved = ReservedUnion()
-        self.programs: dict[Hashable, Program] = {}
+        self.targets: dict[Hashable, DomainTarget] = {}
         if bypass:
             self.add(0, ADDRESS_SPACE, 0, Permissions.READ_WRITE, registers=False)
 
@@ -135,6 +139,14 @@ class Space:
         IntervalMap.cut(self.iotlb, iova, size)
         return users_of(self.iotlbs, iova, size)
 
+    def mappings(self) -> Iterator[MapEntry]:
+        """All mappings, ascending; nothing may be added or removed meanwhile."""
+        at = 0
+        while at < ADDRESS_SPACE:
+            entries = self.mapper.mappings(at, ADDRESS_SPACE - at, limit=LISTED)
+            yield from entries
+            at = entries[-1][0] + entries[-1][1] if entries else ADDRESS_SPACE
+
     def enter(self, endpoint: Endpoint) -> None:
         """Note that an endpoint sees these mappings, or will. O(1)."""
         self.endpoints[endpoint.id] = endpoint
@@ -155,7 +167,7 @@ class Space:
     @property
     def weight(self) -> int:
         """How often each mapping is kept: here, and for each DMA target."""
-        return 1 + len(self.programs)
+        return 1 + len(self.targets)
 
 
 class EndpointMemory(IommuMemory):
@@ -188,9 +200,7 @@ class Owner(Protocol):
         """What became of an endpoint's faults."""
         ...
 
-    def add_target(
-        self, endpoint: int, target: DmaTarget, physical: GuestRegionCollection
-    ) -> TargetHandle:
+    def add_target(self, endpoint: int, target: DmaTarget, physical: Physical) -> TargetHandle:
         """Have a target follow an endpoint."""
         ...
 
@@ -198,7 +208,7 @@ class Owner(Protocol):
         """Let a target go."""
         ...
 
-    def change_memory(self, program: Program, physical: GuestRegionCollection) -> None:
+    def change_memory(self, follower: DomainTarget, physical: GuestRegionCollection) -> None:
         """Have a target follow a change of guest memory."""
         ...
 
@@ -225,10 +235,10 @@ class Endpoint(Iommu):
         self.id = number
         self.reserved = tuple(reserved)
         self.space = space
-        self.programs: list[Program] = []
+        self.targets: list[DomainTarget] = []
         self._owner = owner
         self._iotlb = Iotlb()
-        self._iotlb.follow(_EMPTY)
+        follow(self._iotlb, _EMPTY)
         self._sessions: list[ExportSession] = []
         self._single: ExportSession | None = None
 
@@ -374,29 +384,40 @@ class Endpoint(Iommu):
             raise ExportError("no export session; call start_export_session() first")
         return self._single
 
-    def add_target(self, target: DmaTarget, physical: GuestRegionCollection) -> TargetHandle:
+    def add_target(self, target: DmaTarget, physical: Physical) -> TargetHandle:
         """Have a DMA target hold what this endpoint may access, from now on.
 
         Endpoints that share a target can only be attached to the same domain.
 
         Args:
-            target: Who is told of the mappings, such as a VFIO container.
-            physical: Guest physical memory.
+            target: What is told of the mappings, such as a VFIO container.
+            physical: Guest physical memory. A :class:`~guestio.GuestMemoryAtomic` or a
+                :class:`~guestio.dma.RegionManager` is followed: RAM that is plugged is mapped
+                before the change of memory returns, RAM that is unplugged is unmapped first, and
+                what stays is not touched. A mapping that leads to no memory reaches what is
+                plugged there later. A :class:`~guestio.GuestRegionCollection` is fixed: a mapping
+                of anything else is refused, and :meth:`TargetHandle.change_memory` tells of
+                changes.
 
         Returns:
-            What to close when the target is to forget the endpoint.
+            What to close when the target is to forget the endpoint. Memory that is followed keeps
+            the target, the endpoint and its device alive until then.
 
         Raises:
-            Exception: What the target raised; it holds nothing then.
-            DeviceError: The target belongs to an endpoint in another domain, or the domain maps
-                what is not in ``physical``.
+            DmaError: The target refused; what it raised is the cause. It holds nothing then.
+            DeviceError: The target belongs to an endpoint in another domain; the domain maps what
+                is not in ``physical``, which is fixed; or there is no room for its mappings.
+            TypeError: ``physical`` is none of these.
             ValueError: The target belongs to this endpoint already, or to other memory.
+            ReentrantCallError: A DMA target called this from inside a call.
+
+        Cost: O(n) calls of the target for n mappings.
         """
         return self._owner.add_target(self.id, target, physical)
 
     def show(self, space: Space | None) -> None:
         """Have its IOTLB show the mappings of a space, or nothing. For the device. O(1)."""
-        self._iotlb.follow(_EMPTY if space is None else space.iotlb)
+        follow(self._iotlb, _EMPTY if space is None else space.iotlb)
 
     def explain(self, iova: int, length: int = 1, access: Permissions = Permissions.READ) -> str:
         """Say in a few lines what an access would meet, and why."""
@@ -410,35 +431,37 @@ class Endpoint(Iommu):
 class TargetHandle:
     """A target that follows an endpoint."""
 
-    def __init__(self, owner: Owner, endpoint: int, program: Program) -> None:
+    def __init__(self, owner: Owner, endpoint: int, follower: DomainTarget) -> None:
         self._owner = owner
         self._endpoint = endpoint
-        self._program: Program = program
+        self._follower = follower
         self._open = True
 
     @property
     def target(self) -> DmaTarget:
         """The target."""
-        return self._program.target
+        return self._follower.target
 
     def stats(self) -> TargetStats:
         """What the target holds and what it should."""
-        return self._program.stats()
+        return self._follower.stats()
 
     def change_memory(self, physical: GuestRegionCollection) -> None:
         """Have the target follow a change of guest memory: RAM was plugged or unplugged.
 
-        Whatever leads to the same memory as before is not touched, so accesses to it go on. If
-        several endpoints share the target, this is done for all of them.
+        Only for a target that was added with a :class:`~guestio.GuestRegionCollection`. Whatever
+        leads to the same memory as before is not touched, so accesses to it go on. If several
+        endpoints share the target, this is done for all of them.
 
         Args:
             physical: Guest physical memory from now on. The old memory may be closed afterwards,
                 unless something is ``stuck`` at the target.
 
         Raises:
-            Exception: What the target raised; it holds what it held before.
+            DmaError: The target refused; it holds what it held before.
+            ValueError: The target is closed, or follows its memory by itself.
         """
-        self._owner.change_memory(self._program, physical)
+        self._owner.change_memory(self._follower, physical)
 
     def close(self) -> None:
         """Take the endpoint from the target, and everything if it was the last.
@@ -446,8 +469,8 @@ class TargetHandle:
         Calling it again does nothing.
 
         Raises:
-            Exception: What the target raised; nothing changed then.
+            DmaError: The target refused; nothing changed then.
         """
         if self._open:
-            self._owner.remove_target(self._endpoint, self._program.target)
+            self._owner.remove_target(self._endpoint, self._follower.target)
             self._open = False

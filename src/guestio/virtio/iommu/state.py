@@ -12,23 +12,25 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Generator, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from guestio._core.iommu.intervals import IntervalMap
 from guestio.addr import ADDRESS_SPACE, Permissions
 from guestio.budgets import STOP_TIMEOUT
 from guestio.dma import DmaTarget, Journal
+from guestio.dma.physical import PhysicalMap
 from guestio.errors import DeviceError
 from guestio.iommu.events import Event
 from guestio.iommu.mapper import BasicMemoryMapper
-from guestio.memory import GuestRegionCollection
+from guestio.memory.followed import Follower
 from guestio.ratelog import LOG
 from guestio.virtio.iommu import wire
-from guestio.virtio.iommu.programs import Program, Refused, status_of, undo
 from guestio.virtio.iommu.requests import Keys, Steps
 from guestio.virtio.iommu.space import Endpoint, Owner, ReservedRegion, Space
+from guestio.virtio.iommu.targets import DomainTarget, MemorySource, Refused, status_of, undo
 from guestio.virtio.iommu.wire import Status
 
 _log = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class State:
         self.total_mappings = 0
         self.domains: dict[int, Space] = {}
         self.endpoints: dict[int, Endpoint] = {}
-        self.programs: dict[int, Program] = {}
+        self.targets: dict[int, DomainTarget] = {}
         self._owner = owner
         self._lock = threading.Lock()
         mapper = BasicMemoryMapper(limits.page_size_mask, time_limit=limits.revoke_after)
@@ -108,7 +110,7 @@ class State:
 
     def _domain_keys(self, number: int) -> set[Hashable]:
         space = self.domains.get(number)
-        return {("domain", number), *(space.programs if space is not None else ())}
+        return {("domain", number), *(space.targets if space is not None else ())}
 
     def endpoint_keys(self, number: int) -> set[Hashable]:
         """What a request touches that moves an endpoint."""
@@ -116,7 +118,7 @@ class State:
         endpoint = self.endpoints.get(number)
         if endpoint is not None:
             keys.add(("domain", endpoint.space.id))
-            keys.update(program.key for program in endpoint.programs)
+            keys.update(target.key for target in endpoint.targets)
         keys.discard(("domain", None))
         return keys
 
@@ -156,7 +158,7 @@ class State:
         ):
             raise Refused(Status.UNSUPP, "the domain maps what is reserved for the endpoint")
         if not bypass and len(space.mapper):
-            more = sum(program.current is not space for program in endpoint.programs)
+            more = sum(target.current is not space for target in endpoint.targets)
             self._check_total(len(space.mapper) * more)
         self._register(endpoint, space)
         try:
@@ -199,9 +201,8 @@ class State:
         prot = Permissions(request.flags & (wire.MAP_F_READ | wire.MAP_F_WRITE))
         registers = bool(request.flags & wire.MAP_F_MMIO)
         with _all_or_nothing() as journal:
-            for program in space.programs.values():
-                requests = program.requests((start, size, phys, prot), registers)
-                program.add(requests, journal)
+            for target in space.targets.values():
+                target.add(target.entries((start, size, phys, prot), registers), journal)
         space.add(start, size, phys, prot, registers=registers)
         self.count(space.weight)
         yield from ()
@@ -218,10 +219,10 @@ class State:
         if any(at < start or at + length - 1 > end for at, length, _, _ in edges):
             raise Refused(Status.RANGE, "a mapping would be split")
         # The list may be as long as the quota, so it is only made where it is needed.
-        entries = space.mapper.mappings(start, size) if space.programs else []
+        entries = space.mapper.mappings(start, size) if space.targets else []
         with _all_or_nothing() as journal:
-            for program in space.programs.values():
-                program.take(entries, space.mmio, journal)
+            for target in space.targets.values():
+                target.take(entries, space.mmio, journal)
         before = len(space.mapper)
         users = space.remove(start, size)
         self.count((len(space.mapper) - before) * space.weight)
@@ -275,8 +276,8 @@ class State:
     def _move(self, endpoint: Endpoint, space: Space) -> Waits:
         """Have an endpoint see something else."""
         with _all_or_nothing() as journal:
-            for program in endpoint.programs:
-                program.follow(endpoint, space, self.idle, journal)
+            for target in endpoint.targets:
+                target.follow(endpoint, space, self.idle, journal)
         yield self._leave(endpoint, space)
         endpoint.show(space)
 
@@ -286,8 +287,8 @@ class State:
         with self._lock:
             old.leave(endpoint)
             space.enter(endpoint)
-            for program in endpoint.programs:
-                program.attached += (space.id is not None) - (old.id is not None)
+            for target in endpoint.targets:
+                target.attached += (space.id is not None) - (old.id is not None)
         self._drop_empty(old)
         moved = [session.move(space.mapper) for session in endpoint.sessions]
         waits = [event for event in moved if event is not None]
@@ -302,8 +303,8 @@ class State:
     def reset(self) -> Steps:
         """Detach every endpoint."""
         attached = [e for e in self.endpoints.values() if e.space.id is not None]
-        for program in self.programs.values():
-            program.restart(self.idle)
+        for target in self.targets.values():
+            target.restart(self.idle)
         waits = [event for endpoint in attached for event in self._leave(endpoint, self.idle)]
         self.hurry()
         yield waits
@@ -323,9 +324,9 @@ class State:
         new, old = self._identity if bypass or legacy else self._nowhere, self.idle
         if new is not old:
             with _all_or_nothing(raises=True) as journal:
-                for program in self.programs.values():
-                    if program.current is old:
-                        program.move(new, journal)
+                for target in self.targets.values():
+                    if target.current is old:
+                        target.move(new, journal)
         self.bypass, self.features, self.idle = bypass, features, new
         if new is not old:
             endpoints = list(old.endpoints.values())
@@ -351,7 +352,7 @@ class State:
     def remove_endpoint(self, number: int) -> Steps:
         """Remove an endpoint from its domain and the device."""
         endpoint = self.endpoints[number]
-        if endpoint.programs:
+        if endpoint.targets:
             raise ValueError(f"endpoint {number} has a DMA target; close its handle first")
         del self.endpoints[number]
         yield self._leave(endpoint, self._nowhere)
@@ -361,48 +362,95 @@ class State:
             session.close()
         return b""
 
-    def add_target(self, number: int, target: DmaTarget, physical: GuestRegionCollection) -> Steps:
+    def add_target(
+        self,
+        number: int,
+        target: DmaTarget,
+        source: MemorySource,
+        follower: Callable[[DomainTarget], Follower[Any]],
+    ) -> Steps:
         """Have a target hold what an endpoint sees."""
         endpoint = self.endpoints[number]
-        program = self.programs.get(id(target)) or Program(target, physical, self.count)
-        if program.physical is not physical:
+        known = self.targets.get(id(target))
+        if known is not None and known.source.given is not source.given:
             raise ValueError("the target was added before with other physical memory")
-        if number in program.endpoints:
+        if known is not None and number in known.endpoints:
             raise ValueError(f"the target belongs to endpoint {number} already")
-        with _all_or_nothing(raises=True) as journal:
-            if endpoint.space.id is not None and program.current is not endpoint.space:
-                self._check_total(endpoint.space.counted)
-            program.follow(endpoint, endpoint.space, self.idle, journal)
-        program.join(endpoint)
-        endpoint.programs.append(program)
-        self.programs[id(target)] = program
+        ours = known or DomainTarget(target, source, self.count)
+        if known is None:
+            ours.start(follower(ours))
+        try:
+            with _all_or_nothing(raises=True) as journal:
+                if endpoint.space.id is not None and ours.current is not endpoint.space:
+                    self._check_total(endpoint.space.counted)
+                ours.follow(endpoint, endpoint.space, self.idle, journal)
+        except BaseException:
+            if known is None:
+                ours.stop()
+            raise
+        ours.join(endpoint)
+        endpoint.targets.append(ours)
+        self.targets[id(target)] = ours
         yield from ()
         return b""
 
-    def change_memory(self, program: Program, physical: GuestRegionCollection) -> Steps:
-        """Have a target follow a change of the memory behind the mappings."""
+    def change_memory(self, target: DomainTarget, source: MemorySource) -> Steps:
+        """Have a target whose memory is fixed follow a change of it."""
+        if target.follower is None:
+            raise ValueError("the target is closed; it follows no memory")
+        if target.source.followed is not None:
+            raise ValueError(
+                f"the target follows {type(target.source.given).__name__} by itself; change that"
+            )
         with _all_or_nothing(raises=True) as journal:
-            program.change_memory(physical, journal)
+            target.change_memory(source.map_of(source.given), journal)
+        target.source = source
+        yield from ()
+        return b""
+
+    def follow_memory(
+        self,
+        target: DomainTarget,
+        physical: PhysicalMap,
+        failures: list[Any] | None,
+        before: list[PhysicalMap],
+    ) -> Steps:
+        """Have a target follow memory that is about to change; ``before`` gets what it had."""
+        if target.follower is not None:
+            old = target.physical
+            with _all_or_nothing(raises=True) as journal:
+                target.change_memory(physical, journal, failures)
+            before.append(old)
+        yield from ()
+        return b""
+
+    def return_to_memory(self, target: DomainTarget, physical: PhysicalMap) -> Steps:
+        """Undo :meth:`follow_memory`."""
+        if target.follower is not None:
+            failures = target.return_to_memory(physical)
+            if failures:
+                raise failures[0]
         yield from ()
         return b""
 
     def remove_target(self, number: int, target: DmaTarget) -> Steps:
         """Take an endpoint from a target."""
         endpoint = self.endpoints[number]
-        program = self.programs.get(id(target))
-        if program is None or number not in program.endpoints:
+        ours = self.targets.get(id(target))
+        if ours is None or number not in ours.endpoints:
             raise ValueError(f"the target does not belong to endpoint {number}")
         with _all_or_nothing(raises=True) as journal:
-            if len(program.endpoints) == 1:
-                program.unstick()
-                program.move(self._nowhere, journal)
+            if len(ours.endpoints) == 1:
+                ours.ledger.unstick()
+                ours.move(self._nowhere, journal)
             else:
-                program.follow(endpoint, self.idle, self.idle, journal)
-        program.part(endpoint)
-        endpoint.programs.remove(program)
-        if not program.endpoints:
-            program.place(None)
-            del self.programs[id(target)]
+                ours.follow(endpoint, self.idle, self.idle, journal)
+        ours.part(endpoint)
+        endpoint.targets.remove(ours)
+        if not ours.endpoints:
+            ours.place(None)
+            ours.stop()
+            del self.targets[id(target)]
         yield from ()
         return b""
 
