@@ -285,6 +285,18 @@ def test_what_is_written_is_marked_dirty(by_fd: bool, size: int) -> None:
         assert marked == [True, size == 6000, False]
 
 
+def test_what_a_frame_that_is_not_wanted_overwrote_is_marked_dirty() -> None:
+    bitmap = AtomicBitmap(0x400000, 4096)
+    with bench(bitmap=bitmap) as made:
+        made.filler.set_filter(bytes(6), promiscuous=False)
+        made.filler.fd = made.near.fileno()
+        made.post(4096)
+        made.far.send(bytes(HEADER) + frame(100, 2))
+        made.fill()
+        assert (made.filler.filtered, made.filler.frames) == (1, 0)
+        assert bitmap.is_bit_set(BUFFERS // 4096)
+
+
 @pytest.mark.parametrize("by_fd", [False, True])
 def test_memory_that_is_gone_loses_a_frame_and_not_the_process(by_fd: bool) -> None:
     with bench() as made:

@@ -442,6 +442,7 @@ cdef class FrameFiller:
                 return IDLE
             if error == EFAULT:
                 # The buffer's memory is gone, and the frame with it.
+                data.mark(self.header_size, direct)
                 self.dropped += 1
                 self.consume(ring, chain, 0)
                 return BUSY
@@ -451,7 +452,9 @@ cdef class FrameFiller:
             # The other end is gone.
             self.error = EPIPE
             return BROKEN
-        length = <u64>moved - HEADER_MOST
+        length = <u64>max(moved - HEADER_MOST, 0)
+        # Also of a frame that is not wanted: a dirty log tells all that was written.
+        data.mark(0, self.header_size + min(length, direct))
         # One that fills everything may have been longer.
         if moved < HEADER_MOST + ETHERNET or moved >= FRAME_MOST or self.discard:
             self.dropped += 1
@@ -476,7 +479,6 @@ cdef class FrameFiller:
             return BUSY
         self.complete_header(header, 1)
         data.transfer(header, 0, self.header_size, True)
-        data.mark(0, self.header_size + length)
         self.consume(ring, chain, self.header_size + length)
         self.frames += 1
         self.received_bytes += length
