@@ -696,6 +696,35 @@ class TestStops:
             assert guest.stop(RECEIVE) == 1
             assert guest.got(0) == b"hasty"
 
+    def test_nothing_is_taken_while_the_queue_is_let_go(self, port: Port, tmp_path: Path) -> None:
+        """Not by the device's own answer to what fails, in the thread that stops the queue."""
+        found: list[Chain | None] = []
+
+        def fail(queue: int, chain: Chain) -> int:
+            found.append(port.host.queue(queue).take())
+            return 0
+
+        port.fail = fail  # type: ignore[method-assign]
+        with (
+            Serving(port, tmp_path / "socket", stop_timeout=0.05) as serving,
+            Guest(serving) as guest,
+        ):
+            guest.post()
+            guest.post()
+            taken(port, RECEIVE)
+            guest.frontend.set_memory(guest.memory, slots=False)
+            assert found == [None]
+            assert port.host.outstanding == 0
+            send(port, b"still there")
+            assert guest.got(1) == b"still there"
+
+    def test_a_socket_that_is_closed_already(self, port: Port, serving: Serving) -> None:
+        ours, theirs = socket.socketpair()
+        port.host.add_reader(ours, lambda: None)
+        ours.close()
+        theirs.close()
+        port.host.remove_reader(ours)
+
     def test_what_a_crash_left_is_taken_again(self, port: Port, tmp_path: Path) -> None:
         """Requests in flight are noted; the next back-end takes them one after the other."""
         with Serving(port, tmp_path / "one", stop_timeout=0.1) as first:

@@ -242,7 +242,7 @@ class DeviceHost:
 
     def remove_reader(self, fd: int | HasFileno) -> None:
         """Watch a descriptor no more, before it is closed. Unknown ones are ignored."""
-        number = _fileno(fd)
+        number = fd if isinstance(fd, int) else fd.fileno()
         run = self._readers.pop(number, None)
         if run is not None:
             self._loop.remove_reader(number, run)
