@@ -556,7 +556,7 @@ class RegionManager:
         raise undoes it, except that what a target does not give up is treated as for targets.
         """
         if self._followed is None:
-            with self._turn:
+            with self._operations:
                 if self._followed is None:
                     self._followed = Followed(PhysicalMap(self._truth()))
         return self._followed
