@@ -406,6 +406,11 @@ class TestArithmetic:
         send_all(iommu, unmap(1, 0, MAX))
 
 
+@pytest.fixture
+def physical():
+    return GuestRegionCollection.from_ranges([(0, 0x40000)])
+
+
 class TestFields:
     """Every field of a request counts: flags, input range, domain, reserved bytes."""
 

@@ -52,6 +52,11 @@ def unpage(number, domain=1, count=1):
     return unmap(domain, number * PAGE, (number + count) * PAGE - 1)
 
 
+@pytest.fixture
+def physical():
+    return GuestRegionCollection.from_ranges([(0, 0x40000)])
+
+
 class TestWhoIsWaitedFor:
     """An access is ended where it is taken away, and only there."""
 
