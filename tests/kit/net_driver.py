@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 import time
 from pathlib import Path
+from shutil import which
 from typing import Any, Self
 
 from guestio.addr import Permissions
@@ -253,3 +255,8 @@ class NetGuest:
 def wait_quiet(seconds: float = 0.05) -> None:
     """Give what must not happen a moment to happen."""
     time.sleep(seconds)
+
+
+def can_make_taps() -> bool:
+    """Whether a test may make a tap and set it up."""
+    return os.geteuid() == 0 and os.access("/dev/net/tun", os.R_OK | os.W_OK) and bool(which("ip"))

@@ -20,6 +20,7 @@ import pytest
 from lab.guest import MIB, Guest, GuestResult, Script, VhostUserNet, Viommu
 from lab.qemu import new_qemu
 from lab.uml import UmlGuest, uml_kernel
+from tests.kit.net_driver import can_make_taps
 
 LIMIT = 550.0
 PINGS = int(os.environ.get("GUESTIO_NET_PINGS", "100"))
@@ -169,7 +170,7 @@ class Peer:
             thread.join(10)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a tap takes CAP_NET_ADMIN")
+@pytest.mark.skipif(not can_make_taps(), reason="it takes CAP_NET_ADMIN, /dev/net/tun and iproute2")
 @pytest.mark.usefixtures("qemu")
 @pytest.mark.parametrize(
     "viommu", [Viommu.NONE, Viommu.VIRTIO, Viommu.INTEL_STRICT], ids=lambda v: v.name.lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -16,11 +17,11 @@ import pytest
 from guestio.errors import DeviceError
 from guestio.virtio.net import CaptureFile, NetDevice, TapPort
 from guestio.virtio.net.features import Net
-from tests.kit.net_driver import MAC, MODERN, PEER, NetGuest, frame
+from tests.kit.net_driver import MAC, MODERN, PEER, NetGuest, can_make_taps, frame
 from tests.kit.serving import Serving, until
 
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="a tap takes CAP_NET_ADMIN"
+    not can_make_taps(), reason="it takes CAP_NET_ADMIN, /dev/net/tun and iproute2"
 )
 
 _numbers = itertools.count()
@@ -38,12 +39,18 @@ def name() -> Iterator[str]:
     subprocess.run(["ip", "link", "delete", made], check=False, capture_output=True)
 
 
+def silence(name: str) -> None:
+    """Have IPv6 send nothing on an interface."""
+    with contextlib.suppress(FileNotFoundError):
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+
+
 class Host:
     """The host's side of a tap that is up, below its protocols."""
 
     def __init__(self, name: str) -> None:
         # No packet of the host's own comes in between.
-        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+        silence(name)
         ip("link", "set", name, "arp", "off", "up")
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5))
         self._socket.bind((name, 0x88B5))
@@ -92,7 +99,7 @@ def test_offloads_follow_what_the_driver_takes(name: str, tmp_path: Path) -> Non
     wanted = Net.CSUM | Net.GUEST_CSUM | Net.GUEST_TSO4 | Net.HOST_TSO4
     assert device.features & wanted == wanted
     ip("addr", "add", "10.93.9.1/24", "dev", name)
-    Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+    silence(name)
     ip("link", "set", name, "up")
     ip("neigh", "add", "10.93.9.2", "lladdr", MAC.hex(":"), "dev", name)
     with Serving(device, tmp_path / "net") as serving:
