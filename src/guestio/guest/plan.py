@@ -271,14 +271,14 @@ class LoadMemory:
             return [self._row(take(each, contiguous=contiguous)) for _ in range(count)]
         share = PAGE // length
         pages = [self._row([gpa]) for gpa in self._pages.take(-(-count // share))]
-        rows = []
+        extents = []
         for i in range(count):
             device, host, _ = pages[i // share]
-            rows.append((device, host, i % share * length))
-        return rows
+            extents.append((device, host, i % share * length))
+        return extents
 
     def _row(self, gpas: list[int], *, stays: bool = False) -> Row:
-        """A row on the given pages, mapped if that is done once and for all."""
+        """An extent on the given pages, mapped if that is done once and for all."""
         host = [self.regions.host_address(gpa) for gpa in gpas]
         if self._iotlb is None:
             return gpas, host, 0

@@ -16,7 +16,7 @@ from guestio.addr import IovaRange, MappedRange, Permissions
 from guestio.errors import CannotResolveError, InvalidAddressError, IotlbFails
 from guestio.iommu.iotlb import Iotlb
 from guestio.memory import GuestMemory, GuestRegionCollection
-from guestio.memory.access import HeldSlices, Stop, stop_of
+from guestio.memory.access import HeldSlices, Shortfall, shortfall_of
 
 
 class Iommu(ABC):
@@ -186,14 +186,16 @@ class IommuMemory(GuestMemory):
         """
         return HeldSlices(*self._gather(addr, length, access))
 
-    def _gather(self, addr: int, length: int, access: Permissions) -> tuple[IoVector, Stop | None]:
+    def _gather(
+        self, addr: int, length: int, access: Permissions
+    ) -> tuple[IoVector, Shortfall | None]:
         if not self._enabled:
             return self.backend._gather(addr, length, access)
         try:
             vector = self._space.gather(addr, length, access)
         except IotlbFails:
             vector = self._gather_resolved(addr, length, access)
-        return vector, stop_of(vector, addr, length)
+        return vector, shortfall_of(vector, addr, length)
 
     def _gather_resolved(self, addr: int, length: int, access: Permissions) -> IoVector:
         with ExitStack() as held:

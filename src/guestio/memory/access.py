@@ -96,12 +96,14 @@ class GuestMemory(ABC):
             raise stop.take()
         return vector
 
-    def _gather(self, addr: int, length: int, access: Permissions) -> tuple[IoVector, Stop | None]:
+    def _gather(
+        self, addr: int, length: int, access: Permissions
+    ) -> tuple[IoVector, Shortfall | None]:
         """As much of a range as there is, and why it is not all."""
         addr, length = check_int(addr, "addr"), check_int(length, "length")
         found: list[VolatileSlice] = []
         got = 0
-        stop: Stop | None = None
+        stop: Shortfall | None = None
         source = self.slices(addr, length, access)
         try:
             # The iterator is not exhausted, because that would give the translation back.
@@ -109,9 +111,11 @@ class GuestMemory(ABC):
                 found.append(next(source))
                 got += len(found[-1])
         except StopIteration:
-            stop = Stop(InvalidAddressError(addr + got, length - got, access, "memory ends there"))
+            stop = Shortfall(
+                InvalidAddressError(addr + got, length - got, access, "memory ends there")
+            )
         except AccessError as stopped:
-            stop = Stop(stopped.with_traceback(None))
+            stop = Shortfall(stopped.with_traceback(None))
         vector = IoVector.of_slices(found, access)
         close = getattr(source, "close", None)
         if close is not None:
@@ -157,7 +161,7 @@ class GuestMemory(ABC):
             raise stop.take()
         return done
 
-    def _copy_out(self, addr: int, view: memoryview) -> tuple[int, Stop | None]:
+    def _copy_out(self, addr: int, view: memoryview) -> tuple[int, Shortfall | None]:
         vector, stop = self._gather(addr, len(view), Permissions.READ)
         with vector:
             vector.readinto(view[: vector.total])
@@ -188,7 +192,7 @@ class GuestMemory(ABC):
             raise stop.take()
         return done
 
-    def _copy_in(self, addr: int, view: memoryview) -> tuple[int, Stop | None]:
+    def _copy_in(self, addr: int, view: memoryview) -> tuple[int, Shortfall | None]:
         vector, stop = self._gather(addr, len(view), Permissions.WRITE)
         with vector:
             vector.write(view[: vector.total])
@@ -329,7 +333,7 @@ class GuestMemory(ABC):
         if stop is not None:
             raise _shortfall(stop, addr, count, Permissions.READ, done)
 
-    def _push(self, addr: int, sink: Sink, count: int) -> tuple[int, Stop | None]:
+    def _push(self, addr: int, sink: Sink, count: int) -> tuple[int, Shortfall | None]:
         vector, stop = self._gather(addr, check_int(count, "count"), Permissions.READ)
         with vector:
             done = 0
@@ -381,21 +385,23 @@ class SliceMemory(GuestMemory):
         """The part of the slice; see :meth:`GuestMemory.slices`."""
         return HeldSlices(*self._gather(addr, length, access))
 
-    def _gather(self, addr: int, length: int, access: Permissions) -> tuple[IoVector, Stop | None]:
+    def _gather(
+        self, addr: int, length: int, access: Permissions
+    ) -> tuple[IoVector, Shortfall | None]:
         start, size = check_range(addr, length)
         wanted, there = check_access(access), len(self._memory)
         if size > sys.maxsize:
             raise InvalidAddressError(start, size, wanted, "more than a process can address")
         have = min(size, max(there - start, 0))
-        stop: Stop | None = None
+        stop: Shortfall | None = None
         if have < size:
             reason = f"the slice is {there:#x} bytes long"
-            stop = Stop(InvalidAddressError(start + have, size - have, wanted, reason))
+            stop = Shortfall(InvalidAddressError(start + have, size - have, wanted, reason))
         part = [self._memory.subslice(start, have)] if have else []
         return IoVector.of_slices(part, wanted), stop
 
 
-class Stop:
+class Shortfall:
     """Why a range ends early: an error, to be raised once or not at all.
 
     An error refers to the frames that it passed. If one of them referred to the error as well,
@@ -412,12 +418,12 @@ class Stop:
         return self._error.pop()
 
 
-def stop_of(vector: IoVector, addr: int, length: int) -> Stop | None:
+def shortfall_of(vector: IoVector, addr: int, length: int) -> Shortfall | None:
     """Why a vector holds less than requested, if it does."""
-    return Stop(_stop_error(vector, addr, length)) if vector.stop else None
+    return Shortfall(_shortfall_error(vector, addr, length)) if vector.stop else None
 
 
-def _stop_error(vector: IoVector, addr: int, length: int) -> AccessError:
+def _shortfall_error(vector: IoVector, addr: int, length: int) -> AccessError:
     at, target = vector.stop_addr, vector.stop_target
     behind = None if at == target else target
     rest = index(addr) + index(length) - at
@@ -438,7 +444,7 @@ class HeldSlices(Iterator[VolatileSlice]):
 
     __slots__ = ("_pieces", "_stop", "_vector")
 
-    def __init__(self, vector: IoVector, stop: Stop | None) -> None:
+    def __init__(self, vector: IoVector, stop: Shortfall | None) -> None:
         self._vector, self._stop = vector, stop
         self._pieces = iter(vector.slices())
 
@@ -457,7 +463,9 @@ class HeldSlices(Iterator[VolatileSlice]):
         self._vector.close()
 
 
-def _shortfall(stop: Stop, addr: int, length: int, access: Permissions, done: int) -> AccessError:
+def _shortfall(
+    stop: Shortfall, addr: int, length: int, access: Permissions, done: int
+) -> AccessError:
     """The error of an exact transfer that moved ``done`` bytes and then stopped."""
     error = stop.take()
     if not done:

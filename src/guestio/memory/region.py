@@ -20,7 +20,7 @@ from guestio.errors import (
     NoMemoryRegionError,
     UnsortedMemoryRegionsError,
 )
-from guestio.memory.access import GuestMemory, HeldSlices, Stop, stop_of
+from guestio.memory.access import GuestMemory, HeldSlices, Shortfall, shortfall_of
 from guestio.memory.backing import Backing
 
 
@@ -373,9 +373,11 @@ class GuestRegionCollection(GuestMemory):
         """The memory of a range, region by region; see :meth:`GuestMemory.slices`."""
         return HeldSlices(*self._gather(addr, length, access))
 
-    def _gather(self, addr: int, length: int, access: Permissions) -> tuple[IoVector, Stop | None]:
+    def _gather(
+        self, addr: int, length: int, access: Permissions
+    ) -> tuple[IoVector, Shortfall | None]:
         vector = self._space.gather(addr, length, access)
-        return vector, stop_of(vector, addr, length)
+        return vector, shortfall_of(vector, addr, length)
 
 
 def _check_region(region: MmapRegion) -> None:

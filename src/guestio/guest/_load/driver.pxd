@@ -28,7 +28,7 @@ cdef enum TroubleCode:
     STATUS = 4           # sector, whether a write, status
     SHORT = 5            # sector, bytes told, bytes wanted
     CONTENTS = 6         # sector, its version, sector and version found; or 2**64-1 and a word
-    OVERRUN = 7          # sector, whether a write, byte of the row, where the buffer begins
+    OVERRUN = 7          # sector, whether a write, byte of the extent, where the buffer begins
     STALLED = 8          # requests in flight, nanoseconds
     GONE = 9
     UNASKED = 10

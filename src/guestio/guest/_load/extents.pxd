@@ -17,11 +17,11 @@ cdef enum:
     GUARD = 64            # bytes around what the device may write that are looked at
 
 
-cdef struct Row:
+cdef struct Extent:
     u64 *device           # address of each page for the device; not used where each use is mapped
     u64 *host             # and in this process
     u32 pages
-    u32 base              # where in the first page the row begins
+    u32 base              # where in the first page the extent begins
 
 
 cdef inline u64 mix(u64 x) noexcept nogil:
@@ -45,62 +45,62 @@ cdef inline void *page_at(const u64 *pages, u32 offset) noexcept nogil:
     return <void *>(pages[offset >> PAGE_SHIFT] + (offset & (PAGE - 1)))
 
 
-cdef inline void *row_at(const Row *row, u32 offset) noexcept nogil:
-    return page_at(row.host, row.base + offset)
+cdef inline void *extent_at(const Extent *extent, u32 offset) noexcept nogil:
+    return page_at(extent.host, extent.base + offset)
 
 
-cdef inline void row_write(Row *row, u32 at, const void *data, u32 size) noexcept nogil:
+cdef inline void extent_write(Extent *extent, u32 at, const void *data, u32 size) noexcept nogil:
     cdef const u8 *source = <const u8 *>data
     cdef u32 step
     while size:
-        step = min(PAGE - ((row.base + at) & (PAGE - 1)), size)
-        memcpy(row_at(row, at), source, step)
+        step = min(PAGE - ((extent.base + at) & (PAGE - 1)), size)
+        memcpy(extent_at(extent, at), source, step)
         source += step
         at += step
         size -= step
 
 
-cdef inline void row_read(Row *row, u32 at, void *data, u32 size) noexcept nogil:
+cdef inline void extent_read(Extent *extent, u32 at, void *data, u32 size) noexcept nogil:
     cdef u8 *target = <u8 *>data
     cdef u32 step
     while size:
-        step = min(PAGE - ((row.base + at) & (PAGE - 1)), size)
-        memcpy(target, row_at(row, at), step)
+        step = min(PAGE - ((extent.base + at) & (PAGE - 1)), size)
+        memcpy(target, extent_at(extent, at), step)
         target += step
         at += step
         size -= step
 
 
-cdef inline void row_poison(Row *row) noexcept nogil:
+cdef inline void extent_poison(Extent *extent) noexcept nogil:
     cdef u32 i
-    for i in range(row.pages):
-        memset(<void *>row.host[i], POISON, PAGE)
+    for i in range(extent.pages):
+        memset(<void *>extent.host[i], POISON, PAGE)
 
 
-cdef inline int64_t row_stray(Row *row, u32 at, u32 size) noexcept nogil:
-    """Where around a part of a poisoned row something was written; -1 if nowhere."""
-    cdef u32 end = row.pages * PAGE - row.base, i
+cdef inline int64_t extent_stray(Extent *extent, u32 at, u32 size) noexcept nogil:
+    """Where around a part of a poisoned extent something was written; -1 if nowhere."""
+    cdef u32 end = extent.pages * PAGE - extent.base, i
     for i in range(at - GUARD if at > GUARD else 0, at):
-        if (<const u8 *>row_at(row, i))[0] != POISON:
+        if (<const u8 *>extent_at(extent, i))[0] != POISON:
             return i
     for i in range(at + size, min(at + size + GUARD, end)):
-        if (<const u8 *>row_at(row, i))[0] != POISON:
+        if (<const u8 *>extent_at(extent, i))[0] != POISON:
             return i
     return -1
 
 
-cdef inline void row_fill(Row *row, u32 size, u64 seed) noexcept nogil:
+cdef inline void extent_fill(Extent *extent, u32 size, u64 seed) noexcept nogil:
     cdef u64 words[64]
     cdef u32 at = 0
     while at < size:
         contents(at, seed, words)
-        row_write(row, at, words, min(SECTOR, size - at))
+        extent_write(extent, at, words, min(SECTOR, size - at))
         at += SECTOR
 
 
-cdef inline u32 row_runs(const Row *row) noexcept nogil:
-    """Stretches of a row that are contiguous for the device."""
+cdef inline u32 extent_runs(const Extent *extent) noexcept nogil:
+    """Stretches of an extent that are contiguous for the device."""
     cdef u32 i, runs = 1
-    for i in range(1, row.pages):
-        runs += row.device[i] != row.device[i - 1] + PAGE
+    for i in range(1, extent.pages):
+        runs += extent.device[i] != extent.device[i - 1] + PAGE
     return runs

@@ -258,19 +258,19 @@ cdef class LoadDriver:
     def add_slot(self, number, first, second, table):
         """Give a queue memory for one more request.
 
-        A row of bytes is ``(device addresses of its pages, host addresses of them, where in the
+        An extent is ``(device addresses of its pages, host addresses of them, where in the
         first page it begins)``. Without ``verify``, the first has room for header and status in one
         page, and the second for the data. With it, the first has room for header and data from any
         byte of its first page on, and the second for data and status.
 
         Args:
             number: Number of the queue.
-            first: A row.
-            second: A row.
-            table: A row for an indirect table; contiguous for the device unless ``strict``.
+            first: An extent.
+            second: An extent.
+            table: An extent for an indirect table; contiguous for the device unless ``strict``.
 
         Raises:
-            ValueError: There are too many slots, a row is too short, or a request could take more
+            ValueError: There are too many slots, an extent is short, or a request could take more
                 descriptors than the ring has.
         """
         cdef Queue *queue = self.queue_at(number)

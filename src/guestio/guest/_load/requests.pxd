@@ -3,7 +3,7 @@
 from guestio._core.base.checks cimport u8, u32, u64
 from guestio.guest._load.driver cimport Desc, Trouble, u16
 from guestio.guest._load.iotlb_front cimport IotlbFront
-from guestio.guest._load.extents cimport Row
+from guestio.guest._load.extents cimport Extent
 
 
 cdef enum:
@@ -19,9 +19,9 @@ cdef struct Mapping:
 
 # Memory for one request, and the request that is in it.
 cdef struct Slot:
-    Row first
-    Row second
-    Row table
+    Extent first
+    Extent second
+    Extent table
     u64 started
     u64 block
     u64 version
@@ -67,10 +67,12 @@ cdef class RequestMaker:
     cdef void lay_out_usual(self, Slot *slot) noexcept nogil
     cdef void lay_out_random(self, Slot *slot) noexcept nogil
     cdef u32 random_offset(self) noexcept nogil
-    cdef void cut(self, Slot *slot, Row *row, u32 at, u32 size, u16 flags) noexcept nogil
-    cdef void add_piece(self, Slot *slot, Row *row, u32 at, u32 size, u16 flags) noexcept nogil
+    cdef void cut(self, Slot *slot, Extent *extent, u32 at, u32 size, u16 flags) noexcept nogil
+    cdef void add_piece(
+        self, Slot *slot, Extent *extent, u32 at, u32 size, u16 flags,
+    ) noexcept nogil
     cdef void add_desc(self, u64 where, u32 size, u16 flags) noexcept nogil
-    cdef u64 map(self, Slot *slot, Row *row, u32 at, u32 size, int perm) noexcept nogil
+    cdef u64 map(self, Slot *slot, Extent *extent, u32 at, u32 size, int perm) noexcept nogil
     cdef u64 write_table(self, Slot *slot) noexcept nogil
     cdef u64 next_random(self) noexcept nogil
     cdef int check(self, Slot *slot) noexcept nogil

@@ -2,7 +2,7 @@
 
 The usual layout is that of Linux's drivers/block/virtio_blk.c: header and status next to each
 other, the data on pages of its own. To verify, everything is laid out at random instead: what the
-device reads (header, data) and what it writes (data, status) are one row of bytes each, which
+device reads (header, data) and what it writes (data, status) are one extent of bytes each, which
 begins anywhere in a page and is cut anywhere into descriptors; and what is written follows from
 sector and version, so every sector that is read can be judged.
 
@@ -18,8 +18,8 @@ from guestio.guest._load.driver cimport (
     USED_LENGTH, fail, page_addresses,
 )
 from guestio.guest._load.extents cimport (
-    PAGE, PAGE_SHIFT, SECTOR, contents, mix, row_at, row_fill, row_poison, row_read, row_runs,
-    row_stray, row_write,
+    PAGE, PAGE_SHIFT, SECTOR, contents, extent_at, extent_fill, extent_poison, extent_read,
+    extent_runs, extent_stray, extent_write, mix,
 )
 
 cdef enum:
@@ -74,12 +74,12 @@ cdef class RequestMaker:
         """Set a zeroed slot up.
 
         Raises:
-            ValueError: A row is too short.
+            ValueError: An extent is too short.
         """
         cdef u32 head = HEADER_BYTES + 1
-        _set_row(&slot.first, first)
-        _set_row(&slot.second, second)
-        _set_row(&slot.table, table)
+        _set_extent(&slot.first, first)
+        _set_extent(&slot.second, second)
+        _set_extent(&slot.table, table)
         if self.verify:
             _need(&slot.first, PAGE - 1 + HEADER_BYTES + self.block)
             _need(&slot.second, PAGE - 1 + self.block + 1)
@@ -90,7 +90,7 @@ cdef class RequestMaker:
         _need(&slot.table, self.most_descs(slot) * DESC_BYTES)
         if slot.first.base + head > PAGE:
             raise ValueError("header and status must lie in one page")
-        row_fill(&slot.second, self.block, self.next_random())
+        extent_fill(&slot.second, self.block, self.next_random())
         return 0
 
     cdef u32 most_descs(self, const Slot *slot) noexcept:
@@ -98,9 +98,9 @@ cdef class RequestMaker:
         if self.strict:
             return 2 * (MOST_CUTS + 1) if self.verify else 3
         if self.verify:
-            # The data is in one of the rows; in the other are few bytes, on two pages at most.
-            return max(row_runs(&slot.first), row_runs(&slot.second)) + 2 + 2 * MOST_CUTS
-        return row_runs(&slot.second) + 2
+            # The data is in one of the extents; in the other are few bytes, on two pages at most.
+            return max(extent_runs(&slot.first), extent_runs(&slot.second)) + 2 + 2 * MOST_CUTS
+        return extent_runs(&slot.second) + 2
 
     cdef u64 sector(self, const Slot *slot) noexcept nogil:
         return slot.block * (self.block // SECTOR)
@@ -153,8 +153,8 @@ cdef class RequestMaker:
         cdef u16 flags = 0 if slot.write else DESC_WRITE
         cdef u64 start
         slot.status_at, slot.data_at = HEADER_BYTES, 0
-        memcpy(row_at(&slot.first, 0), &header, HEADER_BYTES)
-        (<u8 *>row_at(&slot.first, HEADER_BYTES))[0] = UNTOUCHED
+        memcpy(extent_at(&slot.first, 0), &header, HEADER_BYTES)
+        (<u8 *>extent_at(&slot.first, HEADER_BYTES))[0] = UNTOUCHED
         if not self.strict or self.separate:
             self.add_piece(slot, &slot.first, 0, HEADER_BYTES, 0)
             self.add_piece(slot, &slot.second, 0, self.block, flags)
@@ -169,16 +169,16 @@ cdef class RequestMaker:
         cdef Header header = Header(T_OUT if slot.write else T_IN, 0, self.sector(slot))
         cdef u32 at = self.random_offset(), size = HEADER_BYTES, i
         cdef u64 words[64]
-        row_write(&slot.first, at, &header, HEADER_BYTES)
+        extent_write(&slot.first, at, &header, HEADER_BYTES)
         if slot.write:
             size += self.block
             for i in range(self.block // SECTOR):
                 contents(self.sector(slot) + i, self.stamp | slot.version, words)
-                row_write(&slot.first, at + HEADER_BYTES + i * SECTOR, words, SECTOR)
+                extent_write(&slot.first, at + HEADER_BYTES + i * SECTOR, words, SECTOR)
         self.cut(slot, &slot.first, at, size, 0)
         slot.data_at = self.random_offset()
         slot.status_at = slot.data_at + slot.may_write - 1
-        row_poison(&slot.second)
+        extent_poison(&slot.second)
         self.cut(slot, &slot.second, slot.data_at, slot.may_write, DESC_WRITE)
 
     cdef u32 random_offset(self) noexcept nogil:
@@ -189,8 +189,8 @@ cdef class RequestMaker:
             return choice >> 32 & (PAGE - 1)
         return PAGE - 1 - near if choice & 2 else near
 
-    cdef void cut(self, Slot *slot, Row *row, u32 at, u32 size, u16 flags) noexcept nogil:
-        """Make descriptors of a row of bytes, cut in up to MOST_CUTS places."""
+    cdef void cut(self, Slot *slot, Extent *extent, u32 at, u32 size, u16 flags) noexcept nogil:
+        """Make descriptors of an extent of bytes, cut in up to MOST_CUTS places."""
         cdef u32 cuts[MOST_CUTS + 1]
         cdef u32 favoured[8]
         cdef u32 count = self.next_random() % (MOST_CUTS + 1), i, j, point, start = 0
@@ -207,30 +207,32 @@ cdef class RequestMaker:
         cuts[count] = size
         for i in range(count + 1):
             if start < cuts[i] <= size:
-                self.add_piece(slot, row, at + start, cuts[i] - start, flags)
+                self.add_piece(slot, extent, at + start, cuts[i] - start, flags)
                 start = cuts[i]
         if start < size:
-            self.add_piece(slot, row, at + start, size - start, flags)
+            self.add_piece(slot, extent, at + start, size - start, flags)
 
-    cdef void add_piece(self, Slot *slot, Row *row, u32 at, u32 size, u16 flags) noexcept nogil:
+    cdef void add_piece(
+        self, Slot *slot, Extent *extent, u32 at, u32 size, u16 flags,
+    ) noexcept nogil:
         """Make the descriptors of bytes that lie in a row for the driver."""
         cdef u64 where
         cdef u32 page, step, run
         if self.strict:
-            where = self.map(slot, row, at, size, WRITE if flags & DESC_WRITE else READ)
+            where = self.map(slot, extent, at, size, WRITE if flags & DESC_WRITE else READ)
             self.add_desc(where, size, flags)
             return
-        at += row.base
+        at += extent.base
         while size:
             page = at >> PAGE_SHIFT
-            where = row.device[page] + (at & (PAGE - 1))
+            where = extent.device[page] + (at & (PAGE - 1))
             run = 0
             while True:
                 step = min(PAGE - (at & (PAGE - 1)), size)
                 run += step
                 at += step
                 size -= step
-                if not size or row.device[page + 1] != row.device[page] + PAGE:
+                if not size or extent.device[page + 1] != extent.device[page] + PAGE:
                     break
                 page += 1
             self.add_desc(where, run, flags)
@@ -242,25 +244,25 @@ cdef class RequestMaker:
         self.chain[self.chain_count] = Desc(where, size, flags, 0)
         self.chain_count += 1
 
-    cdef u64 map(self, Slot *slot, Row *row, u32 at, u32 size, int perm) noexcept nogil:
-        """Map bytes of a row for this request; where they are for the device."""
-        cdef u32 first = (row.base + at) >> PAGE_SHIFT
-        cdef u32 count = ((row.base + at + size - 1) >> PAGE_SHIFT) - first + 1, i
+    cdef u64 map(self, Slot *slot, Extent *extent, u32 at, u32 size, int perm) noexcept nogil:
+        """Map bytes of an extent for this request; where they are for the device."""
+        cdef u32 first = (extent.base + at) >> PAGE_SHIFT
+        cdef u32 count = ((extent.base + at + size - 1) >> PAGE_SHIFT) - first + 1, i
         cdef u64 page = slot.stride + slot.stride_used
         if slot.maps == MOST_MAPS or slot.stride_used + count > self.stride_pages:
             fail(&self.trouble, NO_ROOM, slot.maps, slot.stride_used, count, self.stride_pages)
             return 0
         for i in range(count):
-            self.iotlb.put(page + i, row.host[first + i], perm)
+            self.iotlb.put(page + i, extent.host[first + i], perm)
         slot.mapped[slot.maps] = Mapping(page, count)
         slot.maps += 1
         # A page that is never mapped lies between, to catch accesses past the end.
         slot.stride_used += count + 1
-        return self.iotlb.base + (page << PAGE_SHIFT) + ((row.base + at) & (PAGE - 1))
+        return self.iotlb.base + (page << PAGE_SHIFT) + ((extent.base + at) & (PAGE - 1))
 
     cdef u64 write_table(self, Slot *slot) noexcept nogil:
         """Write the chain as an indirect table; where it is for the device."""
-        cdef Row *row = &slot.table
+        cdef Extent *extent = &slot.table
         cdef u32 at = 0, i
         if self.verify:
             at = self.random_offset() & ~<u32>(DESC_BYTES - 1)
@@ -268,11 +270,11 @@ cdef class RequestMaker:
             if i + 1 < self.chain_count:
                 self.chain[i].flags |= DESC_NEXT
                 self.chain[i].next = i + 1
-            memcpy(row_at(row, at + i * DESC_BYTES), &self.chain[i], DESC_BYTES)
+            memcpy(extent_at(extent, at + i * DESC_BYTES), &self.chain[i], DESC_BYTES)
         if self.strict:
-            return self.map(slot, row, at, self.chain_count * DESC_BYTES, READ)
-        at += row.base
-        return row.device[at >> PAGE_SHIFT] + (at & (PAGE - 1))
+            return self.map(slot, extent, at, self.chain_count * DESC_BYTES, READ)
+        at += extent.base
+        return extent.device[at >> PAGE_SHIFT] + (at & (PAGE - 1))
 
     cdef u64 next_random(self) noexcept nogil:
         self.random_state += <u64>0x9E3779B97F4A7C15
@@ -280,8 +282,8 @@ cdef class RequestMaker:
 
     cdef int judge(self, Slot *slot) noexcept nogil:
         """Whether the device did what it was asked, once it cannot reach the slot any more."""
-        cdef Row *answer = &slot.second if self.verify else &slot.first
-        cdef u8 status = (<const u8 *>row_at(answer, slot.status_at))[0]
+        cdef Extent *answer = &slot.second if self.verify else &slot.first
+        cdef u8 status = (<const u8 *>extent_at(answer, slot.status_at))[0]
         if slot.written > slot.may_write:
             return fail(
                 &self.trouble, USED_LENGTH, self.sector(slot), slot.written, slot.may_write
@@ -292,7 +294,7 @@ cdef class RequestMaker:
 
     cdef int check(self, Slot *slot) noexcept nogil:
         """Look around the buffer, and compare what was read with what was written last."""
-        cdef long stray = row_stray(&slot.second, slot.data_at, slot.may_write)
+        cdef long stray = extent_stray(&slot.second, slot.data_at, slot.may_write)
         self.busy[slot.block] = 0 if slot.write else self.busy[slot.block] - 1
         if stray >= 0:
             return fail(
@@ -313,7 +315,7 @@ cdef class RequestMaker:
         cdef u32 i
         for i in range(self.block // SECTOR):
             contents(sector, self.stamp | slot.version, wanted)
-            row_read(&slot.second, slot.data_at + i * SECTOR, found, SECTOR)
+            extent_read(&slot.second, slot.data_at + i * SECTOR, found, SECTOR)
             if memcmp(wanted, found, SECTOR):
                 contents(found[0], found[1], wanted)
                 if found[1] >> 32 == self.stamp >> 32 and not memcmp(wanted, found, SECTOR):
@@ -325,27 +327,27 @@ cdef class RequestMaker:
         return 0
 
 
-cdef int _set_row(Row *row, object described) except -1:
+cdef int _set_extent(Extent *extent, object described) except -1:
     device, host, base = described
     if len(device) != len(host) or not len(host) or not 0 <= base < PAGE:
-        raise ValueError(f"a row of {len(host)} pages from byte {base} on")
-    row.pages, row.base = len(host), base
-    row.device = page_addresses(device)
-    row.host = page_addresses(host)
+        raise ValueError(f"an extent of {len(host)} pages from byte {base} on")
+    extent.pages, extent.base = len(host), base
+    extent.device = page_addresses(device)
+    extent.host = page_addresses(host)
     return 0
 
 
-cdef int _need(const Row *row, u32 size) except -1:
-    if row.pages * PAGE - row.base < size:
-        raise ValueError(f"a row has room for {row.pages * PAGE - row.base} bytes of {size}")
+cdef int _need(const Extent *extent, u32 size) except -1:
+    if extent.pages * PAGE - extent.base < size:
+        raise ValueError(f"an extent has room for {extent.pages * PAGE - extent.base} bytes of {size}")
     return 0
 
 
 cdef void close_slot(Slot *slot) noexcept:
     """Free what :meth:`RequestMaker.open_slot` made."""
-    cdef Row *rows[3]
+    cdef Extent *extents[3]
     cdef u32 i
-    rows = [&slot.first, &slot.second, &slot.table]
+    extents = [&slot.first, &slot.second, &slot.table]
     for i in range(3):
-        free(rows[i].device)
-        free(rows[i].host)
+        free(extents[i].device)
+        free(extents[i].host)
