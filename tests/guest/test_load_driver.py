@@ -496,7 +496,7 @@ class TestBorder:
         with pytest.raises(ValueError, match="depth"):
             rig.driver.add_queue(64, depth, [0], [0], [0], rig.kick, rig.call, rig.err)
 
-    def test_rows(self, rig: Rig) -> None:
+    def test_extents(self, rig: Rig) -> None:
         page = rig.memory.take(1)
         with pytest.raises(ValueError, match="queue 1 of 1"):
             rig.driver.add_slot(1, page, page, page)
@@ -504,7 +504,7 @@ class TestBorder:
             rig.driver.add_slot(0, (*rig.memory.take(2)[:2], PAGE - 8), page, page)
         with pytest.raises(ValueError, match="room"):
             rig.driver.add_slot(0, page, (page[0], page[1], 8), page)
-        with pytest.raises(ValueError, match="row"):
+        with pytest.raises(ValueError, match="extent"):
             rig.driver.add_slot(0, ([], [], 0), page, page)
         with pytest.raises(ValueError, match="window"):
             rig.driver.add_stride(0, 0)

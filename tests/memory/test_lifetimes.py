@@ -477,7 +477,10 @@ from guestio import *
 
 VALUES = (0, 8, Permissions.READ, bytearray(8), [], None, "x")
 calls = 0
-for name in ("access", "bitmap", "intervals", "leases", "mapping", "slices", "vector"):
+for name in (
+    "iommu.address_space", "iommu.intervals",
+    "memory.bitmap", "memory.leases", "memory.mapping", "memory.slices", "memory.vector",
+):
     module = importlib.import_module(f"guestio._core.{name}")
     for kind in vars(module).values():
         if not isinstance(kind, type) or kind.__module__ != module.__name__:
