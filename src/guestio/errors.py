@@ -23,7 +23,7 @@ Those that any part may raise are here. Those of one part are defined there, whi
     ├── DmaError                    dma.target: a DMA target refused or failed
     ├── ReentrantCallError          dma.changes: a DMA target called its manager back
     ├── ExportError                 iommu.mapper: memory cannot be exported, or no more
-    ├── Refused                     virtio.iommu.programs: a request's status; stays inside
+    ├── Refused                     virtio.iommu.targets: a request's status; stays inside
     ├── PeerGoneError               vhost_user.channel: the connection ended
     │   └── ConnectionLostError     vhost_user.channel: it failed, as by a reset
     ├── RefusedError                vhost_user.request_channel: the back-end refused a request

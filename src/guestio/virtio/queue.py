@@ -777,8 +777,9 @@ class DeviceQueue:
 
     def _break(self, error: GuestioError) -> None:
         self._stuck, self._why_stuck = True, str(error)
-        signal(self._err)
         self._host.broken(self, error)
+        # Last: the log says why by then.
+        signal(self._err)
 
     def _serve_ring(self, ring: Ring) -> bool:
         """Serve a ring until there is nothing to do, or until others have a turn.
