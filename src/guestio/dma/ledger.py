@@ -453,7 +453,8 @@ class Ledger:
         try:
             self.target.unmap_dma(request.start, request.size)
         except BaseException as error:
-            failure = _as_dma_error("unmap", request, error)
+            # One that is not raised: it would refer to this frame, and this frame to it.
+            failure = _kept_error(_as_dma_error("unmap", request, error))
             if held.pending and failure.errno == errno.ENOENT:
                 # The call that was to make it was interrupted before it had.
                 self._drop(start)
@@ -465,7 +466,7 @@ class Ledger:
                 raise
             if not self._self_mending:
                 self._stick(start, failure)
-            raise failure from _cause(error)
+            raise _as_dma_error("unmap", request, error) from _cause(error)
         self._count("unmap")
         self._drop(start)
 
