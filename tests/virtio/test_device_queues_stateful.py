@@ -24,7 +24,7 @@ from guestio.errors import DeviceError
 from guestio.testing import Driver, DriverBuffer
 from guestio.virtio.device import Device, DeviceId
 from guestio.virtio.host import DeviceHost
-from tests.kit.serving import Serving, footprint, until
+from tests.kit.serving import Serving, footprint, left_since, until
 
 SIZE = 8
 """Entries of the ring: few, so that its indices wrap."""
@@ -266,7 +266,7 @@ class DeviceQueues(RuleBasedStateMachine):
             each.clear()
         self.serving.__exit__()
         shutil.rmtree(self.directory)
-        until(lambda: footprint() == self.before, "something is left behind")
+        until(lambda: not left_since(self.before), "something is left behind")
 
 
 TestDeviceQueues = DeviceQueues.TestCase

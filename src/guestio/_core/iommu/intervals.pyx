@@ -347,7 +347,11 @@ cdef class IntervalMap:
         if drain:
             self.leases.check_self(span)
         open_tree(&fresh)
-        self.begin_change(0)
+        try:
+            self.begin_change(0)
+        except BaseException:
+            close_tree(&fresh)
+            raise
         old, self.at.tree = self.at.tree, fresh
         free(self.queue.heap)
         self.queue.heap, self.queue.count, self.queue.room = NULL, 0, 0
