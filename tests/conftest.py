@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import signal
 import sys
 import traceback
 from collections.abc import Generator
@@ -16,6 +17,11 @@ from lab.parts import PartsError
 
 def pytest_report_header() -> str:
     return f"guestio's core: {variant.NAME}"
+
+
+def pytest_configure() -> None:
+    """Tests send SIGHUP to programs, which `nohup` would have them ignore."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
