@@ -314,13 +314,22 @@ class GuestResult:
         if self.status == 0 and not self.timed_out:
             return self
         if self.timed_out:
-            why = f"the guest did not finish within its time ({self.seconds:.0f} s)"
+            why = "the guest did not finish within its time"
         elif self.status is None:
             why = f"the guest ended without a result (QEMU's exit status {self.qemu_status})"
         else:
             failed = list(self.scripts) or ["its start"]
             why = f"in the guest, {failed[-1]} failed with status {self.status}"
-        raise GuestError(why + self.describe())
+        raise GuestError(why + self._last_words() + self.describe())
+
+    def _last_words(self) -> str:
+        """The end of each log, which tells most: a report may show few lines of a failure."""
+        parts = [f" after {self.seconds:.0f} s"]
+        logs = (("report", self.report), ("console", self.console), ("QEMU", self.qemu_log))
+        for title, text in logs:
+            lines = [line[:200] for line in text.splitlines() if line.strip()]
+            parts.append(f"\n{title} ends: " + " | ".join(lines[-2:] or ["nothing in it"]))
+        return "".join(parts)
 
     def describe(self) -> str:
         """The command line and the tails of the logs, for a failure message."""
@@ -466,7 +475,7 @@ class RunningGuest:
         """QEMU's process id."""
         return self._qemu.pid
 
-    def wait_for(self, text: str, timeout: float = 60.0, *, times: int = 1) -> None:
+    def wait_for(self, text: str, timeout: float = 300.0, *, times: int = 1) -> None:
         """Wait until the report holds `text`, as often as that.
 
         Raises:

@@ -92,7 +92,7 @@ class UmlGuest(Guest):
     """
 
     memory: int = 64 * MIB
-    timeout: float = 120.0
+    timeout: float = 600.0
 
     def booted_kernel(self) -> Kernel:
         """What boots."""

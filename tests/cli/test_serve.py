@@ -15,7 +15,7 @@ import pytest
 
 import guestio
 from guestio.cli import cli
-from tests.kit.serving import PLATFORM, SLACK, Driver, Mirror, until
+from tests.kit.serving import PLATFORM, Driver, Mirror, promptly, until
 
 ENDS_WITHIN = 2.0
 SERVERS = ["blk", "console", "input", "net", "rng", "serve"]
@@ -82,10 +82,9 @@ class Program:
         return driver.result(0, number, written)[1]
 
     def end(self, number: int = signal.SIGTERM, status: int = 0) -> str:
-        started = time.monotonic()
-        self.process.send_signal(number)
-        _, logged = self.process.communicate(timeout=30)
-        assert time.monotonic() - started < ENDS_WITHIN * SLACK
+        with promptly(ENDS_WITHIN):
+            self.process.send_signal(number)
+            _, logged = self.process.communicate(timeout=60)
         assert self.process.returncode == status, logged
         assert not self.path.exists()
         return logged

@@ -18,7 +18,7 @@ import pytest
 
 from guestio.vhost_user.messages import FrontendRequest, encode_message
 from guestio.virtio.blk import T_FLUSH, T_IN, T_WRITE_ZEROES
-from tests.kit.serving import PLATFORM, SLACK, WAIT, until
+from tests.kit.serving import PLATFORM, WAIT, promptly, until
 from tests.vhost_user.test_budgets import MIB, DiskDriver
 
 ENDS_WITHIN = 2.0
@@ -51,12 +51,9 @@ class Program:
 
     def end(self, number: int = signal.SIGTERM) -> str:
         """Send a signal; what the program had logged by its end."""
-        started = time.monotonic()
-        self.process.send_signal(number)
-        _, logged = self.process.communicate(timeout=30)
-        seconds = time.monotonic() - started
-        print(f"ended after {seconds:.2f} s")
-        assert seconds < ENDS_WITHIN * SLACK
+        with promptly(ENDS_WITHIN):
+            self.process.send_signal(number)
+            _, logged = self.process.communicate(timeout=60)
         assert self.process.returncode == 0, logged
         assert not self.path.exists()
         return logged

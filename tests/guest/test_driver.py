@@ -220,13 +220,13 @@ class TestTimes:
 
     def test_a_translation_that_does_not_come(self, post: Post, tmp_path: Path) -> None:
         with (
-            Serving(post, tmp_path / "socket", miss_timeout=0.1) as serving,
+            Serving(post, tmp_path / "socket", miss_timeout=1.0) as serving,
             Driver(serving.path, iommu="strict") as driver,
         ):
             assert driver.request(b"fine", 4, 2) == b"enif"
             driver.frontend.iotlb.miss_hook = lambda _: MissAnswer(MissAction.IGNORE)
             with pytest.raises(GuestioError):
-                driver.request(b"lost", 4, 2, timeout=5)
+                driver.request(b"lost", 4, 2, timeout=30)
                 raise DeviceError("it failed without an answer, as this device's type has none")
 
 

@@ -14,7 +14,7 @@ def closing() -> int:
 
 def settled_closes() -> None:
     """Wait until none is being closed."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while closing():
         assert time.monotonic() < deadline, "a descriptor takes for ever to close"
         time.sleep(0.001)

@@ -29,7 +29,7 @@ from tests.kit.recording import RecordingHandler
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-WAIT = 10.0
+WAIT = 30.0
 
 
 def open_fds() -> list[str]:
@@ -46,12 +46,13 @@ def open_fds() -> list[str]:
 def nothing_left() -> Iterator[None]:
     """Check that neither fds nor threads are left behind, not by a back-end in a thread either."""
     gc.collect()  # what others left in cycles may go at any moment
-    before = open_fds(), threading.active_count()
+    fds, threads = set(open_fds()), threading.active_count()
     yield
     deadline = time.monotonic() + WAIT
-    while (open_fds(), threading.active_count()) != before and time.monotonic() < deadline:
+    # What there was before may end meanwhile.
+    while (left := set(open_fds()) - fds) or threading.active_count() > threads:
+        assert time.monotonic() < deadline, f"left behind: {left} {threading.enumerate()}"
         time.sleep(0.01)
-    assert (open_fds(), threading.active_count()) == before
 
 
 class Hand:

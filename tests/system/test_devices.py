@@ -23,7 +23,7 @@ import pytest
 from lab.guest import Guest, RunningGuest, Script, VhostUserDevice, Viommu
 from lab.qemu import new_qemu
 from lab.uml import UmlGuest, uml_kernel
-from tests.kit.serving import SLACK
+from tests.kit.serving import promptly
 
 PATTERN = b"guestio!"
 RNG, CONSOLE, INPUT = 4, 3, 18
@@ -61,10 +61,9 @@ class Server:
 
     def end(self) -> None:
         """End it by a signal, in time."""
-        started = time.monotonic()
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(30) == 0, self.log.read_text()
-        assert time.monotonic() - started < ENDS_WITHIN * SLACK
+        with promptly(ENDS_WITHIN):
+            self.process.send_signal(signal.SIGTERM)
+            assert self.process.wait(60) == 0, self.log.read_text()
         assert not self.path.exists()
         said = self.log.read_text()
         assert "disconnected" not in said

@@ -88,8 +88,8 @@ def test_a_guest_that_takes_too_long_is_killed() -> None:
     assert late.timed_out
     assert late.status is None
     assert late.qemu_status == -signal.SIGKILL
-    assert late.seconds < 20
-    with pytest.raises(GuestError, match=r"did not finish within its time \(1 s\)"):
+    assert late.seconds < 60
+    with pytest.raises(GuestError, match=r"did not finish within its time after \d+ s"):
         late.check()
 
 
@@ -126,7 +126,7 @@ def test_qemu_dies_with_a_process_that_is_killed(guest_kernel: parts.Kernel) -> 
         assert process.stdout is not None
         qemu = int(process.stdout.readline())
         assert _runs(qemu)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while _runs(qemu):
         assert time.monotonic() < end, "QEMU outlived the process that started it"
         time.sleep(0.02)

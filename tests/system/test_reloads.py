@@ -91,6 +91,13 @@ def disk(tmp_path: Path) -> Iterator[tuple[Path, VhostUserDisk, Path]]:
     image.write_bytes(os.urandom(DISK_SIZE))
     with served(image, tmp_path, "--iommu", "off") as (socket, log):
         yield image, VhostUserDisk(socket), log
+    print(log.read_text())  # shown where the test failed
+
+
+def complaints(log: Path) -> list[str]:
+    """What the back-end said of a front-end that was disconnected, or of a queue."""
+    words = ("disconnected", "stopped")
+    return [line for line in log.read_text().splitlines() if any(word in line for word in words)]
 
 
 def of_uml() -> list[str]:
@@ -125,7 +132,7 @@ def test_user_mode_linux_uses_the_disk(
     with image.open("rb") as file:
         file.seek(PATTERN_AT)
         assert file.read(len(pattern)) == pattern
-    assert "disconnected" not in log.read_text()
+    assert complaints(log) == []
 
 
 def test_user_mode_linux_boots_again_and_again(
@@ -142,7 +149,7 @@ def test_user_mode_linux_boots_again_and_again(
     result.check()
     assert result.facts["boots"] == str(BOOTS)
     assert image.read_bytes()[:2] == b"%02d" % BOOTS
-    assert "disconnected" not in log.read_text()
+    assert complaints(log) == []
 
 
 def test_a_guest_that_is_killed_makes_room_for_the_next(
@@ -154,7 +161,7 @@ def test_a_guest_that_is_killed_makes_room_for_the_next(
         running.wait_for("FACT reads=yes")
         running.kill()
     mine = f"uml_dir={tmp_path}"
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while left := [command for command in of_uml() if mine in command]:
         assert time.monotonic() < end, left
         time.sleep(0.02)
@@ -172,7 +179,7 @@ def test_user_mode_linux_suspends_under_load(
     guest = UmlGuest(disks=[served_disk], scripts=[Script("suspends", SUSPENDS)])
     with guest.boot(tmp_path / "guest") as running:
         running.wait_for("GUEST-BEGIN suspends")
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         report = tmp_path / "guest/report.log"
         while "FACT suspends=" not in report.read_text() and time.monotonic() < end:
             with contextlib.suppress(ProcessLookupError):
@@ -182,8 +189,7 @@ def test_user_mode_linux_suspends_under_load(
     assert int(result.facts["suspends"]) == SUSPEND_TIMES
     written = image.read_bytes()[: 32 * 4096]
     assert hashlib.sha256(written).hexdigest() == result.facts["written"]
-    assert "disconnected" not in log.read_text()
-    assert "stopped" not in log.read_text()
+    assert complaints(log) == []
 
 
 def test_user_mode_linux_reloads_its_driver(uml: Kernel, tmp_path: Path) -> None:

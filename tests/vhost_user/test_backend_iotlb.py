@@ -49,14 +49,17 @@ from tests.kit.serving import (
     Mirror,
     Serving,
     errors_of,
+    lasting,
     nothing_left,
+    promptly,
+    stalled,
     until,
     warnings_of,
 )
 
 F = FrontendRequest
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
-TIMEOUT = 0.6
+TIMEOUT = 1.5
 
 
 @pytest.fixture
@@ -311,9 +314,8 @@ class TestRefusals:
     def test_a_huge_unmapped_buffer_fails_soon(self, serving: Serving) -> None:
         with Driver(serving.path, iommu=True, queues=2) as driver:
             driver.run(0, b"warm")
-            started = time.monotonic()
-            driver.run_raw(0, Desc(1 << 40, 2**31), Desc(driver.at(BUFFERS), 1, WRITE))
-            assert time.monotonic() - started < 5
+            with lasting(0.0, 5.0):
+                driver.run_raw(0, Desc(1 << 40, 2**31), Desc(driver.at(BUFFERS), 1, WRITE))
             assert driver.frontend.iotlb.counts.misses < 2000
             assert driver.run(1, b"fine") == (OK, b"enif")
 
@@ -413,6 +415,7 @@ class TestSilence:
             driver.frontend.iotlb.miss_hook = _only(lost, MissAction.IGNORE)
             ring = driver.rings[0]
             ring.offer(ring.put_chain(0, Desc(lost, 8), Desc(driver.at(BUFFERS), 1, WRITE)))
+            before = stalled()
             started = time.monotonic()
             driver.handles[0].kick()
             # Meanwhile the other queue is served, with translations of its own.
@@ -420,8 +423,9 @@ class TestSilence:
             while not driver.done(0, 1):
                 assert driver.run(1, b"meanwhile") == (OK, b"elihwnaem")
                 served += 1
-            assert TIMEOUT / 2 < time.monotonic() - started < 10 * TIMEOUT
-            assert served > 5
+            waited = stalled() - before
+            assert TIMEOUT / 2 < time.monotonic() - started < 10 * TIMEOUT + waited
+            assert served > 5 or waited > TIMEOUT / 2
             assert driver.memory.read(BUFFERS, 1) == bytes([FAILED])
             assert (impatient.stats.iotlb_timeouts, impatient.stats.iotlb_refused) == (1, 1)
             assert impatient.stats.failed_requests == 1
@@ -435,10 +439,9 @@ class TestSilence:
         with Driver(impatient.path, iommu=True) as driver:
             driver.run(0, b"warm")
             driver.frontend.iotlb.miss_hook = lambda _: MissAnswer(MissAction.IGNORE)
-            started = time.monotonic()
-            for i in range(3):
-                driver.run_raw(0, Desc(0x100000 + i * PAGE, 8), Desc(0x200000, 1, WRITE))
-            assert time.monotonic() - started < 3 * 3 * TIMEOUT + 1
+            with promptly(3 * TIMEOUT):
+                for i in range(3):
+                    driver.run_raw(0, Desc(0x100000 + i * PAGE, 8), Desc(0x200000, 1, WRITE))
             assert impatient.stats.failed_requests == 3
 
     def test_far_more_unanswered_misses_than_may_be_in_flight(self, impatient: Serving) -> None:
@@ -497,9 +500,8 @@ class TestSilence:
         with Hand(impatient.path) as hand:
             hand.sizes[hand.at(BUFFERS)] = size
             hand.submit(at=200)
-            started = time.monotonic()
-            hand.serve_until_done()
-            assert time.monotonic() - started < 20 * TIMEOUT
+            with lasting(0.0, 20 * TIMEOUT):
+                hand.serve_until_done()
             assert hand.used() == 1
             assert impatient.stats.failed_requests == 1
             assert any("a request fails for want of time" in m for m in warnings_of(caplog))

@@ -26,7 +26,7 @@ from guestio.vhost_user import Backend, backend_channel
 from guestio.vhost_user import memory as memory_module
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.memory import SharedMemory
-from guestio.vhost_user.messages import FrontendRequest, MemoryRegion, encode_message
+from guestio.vhost_user.messages import FrontendRequest, MemoryRegion, VringState, encode_message
 from guestio.virtio import blk
 from guestio.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, BlockDevice
 from guestio.virtio.loop import EventLoop
@@ -35,13 +35,14 @@ from tests.kit.rings import PAGE, WRITE, Desc, Rig, physical
 from tests.kit.serving import (
     OK,
     PLATFORM,
-    SLACK,
     WAIT,
     Driver,
     Later,
     Mirror,
     Serving,
     errors_of,
+    promptly,
+    stalled,
     until,
 )
 
@@ -171,19 +172,15 @@ class TestTurns:
             small = driver.request(1, T_IN, 8, 4096)
             assert driver.finish(1, small) == S_OK
             numbers = [driver.request(0, T_IN, 0, 60 * MIB) for _ in range(20)]
-            started = time.monotonic()
+            before = stalled()
             driver.handles[0].kick()
             driver.frontend.sync()
-            answered = time.monotonic() - started
-            assert driver.rings[0].used_idx < 20, f"all were served first, in {answered} s"
             small = driver.request(1, T_IN, 8, 4096)
             assert driver.finish(1, small) == S_OK
-            small_read = time.monotonic() - started - answered
-            before = driver.rings[0].used_idx
-            assert before < 20, f"all were served first, in {answered + small_read} s"
+            # Where this thread was kept from looking, the flood may be over.
+            first = driver.rings[0].used_idx
+            assert first < 20 or stalled() - before > 0.05, "all were served first"
             driver.wait(0, numbers[-1])
-            everything = time.monotonic() - started
-            print(f"message {answered:.3f} s, read {small_read:.3f} s, flood {everything:.3f} s")
             assert {driver.status(0, number) for number in numbers} == {S_OK}
             driver.close()
             serving.let_go()
@@ -219,9 +216,15 @@ class TestTurns:
 
 
 class Slow(Mirror):
-    """Takes its time for each request, without a future."""
+    """Takes its time for each request, without a future, and serves only as many as it may."""
+
+    def __init__(self, queues: int = 2) -> None:
+        super().__init__(queues)
+        self.allowed = threading.Semaphore(0)
 
     def process(self, queue: int, chain: Chain) -> int | Future[int]:
+        self.entered.set()
+        assert self.allowed.acquire(timeout=WAIT)
         time.sleep(2 * budgets.TURN_SECONDS)
         return super().process(queue, chain)
 
@@ -241,17 +244,28 @@ class TestSlowDevices:
             for source in sources:
                 driver.prepare(0, source)
             driver.handles[0].kick()
-            until(lambda: device.seen)
-            driver.frontend.sync()
-            assert len(device.seen) < len(sources)
-            base = driver.stop(0)
-            assert base == len(device.seen) == driver.rings[0].used_idx < len(sources)
+            assert device.entered.wait(WAIT)
+            # The message is there before the first request is done, and waits for few of them.
+            exchange = driver.frontend._exchange
+            (reply,) = exchange.send(F.GET_FEATURES, encode_message(F.GET_FEATURES), replies=1)
+            device.allowed.release(3)
+            exchange.wait(reply)
+            # So does a stop.
+            message = encode_message(F.GET_VRING_BASE, VringState(0, 0))
+            (reply,) = exchange.send(F.GET_VRING_BASE, message, replies=1)
+            device.allowed.release(3)
+            base = VringState.decode(exchange.wait(reply).payload).num
+            assert base == len(device.seen) == driver.rings[0].used_idx <= 6
+            driver.stop(0)
+            device.entered.clear()
             driver.start(0, base)
             driver.handles[0].kick()
-            driver.wait(0, base)
+            assert device.entered.wait(WAIT)
             serving.backend.stop()
+            device.allowed.release(6)
             serving._thread.join(WAIT)
-            assert len(device.seen) < len(sources)
+            assert not serving.alive
+            assert base < len(device.seen) <= 12
         assert [source for _, source in device.seen] == sources[: len(device.seen)]
 
     def test_all_of_a_batch_is_served_in_the_end(self, tmp_path: Path) -> None:
@@ -262,8 +276,12 @@ class TestSlowDevices:
         ):
             sources = [b"request %d" % i for i in range(20)]
             numbers = [driver.submit(0, source) for source in sources]
-            assert driver.run(1, b"other") == (OK, b"rehto")
-            assert len(device.seen) < len(sources)
+            assert device.entered.wait(WAIT)
+            other = driver.submit(1, b"other")
+            device.allowed.release(6)
+            driver.wait(1, other)
+            assert driver.result(1, other, 5) == (OK, b"rehto")
+            device.allowed.release(len(sources))
             for number, source in zip(numbers, sources, strict=True):
                 driver.wait(0, number)
                 assert driver.result(0, number, len(source)) == (OK, source[::-1])
@@ -452,9 +470,8 @@ class TestDisk:
         device = BlockDevice(image)
         _, _, answer = flush(device)
         assert entered.wait(WAIT)
-        started = time.monotonic()
-        device.close()
-        assert time.monotonic() - started < budgets.DEVICE_CLOSE_TIMEOUT * SLACK
+        with promptly(budgets.DEVICE_CLOSE_TIMEOUT):
+            device.close()
         assert errors_of(caplog) == [f"{image}: the disk does not answer; the image stays open"]
         go.set()
         answer.result(WAIT)
@@ -510,8 +527,8 @@ class TestMessages:
         self, survivor: Serving, caplog: pytest.LogCaptureFixture
     ) -> None:
         with Raw(survivor) as raw:
-            raw.send(encode_message(F.SET_OWNER) + encode_message(F.GET_FEATURES)[:7])
             started = time.monotonic()
+            raw.send(encode_message(F.SET_OWNER) + encode_message(F.GET_FEATURES)[:7])
             assert raw.closed()
             assert time.monotonic() - started >= 0.9 * budgets.HALF_MESSAGE_TIMEOUT
         assert errors_of(caplog) == [
@@ -529,28 +546,29 @@ class TestMessages:
     def test_a_slow_message_and_then_another(
         self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("guestio.vhost_user.connection.HALF_MESSAGE_TIMEOUT", 0.6)
+        monkeypatch.setattr("guestio.vhost_user.connection.HALF_MESSAGE_TIMEOUT", 2.0)
         message = encode_message(F.SET_OWNER)
         with Raw(survivor) as raw:
             for _ in range(4):
                 raw.send(message[:5])
-                time.sleep(0.2)
+                time.sleep(0.6)
                 raw.send(message[5:])
             raw.request(F.GET_FEATURES)
             assert len(raw.sock.recv(100)) == 20
             # One that is whole is not limited.
-            time.sleep(0.8)
+            time.sleep(2.2)
             raw.request(F.GET_FEATURES)
             assert len(raw.sock.recv(100)) == 20
 
     def test_one_that_says_nothing_makes_way(
         self, survivor: Serving, caplog: pytest.LogCaptureFixture
     ) -> None:
-        with Raw(survivor):
-            started = time.monotonic()
-            with Driver(survivor.path) as driver:
-                assert driver.run(0, b"next") == (OK, b"txen")
-            assert time.monotonic() - started < budgets.FIRST_MESSAGE_TIMEOUT + SLACK
+        with (
+            Raw(survivor),
+            promptly(budgets.FIRST_MESSAGE_TIMEOUT),
+            Driver(survivor.path) as driver,
+        ):
+            assert driver.run(0, b"next") == (OK, b"txen")
         (line,) = errors_of(caplog)
         assert line.endswith("no message within 1.0 s, and another front-end waits")
 
@@ -664,7 +682,7 @@ class TestMessages:
     def test_one_that_reads_no_replies_is_served_on_until_its_time_is_over(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        limits = {"with_fds": True, "send_timeout": 1.5}
+        limits = {"with_fds": True, "send_timeout": 4.0}
         monkeypatch.setattr(Channel.__init__, "__kwdefaults__", limits)
         with Serving(Mirror(), tmp_path / "socket") as serving:
             driver = Driver(serving.path)
@@ -677,7 +695,7 @@ class TestMessages:
             for _ in range(5):
                 assert driver.run(0, b"still") == (OK, b"llits")
             until(lambda: errors_of(caplog))
-            assert "did not read a message for 1.5 s" in errors_of(caplog)[0]
+            assert "did not read a message for 4.0 s" in errors_of(caplog)[0]
             driver.close()
             serving.check_serves()
 
@@ -701,7 +719,7 @@ class TestMessages:
     ) -> None:
         """A full back-end channel: the main channel is answered all the same."""
         with (
-            Serving(Mirror(), tmp_path / "socket", miss_timeout=0.5) as serving,
+            Serving(Mirror(), tmp_path / "socket") as serving,
             Driver(serving.path, iommu=True, queues=1) as driver,
         ):
             connection = serving.backend._connection
@@ -712,10 +730,9 @@ class TestMessages:
             driver.prepare(0, b"x")
             driver.frontend.iotlb.unmap((driver.at(driver.buffer(0, 0)), PAGE))
             driver.handles[0].kick()
-            started = time.monotonic()
-            for _ in range(5):
-                driver.frontend.sync()
-            assert time.monotonic() - started < SLACK
+            with promptly(0.5):
+                for _ in range(5):
+                    driver.frontend.sync()
             assert backend_channel.MAX_BACKLOG >= 4096
             assert driver.features & PLATFORM
 

@@ -25,6 +25,7 @@ from tests.kit.serving import (
     Later,
     Serving,
     footprint,
+    left_since,
     until,
 )
 
@@ -213,7 +214,7 @@ class Lives(RuleBasedStateMachine):
             shutil.rmtree(self.directory)
             del self.driver
         gc.collect()
-        until(lambda: footprint() == self.before, f"left behind: {self.before} {footprint()}")
+        until(lambda: not left_since(self.before), f"left behind: {self.before} {footprint()}")
 
 
 Lives.TestCase.settings = settings(

@@ -40,7 +40,7 @@ from tests.kit.serving import (
 )
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 0.2
+TIMEOUT = 1.0
 HOLE = 0x180000
 """Guest addresses from here on have translations of their own."""
 

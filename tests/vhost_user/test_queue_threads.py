@@ -77,7 +77,7 @@ def device() -> Meeting:
 
 @pytest.fixture
 def serving(device: Meeting, tmp_path: Path) -> Iterator[Serving]:
-    with Serving(device, tmp_path / "socket", queue_threads=True, miss_timeout=1.0) as made:
+    with Serving(device, tmp_path / "socket", queue_threads=True, miss_timeout=2.0) as made:
         yield made
         device.go_on.set()
 

@@ -15,7 +15,7 @@ from guestio import CannotResolveError
 from guestio.virtio.iommu import FaultRecord, Status, VirtioIommu, wire
 from tests.kit.iommu_driver import MSI, PAGE, LedgerTarget, attach, map_, probe, unmap
 from tests.kit.rings import WRITE, Desc
-from tests.kit.serving import SLACK, WAIT, Driver, Serving, nothing_left, until
+from tests.kit.serving import WAIT, Driver, Serving, nothing_left, until
 
 REQUESTS, EVENTS = 0, 1
 NOWHERE = 1 << 30
@@ -135,7 +135,7 @@ def test_a_fault_record_arrives_in_a_buffer(iommu: VirtioIommu, guest: Guest) ->
     guest.check(attach(8, 1))
     fault(iommu, guest, 0x5000)
     assert guest.event(posted) == FaultRecord.make(2, 0x101, 8, 0x5000)
-    guest.handles[EVENTS].wait_call(SLACK)
+    guest.handles[EVENTS].wait_call(WAIT)
 
 
 def test_fault_records_wait_for_buffers(iommu: VirtioIommu, guest: Guest) -> None:
