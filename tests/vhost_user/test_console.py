@@ -236,6 +236,21 @@ def test_a_driver_that_begins_is_told_of_the_size(tmp_path: Path) -> None:
             serving.let_go()
 
 
+def test_the_next_driver_is_told_of_the_size_without_a_reset(tmp_path: Path) -> None:
+    """QEMU and User-mode Linux only stop the queues when a driver is unbound."""
+    device = ConsoleDevice()
+    with served(tmp_path, device) as serving, ConsoleDriver(serving.path) as driver:
+        for life in range(3):
+            driver.post(0)
+            assert driver.frontend.wait_config_change(10, seen=2 * life)
+            driver.write(1, b"x")
+            assert driver.frontend.wait_config_change(10, seen=2 * life + 1)
+            for index in (0, 1):
+                driver.stop(index)
+            for index in (0, 1):
+                driver.add_queue(index)
+
+
 def test_input_waits_for_a_guest_that_does_not_read(
     tmp_path: Path, ends: tuple[socket.socket, socket.socket]
 ) -> None:

@@ -646,6 +646,8 @@ class ConsoleDevice(Device):
 
     def stopping(self, queue: int) -> None:
         """See :class:`Device`."""
+        # The next driver begins without the size, and not every front-end resets before it.
+        self._told.clear()
         for port in self.ports:
             if port.uses(queue):
                 port.stopping()
