@@ -81,7 +81,7 @@ def test_a_socket_in_use_is_refused_and_left_alone(tmp_path: Path, image: Path):
 def test_signals_end_it_cleanly(tmp_path: Path, serve, number):
     process = serve()
     process.send_signal(number)
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert not (tmp_path / "s.sock").exists()
 
 
@@ -91,7 +91,7 @@ def test_signals_end_it_with_a_guest_connected(tmp_path: Path, serve, number):
     with ScriptedGuest(tmp_path / "s.sock", iommu="strict") as guest:
         assert guest.get_id() == b"disk-7"
         process.send_signal(number)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     assert not (tmp_path / "s.sock").exists()
 
 
@@ -120,7 +120,7 @@ def test_threads_that_wait_for_the_disk(tmp_path: Path, image: Path, serve, thre
         started = thread_count(process.pid) - alone
     assert started == 0 if threads == "0" else 1 <= started <= int(threads)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
 
 
 def thread_count(pid: int) -> int:
@@ -137,7 +137,7 @@ def test_demo_shows_that_every_check_held():
     started = time.monotonic()
     done = run("demo", "--seconds", "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120
     assert "every check held" in done.stdout
     assert "4 of 4" in done.stdout
     assert done.stdout.count(": refused") == 4

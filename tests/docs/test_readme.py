@@ -56,7 +56,7 @@ class EntropyDriver:
         self.queue.add([], buffers, "token")
         if self.queue.publish():
             self.handle.kick()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not (done := self.queue.collect()):
             assert time.monotonic() < deadline, "the device did not answer"
             self.handle.wait_call(1)

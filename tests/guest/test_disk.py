@@ -20,6 +20,7 @@ from guestio.vhost_user.request_channel import NoAnswerError
 from guestio.virtio.blk import F_RO, S_IOERR, S_UNSUPP, T_IN
 from tests.kit.disks import SIZE, Disk, own_disk, storage_daemon
 from tests.kit.peer import nothing_left
+from tests.kit.serving import lasting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -187,7 +188,7 @@ class TestManyAtATime:
         with ScriptedGuest(disk.socket) as guest:
             requests = [guest.submit_read(8 * i, 4096) for i in range(8)]
             found: list[Request] = []
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while len(found) < 8 and time.monotonic() < deadline:
                 found += guest.poll()
             assert {id(request) for request in found} == {id(request) for request in requests}
@@ -307,7 +308,7 @@ class TestIommu:
     def test_a_translation_that_does_not_come_is_seen_as_a_failure(
         self, tmp_path: Path, answer: MissAnswer, timeouts: int
     ) -> None:
-        with own_disk(tmp_path, miss_timeout=0.2 if timeouts else 10.0) as disk:
+        with own_disk(tmp_path, miss_timeout=1.5 if timeouts else 10.0) as disk:
             # In turn: the indirect table, the header, the data, the status.
             outcomes = [self._lose_one_page(disk, answer, victim) for victim in range(4)]
             # Without a status byte to write, only a broken queue tells the driver.
@@ -418,10 +419,8 @@ class TestLife:
             assert disk.process is not None
             disk.process.kill()
             disk.process.wait()
-            began = time.monotonic()
-            with pytest.raises(PeerGoneError):
+            with lasting(0.0, 5.0), pytest.raises(PeerGoneError):
                 guest.read(0, 512)
-            assert time.monotonic() - began < 5
 
     def test_a_back_end_that_goes_to_sleep(self, tmp_path: Path) -> None:
         with storage_daemon(tmp_path) as disk:

@@ -41,7 +41,7 @@ class Served:
                 ],
                 stderr=stderr,
             )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while f"listening on {socket}" not in log.read_text():
             assert self.process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -49,7 +49,7 @@ class Served:
 
     def counts(self) -> dict[str, int]:
         """What the service said when its last front-end went."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not (said := re.findall(r"so far: (.*)", self.log.read_text())):
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)

@@ -83,14 +83,17 @@ def test_one_that_is_killed_makes_room_for_the_next(
     bench = new_qemu("qemu-img")
     for count in range(1, 4):
         command = [bench, "bench", "-c", "100000000", "-d", "32", "--image-opts", options]
-        busy = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        time.sleep(0.3)  # anywhere in its work; nothing is waited for
-        busy.send_signal(signal.SIGKILL)
-        busy.wait()
         end = time.monotonic() + LIMIT
         while f"front-end {count} gone" not in log.read_text():
             assert time.monotonic() < end, log.read_text()
-            time.sleep(0.02)
+            busy = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            # Anywhere in its work; on a slow machine it may not have connected yet.
+            time.sleep(0.3)
+            busy.send_signal(signal.SIGKILL)
+            busy.wait()
+            soon = time.monotonic() + 2
+            while f"front-end {count} gone" not in log.read_text() and time.monotonic() < soon:
+                time.sleep(0.02)
     copy = tmp_path / "copy.img"
     subprocess.run(
         [bench, "convert", "-O", "raw", "--image-opts", options, copy], timeout=LIMIT, check=True

@@ -110,7 +110,7 @@ class BackEnd:
         self.log = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen([sys.executable, *program], stderr=stderr)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while "listening on" not in log.read_text():
             assert self.process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -196,7 +196,7 @@ def kill_at_work(backend: BackEnd, region: Tracked) -> None:
     It is held up, so that requests come together, let go, and held to look how many it took.
     """
     before = region.used()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 200
     while True:
         assert time.monotonic() < deadline, (before, region.used(), region.in_flight())
         if np.any(region.used() == before):

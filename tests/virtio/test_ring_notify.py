@@ -182,11 +182,11 @@ class Shared:
         element = struct.Struct("<II").unpack_from
         seen = offered = 0
         deadline = time.monotonic() + seconds
-        while (late := time.monotonic() - deadline) < 0 or seen < offered:
-            if late > 5:
+        while (late := time.monotonic() - deadline) < 0 or seen < offered or seen <= 20000:
+            if late > 60:
                 return 5  # the device has stopped
             batch = 1 + offered % 1999
-            if late < 0 and offered - seen + batch <= self.SIZE:
+            if (late < 0 or offered <= 20000) and offered - seen + batch <= self.SIZE:
                 self.rig.offer(*[(offered + i) % self.SIZE for i in range(batch)])
                 offered += batch
             for _ in range(200):
@@ -200,7 +200,7 @@ class Shared:
                     if used != (number % self.SIZE, number & 0x7FFF):
                         return 3  # published before it was written
                 seen += ahead
-        return 0 if seen > 20000 else 4
+        return 0
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_a_driver_that_polls_in_another_process_never_sees_an_unwritten_element(
     shared = Shared()
     child = _fork(lambda: shared.polling_driver(2.5))
     ring, served, notified = shared.rig.ring, 0, 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     try:
         while time.monotonic() < deadline:
             chains, misses = ring.pop(2048)
@@ -246,7 +246,7 @@ class TestSpinning:
             assert not rig.ring.spin(0.001, nothing.fileno())
             driver = threading.Timer(0.02, rig.offer, [0])
             driver.start()
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 60
             # The driver of this test needs the GIL, which is kept while the ring is looked at.
             while not rig.ring.spin(0.0001, nothing.fileno()):
                 assert time.monotonic() < deadline
