@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.console_driver import ConsoleDriver
 from tests.kit.serving import promptly, until
-from tests.vhost_user.test_console import ConsoleDriver
 
 Program = subprocess.Popen[bytes]
 

@@ -18,8 +18,8 @@ import pytest
 
 from guestio.vhost_user.messages import FrontendRequest, encode_message
 from guestio.virtio.blk import T_FLUSH, T_IN, T_WRITE_ZEROES
+from tests.kit.disk_driver import MIB, DiskDriver
 from tests.kit.serving import PLATFORM, WAIT, promptly, until
-from tests.vhost_user.test_budgets import MIB, DiskDriver
 
 ENDS_WITHIN = 2.0
 F = FrontendRequest

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.disk_driver import DiskDriver
 from tests.kit.serving import WAIT, until
-from tests.vhost_user.test_budgets import DiskDriver
 
 Start = Callable[..., subprocess.Popen[str]]
 

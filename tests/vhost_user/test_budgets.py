@@ -30,6 +30,7 @@ from guestio.vhost_user.messages import FrontendRequest, MemoryRegion, VringStat
 from guestio.virtio import blk
 from guestio.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, BlockDevice
 from guestio.virtio.loop import EventLoop
+from tests.kit.disk_driver import MIB, DiskDriver
 from tests.kit.hostile import Raw
 from tests.kit.rings import PAGE, WRITE, Desc, Rig, physical
 from tests.kit.serving import (
@@ -47,43 +48,6 @@ from tests.kit.serving import (
 )
 
 F = FrontendRequest
-HEADERS = 0x40000
-DATA = 0x1000000
-MIB = 1 << 20
-
-
-class DiskDriver(Driver):
-    """A front-end with requests for a disk by hand; each queue's are numbered from 0."""
-
-    SIZE = 96 * MIB
-
-    def request(
-        self, index: int, kind: int, sector: int = 0, length: int = 0, payload: bytes = b""
-    ) -> int:
-        """Offer a request without announcing it; its number. All share the data's memory."""
-        ring = self.rings[index]
-        number = ring.offered
-        slot = number % (self.size // 3)
-        place = HEADERS + (index * self.size + slot) * 1024
-        self.memory.write(place, struct.pack("<IIQ", kind, 0, sector) + payload)
-        self.memory.write(place + 1023, b"\xee")
-        data = [Desc(DATA, length, WRITE if kind == T_IN else 0)] if length else []
-        ring.offer(
-            ring.put_chain(
-                3 * slot, Desc(place, 16 + len(payload)), *data, Desc(place + 1023, 1, WRITE)
-            )
-        )
-        return number
-
-    def status(self, index: int, number: int) -> int:
-        slot = number % (self.size // 3)
-        return self.memory.read(HEADERS + (index * self.size + slot) * 1024 + 1023, 1)[0]
-
-    def finish(self, index: int, number: int) -> int:
-        """Announce what was offered, wait for a request, and return its status."""
-        self.handles[index].kick()
-        self.wait(index, number)
-        return self.status(index, number)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from tests.kit.serving import (
     until,
     warnings_of,
 )
-from tests.vhost_user.test_requests_in_progress import Waiting
+from tests.kit.waiting import Waiting
 
 ERROR = 0xEE
 GLANCE = 0.1

@@ -5,14 +5,12 @@ The specification is QEMU docs/interop/vhost-user.rst, "Inflight I/O tracking".
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import mmap
 import os
 import random
 import signal
 import struct
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +27,7 @@ from guestio.memory import Backing
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.messages import Inflight
 from tests.kit.peer import nothing_left
+from tests.kit.traced import Traced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -311,42 +310,6 @@ os.kill(os.getpid(), signal.SIGSTOP)
 """
 PLAY_TAKEN = [0, 1, 2, 2, 3, 0, 1]
 PLAY_USED = [2, 0, 3, 4, 1, 6, 5]  # positions in PLAY_TAKEN
-_SINGLESTEP = 9  # PTRACE_SINGLESTEP
-
-
-class Traced:
-    """A process that is run one instruction at a time (ptrace(2))."""
-
-    def __init__(self, program: str, *fds: int, arguments: tuple[str, ...]) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.ptrace.argtypes = (
-            ctypes.c_long,
-            ctypes.c_long,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, fds), *arguments], pass_fds=fds
-        )
-
-    def wait(self) -> int:
-        """The signal it stopped for, or -1 if it ended."""
-        _, status = os.waitpid(self.process.pid, 0)
-        if not os.WIFSTOPPED(status):
-            self.process.returncode = os.waitstatus_to_exitcode(status)
-            return -1
-        return os.WSTOPSIG(status)
-
-    def step(self) -> int:
-        """Run one instruction; the signal it then stopped for."""
-        self._libc.ptrace(_SINGLESTEP, self.process.pid, None, None)
-        return self.wait()
-
-    def kill(self) -> None:
-        """End it wherever it is."""
-        if self.process.returncode is None:
-            self.process.kill()
-            self.process.wait()
 
 
 class TestKilled:

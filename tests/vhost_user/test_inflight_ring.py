@@ -20,7 +20,7 @@ from guestio._core.virtio.split import SplitRing
 from guestio.addr import Permissions
 from guestio.iommu import Iotlb
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
-from tests.vhost_user.test_inflight import Traced
+from tests.kit.traced import Traced
 
 SIZE = 4
 BASE = 65534  # the index wraps

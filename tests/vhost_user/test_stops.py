@@ -31,7 +31,7 @@ from tests.kit.serving import (
     until,
     warnings_of,
 )
-from tests.vhost_user.test_requests_in_progress import Waiting, begin, mirrored
+from tests.kit.waiting import Waiting, begin, mirrored
 
 RW = Permissions.READ_WRITE
 

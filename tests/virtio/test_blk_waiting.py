@@ -37,9 +37,9 @@ from guestio.virtio.blk import (
     T_WRITE_ZEROES,
     BlockDevice,
 )
+from tests.kit.block_requests import READ_AT, SECTORS, SIZE, WRITE_AT, Disk
 from tests.kit.rings import WRITE, Desc
 from tests.kit.serving import promptly, until
-from tests.virtio.test_blk import READ_AT, SECTORS, SIZE, WRITE_AT, Disk
 
 PLACE = 0x10000
 _libc = ctypes.CDLL(None)

@@ -18,8 +18,8 @@ from hypothesis.stateful import (
 )
 
 from guestio._core.virtio.chain import Chain
+from tests.kit.ring_bench import AREAS, RW, Bench
 from tests.kit.rings import PAGE
-from tests.virtio.test_ring_order import AREAS, RW, Bench
 
 
 @dataclass

@@ -38,7 +38,7 @@ from tests.kit.iommu_driver import (
     status,
     unmap,
 )
-from tests.virtio.test_virtio_iommu_queues import Guest
+from tests.kit.iommu_guest import Guest
 
 WAIT = 10
 
