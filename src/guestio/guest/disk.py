@@ -23,7 +23,6 @@ from guestio.guest.blkqueue import BlkQueue, Request
 from guestio.guest.dma import DmaSpace, IommuMode, Segment
 from guestio.guest.driver import GuestDriver
 from guestio.guest.queue import Shape
-from guestio.memory import GuestMemory
 from guestio.vhost_user.frontend import Frontend
 from guestio.virtio.blk import (
     F_BLK_SIZE,
@@ -125,6 +124,7 @@ class ScriptedGuest(GuestDriver[BlkQueue]):
     ) -> None:
         super().__init__(
             target,
+            queue_type=BlkQueue,
             features=BLK_FEATURES,
             memory_size=memory_size,
             iommu=iommu,
@@ -179,18 +179,6 @@ class ScriptedGuest(GuestDriver[BlkQueue]):
 
     def _look_at_config(self) -> None:
         self.config = BlkConfig._make(_CONFIG.unpack(self.frontend.get_config(0, _CONFIG.size)))
-
-    def _make_queue(self, index: int, size: int, view: GuestMemory, *, polling: bool) -> BlkQueue:
-        return BlkQueue(
-            self.frontend,
-            self._dma,
-            index,
-            size,
-            view,
-            polling=polling,
-            contiguous=self._contiguous,
-            timeout=self._timeout,
-        )
 
     # Requests, one at a time
 

@@ -56,11 +56,12 @@ _Q = TypeVar("_Q", bound=GuestQueue[Any])
 class GuestDriver(Generic[_Q]):
     """A guest with a driver of one device: its connection, its memory and its queues.
 
-    Abstract: a subclass makes the queues, and calls :meth:`_set_up`.
+    Abstract: a subclass names the class of its queues, and calls :meth:`_set_up`.
 
     Args:
         target: Path of the back-end's socket, a connected socket, or a front-end, which it owns
             from here on.
+        queue_type: Class of the queues.
         features: Feature bits of the device's type that the driver knows.
         memory_size: Bytes of guest memory, a multiple of 8192; half of it lies above 4 GiB.
         iommu: How the IOMMU is used, see :data:`~guestio.guest.dma.IommuMode`.
@@ -83,6 +84,7 @@ class GuestDriver(Generic[_Q]):
         self,
         target: str | os.PathLike[str] | socket.socket | Frontend,
         *,
+        queue_type: type[_Q],
         features: int,
         memory_size: int,
         iommu: IommuMode,
@@ -92,6 +94,7 @@ class GuestDriver(Generic[_Q]):
         frontend: dict[str, Any],
     ) -> None:
         self._timeout = timeout
+        self._queue_type = queue_type
         self._contiguous = contiguous
         self._known = features
         self._queues: list[_Q] = []
@@ -157,14 +160,22 @@ class GuestDriver(Generic[_Q]):
         if iommu != "off":
             view = IommuMemory(self.memory, _GuestTables(self.frontend.iotlb.mappings))
         for index in range(self.frontend.queue_count() if queues is None else queues):
-            self._queues.append(self._make_queue(index, queue_size, view, polling=polling))
+            self._queues.append(
+                self._queue_type(
+                    self.frontend,
+                    self._dma,
+                    index,
+                    queue_size,
+                    view,
+                    polling=polling,
+                    contiguous=self._contiguous,
+                    timeout=self._timeout,
+                )
+            )
         self._set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)
 
     def _look_at_config(self) -> None:
         """Read what the driver must know before it sets queues up."""
-
-    def _make_queue(self, index: int, size: int, view: GuestMemory, *, polling: bool) -> _Q:
-        raise NotImplementedError
 
     def shut_down(self) -> None:
         """Stop the device and take its queues down."""
@@ -341,6 +352,7 @@ class Driver(GuestDriver[_Queue]):
         }
         super().__init__(
             target,
+            queue_type=_Queue,
             features=DEVICE_FEATURES if features is None else check_int(features, "features"),
             memory_size=memory_size,
             iommu=iommu,
@@ -362,18 +374,6 @@ class Driver(GuestDriver[_Queue]):
         return (
             f"<Driver: {len(self._queues)} queues, features {self.features:#x}, "
             f"iommu {self._options['iommu']!r}>"
-        )
-
-    def _make_queue(self, index: int, size: int, view: GuestMemory, *, polling: bool) -> _Queue:
-        return _Queue(
-            self.frontend,
-            self._dma,
-            index,
-            size,
-            view,
-            polling=polling,
-            contiguous=self._contiguous,
-            timeout=self._timeout,
         )
 
     def _queue(self, index: int) -> _Queue:
