@@ -13,7 +13,7 @@ from typing import Any, Self
 import pytest
 
 from guestio.errors import GuestioError
-from guestio.vhost_user.backend_channel import TURN
+from guestio.vhost_user.backend_channel import MESSAGES_AT_A_TIME
 from guestio.vhost_user.channel import Channel, Message
 from guestio.vhost_user.frontend import PROTOCOL_FEATURES, Frontend
 from guestio.vhost_user.messages import (
@@ -304,7 +304,7 @@ def test_an_answer_among_acknowledged_misses(serving: Serving, device: Changing)
     """Behind an IOMMU both kinds of replies come on one channel; each finds whom it is for."""
     with Driver(serving.path, iommu=True, map_all=False) as driver:
         frontend = driver.frontend
-        for value in range(1, 2 * TURN):
+        for value in range(1, 2 * MESSAGES_AT_A_TIME):
             device.change(value % 256)
             # Nothing is mapped there: the miss is refused, which only a reply tells.
             number = driver.submit(0, b"lost")

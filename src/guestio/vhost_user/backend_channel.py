@@ -25,7 +25,7 @@ from guestio.virtio.statistics import Statistics
 
 log = logging.getLogger("guestio.vhost_user")
 
-TURN = 64
+MESSAGES_AT_A_TIME = 64
 """Replies handled one by one per wake-up, so that queues are not starved."""
 
 
@@ -189,7 +189,7 @@ class BackendChannel:
                 self._lose(error)
 
     def _receive_one_by_one(self, channel: Channel) -> None:
-        for _ in range(TURN):
+        for _ in range(MESSAGES_AT_A_TIME):
             if self._channel is not channel:
                 return
             message = channel.recv()

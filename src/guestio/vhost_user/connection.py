@@ -41,7 +41,7 @@ log = logging.getLogger("guestio.vhost_user")
 MAX_MEM_SLOTS = 509
 """Memory regions at most, as many as QEMU's default for KVM."""
 
-TURN = 64
+MESSAGES_AT_A_TIME = 64
 """Messages handled per wake-up, so that queues are not starved."""
 
 
@@ -107,7 +107,7 @@ class Connection:
     def _receive_some(self) -> None:
         until = time.monotonic() + TURN_SECONDS
         try:
-            for _ in range(TURN):
+            for _ in range(MESSAGES_AT_A_TIME):
                 if self.translating and self._translator.receive(self._channel):
                     self._wait_for_reader()
                     return
