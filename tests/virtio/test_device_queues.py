@@ -811,6 +811,19 @@ class TestTranslations:
             assert serving.stats.failed_requests == 1
             assert any("queue 0: request refused" in line for line in warnings_of(caplog))
 
+    def test_a_ring_that_came_takes_no_time_from_its_first_buffer(
+        self, port: Port, serving: Serving
+    ) -> None:
+        """The device may take it much later; its wait does not count from the ring's on."""
+        with Guest(serving, "strict") as guest:
+            queue = port.host.queue(RECEIVE)
+            number = guest.post()
+            until(lambda: serving.stats.iotlb_misses)
+            until(lambda: queue._stalled_at is None)
+            send(port, b"late")
+            assert guest.got(number) == b"late"
+            assert serving.stats.failed_requests == 0
+
     def test_a_revocation_takes_what_is_held_too_long(self, port: Port, tmp_path: Path) -> None:
         with (
             Serving(port, tmp_path / "socket", stop_timeout=0.2) as serving,

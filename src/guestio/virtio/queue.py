@@ -192,6 +192,8 @@ class DeviceQueue:
         self._why_stuck = ""
         self._watch_until = 0.0
         self._stalled_at: float | None = None
+        # Whether what it waits for is the ring itself, rather than a request.
+        self._ring_lacks = False
         self._stalled_for = 0
         self._kick: Doorbell | None = None
         self._call: Doorbell | None = None
@@ -767,6 +769,10 @@ class DeviceQueue:
         if missing:
             self._stall(ring, missing)
             return False
+        if self._ring_lacks:
+            # A device may take the first buffer much later, and that has all of its time then.
+            self._ring_lacks = False
+            self._end_stall()
         if self._lacks:
             lacks, self._lacks = self._lacks, []
             self._stall(ring, lacks)
@@ -1290,6 +1296,7 @@ class DeviceQueue:
         now = time.monotonic()
         if self._stalled_at is None or self._stalled_for != ring.progress:
             self._stalled_at, self._stalled_for = now, ring.progress
+        self._ring_lacks = bool(ring.missing())
         if self._give_up(ring, late=now - self._stalled_at >= self._host.translator.patience):
             return True
         self._host.translator.request(self.index, missing)
