@@ -132,7 +132,7 @@ class VhostUserDisk:
 
 @dataclass(frozen=True, slots=True)
 class VhostUserNet:
-    """A `virtio-net` card served by the process that listens on `socket`; QEMU 8 or newer.
+    """A `virtio-net` card served by the process that listens on `socket`.
 
     Attributes:
         socket: Unix socket of the back-end; QEMU connects to it when it starts.
@@ -141,6 +141,8 @@ class VhostUserNet:
         whole: Whether QEMU hands the whole device through (QEMU 11 or newer): its address, its
             link and its control queue are the back-end's then, and `mac` has no meaning.
         virtio_id: The device type, for User-mode Linux.
+        vectors: MSI-X vectors that QEMU gives it, if not as many as it likes. QEMU 7.2 without KVM
+            crashes when the card starts, except with 0.
     """
 
     socket: Path
@@ -148,12 +150,14 @@ class VhostUserNet:
     mac: str = "52:54:00:12:34:56"
     whole: bool = False
     virtio_id: int = 1
+    vectors: int | None = None
 
     def arguments(self, index: int, viommu: Viommu) -> list[str]:
         """QEMU arguments; see `Disk`."""
         several = self.queue_pairs > 1
         queues = f",queues={self.queue_pairs}" if several else ""
         options = f"netdev=net{index},mac={self.mac}{',mq=on' if several else ''},romfile="
+        options += "" if self.vectors is None else f",vectors={self.vectors}"
         options += viommu.device_options(index)
         common = [
             *viommu.port_arguments(index),
@@ -196,9 +200,8 @@ class VhostUserDevice:
             f"vhost-user-test-device-pci,virtio-id={self.virtio_id},num_vqs={self.num_queues},"
             f"vq_size=64,config_size={self.config_size}"
         )
-        options = viommu.device_options(index)
-        if not self.front_end:
-            options = options.replace(",disable-legacy=on", "")  # It never is legacy.
+        # None of these front-ends has a legacy mode, nor the option.
+        options = viommu.device_options(index).replace(",disable-legacy=on", "")
         return [
             *viommu.port_arguments(index),
             *("-chardev", f"socket,id=vhost{index},path={_escaped(self.socket)}"),
@@ -489,6 +492,10 @@ class RunningGuest:
                     return
                 raise GuestError(f"the guest never reported {text!r}{self.kill().describe()}")
             time.sleep(0.02)
+
+    def facts(self) -> dict[str, str]:
+        """What scripts have reported so far; the last value of each name."""
+        return _facts(self._log("report"))
 
     def wait(self) -> GuestResult:
         """Wait for QEMU's end; kill it when the guest's time is over."""

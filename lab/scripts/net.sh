@@ -4,9 +4,10 @@
 #   ADDRESS  with its prefix, if there is no DHCP
 #   PINGS    of each size (100)
 #   RELOADS  how often the driver is taken away and brought back (3)
+#   STAY     if not empty, pings go on for ever afterwards
 #   BYTES    to send to port 7001 and to receive from port 7002 of ROUTER (0)
 # modules: virtio_net
-: "${ROUTER:=10.0.2.1}" "${ADDRESS:=}" "${PINGS:=100}" "${RELOADS:=3}" "${BYTES:=0}"
+: "${ROUTER:=10.0.2.1}" "${ADDRESS:=}" "${PINGS:=100}" "${RELOADS:=3}" "${BYTES:=0}" "${STAY:=}"
 set -eu
 cat >/tmp/dhcp <<'SCRIPT'
 #!/bin/busybox sh
@@ -68,3 +69,11 @@ if [ "$BYTES" -gt 0 ]; then
     nc "$ROUTER" 7002 </dev/null | sha256sum | sed 's/^\([0-9a-f]*\).*/FACT received=\1/'
 fi
 pings 56
+if [ -n "$STAY" ]; then
+    ping -A -s 1000 "$ROUTER" >/tmp/pings &
+    until grep -q seq=1 /tmp/pings; do
+        usleep 20000
+    done
+    echo "FACT stays=yes"
+    wait
+fi

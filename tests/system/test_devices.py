@@ -1,86 +1,46 @@
-"""Linux guests use what ``guestio rng``, ``guestio input`` and ``guestio console`` serve.
+"""Linux guests use what ``guestio net``, ``console``, ``input``, ``rng`` and ``blk`` serve.
 
-Each server ends in time while its guest runs. One guest has all of them, to boot less often.
+Each driver is reloaded between uses, and each server ends in time while the guest uses its device.
+One guest has all of them, to boot less often. `./run lab-devices` is the campaign: ten reloads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from lab.guest import Guest, RunningGuest, Script, VhostUserDevice, Viommu
+from lab.guest import (
+    MIB,
+    Disk,
+    Guest,
+    RunningGuest,
+    Script,
+    VhostUserDevice,
+    VhostUserDisk,
+    VhostUserNet,
+    Viommu,
+)
+from lab.parts import require_program
 from lab.qemu import new_qemu
 from lab.uml import UmlGuest, uml_kernel
-from tests.kit.serving import promptly
+from tests.kit.command import Command, ready
 
 PATTERN = b"guestio!"
 RNG, CONSOLE, INPUT = 4, 3, 18
-ENDS_WITHIN = 2.0
-LIMIT = 300.0
-KEYS = "".join("+0.2 KEY_A\n" for _ in range(2000))
-
-
-class Server:
-    """A command that serves, at a socket."""
-
-    def __init__(self, directory: Path, *words: str, terminal: int | None = None) -> None:
-        self.path = directory / f"{words[0]}.sock"
-        self.log = directory / f"{words[0]}.log"
-
-        def lead() -> None:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-        with self.log.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "guestio", *words, "--socket", self.path],
-                stdin=subprocess.DEVNULL if terminal is None else terminal,
-                stdout=terminal,
-                stderr=stderr,
-                start_new_session=True,
-                preexec_fn=None if terminal is None else lead,
-            )
-
-    def ready(self) -> None:
-        deadline = time.monotonic() + 60
-        while f"listening on {self.path}" not in self.log.read_text():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
-
-    def end(self) -> None:
-        """End it by a signal, in time."""
-        with promptly(ENDS_WITHIN):
-            self.process.send_signal(signal.SIGTERM)
-            assert self.process.wait(60) == 0, self.log.read_text()
-        assert not self.path.exists()
-        said = self.log.read_text()
-        assert "disconnected" not in said
-        assert "Traceback" not in said
-
-
-@contextlib.contextmanager
-def servers(*started: Server) -> Iterator[None]:
-    try:
-        for each in started:
-            each.ready()
-        yield
-    finally:
-        for each in started:
-            each.process.kill()
-            each.process.wait()
-            print(f"--- {each.log.name} ---\n{each.log.read_text()}")
+RELOADS = int(os.environ.get("GUESTIO_DEVICE_RELOADS", "2"))
+PINGS = int(os.environ.get("GUESTIO_DEVICE_PINGS", "10"))
+LIMIT = 300.0 + 30.0 * RELOADS
+KEYS = "+0.2 KEY_A\n" * 20000
 
 
 class Terminal:
@@ -119,112 +79,152 @@ def terminal() -> Iterator[Terminal]:
     made.close()
 
 
-def rng(directory: Path, *options: str) -> Server:
+def rng(directory: Path) -> Command:
     source = directory / "source"
     source.write_bytes(PATTERN * 512)
-    return Server(directory, "rng", "--source", str(source), *options)
+    return Command(directory, "rng", "--source", str(source))
 
 
-def keyboard(directory: Path, *options: str) -> Server:
+def keyboard(directory: Path) -> Command:
     script = directory / "keys"
     script.write_text(KEYS)
-    return Server(directory, "input", "keyboard", "--script", str(script), *options)
+    return Command(directory, "input", "keyboard", "--script", str(script))
 
 
-def use_console(guest: RunningGuest, terminal: Terminal) -> None:
-    """Do what a person would do at the terminal."""
-    guest.wait_for("FACT size=", LIMIT)
-    terminal.wait_for(b"hello from the guest")
-    terminal.type(b"a line that is typed\n")
-    guest.wait_for("FACT typed=", LIMIT)
-    terminal.resize(132, 50)
+def use_console(guest: RunningGuest, terminal: Terminal, life: int) -> None:
+    """Do what a person would do at the terminal while a driver lives."""
+    guest.wait_for(f"FACT console={life}\n", LIMIT)
+    terminal.wait_for(b"hello from life %d." % life)
+    terminal.type(b"line %d\n" % life)
+    guest.wait_for(f"FACT typed_{life}=line {life}\n", LIMIT)
+    terminal.resize(101 + life, 41 + life)
+    guest.wait_for(f"FACT size_{life}={41 + life} {101 + life}\n", LIMIT)
 
 
-def check_rng(facts: dict[str, str]) -> None:
-    read = facts["rng"]
-    assert len(read) == 64
-    assert read in PATTERN.decode() * 9
+class Lab:
+    """A guest's devices, each served by a command of its own.
+
+    Attributes:
+        commands: By the device's name in `lab/scripts/devices.sh`.
+    """
+
+    def __init__(self, directory: Path, names: list[str], terminal: Terminal) -> None:
+        self.image = directory / "disk.img"
+        self.image.write_bytes(os.urandom(2 * MIB))
+        self.terminal = terminal
+        start: dict[str, Callable[[], Command]] = {
+            "net": lambda: Command(directory, "net", "--responder", "10.0.2.1/24"),
+            "disk": lambda: Command(directory, "blk", str(self.image)),
+            "rng": lambda: rng(directory),
+            "keyboard": lambda: keyboard(directory),
+            "console": lambda: Command(directory, "console", "--stdio", terminal=terminal.slave),
+        }
+        self.commands = {name: start[name]() for name in names}
+
+    def front_ends(self, viommu: Viommu, *, newest: bool) -> list[Disk]:
+        """QEMU's devices, in the order of the commands but with the disk first."""
+        special = {
+            "rng": "" if newest else "vhost-user-rng-pci",
+            "keyboard": "" if viommu.present else "vhost-user-input-pci",
+        }
+        make: dict[str, Callable[[Path], Disk]] = {
+            "net": lambda path: VhostUserNet(path, vectors=None if newest else 0),
+            "rng": lambda path: VhostUserDevice(path, RNG, front_end=special["rng"]),
+            "keyboard": lambda path: VhostUserDevice(
+                path, INPUT, num_queues=2, config_size=136, front_end=special["keyboard"]
+            ),
+            "console": lambda path: VhostUserDevice(path, CONSOLE, num_queues=2, config_size=12),
+        }
+        return [make[name](each.path) for name, each in self.commands.items() if name in make]
+
+    def check(self, facts: Mapping[str, str], name: str) -> str:
+        """Compare what the guest saw with what was to be seen; says what that is."""
+        if name == "net":
+            assert facts["dhcp"] == "10.0.2.2/24 10.0.2.1"
+            assert facts["pings_56"] == facts["pings_1400"] == str(PINGS)
+            assert facts["reloads"] == str(RELOADS)
+            return f"DHCP, 2 x {PINGS} pings, none lost"
+        if name != "console":
+            assert facts.get(f"{name}_reloads", "0") == str(RELOADS)
+        if name == "disk":
+            content = self.image.read_bytes()
+            assert facts["disk_read"] == hashlib.sha256(content[:MIB]).hexdigest()
+            written = content[MIB : MIB + MIB // 4]
+            assert facts["disk_written"] == hashlib.sha256(written).hexdigest()
+            return "sums of what was read and written"
+        if name == "rng":
+            assert len(facts["rng"]) == 64
+            assert facts["rng"] in PATTERN.decode() * 9
+            return "64 bytes of its source"
+        if name == "keyboard":
+            assert facts["keyboard"] == "guestio keyboard"
+            assert facts["key"].split() == ["/dev/input/event0", "1", "30"]
+            return "KEY_A by cat /dev/input/event0"
+        lives = range(RELOADS + 1)
+        assert all(facts[f"typed_{life}"] == f"line {life}" for life in lives)
+        assert all(facts[f"size_{life}"] == f"{41 + life} {101 + life}" for life in lives)
+        return f"{len(lives)} lines each way, {len(lives)} changes of size"
 
 
-def check_keyboard(facts: dict[str, str]) -> None:
-    assert facts["keyboard"] == "guestio keyboard"
-    assert facts["key"].split() == ["1", "30"]
+# The console comes last: Linux spins once its server has gone.
+ALL = ["net", "disk", "rng", "keyboard", "console"]
+OLDER = ["net", "disk", "rng"]
+VIOMMUS = [Viommu.NONE, Viommu.VIRTIO, Viommu.INTEL_STRICT]
 
 
-def check_console(facts: dict[str, str]) -> None:
-    assert facts["size"] == "40 100"
-    assert facts["typed"] == "a line that is typed"
-    assert facts["new_size"] == "50 132"
-
-
-def finish(guest: RunningGuest, *started: Server) -> dict[str, str]:
-    """Wait until the guest has seen all, and end the servers under it; what it has seen."""
-    guest.wait_for("FACT done=yes", LIMIT)
-    for each in started:
-        each.end()
-    return dict(guest.kill().facts)
-
-
-@pytest.mark.parametrize(
-    "viommu", [Viommu.NONE, Viommu.VIRTIO, Viommu.INTEL_STRICT], ids=lambda v: v.name.lower()
-)
+@pytest.mark.parametrize("viommu", VIOMMUS, ids=lambda viommu: viommu.name.lower())
+@pytest.mark.parametrize("qemu", ["newest", "system"])
 def test_linux_uses_all_of_them(
-    viommu: Viommu, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+    qemu: str,
+    viommu: Viommu,
+    tmp_path: Path,
+    terminal: Terminal,
+    monkeypatch: pytest.MonkeyPatch,
+    figures: Callable[..., None],
 ) -> None:
-    monkeypatch.setenv("GUESTIO_LAB_QEMU", str(new_qemu()))
-    started = (
-        rng(tmp_path),
-        keyboard(tmp_path),
-        Server(tmp_path, "console", "--stdio", terminal=terminal.slave),
+    """The system's QEMU, if 7.2, has no front-end for a console, and one for input that wants KVM.
+
+    Its network card crashes it without KVM, unless it has no MSI-X.
+    """
+    newest = qemu == "newest"
+    program = (
+        str(new_qemu()) if newest else require_program("qemu-system-x86_64", "qemu-system-x86")
     )
-    with servers(*started):
+    monkeypatch.setenv("GUESTIO_LAB_QEMU", program)
+    lab = Lab(tmp_path, ALL if newest else OLDER, terminal)
+    commands = lab.commands
+    with ready(*commands.values()):
         guest = Guest(
             viommu=viommu,
-            devices=[
-                VhostUserDevice(started[0].path, RNG),
-                VhostUserDevice(
-                    started[1].path,
-                    INPUT,
-                    num_queues=2,
-                    config_size=136,
-                    front_end="" if viommu.present else "vhost-user-input-pci",
-                ),
-                VhostUserDevice(started[2].path, CONSOLE, num_queues=2, config_size=12),
-            ],
-            scripts=[Script.named("devices")],
+            disks=[VhostUserDisk(commands["disk"].path)],
+            devices=lab.front_ends(viommu, newest=newest),
+            scripts=[Script.named("net"), Script.named("devices")],
             environment={
-                "DEVICES": "rng keyboard console",
-                "RELOADS": "2",
-                "SIZE": "40 100",
-                "NEW_SIZE": "50 132",
+                "DEVICES": " ".join(commands),
+                "RELOADS": str(RELOADS),
+                "PINGS": str(PINGS),
             },
+            append="i8042.nokbd i8042.noaux",  # The PC's own keyboard would be event0.
             timeout=LIMIT,
         )
         with guest.boot(tmp_path / "guest") as running:
-            use_console(running, terminal)
-            facts = finish(running, *started)
-    check_rng(facts)
-    check_keyboard(facts)
-    check_console(facts)
-    assert facts["read_rng_reloads"] == facts["read_key_reloads"] == "2"
-    for each in started:
-        counted = "iotlb_misses=0" in each.log.read_text().split(" ended: ")[1]
-        assert counted is not viommu.present
+            if "console" in commands:
+                for life in range(RELOADS + 1):
+                    use_console(running, terminal, life)
+            running.wait_for("FACT done=yes\n", LIMIT)
+            seconds = {name: end_in_use(running, name, each) for name, each in commands.items()}
+            facts = running.kill().facts
+    for name, each in commands.items():
+        seen = lab.check(facts, name)
+        assert each.has_missed is viommu.present
+        figures(name, viommu, program, RELOADS, seen, seconds[name])
 
 
-def test_a_front_end_of_older_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """QEMU 7.2's for input devices wants KVM."""
-    monkeypatch.delenv("GUESTIO_LAB_QEMU", raising=False)
-    served = rng(tmp_path)
-    with servers(served):
-        guest = Guest(
-            devices=[VhostUserDevice(served.path, RNG, front_end="vhost-user-rng-pci")],
-            scripts=[Script.named("devices")],
-            environment={"DEVICES": "rng"},
-            timeout=LIMIT,
-        )
-        with guest.boot(tmp_path / "guest") as running:
-            check_rng(finish(running, served))
+def end_in_use(guest: RunningGuest, name: str, command: Command) -> float:
+    """End a command while the guest uses its device without pause; the seconds that took."""
+    times = int(guest.facts().get(f"busy_{name}", "0"))
+    guest.wait_for(f"FACT busy_{name}={times + 1}\n", LIMIT)
+    return command.end()
 
 
 def test_a_kernel_in_a_process_has_a_port_beside_its_console(
@@ -232,12 +232,12 @@ def test_a_kernel_in_a_process_has_a_port_beside_its_console(
 ) -> None:
     uml_kernel()
     agent = tmp_path / "agent"
-    console = Server(
+    console = Command(
         tmp_path,
         *("console", "--stdio", "--iommu", "off", "--port", f"org.example.agent={agent}"),
         terminal=terminal.slave,
     )
-    with servers(console), socket.socket(socket.AF_UNIX) as client:
+    with ready(console), socket.socket(socket.AF_UNIX) as client:
         client.connect(str(agent))
         client.settimeout(LIMIT)
         guest = UmlGuest(
@@ -255,6 +255,8 @@ def test_a_kernel_in_a_process_has_a_port_beside_its_console(
             running.wait_for("FACT port=org.example.agent\n", LIMIT)
             assert client.recv(100) == b"a line from the port\n"
             client.send(b"and the answer\n")
-            facts = finish(running, console)
+            running.wait_for("FACT done=yes\n", LIMIT)
+            console.end()
+            facts = running.kill().facts
         assert not agent.exists()
     assert facts["answer"] == "and the answer"

@@ -9,48 +9,36 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from lab.guest import MIB, Guest, GuestResult, Script, VhostUserNet, Viommu
+from lab.guest import MIB, Guest, Script, VhostUserNet, Viommu
+from lab.parts import Kernel
 from lab.qemu import new_qemu
 from lab.uml import UmlGuest, uml_kernel
+from tests.kit.command import Command, ready
 from tests.kit.net_driver import can_make_taps
 
 LIMIT = 550.0
 PINGS = int(os.environ.get("GUESTIO_NET_PINGS", "100"))
 RELOADS = int(os.environ.get("GUESTIO_NET_RELOADS", "2"))
 BYTES = int(os.environ.get("GUESTIO_NET_BYTES", str(2 * MIB)))
-TAP = "guestio-sys"
+# Tests that run at the same time have taps and networks of their own.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+TAP, HOST, ADDRESS = f"guestio-sys{WORKER}", f"10.93.{WORKER}.1", f"10.93.{WORKER}.2/24"
 
 
 @contextlib.contextmanager
-def served(tmp_path: Path, *options: str) -> Iterator[tuple[Path, subprocess.Popen[bytes], Path]]:
-    """A running ``guestio net``: its socket, process and log."""
-    path, log = tmp_path / "net.sock", tmp_path / "net.log"
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "guestio", "net", "--socket", path, *options], stderr=stderr
-        )
-    try:
-        deadline = time.monotonic() + 60
-        while f"listening on {path}" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.02)
-        yield path, process, log
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
-        assert not path.exists()
-        assert "disconnected" not in log.read_text()
-    finally:
-        process.kill()
-        process.wait()
+def served(tmp_path: Path, *options: str) -> Iterator[Command]:
+    """A running ``guestio net``."""
+    command = Command(tmp_path, "net", *options)
+    with ready(command):
+        yield command
+        if command.process.poll() is None:
+            command.end(in_use=False)
 
 
 @pytest.fixture
@@ -62,9 +50,9 @@ def qemu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_kernel_in_a_process_pings_and_gets_an_address(tmp_path: Path) -> None:
     uml_kernel()
     options = ("--responder", "10.0.2.1/24", "--iommu", "off", "--mac", "52:54:00:00:00:77")
-    with served(tmp_path, *options, "--mtu", "1450") as (path, _, log):
+    with served(tmp_path, *options, "--mtu", "1450") as net:
         result = UmlGuest(
-            devices=[VhostUserNet(path)],
+            devices=[VhostUserNet(net.path)],
             scripts=[Script.named("net")],
             environment={"PINGS": str(PINGS), "RELOADS": str(RELOADS)},
         ).run(tmp_path / "guest")
@@ -74,7 +62,7 @@ def test_a_kernel_in_a_process_pings_and_gets_an_address(tmp_path: Path) -> None
         assert result.facts["mtu"] == "1450"
         assert result.facts["dhcp"] == "10.0.2.2/24 10.0.2.1"
         assert int(result.facts["reloads"]) == RELOADS
-    counted = dict(re.findall(r"(\w+)=(\d+)", log.read_text().split("frames: ")[-1]))
+    counted = dict(re.findall(r"(\w+)=(\d+)", net.log.split("frames: ")[-1]))
     assert int(counted["sent"]) > 2 * PINGS
     assert int(counted["send_dropped"]) == 0
 
@@ -112,21 +100,22 @@ ping -c 1 -W 10 10.0.2.1
 def test_a_kernel_sees_its_link_go_down_and_up(kind: str, tmp_path: Path) -> None:
     """In QEMU behind an IOMMU, and the device as a whole is ours: control queue, address, link."""
     options = ("--responder", "10.0.2.1/24", "--mac", "52:54:00:00:00:77")
-    with served(tmp_path, *options, *(["--iommu", "off"] if kind == "uml" else [])) as served_by:
-        path, process, _ = served_by
+    with served(tmp_path, *options, *(["--iommu", "off"] if kind == "uml" else [])) as net:
         script = Script("link", WATCHES_THE_LINK)
         guest = (
-            UmlGuest(devices=[VhostUserNet(path)], scripts=[script])
+            UmlGuest(devices=[VhostUserNet(net.path)], scripts=[script])
             if kind == "uml"
             else Guest(
-                devices=[VhostUserNet(path, whole=True)], scripts=[script], viommu=Viommu.VIRTIO
+                devices=[VhostUserNet(net.path, whole=True)],
+                scripts=[script],
+                viommu=Viommu.VIRTIO,
             )
         )
         with guest.boot(tmp_path / "guest") as running:
             for life in range(1, 4):
                 for value in ("1", "0"):
-                    running.wait_for(f"FACT carrier={value}\n", times=life)
-                    process.send_signal(signal.SIGUSR1)
+                    running.wait_for(f"FACT carrier={value}\n", LIMIT, times=life)
+                    net.process.send_signal(signal.SIGUSR1)
             running.wait().check()
 
 
@@ -175,33 +164,42 @@ class Peer:
 @pytest.mark.parametrize(
     "viommu", [Viommu.NONE, Viommu.VIRTIO, Viommu.INTEL_STRICT], ids=lambda v: v.name.lower()
 )
-def test_linux_uses_a_tap(viommu: Viommu, tmp_path: Path, boot: Callable[..., GuestResult]) -> None:
+def test_linux_uses_a_tap(
+    viommu: Viommu, tmp_path: Path, guest_kernel: Kernel, figures: Callable[..., None]
+) -> None:
     """Pings, a transfer each way with equal sums, and the driver reloaded in between."""
     pairs = 1 if viommu.present else 2
-    with served(tmp_path, "--tap", TAP, "--queue-pairs", str(pairs)) as (path, _, log):
-        subprocess.run(["ip", "addr", "add", "10.93.7.1/24", "dev", TAP], check=True)
+    with served(tmp_path, "--tap", TAP, "--queue-pairs", str(pairs)) as net:
+        subprocess.run(["ip", "addr", "add", f"{HOST}/24", "dev", TAP], check=True)
         subprocess.run(["ip", "link", "set", TAP, "up"], check=True)
-        peer = Peer("10.93.7.1", BYTES)
+        guest = Guest(
+            devices=[VhostUserNet(net.path, pairs)],
+            viommu=viommu,
+            smp=pairs,
+            timeout=LIMIT,
+            scripts=[Script.named("net")],
+            environment={
+                "ROUTER": HOST,
+                "ADDRESS": ADDRESS,
+                "PINGS": str(PINGS),
+                "RELOADS": str(RELOADS),
+                "BYTES": str(BYTES),
+                "STAY": "yes",
+            },
+        )
+        peer = Peer(HOST, BYTES)
         try:
-            result = boot(
-                devices=[VhostUserNet(path, pairs)],
-                viommu=viommu,
-                smp=pairs,
-                timeout=LIMIT,
-                scripts=[Script.named("net")],
-                environment={
-                    "ROUTER": "10.93.7.1",
-                    "ADDRESS": "10.93.7.2/24",
-                    "PINGS": str(PINGS),
-                    "RELOADS": str(RELOADS),
-                    "BYTES": str(BYTES),
-                },
-            )
+            with guest.boot(tmp_path / "guest") as running:
+                running.wait_for("FACT stays=yes\n", LIMIT)
+                seconds = net.end()
+                facts = running.kill().facts
         finally:
             peer.close()
-        assert int(result.facts["queues"]) == pairs
-        assert result.facts["sent"] == peer.sum
-        assert result.facts["received"] == hashlib.sha256(peer.data).hexdigest()
-        assert int(result.facts["reloads"]) == RELOADS
-    if viommu.present:
-        assert "iotlb_misses=0" not in log.read_text()
+    assert int(facts["queues"]) == pairs
+    assert facts["pings_56"] == facts["pings_1400"] == str(PINGS)
+    assert facts["sent"] == peer.sum
+    assert facts["received"] == hashlib.sha256(peer.data).hexdigest()
+    assert int(facts["reloads"]) == RELOADS
+    assert net.has_missed is viommu.present
+    seen = f"2 x {PINGS} pings, none lost; {BYTES / MIB:g} MiB each way, sums equal"
+    figures("net, tap", viommu, str(new_qemu()), RELOADS, seen, seconds)
