@@ -18,14 +18,14 @@ Those that any part may raise are here. Those of one part are defined there, whi
     │   └── UnsortedMemoryRegionsError
     ├── BackingError                host memory could not be made or adopted
     ├── QueueError                  the driver broke the rules of its virtqueue
-    ├── ProtocolError               a peer broke the vhost-user protocol
+    ├── ProtocolError               a peer broke the protocol
     ├── DeviceError                 a device cannot be built or cannot do what it was asked
     ├── DmaError                    dma.target: a DMA target refused or failed
     ├── ReentrantCallError          dma.changes: a DMA target called its manager back
     ├── ExportError                 iommu.mapper: memory cannot be exported, or no more
     ├── Refused                     virtio.iommu.targets: a request's status; stays inside
-    ├── PeerGoneError               vhost_user.channel: the connection ended
-    │   └── ConnectionLostError     vhost_user.channel: it failed, as by a reset
+    ├── PeerGoneError               peer.channel: the connection ended
+    │   └── ConnectionLostError     peer.channel: it failed, as by a reset
     ├── RefusedError                vhost_user.request_channel: the back-end refused a request
     ├── NoAnswerError               vhost_user.request_channel: the back-end did not answer in time
     ├── BlkError                    guest.blkqueue: a disk answered a request with an error
@@ -232,7 +232,7 @@ class QueueError(GuestioError):
 
 
 class ProtocolError(GuestioError):
-    """The peer broke the vhost-user protocol; its connection must be closed."""
+    """The peer broke the protocol; its connection must be closed."""
 
 
 class DeviceError(GuestioError):

@@ -22,10 +22,10 @@ from guestio._core.base import variant
 from guestio._core.virtio.chain import Chain
 from guestio.errors import DeviceError, GuestioError
 from guestio.guest.disk import ScriptedGuest
+from guestio.peer.endpoint import ACCEPT_PAUSE
+from guestio.peer.foreign import is_pipe
 from guestio.vhost_user import Backend, Frontend
 from guestio.vhost_user.channel import PeerGoneError
-from guestio.vhost_user.endpoint import ACCEPT_PAUSE
-from guestio.vhost_user.foreign import is_pipe
 from guestio.virtio.blk import BlockDevice
 from tests.kit.serving import (
     OK,
@@ -187,7 +187,7 @@ class TestFrontEndsComeAndGo:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         tries = (time.monotonic() - began) / ACCEPT_PAUSE + 1
-        logged = [line for line in errors_of(caplog) if "cannot accept a front-end" in line]
+        logged = [line for line in errors_of(caplog) if "cannot accept a peer" in line]
         assert 1 <= len(logged) <= tries
         with Driver(waiting) as driver:
             assert driver.run(0, b"late") == (OK, b"etal")
@@ -210,7 +210,7 @@ class TestFrontEndsComeAndGo:
                     raise MemoryError
                 return socket.socket(*args)
 
-        monkeypatch.setattr("guestio.vhost_user.endpoint.socket", Short)
+        monkeypatch.setattr("guestio.peer.endpoint.socket", Short)
         with serving.connect():
             assert failed.wait(10)
             assert errors_of(caplog) in ([], ["serving failed"])
@@ -230,7 +230,7 @@ class TestFrontEndsComeAndGo:
                 raise MemoryError
             return is_pipe(fd)
 
-        monkeypatch.setattr("guestio.vhost_user.foreign.is_pipe", short)
+        monkeypatch.setattr("guestio.peer.foreign.is_pipe", short)
         with pytest.raises(GuestioError), Driver(serving.path) as driver:
             driver.run(0, b"lost")
         assert failed.is_set()

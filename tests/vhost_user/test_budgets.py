@@ -502,7 +502,7 @@ class TestMessages:
     def test_bytes_that_trickle_are_no_message(
         self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("guestio.vhost_user.connection.HALF_MESSAGE_TIMEOUT", 0.3)
+        monkeypatch.setattr("guestio.peer.connection.HALF_MESSAGE_TIMEOUT", 0.3)
         with Raw(survivor) as raw:
             raw.send(struct.pack("=III", F.SET_FEATURES, 1, 4000))
             until(lambda: _trickle(raw), "it may go on for ever")
@@ -510,7 +510,7 @@ class TestMessages:
     def test_a_slow_message_and_then_another(
         self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("guestio.vhost_user.connection.HALF_MESSAGE_TIMEOUT", 2.0)
+        monkeypatch.setattr("guestio.peer.connection.HALF_MESSAGE_TIMEOUT", 2.0)
         message = encode_message(F.SET_OWNER)
         with Raw(survivor) as raw:
             for _ in range(4):
@@ -539,7 +539,7 @@ class TestMessages:
     def test_a_silent_front_end_may_stay_if_no_other_waits(
         self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("guestio.vhost_user.backend.FIRST_MESSAGE_TIMEOUT", 0.1)
+        monkeypatch.setattr("guestio.peer.server.FIRST_MESSAGE_TIMEOUT", 0.1)
         with Raw(survivor) as raw:
             time.sleep(0.4)
             raw.request(F.GET_FEATURES)
@@ -548,7 +548,7 @@ class TestMessages:
     def test_one_that_was_heard_stays_although_others_wait(
         self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("guestio.vhost_user.backend.FIRST_MESSAGE_TIMEOUT", 0.1)
+        monkeypatch.setattr("guestio.peer.server.FIRST_MESSAGE_TIMEOUT", 0.1)
         with Raw(survivor) as raw:
             raw.request(F.GET_FEATURES)
             assert len(raw.sock.recv(100)) == 20

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from guestio.errors import ProtocolError
+from guestio.peer.foreign import received_fds
 from guestio.vhost_user.channel import Channel, Message, PeerGoneError
-from guestio.vhost_user.foreign import received_fds
 from guestio.vhost_user.messages import (
     MAX_PAYLOAD_SIZE,
     U64,
@@ -246,7 +246,7 @@ def test_without_memory_for_fds_they_are_closed(
             raise MemoryError
         return calls[1]
 
-    monkeypatch.setattr("guestio.vhost_user.channel.received_fds", short)
+    monkeypatch.setattr("guestio.peer.channel.received_fds", short)
     socket.send_fds(theirs, [KICK], list(pipe))
     with pytest.raises(MemoryError):
         channel.recv(1)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from guestio.errors import DeviceError
+from guestio.peer.endpoint import activation_sockets, adopt_socket
 from guestio.vhost_user import Backend
-from guestio.vhost_user.endpoint import activation_sockets, adopt_socket
 from guestio.vhost_user.frontend import RefusedError
 from guestio.vhost_user.messages import FrontendRequest
 from tests.kit.serving import (
@@ -324,7 +324,7 @@ class TestActivation:
     ) -> None:
         environment.setenv("LISTEN_FDS", "2")
         ours, theirs = socket.socketpair()
-        environment.setattr("guestio.vhost_user.endpoint.FIRST_ACTIVATION", 700)
+        environment.setattr("guestio.peer.endpoint.FIRST_ACTIVATION", 700)
         os.dup2(ours.fileno(), 700)
         ours.close()
         with theirs:

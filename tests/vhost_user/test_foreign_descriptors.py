@@ -14,7 +14,7 @@ import pytest
 from guestio._core.base import syscalls as core
 from guestio.budgets import CLOSE_GRACE, MAX_CLOSERS
 from guestio.errors import BackingError, ProtocolError
-from guestio.vhost_user import foreign
+from guestio.peer import foreign
 from guestio.vhost_user.messages import (
     FrontendRequest,
     MemoryRegion,
@@ -483,7 +483,7 @@ class TestPipes:
         before = footprint()
         one, two = os.pipe()
         with monkeypatch.context() as patch:
-            patch.setattr(target or "guestio.vhost_user.foreign.socket_kind", fail)
+            patch.setattr(target or "guestio.peer.foreign.socket_kind", fail)
             patch.setattr("threading.excepthook", lambda _: None)
             if target is None:
                 notifier = foreign.PipeNotifier(two)

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from guestio.cli.server import Server, fail, server_options
-from guestio.vhost_user.endpoint import listen_on
+from guestio.peer.endpoint import listen_on
 from guestio.virtio.console import ConsoleDevice, open_again
 
 HELP = """Serve a console over vhost-user: a guest's terminal, and named ports beside it.

@@ -16,8 +16,8 @@ from guestio.budgets import LONGEST_TIMEOUT, STOP_TIMEOUT
 from guestio.cli.seconds import Seconds
 from guestio.cli.stderr import StderrLog
 from guestio.errors import GuestioError
+from guestio.peer.endpoint import activation_sockets, adopt_socket
 from guestio.vhost_user import Backend
-from guestio.vhost_user.endpoint import activation_sockets, adopt_socket
 from guestio.vhost_user.serve import Signals, run_until_signaled
 from guestio.virtio.device import Device
 

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import operator
 import os
-import select
 import socket
-import threading
-import time
-from collections import deque
-from typing import Literal, Self
+from typing import Literal
 
 from guestio.addr import check_address, check_int, check_seconds, shown
 from guestio.budgets import (
-    FIRST_MESSAGE_TIMEOUT,
     LONGEST_TIMEOUT,
-    MAX_WAITING,
     STOP_TIMEOUT,
-    WAITING_LOOK,
 )
-from guestio.errors import DeviceError
+from guestio.peer.server import PeerServer
 from guestio.ratelog import LOG
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.connection import Connection
-from guestio.vhost_user.endpoint import make_endpoint
-from guestio.vhost_user.foreign import close_socket, queued_fds
 from guestio.vhost_user.session import MAX_QUEUES
 from guestio.virtio.device import (
     VIRTIO_F_ACCESS_PLATFORM,
@@ -40,13 +30,12 @@ from guestio.virtio.device import (
     Device,
 )
 from guestio.virtio.host import DeviceHost, check_config
-from guestio.virtio.loop import EventLoop
 from guestio.virtio.statistics import Statistics
 
 log = logging.getLogger("guestio.vhost_user")
 
 
-class Backend:
+class Backend(PeerServer):
     """Serves a virtio device to one vhost-user front-end after the other.
 
     Behind an IOMMU (the front-end negotiates VIRTIO_F_ACCESS_PLATFORM) every address that the
@@ -99,6 +88,8 @@ class Backend:
     Threads: everything happens in the thread that calls :meth:`serve`, unless queues have their
     own; only :meth:`stop` may be called from others and from signal handlers.
     """
+
+    peer_name = "front-end"
 
     def __init__(
         self,
@@ -153,168 +144,40 @@ class Backend:
         self._miss_timeout = check_seconds(
             miss_timeout, "miss_timeout", LONGEST_TIMEOUT, zero=False
         )
-        check_seconds(stop_timeout, "stop_timeout", LONGEST_TIMEOUT)
+        self._stop_timeout = check_seconds(stop_timeout, "stop_timeout", LONGEST_TIMEOUT)
+        self._poll_us, self._queue_threads = poll_us, queue_threads
         self._track_dirty = track_dirty
-        self._stopping = threading.Event()
-        self._connection: Connection | None = None
-        self._waiting: deque[socket.socket] = deque()
-        self._serving = self._closed = False
-        self._accepted_at = 0.0
-        with contextlib.ExitStack() as undo:
-            self._loop = EventLoop()
-            undo.callback(self._loop.close)
-            self._host = DeviceHost(
-                device,
-                self._loop,
-                self.statistics,
-                stop_timeout=stop_timeout,
-                poll_us=poll_us,
-                queue_threads=queue_threads,
-                failed=self._thread_failed,
-            )
-            undo.callback(self._host.close)
-            self.statistics.device_holds = lambda: self._host.outstanding
-            self._endpoint = make_endpoint(path, connect=connect)
-            undo.callback(self._endpoint.close)
-            device.attached(self._host)
-            undo.pop_all()
-        self.path, self.ready_line = self._endpoint.path, self._endpoint.ready_line
-        LOG.watch(self._lines_hidden)
+        super().__init__(path, connect=connect, log=log)
 
     def __repr__(self) -> str:
         kind = type(self.device).__name__
         served = "serving" if self._serving else "not serving"
         return f"<Backend of {kind}, {self.ready_line}: {served}, {self.statistics}>"
 
-    def serve(self, connections: int | None = None) -> None:
-        """Serve front-ends until :meth:`stop` is called, or the only front-end is gone.
+    def _attach(self, undo: contextlib.ExitStack) -> None:
+        self._host = DeviceHost(
+            self.device,
+            self._loop,
+            self.statistics,
+            stop_timeout=self._stop_timeout,
+            poll_us=self._poll_us,
+            queue_threads=self._queue_threads,
+            failed=self._thread_failed,
+        )
+        undo.callback(self._host.close)
+        self.statistics.device_holds = lambda: self._host.outstanding
 
-        Args:
-            connections: Return after so many front-ends; None for no limit.
+    def _attached(self) -> None:
+        self.device.attached(self._host)
 
-        Raises:
-            KeyboardInterrupt, SystemExit: The device raised it, or a signal handler. The front-end
-                has been released; what it waits for is not answered.
-        """
-        self._serving = True
-        try:
-            with self._loop.woken_by_signals():
-                self._endpoint.start(self._loop, self._arrived)
-                # Those that were left waiting by an earlier call.
-                self._look_at_waiting()
-                while not (self._stopping.is_set() or self._endpoint.exhausted or connections == 0):
-                    self._serve_one()
-                    if connections is not None and not self._stopping.is_set():
-                        connections -= 1
-        finally:
-            self._endpoint.stop()
-            self._loop.clear_timer((self, "silent"))
-            self._loop.clear_timer((self, "waiting"))
-            try:
-                if self._connection is not None:
-                    self._connection.close()
-            finally:
-                self._serving = False
+    def _close_device(self) -> None:
+        self._host.close()
 
-    def _serve_one(self) -> None:
-        """Accept one front-end and serve it until it goes away."""
-        unclean = self._connection is not None and self._connection.unclean
-        self._connection = None
-        if unclean:
-            # What refers to itself, as an error and its frames do, may keep guest memory mapped.
-            gc.collect()
-        self._loop.clear_timer((self, "silent"))
-        while not self._stopping.is_set():
-            try:
-                if self._waiting and self._connection is None and not self._endpoint.paused:
-                    self._begin(self._waiting.popleft())
-                self._loop.run_once()
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException:
-                # A mistake of the device or of ours: it costs this connection, not the next.
-                LOG.report(log, logging.ERROR, "serving failed", trace=True)
-                self._drop()
-            if self._is_done():
-                self._endpoint.gone()
-                return
-            if self._connection is None and self._endpoint.exhausted:
-                return
-
-    def _drop(self) -> None:
-        if self._connection is None:
-            self._endpoint.pause()
-        else:
-            self._connection.unclean = True
-            self._connection.close()
-
-    def _is_done(self) -> bool:
-        """Whether there was a front-end and it has gone."""
-        return self._connection is not None and self._connection.closed
-
-    def _arrived(self, connected: socket.socket) -> None:
-        if self._connection is None and not self._waiting:
-            self._begin(connected)
-        else:
-            self._have_wait(connected)
-
-    def _have_wait(self, connected: socket.socket) -> None:
-        """Have a front-end wait until the one that is served goes.
-
-        What it sends is not read. It is not left to the listener's queue, where a descriptor that
-        it sends would stay open unseen: the other end of the connection that is served, say, which
-        then never ends.
-        """
-        if len(self._waiting) >= MAX_WAITING:
-            LOG.report(log, logging.ERROR, "front-end refused: %d others wait", MAX_WAITING)
-            close_socket(connected)
-            return
-        first = not self._waiting
-        try:
-            self._waiting.append(connected)
-        except BaseException:
-            close_socket(connected)
-            raise
-        if first:
-            self._look_at_waiting()
-        else:
-            self._drop_waiting(connected)
-        self._limit_silence()
-
-    def _look_at_waiting(self) -> None:
-        """Let go of front-ends that wait no more, or should not, as long as any waits."""
-        for waiting in list(self._waiting):
-            self._drop_waiting(waiting)
-        if self._waiting:
-            when = time.monotonic() + WAITING_LOOK
-            self._loop.set_timer((self, "waiting"), when, self._look_at_waiting)
-
-    def _drop_waiting(self, waiting: socket.socket) -> None:
-        """Let go of a front-end if it is gone, or has passed descriptors before it was answered."""
-        poll = select.poll()
-        poll.register(waiting, 0)
-        gone = bool(poll.poll(0))
-        passed = queued_fds(waiting.fileno())
-        if not gone and not passed:
-            return
-        if passed:
-            self.statistics.protocol_errors += 1
-            LOG.report(
-                log,
-                logging.ERROR,
-                "front-end disconnected: %d descriptors came from it while it waited for another "
-                "one to go",
-                passed,
-            )
-        self._waiting.remove(waiting)
-        close_socket(waiting)
-
-    def _begin(self, connected: socket.socket) -> None:
-        """Serve a front-end from now on."""
+    def _connect(self, connected: socket.socket) -> Connection:
         self.statistics.connections += 1
         channel = Channel(connected)
         try:
-            self._connection = Connection(
+            return Connection(
                 channel,
                 self._host,
                 self._loop,
@@ -325,84 +188,9 @@ class Backend:
         except BaseException:
             channel.close()
             raise
-        self._accepted_at = time.monotonic()
-        self._limit_silence()
 
-    def _limit_silence(self) -> None:
-        """Have a front-end that has said nothing yet make way for another that waits."""
-        if self._waiting and self._connection is not None:
-            self._loop.set_timer(
-                (self, "silent"), self._accepted_at + FIRST_MESSAGE_TIMEOUT, self._make_way
-            )
-
-    def _make_way(self) -> None:
-        connection = self._connection
-        if not self._waiting or connection is None or connection.closed or connection.heard:
-            return
-        connection.disconnect(
-            f"no message within {FIRST_MESSAGE_TIMEOUT} s, and another front-end waits"
-        )
-
-    def _thread_failed(self, error: BaseException) -> None:
-        """A mistake in a queue's thread is dealt with like one in ours, once for a front-end."""
-        # An error that its own traceback refers to would stay, and what its frames refer to.
-        errors, connection = [error], self._connection
-
-        def fail() -> None:
-            if connection is not None and not connection.closed:
-                raise errors.pop()
-
-        self._loop.call_soon_threadsafe(fail)
-
-    def _lines_hidden(self, seconds: float) -> None:
-        """Have the number of hidden log lines logged when their interval is over."""
-
-        def arm() -> None:
-            when = time.monotonic() + seconds
-            self._loop.set_timer((self, "log"), when, LOG.flush)
-
-        self._loop.call_soon_threadsafe(arm)
-
-    def stop(self) -> None:
-        """Make :meth:`serve` return after what it is doing. From any thread or signal handler."""
-        self._stopping.set()
-        self._loop.wake()
-
-    def close(self) -> None:
-        """Remove the socket and release everything. Calling it again does nothing.
-
-        Raises:
-            DeviceError: :meth:`serve` has not returned; nothing changed.
-        """
-        if self._serving:
-            raise DeviceError(
-                f"the back-end ({self.ready_line}) cannot be closed while it serves: call stop(), "
-                "and close() once serve() has returned"
-            )
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        if not self._closed:
-            self._closed = True
-            LOG.unwatch(self._lines_hidden)
-            LOG.flush()
-            # A front-end that waits may have sent descriptors already.
-            for waiting in self._waiting:
-                close_socket(waiting)
-            self._waiting.clear()
-            self._host.close()
-            self._endpoint.close()
-            self._loop.close()
-
-    def remove_socket(self) -> None:
-        """Remove the socket, unless another one has taken its place. From any thread."""
-        self._endpoint.remove_socket()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def _count_protocol_error(self) -> None:
+        self.statistics.protocol_errors += 1
 
 
 def _failures(device: Device) -> int:

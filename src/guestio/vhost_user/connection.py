@@ -7,22 +7,23 @@ one of its own.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.virtio.inflight import InflightQueue
 from guestio._core.virtio.split import area_bytes
-from guestio.budgets import COPY_GRACE, HALF_MESSAGE_TIMEOUT, SEND_RETRY, TURN_SECONDS
+from guestio.budgets import COPY_GRACE
 from guestio.errors import DeviceError, ProtocolError, QueueError
+from guestio.peer.connection import PeerConnection
+from guestio.peer.foreign import Eventfd, close_foreign
 from guestio.ratelog import LOG
 from guestio.vhost_user.backend_channel import BackendChannel
-from guestio.vhost_user.channel import Channel, ConnectionLostError, PeerGoneError
-from guestio.vhost_user.foreign import Eventfd, close_foreign
+from guestio.vhost_user.channel import Channel, Message
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.memory import SharedMemory
 from guestio.vhost_user.messages import (
     ConfigFlag,
+    Header,
     Inflight,
     IotlbMessage,
     MemoryRegion,
@@ -41,11 +42,8 @@ log = logging.getLogger("guestio.vhost_user")
 MAX_MEM_SLOTS = 509
 """Memory regions at most, as many as QEMU's default for KVM."""
 
-MESSAGES_AT_A_TIME = 64
-"""Messages handled per wake-up, so that queues are not starved."""
 
-
-class Connection:
+class Connection(PeerConnection[Header]):
     """A front-end from its connection to its disconnection.
 
     A :class:`SessionHandler`, an :class:`InflightHandler` and a
@@ -58,12 +56,10 @@ class Connection:
         offered: Features of the transport to offer beside the device's own.
         miss_timeout: Seconds a front-end may take to answer an IOTLB miss.
         track_dirty: Whether to mark the pages that the device writes.
-
-    Attributes:
-        closed: Whether the front-end is gone and everything of it released.
-        unclean: Whether something of it could not be released, or an error may refer to it.
-        heard: Whether it has sent a whole message.
     """
+
+    peer_name = "front-end"
+    _channel: Channel
 
     def __init__(
         self,
@@ -75,12 +71,8 @@ class Connection:
         miss_timeout: float,
         track_dirty: bool,
     ) -> None:
-        self.closed = self.unclean = False
-        self.heard = False
-        self._half_since: float | None = None
-        self._channel = channel
+        super().__init__(channel, loop, log)
         self._host = host
-        self._loop = loop
         self._stats = host.statistics
         self._shared = SharedMemory(track_dirty=track_dirty)
         self._inflight: InflightRegion | None = None
@@ -95,89 +87,26 @@ class Connection:
         )
         host.connect(self, self._translator)
         host.change_memory(AddressSpace(self._shared.table))
-        # Last: nothing calls back a connection that could not be made.
-        loop.add_reader(channel.fileno(), self._receive)
+        self._start()
 
     def _receive(self) -> None:
-        if not self.closed:
-            self._receive_some()
+        super()._receive()
         if not self.closed:
             self._translator.read_in_core()
 
-    def _receive_some(self) -> None:
-        until = time.monotonic() + TURN_SECONDS
-        try:
-            for _ in range(MESSAGES_AT_A_TIME):
-                if self.translating and self._translator.receive(self._channel):
-                    self._wait_for_reader()
-                    return
-                message = self._channel.recv()
-                if message is None:
-                    self._watch_half_message()
-                    return
-                self.heard = True
-                self._half_since = None
-                reply = self._session.handle(message)
-                self._report_refusal()
-                if reply is not None and not self._channel.post(reply, self._session.reply_fds):
-                    self._wait_for_reader()
-                    return
-                if time.monotonic() >= until:
-                    break
-            self._loop.call_soon_threadsafe(self._receive)
-        except ConnectionLostError as error:
-            LOG.report(log, logging.ERROR, "front-end disconnected: %s", error)
-            self.close()
-        except PeerGoneError:
-            self.close()
-        except ProtocolError as error:
-            self.disconnect(str(error))
+    def _may_read(self) -> bool:
+        if self.translating and self._translator.receive(self._channel):
+            self._wait_for_reader()
+            return False
+        return True
 
-    def disconnect(self, reason: str) -> None:
-        """End the connection to a front-end that broke the protocol."""
+    def _handle(self, message: Message) -> tuple[bytes | None, Sequence[int]]:
+        reply = self._session.handle(message)
+        self._report_refusal()
+        return reply, self._session.reply_fds
+
+    def _count_protocol_error(self) -> None:
         self._stats.protocol_errors += 1
-        LOG.report(log, logging.ERROR, "front-end disconnected: %s", reason)
-        self.close()
-
-    def _wait_for_reader(self) -> None:
-        """Read nothing more from a front-end until it has taken what it was sent."""
-        if self._channel.backlog:
-            self._loop.remove_reader(self._channel.fileno())
-            self._loop.set_timer((self, "flush"), time.monotonic() + SEND_RETRY, self._send_backlog)
-
-    def _send_backlog(self) -> None:
-        if self.closed:
-            return
-        try:
-            if self._channel.flush():
-                self._loop.add_reader(self._channel.fileno(), self._receive)
-                self._loop.call_soon_threadsafe(self._receive)
-            else:
-                self._wait_for_reader()
-        except PeerGoneError:
-            self.close()
-        except ProtocolError as error:
-            self.disconnect(str(error))
-
-    def _watch_half_message(self) -> None:
-        """Give a front-end a while for the rest of a message."""
-        if not self._channel.unfinished:
-            self._half_since = None
-        elif self._half_since is None:
-            self._half_since = time.monotonic()
-            self._loop.set_timer(
-                (self, "half"), self._half_since + HALF_MESSAGE_TIMEOUT, self._give_up_half
-            )
-
-    def _give_up_half(self) -> None:
-        since, now = self._half_since, time.monotonic()
-        if self.closed or since is None:
-            return
-        if now - since < HALF_MESSAGE_TIMEOUT:
-            # Another message was begun since.
-            self._loop.set_timer((self, "half"), since + HALF_MESSAGE_TIMEOUT, self._give_up_half)
-            return
-        self.disconnect(f"the rest of a message did not come within {HALF_MESSAGE_TIMEOUT} s")
 
     def _report_refusal(self) -> None:
         """Log what the front-end was refused, and let go of it: a traceback keeps memory mapped."""
@@ -191,7 +120,6 @@ class Connection:
             return
         self.closed = True
         announce, *stop_queues, forget, reset_device = self._host.disconnect()
-        interrupt: BaseException | None = None
         steps: list[Callable[[], object]] = [
             announce,
             self._hang_up,
@@ -203,22 +131,12 @@ class Connection:
             self._let_go_of_memory,
             reset_device,
         ]
-        for step in steps:
-            # One that fails (for want of memory, say) must not keep the others from being taken.
-            try:
-                step()
-            except BaseException as error:
-                self.unclean = True
-                if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                    interrupt = error
-                    continue
-                LOG.report(
-                    log,
-                    logging.ERROR,
-                    "front-end %d was not released as usual",
-                    self._stats.connections,
-                    trace=True,
-                )
+        try:
+            self._release(steps, f"front-end {self._stats.connections}")
+        finally:
+            self._report_end()
+
+    def _report_end(self) -> None:
         stats = self._stats
         LOG.report(
             log,
@@ -232,14 +150,9 @@ class Connection:
             stats.iotlb_invalidations,
             stats.iotlb_refused,
         )
-        if interrupt is not None:
-            raise interrupt
 
     def _hang_up(self) -> None:
-        self._loop.remove_reader(self._channel.fileno())
-        self._loop.clear_timer((self, "flush"))
-        self._loop.clear_timer((self, "half"))
-        self._channel.close()
+        super()._hang_up()
         self._session.last_refusal = None
 
     def _let_go_of_memory(self) -> None:

@@ -17,7 +17,7 @@ from guestio._core.virtio.inflight import InflightQueue, part_size
 from guestio.addr import ADDRESS_SPACE
 from guestio.errors import ProtocolError
 from guestio.memory import Backing
-from guestio.vhost_user.foreign import check_memory
+from guestio.peer.foreign import check_memory
 from guestio.vhost_user.messages import Inflight
 
 _ALIGNMENT: Final = 64

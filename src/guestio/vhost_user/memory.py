@@ -11,7 +11,7 @@ from guestio.addr import Permissions
 from guestio.budgets import MAX_GUEST_MEMORY
 from guestio.errors import BackingError, InvalidAddressError
 from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
-from guestio.vhost_user.foreign import check_memory
+from guestio.peer.foreign import check_memory
 from guestio.vhost_user.messages import MemoryRegion
 
 MAX_FILE = 1 << 62

@@ -207,6 +207,11 @@ class Header(NamedTuple):
     size: int
 
     @property
+    def name(self) -> str:
+        """Name of the request."""
+        return request_name(self.request)
+
+    @property
     def is_reply(self) -> bool:
         """Whether this answers a request."""
         return bool(self.flags & _REPLY)

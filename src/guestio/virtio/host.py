@@ -7,24 +7,24 @@ it takes buffers, sends data, watches descriptors and sets timers.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import reprlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.memory.vector import RegionTable
 from guestio._core.virtio.chain import Quota
 from guestio._core.virtio.inflight import InflightQueue
 from guestio._core.virtio.split import SplitRing
-from guestio.addr import check_int, check_seconds
+from guestio.addr import check_int
 from guestio.budgets import COPY_GRACE, OUTSTANDING_PIECES, TURN_BYTES
 from guestio.errors import DeviceError, GuestioError
 from guestio.iommu.events import Event
 from guestio.memory import GuestRegionCollection
 from guestio.ratelog import LOG
+from guestio.virtio.calls import LoopCalls
 from guestio.virtio.device import (
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_IN_ORDER,
@@ -33,13 +33,10 @@ from guestio.virtio.device import (
     Status,
 )
 from guestio.virtio.layout import RingLayout
-from guestio.virtio.loop import EventLoop, LoopThread, Timer
+from guestio.virtio.loop import EventLoop, LoopThread
 from guestio.virtio.queue import DeviceQueue
-from guestio.virtio.statistics import RateLimitedLog, Statistics
+from guestio.virtio.statistics import Statistics
 from guestio.virtio.translator import PhysicalTranslator, Translator
-
-if TYPE_CHECKING:
-    from _typeshed import HasFileno
 
 log = logging.getLogger("guestio.virtio")
 
@@ -84,7 +81,7 @@ class _NoTransport:
         """Do nothing: a driver reads the configuration space when it begins."""
 
 
-class DeviceHost:
+class DeviceHost(LoopCalls):
     """A device and what a transport drives of it.
 
     A device is handed its host by `Device.attached`, and uses :meth:`queue`,
@@ -148,19 +145,17 @@ class DeviceHost:
         self.stop_timeout = stop_timeout
         self.poll_seconds = poll_us / 1e6
         self.threaded = queue_threads
-        self.log = RateLimitedLog()
         self.translator: Translator = PhysicalTranslator()
         self.features = 0
         self.status = 0
         self.has_successor = True
-        self._loop = loop
+        super().__init__(type(device).__name__, loop)
         self._transport: Transport = _NoTransport()
         self._space = AddressSpace(RegionTable([]))
         self._quota = Quota(OUTSTANDING_PIECES)
         self._out_of_time = False
         self._config_told = False
         self._changes: list[None] = []
-        self._readers: dict[int, Callable[[], object]] = {}
         self._threads: list[LoopThread] = []
         _check_device_queues(device)
         with contextlib.ExitStack() as undo:
@@ -208,82 +203,6 @@ class DeviceHost:
         # Before it is told: what changes meanwhile is told again.
         self._config_told = False
         self._transport.config_changed()
-
-    def add_reader(self, fd: int | HasFileno, callback: Callable[[], object]) -> None:
-        """Call back in the loop's thread whenever a descriptor is readable. From any thread.
-
-        It replaces the callback that the device gave for the same descriptor before. An exception
-        that the callback raises is logged, and ends the watch of the descriptor.
-
-        Args:
-            fd: The descriptor, or an object with one (a socket).
-            callback: Called without arguments, once for each turn in which there is data.
-
-        Raises:
-            OSError: The descriptor cannot be waited for: it is closed, or a regular file.
-            DeviceError: The transport watches a descriptor of this number: the device closed its
-                own without :meth:`remove_reader`.
-        """
-        number = _fileno(fd)
-        _check_callable(callback)
-        present = self._loop.reader(number)
-        if present is not None and present is not self._readers.get(number):
-            raise DeviceError(
-                f"{type(self.device).__name__} watches descriptor {number}, which is its "
-                "transport's: call remove_reader before a descriptor is closed"
-            )
-
-        def run() -> None:
-            if not self._call_back(callback, f"the reader of descriptor {number}"):
-                self._loop.remove_reader(number, run)
-
-        self._loop.add_reader(number, run)
-        self._readers[number] = run
-
-    def remove_reader(self, fd: int | HasFileno) -> None:
-        """Watch a descriptor no more, before it is closed. Unknown ones are ignored."""
-        number = fd if isinstance(fd, int) else fd.fileno()
-        run = self._readers.pop(number, None)
-        if run is not None:
-            self._loop.remove_reader(number, run)
-
-    def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer:
-        """Call back once in the loop's thread, in ``seconds``, at once if negative.
-
-        An exception that the callback raises is logged. From any thread.
-
-        Raises:
-            ValueError: That is no time, or too long.
-        """
-        _check_callable(callback)
-        delay = check_seconds(max(seconds, 0.0), "seconds")
-        return self._loop.call_later(delay, lambda: self._call_back(callback, "a timer"))
-
-    def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
-        """Call back once in the loop's thread, soon. From any thread.
-
-        An exception that the callback raises is logged.
-        """
-        _check_callable(callback)
-        self._loop.call_soon_threadsafe(lambda: self._call_back(callback, "a callback"))
-
-    def _call_back(self, callback: Callable[[], object], what: str) -> bool:
-        """Call the device back; whether it raised nothing."""
-        try:
-            callback()
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            self.log.report(
-                "%s of %s raised %s: %s",
-                what,
-                type(self.device).__name__,
-                type(error).__name__,
-                error,
-                trace=True,
-            )
-            return False
-        return True
 
     # What a transport drives.
 
@@ -523,23 +442,6 @@ class DeviceHost:
     def outstanding(self) -> int:
         """Requests that the device holds."""
         return sum(queue.outstanding for queue in self.queues)
-
-
-def _check_callable(callback: object) -> None:
-    if not callable(callback):
-        raise TypeError(f"callback must be callable, not {type(callback).__name__}")
-
-
-def _fileno(fd: int | HasFileno) -> int:
-    """A descriptor's number.
-
-    Raises:
-        OSError: It is closed.
-    """
-    number = fd if isinstance(fd, int) else fd.fileno()
-    if number < 0:
-        raise OSError(errno.EBADF, f"descriptor {number} cannot be waited for: it is closed")
-    return number
 
 
 def _check_device_queues(device: Device) -> None:

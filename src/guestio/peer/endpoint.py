@@ -1,8 +1,8 @@
-"""Where a back-end's front-ends come from: it listens, it connects, or it is given one.
+"""Where a server's peers come from: it listens, it connects, or it is given one.
 
-A :class:`Listener` waits for front-ends on a path or on a socket that another program made (systemd
-for example). A :class:`Connector` connects to a front-end that listens, again and again. A
-:class:`HandedOver` front-end was connected by another program, and is the only one.
+A :class:`Listener` waits for peers on a path or on a socket that another program made (systemd
+for example). A :class:`Connector` connects to a peer that listens, again and again. A
+:class:`HandedOver` peer was connected by another program, and is the only one.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from guestio._core.base.syscalls import accept_stream, socket_kind
 from guestio.budgets import CONNECT_LONGEST_PAUSE, CONNECT_PAUSE
 from guestio.errors import DeviceError
 from guestio.memory.backing import close_fd
+from guestio.peer.foreign import close_socket
 from guestio.ratelog import LOG
-from guestio.vhost_user.foreign import close_socket
 from guestio.virtio.loop import EventLoop
 
-log = logging.getLogger("guestio.vhost_user")
+log = logging.getLogger("guestio.peer")
 
 MAX_PATH = 107
 """Bytes of a Unix socket's path (sun_path without its terminator)."""
 
 ACCEPT_PAUSE = 0.25
-"""Seconds until the next attempt if a front-end cannot be accepted, for want of fds say."""
+"""Seconds until the next attempt if a peer cannot be accepted, for want of fds say."""
 
 FIRST_ACTIVATION = 3
 """The first descriptor that a service manager hands over (SD_LISTEN_FDS_START)."""
 
 Arrived = Callable[[socket.socket], object]
-"""Takes a front-end's socket, which is connected."""
+"""Takes a peer's socket, which is connected."""
 
 
 class Endpoint(Protocol):
-    """Gives a back-end its front-ends, in the thread of its event loop.
+    """Gives a server its peers, in the thread of its event loop.
 
     Attributes:
         path: Where it is in the file system; empty if it has no name there.
-        ready_line: One line that says where front-ends come from.
-        paused: Whether no front-end should be begun with now.
-        exhausted: Whether no further front-end comes.
+        ready_line: One line that says where peers come from.
+        paused: Whether no peer should be begun with now.
+        exhausted: Whether no further peer comes.
     """
 
     path: str
@@ -56,15 +56,15 @@ class Endpoint(Protocol):
     exhausted: bool
 
     def start(self, loop: EventLoop, arrived: Arrived) -> None:
-        """Call back for each front-end from now on."""
+        """Call back for each peer from now on."""
         ...
 
     def pause(self) -> None:
-        """Have no front-end arrive for a moment: the last one could not be served."""
+        """Have no peer arrive for a moment: the last one could not be served."""
         ...
 
     def gone(self) -> None:
-        """Learn that the front-end that was served is gone."""
+        """Learn that the peer that was served is gone."""
         ...
 
     def stop(self) -> None:
@@ -81,7 +81,7 @@ class Endpoint(Protocol):
 
 
 class Listener:
-    """Accepts front-ends.
+    """Accepts peers.
 
     Args:
         listening: A listening socket that does not wait, which it owns from here on.
@@ -120,7 +120,7 @@ class Listener:
         self._listen_again()
 
     def pause(self) -> None:
-        """See :class:`Endpoint`. Front-ends go on waiting meanwhile."""
+        """See :class:`Endpoint`. Peers go on waiting meanwhile."""
         self.paused = True
         if self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
@@ -133,7 +133,7 @@ class Listener:
         try:
             self._loop.add_reader(self._socket.fileno(), self._accept)
         except OSError as error:
-            log.error("cannot wait for front-ends: %s", error.strerror)  # noqa: TRY400
+            log.error("cannot wait for peers: %s", error.strerror)  # noqa: TRY400
             self.pause()
 
     def _accept(self) -> None:
@@ -141,7 +141,7 @@ class Listener:
             fd = accept_stream(self._socket.fileno())
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
-                LOG.report(log, logging.ERROR, "cannot accept a front-end: %s", error.strerror)
+                LOG.report(log, logging.ERROR, "cannot accept a peer: %s", error.strerror)
                 self.pause()
             return
         try:
@@ -186,7 +186,7 @@ class Listener:
 
 
 class Connector:
-    """Connects to a front-end that listens, and again when that is gone.
+    """Connects to a peer that listens, and again when that is gone.
 
     Args:
         path: Where it listens, or will.
@@ -275,10 +275,10 @@ class Connector:
 
 
 class HandedOver:
-    """A front-end that another program has connected.
+    """A peer that another program has connected.
 
     Args:
-        connected: Its socket, which it owns until the front-end arrives.
+        connected: Its socket, which it owns until the peer arrives.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -328,7 +328,7 @@ class HandedOver:
 
 
 def make_endpoint(where: str | os.PathLike[str] | socket.socket, *, connect: bool) -> Endpoint:
-    """Where front-ends come from.
+    """Where peers come from.
 
     Args:
         where: A path, or a socket, which is the endpoint's from here on, unless it is refused.
@@ -341,7 +341,7 @@ def make_endpoint(where: str | os.PathLike[str] | socket.socket, *, connect: boo
         path = os.fspath(where)
         return Connector(path) if connect else Listener.at(path)
     if connect:
-        raise ValueError("connect=True needs the path of a front-end, not a socket")
+        raise ValueError("connect=True needs the path of a peer, not a socket")
     what = f"descriptor {where.fileno()}"
     if where.fileno() < 0 or (where.family, where.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
         raise DeviceError(f"{what} is {where!r}, not a Unix stream socket")
