@@ -271,6 +271,24 @@ class Backing:
         at = self._mapping.vanished
         return None if at is None else max(at - self._skip, 0)
 
+    def cut_off(self, offset: int, length: int) -> None:
+        """Put private, zeroed pages in place of some of a file's memory, for good.
+
+        Everything that uses this memory then reads zeroes there, and what it writes goes nowhere.
+        The file is as it was, and so is other memory that is made of it.
+
+        Args:
+            offset: Where to begin, in bytes from the start of this memory.
+            length: Bytes; every page that they touch is replaced.
+
+        Raises:
+            ValueError: The range is not in this memory, or that is closed or has no file.
+            BackingError: The host refuses.
+        """
+        if self.fd is None:
+            raise ValueError("only memory of an open file can be cut off")
+        self._mapping.cut_off(self._skip + check_int(offset, "offset"), check_int(length, "length"))
+
     def close(self) -> None:
         """Unmap the memory and close the fd. Calling it again does nothing.
 

@@ -4,6 +4,7 @@ from guestio.addr import MappedRange
 
 @disjoint_base
 class Leases:
+    def abandon(self, start: int, length: int) -> list[tuple[int, int]]: ...
     def __len__(self) -> int: ...
 
 @disjoint_base

@@ -14,9 +14,9 @@ from cpython.exc cimport PyErr_CheckSignals, PyErr_NoMemory
 from cpython.pythread cimport PyThread_get_thread_ident
 from libc.math cimport INFINITY
 from libc.stdint cimport UINT64_MAX
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport free, malloc, realloc
 
-from guestio._core.base.checks cimport Span, as_seconds, u64
+from guestio._core.base.checks cimport Span, as_seconds, as_span, u64
 from guestio._core.base.capacity cimport GUESTIO_ASSERT, LEASES_FIRST
 
 cdef extern from "<time.h>" nogil:
@@ -100,6 +100,43 @@ cdef class Leases:
         GUESTIO_ASSERT(self.slot[slot].serial != 0)
         self.slot[slot].owner = NO_OWNER
         pthread_mutex_unlock(&self.mutex)
+
+    def abandon(self, start, length):
+        """Have every wait pass over the leases on a range: what they lead to was taken away.
+
+        Args:
+            start: First address.
+            length: Bytes, greater than 0.
+
+        Returns:
+            The whole ranges of these leases, as ``(first, last)``. Cost: O(leases).
+        """
+        cdef Span span
+        cdef Lease *lease
+        cdef int i, found = 0
+        cdef u64 *ends
+        as_span(start, length, &span, False)
+        pthread_mutex_lock(&self.mutex)
+        # No Python object is made under the mutex.
+        ends = <u64 *>malloc((self.held + 1) * 2 * sizeof(u64))
+        if ends is not NULL:
+            for i in range(self.slots):
+                lease = &self.slot[i]
+                if lease.serial and lease.serial <= self.serial and (
+                    lease.first <= span.last and span.first <= lease.last
+                ):
+                    ends[2 * found], ends[2 * found + 1] = lease.first, lease.last
+                    lease.serial, lease.owner = UINT64_MAX, NO_OWNER
+                    found += 1
+            if found and self.waiting:
+                pthread_cond_broadcast(&self.released)
+        pthread_mutex_unlock(&self.mutex)
+        if ends is NULL:
+            PyErr_NoMemory()
+        try:
+            return [(ends[2 * i], ends[2 * i + 1]) for i in range(found)]
+        finally:
+            free(ends)
 
     cdef bint busy(self, Span span, u64 before) noexcept nogil:
         """Whether a lease taken up to ``before`` overlaps. Needs the mutex."""

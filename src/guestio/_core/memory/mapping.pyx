@@ -276,6 +276,36 @@ cdef class HostMapping:
             )
         self.unmap()
 
+    def cut_off(self, offset, size):
+        """Put private, zeroed pages in place of a range.
+
+        Whatever still has its address reaches the file no more: it reads zeroes, and what it
+        writes goes nowhere. A system call that has the pages already is not affected.
+
+        Args:
+            offset: Where the range begins, in bytes from the start of the mapping.
+            size: Its bytes. Every page that it touches is replaced.
+
+        Raises:
+            ValueError: The range is not in a mapped file, or this is closed.
+            BackingError: The kernel refuses.
+        """
+        cdef size_t start = as_size(offset, "offset"), length = as_size(size, "size")
+        cdef size_t first, last
+        if self.ptr is NULL or self.spot is NULL:
+            raise ValueError("this memory is not mapped here")
+        if start > self.size or length > self.size - start:
+            raise ValueError(f"{start:#x}+{length:#x} is not within {self.size:#x} bytes")
+        if not length:
+            return
+        first = (<size_t>self.ptr + start) // self.page_size * self.page_size
+        last = (<size_t>self.ptr + start + length + self.page_size - 1) // self.page_size
+        if mmap(
+            <void *>first, last * self.page_size - first, self.spot.prot,
+            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0,
+        ) == MAP_FAILED:
+            raise failure(f"cannot replace {length:#x} bytes at {first:#x}")
+
     @property
     def closed(self):
         """Whether the memory has been unmapped."""
