@@ -17,6 +17,7 @@ and by the kernel when the thread that started it dies.
 import contextlib
 import enum
 import functools
+import json
 import os
 import re
 import shlex
@@ -49,6 +50,7 @@ class Viommu(enum.Enum):
     VIRTIO = "virtio-iommu"
     INTEL = "intel-iommu, lazy invalidation"
     INTEL_STRICT = "intel-iommu, strict invalidation"
+    INTEL_CACHING = "intel-iommu in caching mode, for devices that QEMU passes through"
 
     @property
     def present(self) -> bool:
@@ -65,6 +67,8 @@ class Viommu(enum.Enum):
                 return ["-device", "virtio-iommu-pci"]
             case Viommu.INTEL | Viommu.INTEL_STRICT:
                 return ["-device", "intel-iommu,intremap=off,device-iotlb=on"]
+            case Viommu.INTEL_CACHING:
+                return ["-device", "intel-iommu,intremap=off,caching-mode=on"]
 
     @property
     def append(self) -> str:
@@ -74,7 +78,7 @@ class Viommu(enum.Enum):
                 return ""
             case Viommu.INTEL:
                 return "intel_iommu=on"
-            case Viommu.INTEL_STRICT:
+            case Viommu.INTEL_STRICT | Viommu.INTEL_CACHING:
                 return "intel_iommu=on iommu.strict=1"
 
     @property
@@ -207,6 +211,25 @@ class VhostUserDevice:
             *("-chardev", f"socket,id=vhost{index},path={_escaped(self.socket)}"),
             *("-device", f"{device},chardev=vhost{index}{options}"),
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class VfioUserDevice:
+    """A PCI device that the process listening on `socket` serves; QEMU 10.1 or newer.
+
+    Attributes:
+        socket: Unix socket of the server; QEMU connects to it when it starts.
+        options: More properties of the device.
+    """
+
+    socket: Path
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def arguments(self, index: int, viommu: Viommu) -> list[str]:
+        """QEMU arguments; see `Disk`."""
+        address = {"type": "unix", "path": str(self.socket)}
+        device = {"driver": "vfio-user-pci", "id": f"vfio{index}", "socket": address}
+        return ["-device", json.dumps(device | dict(self.options))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 Packages, each importing only from those before it: ``errors``, ``addr``, ``_core`` (compiled),
 ``memory`` (what memory the guest has), ``dma`` (mapping changes go out), ``iommu`` (which of it a
-device may touch), ``virtio`` (queues and devices), ``vhost_user`` (a transport), ``guest`` (a guest
+device may touch), ``virtio`` (queues and devices), ``pci`` (PCI functions), ``peer`` (processes at
+the other end of a socket), ``vhost_user`` and ``vfio_user`` (transports), ``guest`` (a guest
 without a VM), ``cli``. ``testing`` is a kit for users' own tests. This module only re-exports; the
 packages are its attributes, imported when they are first used.
 """
@@ -72,7 +73,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_PACKAGES = frozenset({"cli", "dma", "guest", "iommu", "memory", "testing", "vhost_user", "virtio"})
+_PACKAGES = frozenset(
+    {
+        "cli",
+        "dma",
+        "guest",
+        "iommu",
+        "memory",
+        "pci",
+        "testing",
+        "vfio_user",
+        "vhost_user",
+        "virtio",
+    }
+)
 
 __all__ = [
     "AccessError",

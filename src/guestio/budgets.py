@@ -213,6 +213,22 @@ sent again later."""
 MAX_GUEST_MEMORY = 1 << 45
 """Bytes of guest memory that one front-end may share; a table or region beyond is refused."""
 
+DMA_MAPPINGS = 1 << 20
+"""Mappings of one vfio-user client; one more is refused (ENOSPC). About 60 bytes each."""
+
+DMA_FILES = 64
+"""Files that mappings of a vfio-user client lead to; a mapping of one more is refused (ENOSPC)."""
+
+DMA_IDLE_FILES = 4
+"""Files that stay mapped although no mapping leads to them any more; the oldest goes."""
+
+DMA_REVOKE_AFTER = 4.0
+"""Seconds that an access of a PCI device may go on after its client has unmapped the memory; then
+the memory is taken away from it. The client waits: QEMU with the whole guest, for 5 s at most."""
+
+DMA_LOOK = 0.001
+"""Seconds between looks whether such an access has ended."""
+
 EXIT_TIMEOUT = 1.4
 """Seconds that a server command or `guestio.serve` waits after SIGINT or SIGTERM for its front-end
 to be let go of; then it removes its socket and ends all the same, with status 0."""

@@ -1,0 +1,31 @@
+"""PCI functions: what a device is to its driver, whatever wire leads there.
+
+``device`` says what a PCI device is, ``host`` is what a transport drives and a device uses.
+``config`` is the configuration space, ``capabilities`` are what may be in it, ``interrupts`` says
+where an interrupt goes, and ``memory`` is what the device reaches by DMA.
+"""
+
+from guestio.pci.capabilities import (
+    Capability,
+    Msi,
+    MsiX,
+    PciExpress,
+    PowerManagement,
+    SerialNumber,
+    VendorSpecific,
+)
+from guestio.pci.device import Bar, PciDevice
+from guestio.pci.host import PciHost
+
+__all__ = [
+    "Bar",
+    "Capability",
+    "Msi",
+    "MsiX",
+    "PciDevice",
+    "PciExpress",
+    "PciHost",
+    "PowerManagement",
+    "SerialNumber",
+    "VendorSpecific",
+]

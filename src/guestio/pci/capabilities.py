@@ -1,0 +1,209 @@
+"""Capabilities of a PCI function: what they say at first, and what a driver may write to them.
+
+Source: PCI Local Bus Specification 3.0, section 6.7 and appendix H; PCI Express Base Specification
+4.0, sections 7.5.3 and 7.9.3; linux/pci_regs.h.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from guestio.addr import check_int
+from guestio.errors import DeviceError
+
+MAX_MSIX_VECTORS = 2048
+"""Vectors that an MSI-X table has at most."""
+MAX_MSI_VECTORS = 32
+"""Vectors of MSI at most."""
+
+
+class Layout(NamedTuple):
+    """Bytes of a capability behind its header.
+
+    Attributes:
+        data: What they are after a reset.
+        writable: The bits that a driver may write.
+        cleared: The bits that a driver clears by writing ones.
+    """
+
+    data: bytes
+    writable: bytes = b""
+    cleared: bytes = b""
+
+
+class Capability(ABC):
+    """A capability of a PCI function.
+
+    Attributes:
+        number: Its identifier.
+        extended: Whether it is in the extended configuration space, of PCI Express functions.
+        version: Of an extended capability.
+    """
+
+    number: ClassVar[int]
+    extended: ClassVar[bool] = False
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def layout(self) -> Layout:
+        """What is behind the header: 2 bytes of a capability, 4 of an extended one."""
+
+
+@dataclass(frozen=True)
+class PciExpress(Capability):
+    """A PCI Express endpoint, with function level reset.
+
+    Attributes:
+        port_type: 0 for an endpoint, 9 for an integrated one of the root complex.
+    """
+
+    number = 0x10
+    CONTROL: ClassVar[int] = 8
+    """Offset of the device control register in the capability."""
+    FUNCTION_RESET: ClassVar[int] = 1 << 15
+    """Bit of that register: resets the function."""
+    port_type: int = 0
+
+    def layout(self) -> Layout:
+        """See :class:`Capability`."""
+        # Role-based error reporting, function level reset; one lane of 2.5 GT/s.
+        data = struct.pack(
+            "<HIHHIHH", 2 | self.port_type << 4, 1 << 28 | 1 << 15, 0x2810, 0, 0x11, 0, 0x11
+        )
+        writable = struct.pack("<HIHHIH", 0, 0, 0x7FFF, 0, 0, 0x0FFB)
+        cleared = struct.pack("<HIHH", 0, 0, 0, 0x000F)
+        return Layout(data.ljust(58, b"\0"), writable, cleared)
+
+
+@dataclass(frozen=True)
+class MsiX(Capability):
+    """MSI-X.
+
+    Attributes:
+        vectors: How many, 1 to 2048.
+        bar: Which BAR has table and pending bits; None for one of their own, the first that is
+            free.
+        table: Where in the BAR the table is, 16 bytes a vector; a multiple of 8.
+        pba: Where the pending bits are, 8 bytes for 64 vectors; a multiple of 8.
+    """
+
+    number = 0x11
+    vectors: int
+    bar: int | None = None
+    table: int = 0
+    pba: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= check_int(self.vectors, "vectors") <= MAX_MSIX_VECTORS:
+            raise ValueError(f"{self.vectors} MSI-X vectors are not in 1..{MAX_MSIX_VECTORS}")
+        for name, at in (("table", self.table), ("pba", self.pba_offset)):
+            if check_int(at, name) < 0 or at % 8 or at >= 1 << 32:
+                raise ValueError(f"{name} {at:#x} is not a multiple of 8 below 4 GiB")
+        if self.table < self.pba_offset + self.pba_size and self.pba_offset < (
+            self.table + self.table_size
+        ):
+            raise ValueError("table and pending bits of MSI-X overlap")
+
+    @property
+    def table_size(self) -> int:
+        """Bytes of the table."""
+        return 16 * self.vectors
+
+    @property
+    def pba_size(self) -> int:
+        """Bytes of the pending bits."""
+        return (self.vectors + 63) // 64 * 8
+
+    @property
+    def pba_offset(self) -> int:
+        """Where the pending bits are; unless it is said, in the page behind the table."""
+        if self.pba is not None:
+            return self.pba
+        return (self.table + self.table_size + 4095) // 4096 * 4096
+
+    def layout(self) -> Layout:
+        """See :class:`Capability`."""
+        if self.bar is None:
+            raise DeviceError("the BAR of MSI-X was not chosen")
+        data = struct.pack(
+            "<HII", self.vectors - 1, self.table | self.bar, self.pba_offset | self.bar
+        )
+        return Layout(data, struct.pack("<H", 0xC000))
+
+
+@dataclass(frozen=True)
+class Msi(Capability):
+    """MSI with 64-bit addresses.
+
+    Attributes:
+        vectors: How many: a power of two up to 32.
+    """
+
+    number = 0x05
+    vectors: int = 1
+
+    def __post_init__(self) -> None:
+        vectors = check_int(self.vectors, "vectors")
+        if not 1 <= vectors <= MAX_MSI_VECTORS or vectors & (vectors - 1):
+            raise ValueError(f"{vectors} MSI vectors are no power of two up to {MAX_MSI_VECTORS}")
+
+    def layout(self) -> Layout:
+        """See :class:`Capability`."""
+        control = 1 << 7 | (self.vectors.bit_length() - 1) << 1
+        return Layout(
+            struct.pack("<HQH", control, 0, 0), struct.pack("<HQH", 0x71, 2**64 - 4, 0xFFFF)
+        )
+
+
+@dataclass(frozen=True)
+class PowerManagement(Capability):
+    """Power states D0 and D3hot; the device keeps its state in D3hot, but is kept from DMA."""
+
+    number = 0x01
+    CONTROL: ClassVar[int] = 4
+    """Offset of the control register in the capability; its lowest two bits are the state."""
+
+    def layout(self) -> Layout:
+        """See :class:`Capability`."""
+        no_soft_reset = 1 << 3
+        return Layout(struct.pack("<HHH", 3, no_soft_reset, 0), struct.pack("<HHH", 0, 3, 0))
+
+
+@dataclass(frozen=True)
+class VendorSpecific(Capability):
+    """Bytes that a vendor gives a meaning, read-only.
+
+    Attributes:
+        data: Up to 252 bytes; their number is put before them.
+    """
+
+    number = 0x09
+    data: bytes = b""
+
+    def __post_init__(self) -> None:
+        if len(self.data) > 252:
+            raise ValueError(f"{len(self.data)} bytes of a vendor-specific capability, at most 252")
+
+    def layout(self) -> Layout:
+        """See :class:`Capability`."""
+        return Layout(bytes([3 + len(self.data)]) + self.data)
+
+
+@dataclass(frozen=True)
+class SerialNumber(Capability):
+    """A serial number of 64 bits; for a PCI Express function.
+
+    Attributes:
+        value: The number.
+    """
+
+    number = 0x0003
+    extended = True
+    value: int
+
+    def layout(self) -> Layout:
+        """See :class:`Capability`."""
+        return Layout(struct.pack("<Q", self.value))

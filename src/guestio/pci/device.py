@@ -1,0 +1,197 @@
+"""What a PCI device is, whatever wire its driver is behind."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from guestio.addr import check_int
+from guestio.errors import DeviceError
+from guestio.memory import Backing
+from guestio.pci.capabilities import MAX_MSIX_VECTORS, Capability, Msi, MsiX
+
+if TYPE_CHECKING:
+    from guestio.pci.host import PciHost
+
+BARS = 6
+"""BARs of a function."""
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A base address register: a window that the driver sees the device's registers through.
+
+    Attributes:
+        size: Bytes, a power of two: 16 at least, of an I/O BAR 4 to 256.
+        wide: Whether its address has 64 bits; it takes the next BAR's place too then.
+        prefetchable: Whether reads have no side effects.
+        io: Whether it is in I/O space.
+        width: Bytes of an access at most; wider ones reach the device as several. 1, 2, 4 or 8.
+        memory: Memory of a file that the driver reads and writes without the device: the client
+            maps it if it can. It has ``size`` bytes; None for none.
+        areas: Parts of ``memory`` that are reached so, as ``(offset, size)`` in whole pages; the
+            rest goes to the device. Without any, all of it is.
+    """
+
+    size: int
+    wide: bool = False
+    prefetchable: bool = False
+    io: bool = False
+    width: int = 4
+    memory: Backing | None = None
+    areas: Sequence[tuple[int, int]] = ()
+
+    def __post_init__(self) -> None:
+        size = check_int(self.size, "size")
+        least, most = (4, 256) if self.io else (16, 1 << 62 if self.wide else 1 << 31)
+        if not least <= size <= most or size & (size - 1):
+            raise ValueError(f"size {size:#x} of a BAR is no power of two in {least}..{most:#x}")
+        if self.io and (self.wide or self.prefetchable or self.memory is not None):
+            raise ValueError("a BAR in I/O space is neither wide nor prefetchable nor memory")
+        if self.width not in (1, 2, 4, 8):
+            raise ValueError(f"width {self.width} is not 1, 2, 4 or 8")
+        if self.memory is not None and (self.memory.fd is None or self.memory.size != size):
+            raise ValueError(f"memory of a BAR is that of a file, of {size:#x} bytes")
+        if self.areas and self.memory is None:
+            raise ValueError("areas are parts of the memory of a BAR, which has none")
+        end = 0
+        for at, length in self.areas:
+            if at < end or length <= 0 or at % _PAGE or length % _PAGE or at + length > size:
+                raise ValueError(
+                    f"areas {list(self.areas)} are not whole pages within {size:#x} bytes, "
+                    "ascending and disjoint"
+                )
+            end = at + length
+
+    def mapped(self, offset: int, size: int) -> bool:
+        """Whether a range is in memory that the driver reaches without the device."""
+        if self.memory is None:
+            return False
+        areas = self.areas or ((0, self.size),)
+        return any(at <= offset and offset + size <= at + length for at, length in areas)
+
+
+class PciDevice(ABC):
+    """A PCI function: registers behind BARs, interrupts, and DMA through its host.
+
+    A subclass says what it is in class attributes, or sets them before it is served, and answers
+    accesses in :meth:`read` and :meth:`write`. All methods are called in the thread of the event
+    loop, one at a time.
+
+    Attributes:
+        vendor_id: The vendor, 16 bits.
+        device_id: The device, 16 bits.
+        class_code: Class, subclass and programming interface, 24 bits.
+        revision: 8 bits.
+        subsystem_vendor_id: None for ``vendor_id``.
+        subsystem_id: None for ``device_id``.
+        bars: Its BARs by index, 0 to 5.
+        interrupts: How many interrupt vectors it has. Without a capability for them, they are those
+            of MSI-X, in a BAR of its own, the first that is free; and INTx is offered, too.
+        capabilities: What it can do besides.
+    """
+
+    vendor_id: int
+    device_id: int
+    class_code: int = 0xFF0000
+    revision: int = 0
+    subsystem_vendor_id: int | None = None
+    subsystem_id: int | None = None
+    bars: Mapping[int, Bar] = {}
+    interrupts: int = 0
+    capabilities: Sequence[Capability] = ()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.vendor_id:04x}:{self.device_id:04x}>"
+
+    def attached(self, host: PciHost) -> None:
+        """Learn the host: memory, interrupts, descriptors and timers. Called once, at first."""
+
+    def read(self, bar: int, offset: int, size: int) -> int:
+        """Read a register; the value, of which ``size`` bytes are given to the driver.
+
+        An exception is logged, and the driver reads ones. By default all registers are 0.
+
+        Args:
+            bar: Which BAR.
+            offset: Where in it, a multiple of ``size``.
+            size: 1, 2, 4 or 8 bytes, up to the BAR's width.
+        """
+        return 0
+
+    def write(self, bar: int, offset: int, size: int, value: int) -> None:
+        """Write a register. An exception is logged. By default nothing happens."""
+
+    def reset(self) -> None:
+        """Become as at first: the driver, the machine, or the end of a connection asks for it.
+
+        Memory that the device holds must be let go of.
+        """
+
+
+def check_device(device: object) -> PciDevice:
+    """A device whose description is sound.
+
+    Raises:
+        TypeError: It is no PciDevice, or something is no number.
+        ValueError: A number is out of range.
+        DeviceError: It contradicts itself.
+    """
+    if not isinstance(device, PciDevice):
+        hint = ": make one of it" if isinstance(device, type) else ""
+        raise TypeError(f"device must be a guestio PciDevice, not {device!r}{hint}")
+    name = type(device).__name__
+    for attribute, bits in (
+        ("vendor_id", 16),
+        ("device_id", 16),
+        ("class_code", 24),
+        ("revision", 8),
+        ("subsystem_vendor_id", 16),
+        ("subsystem_id", 16),
+    ):
+        if not hasattr(device, attribute):
+            raise TypeError(f"{name}.{attribute} is missing")
+        value = getattr(device, attribute)
+        if value is None and attribute.startswith("subsystem"):
+            continue
+        if not 0 <= check_int(value, f"{name}.{attribute}") < 1 << bits:
+            raise ValueError(f"{name}.{attribute} {value:#x} does not fit {bits} bits")
+    if not 0 <= check_int(device.interrupts, f"{name}.interrupts") <= MAX_MSIX_VECTORS:
+        raise ValueError(f"{name}.interrupts {device.interrupts} is not in 0..{MAX_MSIX_VECTORS}")
+    for index, bar in device.bars.items():
+        if not 0 <= check_int(index, f"{name}.bars") < BARS:
+            raise ValueError(f"{name}.bars has {index}; a function has BARs 0 to {BARS - 1}")
+        if not isinstance(bar, Bar):
+            raise TypeError(f"{name}.bars[{index}] is {bar!r}, not a Bar")
+        if bar.wide and (index + 1 in device.bars or index + 1 == BARS):
+            raise DeviceError(f"{name}.bars[{index}] is wide, and takes the place of the next one")
+    return device
+
+
+def complete(device: PciDevice) -> tuple[dict[int, Bar], list[Capability]]:
+    """A device's BARs and capabilities, with those for its interrupts.
+
+    Raises:
+        DeviceError: There is no BAR left for MSI-X, or the one it names is too small.
+    """
+    bars, capabilities = dict(device.bars), list(device.capabilities)
+    name = type(device).__name__
+    if device.interrupts and not any(isinstance(each, Msi | MsiX) for each in capabilities):
+        capabilities.append(MsiX(device.interrupts))
+    for place, each in enumerate(capabilities):
+        if not isinstance(each, MsiX):
+            continue
+        end = max(each.table + each.table_size, each.pba_offset + each.pba_size)
+        if each.bar is None:
+            taken = {index + 1 for index, bar in bars.items() if bar.wide} | set(bars)
+            free = next((index for index in range(BARS) if index not in taken), None)
+            if free is None:
+                raise DeviceError(f"{name} has no BAR left for MSI-X: place it in one of its own")
+            bars[free] = Bar(max(_PAGE, 1 << (end - 1).bit_length()))
+            capabilities[place] = MsiX(each.vectors, free, each.table, each.pba)
+        elif each.bar not in bars or bars[each.bar].size < end or bars[each.bar].io:
+            raise DeviceError(f"{name}.bars[{each.bar}] has no room for MSI-X up to {end:#x}")
+    return bars, capabilities

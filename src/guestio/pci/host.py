@@ -1,0 +1,217 @@
+"""A PCI device with its configuration space, interrupts and memory, for any transport."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import index as as_index
+from typing import TYPE_CHECKING, Final
+
+from guestio._core.memory.slices import VolatileSlice
+from guestio.addr import check_int
+from guestio.errors import DeviceError
+from guestio.memory import Backing
+from guestio.pci.capabilities import Msi, MsiX
+from guestio.pci.config import COMMAND_INTX_DISABLE, ConfigSpace
+from guestio.pci.device import Bar, PciDevice, check_device, complete
+from guestio.pci.interrupts import InterruptKind, Interrupts
+from guestio.pci.memory import BusMemory
+from guestio.virtio.calls import LoopCalls
+from guestio.virtio.loop import EventLoop
+
+if TYPE_CHECKING:
+    from guestio._core.iommu.address_space import AddressSpace
+
+
+class PciHost(LoopCalls):
+    """A PCI device and what a transport drives of it.
+
+    A device is handed its host by `PciDevice.attached`, and uses :attr:`memory`,
+    :meth:`interrupt`, ``add_reader``, ``remove_reader``, ``call_later`` and
+    ``call_soon_threadsafe``. The rest is for transports, in the loop's thread.
+
+    Args:
+        device: What is hosted.
+        loop: Calls it.
+
+    Raises:
+        DeviceError, TypeError, ValueError: The device is not described as one should be.
+
+    Attributes:
+        device: What is hosted.
+        memory: What it reaches by DMA. From any thread.
+        bars: Its BARs, that of MSI-X included.
+        config: Its configuration space.
+        interrupts: Its vectors, for a transport.
+        failures: Calls in which the device raised an exception, or returned no number.
+    """
+
+    def __init__(self, device: PciDevice, loop: EventLoop) -> None:
+        super().__init__(type(device).__name__, loop)
+        self.device: Final = check_device(device)
+        self.bars, capabilities = complete(device)
+        self.memory: Final = BusMemory()
+        counts: dict[InterruptKind, int] = {}
+        self._msix: MsiX | None = None
+        for each in capabilities:
+            if isinstance(each, MsiX):
+                counts[InterruptKind.MSIX] = each.vectors
+                self._msix, self._table = each, bytearray(each.table_size)
+            elif isinstance(each, Msi):
+                counts[InterruptKind.MSI] = each.vectors
+        if device.interrupts:
+            counts[InterruptKind.INTX] = 1
+        self.interrupts: Final = Interrupts(counts)
+        self.config: Final = ConfigSpace(
+            device, self.bars, capabilities, 1 if device.interrupts else 0
+        )
+        self.failures = 0
+        self._views: dict[int, VolatileSlice] = {
+            number: _view(bar.memory) for number, bar in self.bars.items() if bar.memory is not None
+        }
+        self._start_over()
+
+    def __repr__(self) -> str:
+        return f"<PciHost of {self.device!r}: {self.memory!r}>"
+
+    def interrupt(self, vector: int = 0) -> None:
+        """Interrupt the driver. From any thread.
+
+        What cannot be delivered now is delivered once it can be: when the driver has set the vector
+        up, unmasks it, and has made the function bus master. A vector that is pending stays so,
+        however often it is raised.
+
+        Raises:
+            DeviceError: The device has no such vector.
+        """
+        if not 0 <= check_int(vector, "vector") < max(self.device.interrupts, 1):
+            raise DeviceError(
+                f"{self._owner} has {self.device.interrupts} interrupts, not a vector {vector}"
+            )
+        self.interrupts.raise_interrupt(vector)
+
+    # What a transport drives.
+
+    def connect(self, space: AddressSpace) -> None:
+        """Let the device reach a driver's memory; again when that has changed."""
+        self.memory.connect(space)
+
+    def disconnect(self) -> None:
+        """End serving a driver: the device is reset, and reaches nothing any more."""
+        self.memory.connect(None)
+        self.interrupts.close()
+        self.reset()
+
+    def reset(self) -> None:
+        """Reset the function. Triggers of interrupts stay."""
+        self.config.reset()
+        self.interrupts.forget_pending()
+        self._start_over()
+        self._call_device("reset")
+
+    def _start_over(self) -> None:
+        if self._msix is not None:
+            # Each vector is masked at first.
+            self._table[:] = (bytes(12) + b"\1\0\0\0") * self._msix.vectors
+        self._obey_config()
+
+    def _obey_config(self) -> None:
+        config = self.config
+        self.memory.enabled = config.bus_master
+        self.interrupts.allow(
+            messages=config.bus_master, pin=not config.command & COMMAND_INTX_DISABLE
+        )
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """Read the configuration space; the range does not leave it."""
+        return self.config.read(offset, size)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write the configuration space; the range does not leave it."""
+        if self.config.write(offset, data):
+            self.reset()
+        else:
+            self._obey_config()
+
+    def read_bar(self, index: int, offset: int, size: int) -> bytes:
+        """Read a range of a BAR, which it does not leave."""
+        bar = self.bars[index]
+        found = bytearray()
+        for at, length in _accesses(bar, offset, size):
+            found += self._read(index, bar, at, length)
+        return bytes(found)
+
+    def write_bar(self, index: int, offset: int, data: bytes) -> None:
+        """Write a range of a BAR, which it does not leave."""
+        bar = self.bars[index]
+        for at, length in _accesses(bar, offset, len(data)):
+            self._write(index, bar, at, data[at - offset : at - offset + length])
+
+    def _read(self, index: int, bar: Bar, at: int, length: int) -> bytes:
+        if bar.mapped(at, length):
+            return self._views[index].read(at, length)
+        own = self._msix_bytes(index, at, length)
+        if own is not None:
+            return own
+        value = self._call_device("read", index, at, length)
+        try:
+            number = as_index(value)  # type: ignore[arg-type]  # anything may have been returned
+        except TypeError:
+            if value is not self._failed:
+                self._count_failure(f"read of {self._owner} returned no number")
+            number = -1
+        return (number & (1 << 8 * length) - 1).to_bytes(length, "little")
+
+    def _write(self, index: int, bar: Bar, at: int, data: bytes) -> None:
+        if bar.mapped(at, len(data)):
+            self._views[index].write(at, data)
+        elif self._msix_bytes(index, at, len(data)) is None:
+            self._call_device("write", index, at, len(data), int.from_bytes(data, "little"))
+        elif self._msix is not None and at < self._msix.table + self._msix.table_size:
+            at -= self._msix.table
+            self._table[at : at + len(data)] = data
+
+    def _msix_bytes(self, index: int, at: int, length: int) -> bytes | None:
+        """Bytes of the MSI-X table or of the pending bits, if they are there; clients keep both."""
+        own = self._msix
+        if own is None or own.bar != index:
+            return None
+        if own.table <= at < own.table + own.table_size:
+            at -= own.table
+            return bytes(self._table[at : at + length])
+        if own.pba_offset <= at < own.pba_offset + own.pba_size:
+            at -= own.pba_offset
+            return self.interrupts.pending_bits()[at : at + length]
+        return None
+
+    _failed: Final = object()
+
+    def _call_device(self, method: str, *args: int) -> object:
+        """Call a method of the device; what it returned, or `_failed` if it raised."""
+        try:
+            return getattr(self.device, method)(*args)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self._count_failure(
+                f"{method} of {self._owner} raised {type(error).__name__}", trace=True
+            )
+            return self._failed
+
+    def _count_failure(self, what: str, *, trace: bool = False) -> None:
+        self.failures += 1
+        self.log.report("%s", what, trace=trace)
+
+
+def _view(memory: Backing) -> VolatileSlice:
+    return VolatileSlice.over(memory._mapping)
+
+
+def _accesses(bar: Bar, offset: int, size: int) -> Iterator[tuple[int, int]]:
+    """Aligned accesses of at most the BAR's width that make up a range, in order."""
+    end = offset + size
+    while offset < end:
+        length = bar.width
+        while offset % length or offset + length > end:
+            length //= 2
+        yield offset, length
+        offset += length

@@ -1,0 +1,154 @@
+"""Where an interrupt of a PCI function goes, and which are waiting until they may go anywhere."""
+
+from __future__ import annotations
+
+import enum
+import threading
+from typing import Protocol
+
+
+class InterruptKind(enum.IntEnum):
+    """Ways of an interrupt to the driver; the values are VFIO's indices (linux/vfio.h)."""
+
+    INTX = 0
+    MSI = 1
+    MSIX = 2
+
+
+class Trigger(Protocol):
+    """Something that makes an interrupt."""
+
+    def notify(self) -> None:
+        """Make it. From any thread; never waits."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it. Called once."""
+        ...
+
+
+class Interrupts:
+    """The interrupt vectors of a function.
+
+    An interrupt that cannot be delivered now (its vector has no trigger, is masked, or the function
+    may not write to memory) is pending, and is delivered once it can be. A client that enables
+    more vectors takes all triggers away for a moment.
+
+    Args:
+        counts: Vectors of each kind.
+
+    Threads: :meth:`raise_interrupt` may be called from any; the rest is for the loop's. Triggers
+    are notified under a lock, so that none is closed meanwhile; that never waits.
+    """
+
+    def __init__(self, counts: dict[InterruptKind, int]) -> None:
+        self.counts = counts
+        self.delivered = 0
+        self._lock = threading.Lock()
+        self._triggers: dict[InterruptKind, dict[int, Trigger]] = {kind: {} for kind in counts}
+        self._masked: dict[InterruptKind, set[int]] = {kind: set() for kind in counts}
+        self._pending: set[int] = set()
+        self._messages_allowed = False
+        self._pin_allowed = True
+
+    @property
+    def vectors(self) -> int:
+        """Vectors that the device has."""
+        return max(self.counts.values(), default=0)
+
+    def raise_interrupt(self, vector: int) -> None:
+        """Have a vector's interrupt delivered, now or once it can be."""
+        with self._lock:
+            self._pending.add(vector)
+            self._deliver()
+
+    def allow(self, *, messages: bool, pin: bool) -> None:
+        """Say whether the function may send messages (it is bus master) and use its pin."""
+        with self._lock:
+            self._messages_allowed, self._pin_allowed = messages, pin
+            self._deliver()
+
+    def set_trigger(self, kind: InterruptKind, vector: int, trigger: Trigger | None) -> None:
+        """Have a vector's interrupts go to ``trigger``, which belongs to this from here on."""
+        with self._lock:
+            old = self._triggers[kind].pop(vector, None)
+            if trigger is not None:
+                self._triggers[kind][vector] = trigger
+            self._deliver()
+        if old is not None:
+            old.close()
+
+    def disable(self, kind: InterruptKind) -> None:
+        """Take all triggers of a kind away."""
+        with self._lock:
+            gone, self._triggers[kind] = list(self._triggers[kind].values()), {}
+            self._masked[kind].clear()
+        for trigger in gone:
+            trigger.close()
+
+    def trigger(self, kind: InterruptKind, vector: int) -> None:
+        """Make an interrupt of a kind, whichever the device would use: the client asks for it."""
+        with self._lock:
+            present = self._triggers[kind].get(vector)
+            if present is not None:
+                present.notify()
+
+    def mask(self, kind: InterruptKind, vector: int) -> None:
+        """Keep a vector's interrupts pending."""
+        with self._lock:
+            self._masked[kind].add(vector)
+
+    def unmask(self, kind: InterruptKind, vector: int) -> None:
+        """Deliver a vector's interrupts again; the pending one at once."""
+        with self._lock:
+            self._masked[kind].discard(vector)
+            self._deliver()
+
+    def forget_pending(self) -> None:
+        """Forget what has not been delivered, as a reset does."""
+        with self._lock:
+            self._pending.clear()
+            for masked in self._masked.values():
+                masked.clear()
+
+    def close(self) -> None:
+        """Take all triggers away, and forget what is pending."""
+        for kind in self.counts:
+            self.disable(kind)
+        self.forget_pending()
+
+    def pending_bits(self) -> bytes:
+        """The pending bits of MSI-X: 64 vectors to 8 bytes."""
+        with self._lock:
+            bits = sum(1 << vector for vector in self._pending)
+        return bits.to_bytes((self.vectors + 63) // 64 * 8, "little")
+
+    def _deliver(self) -> None:
+        """Deliver what is pending and can be. Needs the lock."""
+        if not self._pending:
+            return
+        # The kind that the driver has set up; a driver uses one at a time.
+        for kind in (InterruptKind.MSIX, InterruptKind.MSI):
+            triggers = self._triggers.get(kind)
+            if not triggers:
+                continue
+            if self._messages_allowed:
+                self._send(kind, triggers)
+            return
+        pins = self._triggers.get(InterruptKind.INTX)
+        if pins and self._pin_allowed and 0 not in self._masked[InterruptKind.INTX]:
+            self._pending.clear()
+            # The client says when it was handled.
+            self._masked[InterruptKind.INTX].add(0)
+            pins[0].notify()
+            self.delivered += 1
+
+    def _send(self, kind: InterruptKind, triggers: dict[int, Trigger]) -> None:
+        for vector in list(self._pending):
+            # A driver may have fewer messages than the device has vectors: MSI lets them be shared.
+            number = vector % len(triggers) if kind == InterruptKind.MSI else vector
+            trigger = triggers.get(number)
+            if trigger is not None and number not in self._masked[kind]:
+                self._pending.discard(vector)
+                trigger.notify()
+                self.delivered += 1

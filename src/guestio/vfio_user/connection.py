@@ -1,0 +1,274 @@
+"""One client from its connection to its disconnection: messages in, a PCI device's host driven."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from guestio._core.base.syscalls import notify_eventfd
+from guestio.addr import ADDRESS_SPACE, Permissions
+from guestio.budgets import DMA_LOOK
+from guestio.errors import ProtocolError
+from guestio.pci.host import PciHost
+from guestio.pci.interrupts import InterruptKind
+from guestio.peer.channel import PeerGoneError
+from guestio.peer.connection import PeerConnection
+from guestio.peer.foreign import Eventfd, close_foreign
+from guestio.ratelog import LOG
+from guestio.vfio_user.channel import Channel, Message
+from guestio.vfio_user.memory import DmaSpace, Piece
+from guestio.vfio_user.messages import (
+    CONFIG_REGION,
+    UNMAP_ALL,
+    DmaMap,
+    DmaUnmap,
+    Header,
+    IrqFlag,
+    RefusalError,
+)
+from guestio.vfio_user.session import Region, Session
+from guestio.vfio_user.statistics import Statistics
+from guestio.virtio.loop import EventLoop
+
+log = logging.getLogger("guestio.vfio_user")
+
+
+class EventfdTrigger(Eventfd):
+    """An eventfd of a client that an interrupt is signalled to."""
+
+    def notify(self) -> None:
+        """See :class:`~guestio.pci.interrupts.Trigger`."""
+        notify_eventfd(self.fileno())
+
+
+@dataclass
+class _Revocation:
+    """An unmap that waits for accesses to end.
+
+    Attributes:
+        header: Of the request, which is answered then.
+        address: The range.
+        size: Its bytes.
+        removed: The mappings that were removed.
+        until: When the accesses are cut off.
+    """
+
+    header: Header
+    address: int
+    size: int
+    removed: list[Piece]
+    until: float
+
+
+class Connection(PeerConnection[Header]):
+    """A client from its connection to its disconnection; a :class:`SessionHandler`.
+
+    Args:
+        channel: The connection; owned from here on.
+        host: The device that it is connected to.
+        loop: Calls back when there is something to do.
+        statistics: Where to count.
+        revoke_after: Seconds that an unmap waits for accesses to end.
+    """
+
+    peer_name = "client"
+    _channel: Channel
+
+    def __init__(
+        self,
+        channel: Channel,
+        host: PciHost,
+        loop: EventLoop,
+        statistics: Statistics,
+        *,
+        revoke_after: float,
+    ) -> None:
+        super().__init__(channel, loop, log)
+        self._host = host
+        self._stats = statistics
+        self._revoke_after = revoke_after
+        self._dma = DmaSpace()
+        self._session = Session(self)
+        self._handled: Header | None = None
+        self._revocation: _Revocation | None = None
+        host.connect(self._dma.space)
+        self._start()
+
+    def _may_read(self) -> bool:
+        # Messages are obeyed in their order: what follows an unmap that waits, waits, too.
+        return self._revocation is None and not self._channel.backlog
+
+    def _handle(self, message: Message) -> tuple[bytes | None, Sequence[int]]:
+        self._handled = message.header
+        reply = self._session.handle(message)
+        refusal, self._session.last_refusal = self._session.last_refusal, None
+        if refusal is not None:
+            self._stats.refused += 1
+            self._host.log.report("the client was refused: %s", refusal)
+        afterwards, self._session.afterwards = self._session.afterwards, None
+        if afterwards is None:
+            return reply, self._session.reply_fds
+        if reply is not None:
+            self._send(reply)
+        afterwards()
+        return None, ()
+
+    def _count_protocol_error(self) -> None:
+        self._stats.protocol_errors += 1
+
+    def close(self) -> None:
+        """Give everything back. Calling it again does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        self._release(
+            [self._hang_up, self._host.disconnect, self._dma.close],
+            f"client {self._stats.connections}",
+        )
+        LOG.report(
+            log, logging.INFO, "client %d gone; so far: %s", self._stats.connections, self._stats
+        )
+
+    def _hang_up(self) -> None:
+        super()._hang_up()
+        self._loop.clear_timer((self, "revocation"))
+        self._revocation = None
+
+    def region(self, index: int) -> Region:
+        """See :class:`SessionHandler`."""
+        if index == CONFIG_REGION:
+            return Region(self._host.config.size)
+        bar = self._host.bars.get(index)
+        if bar is None:
+            return Region(0)
+        if bar.memory is None:
+            return Region(bar.size)
+        return Region(bar.size, bar.memory.fd, bar.memory.file_offset or 0, bar.areas)
+
+    def interrupts(self, index: int) -> tuple[int, int]:
+        """See :class:`SessionHandler`."""
+        flags = IrqFlag.EVENTFD | IrqFlag.MASKABLE
+        if index == InterruptKind.INTX:
+            flags |= IrqFlag.AUTOMASKED
+        count = 0
+        if index in list(InterruptKind):
+            count = self._host.interrupts.counts.get(InterruptKind(index), 0)
+        return count, flags if count else 0
+
+    def dma_map(self, request: DmaMap, fd: int | None) -> None:
+        """See :class:`SessionHandler`."""
+        perm = Permissions(request.flags)
+        if self._dma.map(request.address, request.size, perm, fd, request.offset):
+            self._host.connect(self._dma.space)
+        self._stats.dma_maps += 1
+
+    def dma_unmap(self, request: DmaUnmap) -> bool:
+        """See :class:`SessionHandler`."""
+        address, size = request.address, request.size
+        if request.flags & ~UNMAP_ALL:
+            raise RefusalError(errno.EINVAL, f"DMA_UNMAP with flags {request.flags:#x}")
+        if request.flags:
+            if address or size:
+                raise RefusalError(errno.EINVAL, "DMA_UNMAP of everything, with a range")
+            size = ADDRESS_SPACE
+        removed = self._dma.unmap(address, size)
+        self._stats.dma_unmaps += 1
+        if not removed or not self._dma.in_use(address, size):
+            return True
+        self._stats.delayed_unmaps += 1
+        assert self._handled is not None
+        until = time.monotonic() + self._revoke_after
+        self._revocation = _Revocation(self._handled, address, size, removed, until)
+        self._loop.remove_reader(self._channel.fileno())
+        self._look()
+        return False
+
+    def _look(self) -> None:
+        """Answer the unmap that waits, once no access is under way or its time is over."""
+        waiting, now = self._revocation, time.monotonic()
+        if waiting is None:
+            return
+        if self._dma.in_use(waiting.address, waiting.size):
+            if now < waiting.until:
+                self._loop.set_timer((self, "revocation"), now + DMA_LOOK, self._look)
+                return
+            self._cut_off(waiting)
+        self._revocation = None
+        try:
+            if not waiting.header.wants_reply or self._send(waiting.header.reply()):
+                self._resume()
+        except PeerGoneError:
+            self.close()
+        except ProtocolError as error:
+            self.disconnect(str(error))
+
+    def _cut_off(self, waiting: _Revocation) -> None:
+        self._stats.cut_off += 1
+        self._host.log.report(
+            "%s still accesses %#x+%#x, which its driver unmapped %g s ago: it reads zeroes there "
+            "from now on, and what it writes is lost",
+            type(self._host.device).__name__,
+            waiting.address,
+            waiting.size,
+            self._revoke_after,
+        )
+        if self._dma.cut_off(waiting.address, waiting.size, waiting.removed):
+            self._host.connect(self._dma.space)
+
+    def read_region(self, index: int, offset: int, size: int) -> bytes:
+        """See :class:`SessionHandler`."""
+        self._stats.region_reads += 1
+        if index == CONFIG_REGION:
+            return self._host.read_config(offset, size)
+        return self._host.read_bar(index, offset, size) if size else b""
+
+    def write_region(self, index: int, offset: int, data: bytes) -> None:
+        """See :class:`SessionHandler`."""
+        self._stats.region_writes += 1
+        if index == CONFIG_REGION:
+            self._host.write_config(offset, data)
+        elif data:
+            self._host.write_bar(index, offset, data)
+
+    def set_triggers(self, index: int, start: int, fds: list[int | None]) -> None:
+        """See :class:`SessionHandler`."""
+        kind = InterruptKind(index)
+        made: list[EventfdTrigger | None] = []
+        try:
+            for number, fd in enumerate(fds):
+                what = f"descriptor of interrupt {start + number} of kind {kind.name}"
+                made.append(None if fd is None else EventfdTrigger(fd, what))
+        except ProtocolError as error:
+            # The descriptor that was refused is closed; those behind it are not.
+            close_foreign([fd for fd in fds[len(made) + 1 :] if fd is not None])
+            for trigger in made:
+                if trigger is not None:
+                    trigger.close()
+            raise RefusalError(errno.EINVAL, str(error)) from None
+        for number, trigger in enumerate(made):
+            self._host.interrupts.set_trigger(kind, start + number, trigger)
+
+    def disable_interrupts(self, index: int) -> None:
+        """See :class:`SessionHandler`."""
+        if index in self._host.interrupts.counts:
+            self._host.interrupts.disable(InterruptKind(index))
+
+    def mask_interrupt(self, index: int, vector: int) -> None:
+        """See :class:`SessionHandler`."""
+        self._host.interrupts.mask(InterruptKind(index), vector)
+
+    def unmask_interrupt(self, index: int, vector: int) -> None:
+        """See :class:`SessionHandler`."""
+        self._host.interrupts.unmask(InterruptKind(index), vector)
+
+    def trigger_interrupt(self, index: int, vector: int) -> None:
+        """See :class:`SessionHandler`."""
+        self._host.interrupts.trigger(InterruptKind(index), vector)
+
+    def reset(self) -> None:
+        """See :class:`SessionHandler`."""
+        self._stats.resets += 1
+        self._host.reset()

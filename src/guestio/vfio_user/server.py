@@ -1,0 +1,103 @@
+"""A PCI device at the end of a Unix socket, for any vfio-user client."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+
+from guestio.addr import check_seconds
+from guestio.budgets import DMA_REVOKE_AFTER, LONGEST_TIMEOUT
+from guestio.pci.device import PciDevice, check_device
+from guestio.pci.host import PciHost
+from guestio.peer.server import PeerServer
+from guestio.vfio_user.channel import Channel
+from guestio.vfio_user.connection import Connection
+from guestio.vfio_user.statistics import Statistics
+
+log = logging.getLogger("guestio.vfio_user")
+
+
+class Server(PeerServer):
+    """Serves a PCI device to one vfio-user client after the other, such as QEMU 10.1 or newer.
+
+    What the client maps for DMA is the device's memory; behind an IOMMU, what the guest's driver
+    maps. An unmap is answered once no access of the device to that memory is under way.
+
+    Args:
+        device: What to serve; it is the caller's to close.
+        path: Where to listen; a socket that nothing listens on is replaced. Or a socket, which is
+            the server's from here on: a listening one, or one that a client is connected to, which
+            is the only one then.
+        connect: Whether a client listens on the path, and the server connects to it, again and
+            again.
+        revoke_after: Seconds that an unmap waits for accesses of the device to end, at most 3600.
+            Then the memory is taken away from them: they read zeroes, and what they write is lost.
+            The guest stands still meanwhile. QEMU waits for 5 s (``x-msg-timeout``), and goes on as
+            if it had been answered.
+
+    Raises:
+        DeviceError: The device contradicts itself; or the path is too long or in use, or its
+            directory cannot be written; or the socket is no connected or listening Unix stream
+            socket. A socket that is refused is still the caller's.
+        TypeError, ValueError: Bad arguments, or a bad description of the device.
+
+    Attributes:
+        path: Where the socket is; empty if it has no name in the file system.
+        ready_line: One line that says where clients come from: ``listening on PATH``, for example.
+        device: What is served.
+        statistics: Counters over all clients so far.
+
+    Threads: everything happens in the thread that calls :meth:`serve`; only :meth:`stop` may be
+    called from others and from signal handlers.
+    """
+
+    peer_name = "client"
+
+    def __init__(
+        self,
+        device: PciDevice,
+        path: str | os.PathLike[str] | socket.socket,
+        *,
+        connect: bool = False,
+        revoke_after: float = DMA_REVOKE_AFTER,
+    ) -> None:
+        self.device = check_device(device)
+        self.statistics = Statistics()
+        self._revoke_after = check_seconds(revoke_after, "revoke_after", LONGEST_TIMEOUT)
+        super().__init__(path, connect=connect, log=log)
+
+    def __repr__(self) -> str:
+        kind = type(self.device).__name__
+        served = "serving" if self._serving else "not serving"
+        return f"<Server of {kind}, {self.ready_line}: {served}, {self.statistics}>"
+
+    def _attach(self, undo: contextlib.ExitStack) -> None:
+        self._host = PciHost(self.device, self._loop)
+        self.statistics.device_failures = lambda: self._host.failures
+        self.statistics.interrupts_sent = lambda: self._host.interrupts.delivered
+
+    def _attached(self) -> None:
+        self.device.attached(self._host)
+
+    def _close_device(self) -> None:
+        """Do nothing: a host has nothing to release once no client is there."""
+
+    def _connect(self, connected: socket.socket) -> Connection:
+        self.statistics.connections += 1
+        channel = Channel(connected)
+        try:
+            return Connection(
+                channel,
+                self._host,
+                self._loop,
+                self.statistics,
+                revoke_after=self._revoke_after,
+            )
+        except BaseException:
+            channel.close()
+            raise
+
+    def _count_protocol_error(self) -> None:
+        self.statistics.protocol_errors += 1

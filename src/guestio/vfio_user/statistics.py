@@ -1,0 +1,55 @@
+"""What is counted of a PCI device that is served over vfio-user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Statistics:
+    """What happened on a server, over all its clients.
+
+    Attributes:
+        connections: Clients accepted.
+        protocol_errors: Clients disconnected because they broke the protocol.
+        refused: Requests answered with an error.
+        dma_maps: Mappings made.
+        dma_unmaps: Requests to remove mappings.
+        delayed_unmaps: Those of them that had to wait for an access to end.
+        cut_off: Those of them that did not wait any longer: the memory was taken from the access.
+        region_reads: Reads of BARs and of the configuration space.
+        region_writes: Writes to them.
+        resets: Resets that clients asked for by message.
+        device_failures: Tells how many calls of the device failed.
+        interrupts_sent: Tells how many interrupts were delivered.
+    """
+
+    connections: int = 0
+    protocol_errors: int = 0
+    refused: int = 0
+    dma_maps: int = 0
+    dma_unmaps: int = 0
+    delayed_unmaps: int = 0
+    cut_off: int = 0
+    region_reads: int = 0
+    region_writes: int = 0
+    resets: int = 0
+    device_failures: Callable[[], int] = field(default=lambda: 0, repr=False)
+    interrupts_sent: Callable[[], int] = field(default=lambda: 0, repr=False)
+
+    def __str__(self) -> str:
+        """All counters, for people."""
+        hidden = ("device_failures", "interrupts_sent")
+        names = [name for name in vars(self) if name not in hidden]
+        return " ".join(f"{name}={getattr(self, name)}" for name in [*names, "failed_calls"])
+
+    @property
+    def failed_calls(self) -> int:
+        """Calls of the device that raised an exception, or returned no number."""
+        return self.device_failures()
+
+    @property
+    def interrupts(self) -> int:
+        """Interrupts delivered."""
+        return self.interrupts_sent()

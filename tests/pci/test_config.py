@@ -1,0 +1,247 @@
+"""The configuration space: what a driver finds there, and what of it it can change."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from guestio import Backing
+from guestio.errors import DeviceError
+from guestio.pci import (
+    Bar,
+    Capability,
+    Msi,
+    MsiX,
+    PciDevice,
+    PciExpress,
+    PciHost,
+    PowerManagement,
+    SerialNumber,
+    VendorSpecific,
+)
+from guestio.virtio.loop import EventLoop
+
+
+class Function(PciDevice):
+    vendor_id, device_id, class_code, revision = 0x1234, 0x5678, 0x010802, 3
+
+    def __init__(self, **attributes: object) -> None:
+        self.resets = 0
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+@pytest.fixture
+def loop() -> Iterator[EventLoop]:
+    made = EventLoop()
+    yield made
+    made.close()
+
+
+def u16(host: PciHost, at: int) -> int:
+    return int.from_bytes(host.read_config(at, 2), "little")
+
+
+def u32(host: PciHost, at: int) -> int:
+    return int.from_bytes(host.read_config(at, 4), "little")
+
+
+def write(host: PciHost, at: int, value: int, size: int = 4) -> None:
+    host.write_config(at, value.to_bytes(size, "little"))
+
+
+def capabilities(host: PciHost) -> dict[int, int]:
+    """Where each capability is, by its number, as a driver finds them."""
+    found, at = {}, host.read_config(0x34, 1)[0]
+    while at:
+        number, following = host.read_config(at, 2)
+        assert number not in found
+        found[number] = at
+        at = following
+    assert bool(found) == bool(u16(host, 6) & 0x10)
+    return found
+
+
+def test_identity(loop: EventLoop) -> None:
+    host = PciHost(Function(), loop)
+    assert struct.unpack("<HHHHI", host.read_config(0, 12)) == ((0x1234, 0x5678, 0, 0, 0x01080203))
+    assert (u16(host, 0x2C), u16(host, 0x2E)) == (0x1234, 0x5678)
+    other = PciHost(Function(subsystem_vendor_id=0x1AF4, subsystem_id=0x1100), loop)
+    assert (u16(other, 0x2C), u16(other, 0x2E)) == (0x1AF4, 0x1100)
+    write(host, 0, 0xFFFFFFFF)
+    write(host, 8, 0xFFFFFFFF)
+    write(host, 0x2C, 0xFFFFFFFF)
+    assert u32(host, 0) == 0x56781234
+    assert u32(host, 8) == 0x01080203
+    assert u32(host, 0x2C) == 0x56781234
+
+
+def test_sizes_of_bars(loop: EventLoop) -> None:
+    bars = {
+        0: Bar(4096),
+        1: Bar(1 << 20, wide=True, prefetchable=True),
+        3: Bar(32, io=True),
+        4: Bar(1 << 34, wide=True),
+    }
+    host = PciHost(Function(bars=bars), loop)
+    before = [u32(host, 0x10 + 4 * n) for n in range(6)]
+    assert before == [0, 0xC, 0, 1, 4, 0]
+    for n in range(6):
+        write(host, 0x10 + 4 * n, 0xFFFFFFFF)
+    sizes = [u32(host, 0x10 + 4 * n) for n in range(6)]
+    assert sizes == [0xFFFFF000, 0xFFF0000C, 0xFFFFFFFF, 0xFFFFFFE1, 4, 0xFFFFFFFC]
+    write(host, 0x10, 0xFEB01234)
+    assert u32(host, 0x10) == 0xFEB01000
+
+
+def test_command_and_status(loop: EventLoop) -> None:
+    host = PciHost(Function(), loop)
+    write(host, 4, 0xFFFF, 2)
+    assert u16(host, 4) == 0x0547
+    assert host.memory.enabled
+    write(host, 4, 0, 1)
+    assert u16(host, 4) == 0x0500
+    assert not host.memory.enabled
+    write(host, 6, 0xFFFF, 2)
+    assert u16(host, 6) == 0
+
+
+def test_capabilities_are_found(loop: EventLoop) -> None:
+    function = Function(
+        interrupts=3,
+        capabilities=[PowerManagement(), VendorSpecific(b"abc"), PciExpress(), Msi(4)],
+    )
+    host = PciHost(function, loop)
+    found = capabilities(host)
+    assert set(found) == {1, 9, 0x10, 5}
+    assert all(at % 4 == 0 for at in found.values())
+    assert host.read_config(found[9] + 2, 4) == b"\x06abc"
+    assert host.config.size == 4096
+    # MSI: four messages, 64-bit addresses; the driver sets enable, count, address and data.
+    at = found[5]
+    assert u16(host, at + 2) == 0x84
+    write(host, at + 2, 0xFFFF, 2)
+    assert u16(host, at + 2) == 0xF5
+    write(host, at + 4, 0xFFFFFFFF)
+    assert u32(host, at + 4) == 0xFFFFFFFC
+
+
+def test_msix_has_a_bar_of_its_own(loop: EventLoop) -> None:
+    host = PciHost(Function(bars={0: Bar(64, wide=True)}, interrupts=600), loop)
+    at = capabilities(host)[0x11]
+    assert u16(host, at + 2) == 599
+    assert u32(host, at + 4) == 2
+    assert u32(host, at + 8) == 0x3000 | 2
+    assert host.bars[2].size == 0x4000
+    write(host, at + 2, 0xFFFF, 2)
+    assert u16(host, at + 2) == 0xC000 | 599
+    write(host, at + 4, 0xFFFFFFFF)
+    assert u32(host, at + 4) == 2
+
+
+def test_power_states(loop: EventLoop) -> None:
+    host = PciHost(Function(capabilities=[PowerManagement()]), loop)
+    at = capabilities(host)[1] + 4
+    write(host, 4, 4, 2)
+    write(host, at, 3, 2)
+    assert u16(host, at) == 8 | 3
+    assert not host.memory.enabled
+    write(host, at, 0, 2)
+    assert host.memory.enabled
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 2), (1, 1), (-2, 4), (-4, 8)])
+def test_function_level_reset(loop: EventLoop, offset: int, size: int) -> None:
+    function = Function(capabilities=[PciExpress()])
+    host = PciHost(function, loop)
+    control = capabilities(host)[0x10] + PciExpress.CONTROL
+    assert u32(host, control - 4) & 1 << 28
+    write(host, 4, 4, 2)
+    value = 0x8000 << 8 * -offset if offset <= 0 else 0x80
+    write(host, control + offset, value, size)
+    assert function.resets == 1
+    assert u16(host, 4) == 0
+    assert not u16(host, control) & 0x8000
+    write(host, control, 0x7FFF, 2)
+    assert u16(host, control) == 0x7FFF
+    assert function.resets == 1
+
+
+def test_extended_capabilities(loop: EventLoop) -> None:
+    numbers = [SerialNumber(0x1122334455667788), SerialNumber(7)]
+    host = PciHost(Function(capabilities=[PciExpress(), *numbers]), loop)
+    assert u32(host, 0x100) == 3 | 1 << 16 | 0x10C << 20
+    assert host.read_config(0x104, 8) == bytes.fromhex("8877665544332211")
+    assert u32(host, 0x10C) == 3 | 1 << 16
+    write(host, 0x104, 0)
+    assert u32(host, 0x104) == 0x55667788
+
+
+class Huge(VendorSpecific):
+    """As long as a capability may be."""
+
+
+@pytest.mark.parametrize(
+    ("attributes", "error", "says"),
+    [
+        ({"vendor_id": 1 << 16}, ValueError, "vendor_id"),
+        ({"class_code": "storage"}, TypeError, "class_code"),
+        ({"interrupts": 2049}, ValueError, "interrupts"),
+        ({"bars": {6: Bar(16)}}, ValueError, "BARs 0 to 5"),
+        ({"bars": {0: 4096}}, TypeError, "not a Bar"),
+        ({"bars": {5: Bar(16, wide=True)}}, DeviceError, "wide"),
+        ({"bars": {0: Bar(16, wide=True), 1: Bar(16)}}, DeviceError, "wide"),
+        ({"bars": {n: Bar(16) for n in range(6)}, "interrupts": 1}, DeviceError, "no BAR left"),
+        ({"bars": {0: Bar(4096)}, "capabilities": [MsiX(4, 0)]}, DeviceError, "no room"),
+        ({"capabilities": [MsiX(4, 1)]}, DeviceError, "no room"),
+        ({"capabilities": [SerialNumber(1)]}, DeviceError, "PciExpress"),
+        ({"capabilities": [Huge(bytes(200))]}, DeviceError, "do not fit"),
+    ],
+)
+def test_descriptions_that_cannot_be(
+    loop: EventLoop, attributes: dict[str, object], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        PciHost(Function(**attributes), loop)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Bar(0),
+        lambda: Bar(24),
+        lambda: Bar(8),
+        lambda: Bar(1 << 32),
+        lambda: Bar(512, io=True),
+        lambda: Bar(16, io=True, wide=True),
+        lambda: Bar(16, width=3),
+        lambda: Bar(4096, memory=Backing.anonymous(4096)),
+        lambda: Bar(4096, memory=Backing.memfd(8192)),
+        lambda: Bar(4096, areas=[(0, 4096)]),
+        lambda: Bar(8192, memory=Backing.memfd(8192), areas=[(0, 100)]),
+        lambda: Bar(8192, memory=Backing.memfd(8192), areas=[(4096, 8192)]),
+        lambda: MsiX(0),
+        lambda: MsiX(2049),
+        lambda: MsiX(4, 0, 4),
+        lambda: MsiX(4, 0, 0, 32),
+        lambda: Msi(3),
+        lambda: Msi(64),
+        lambda: VendorSpecific(bytes(253)),
+    ],
+)
+def test_parts_that_cannot_be(make: object) -> None:
+    with pytest.raises(ValueError):
+        make()  # type: ignore[operator]
+
+
+def test_a_device_of_another_kind(loop: EventLoop) -> None:
+    with pytest.raises(TypeError, match="make one of it"):
+        PciHost(Function, loop)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="vendor_id is missing"):
+        PciHost(type("Bare", (PciDevice,), {})(), loop)
+    assert issubclass(VendorSpecific, Capability)

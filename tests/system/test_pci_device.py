@@ -1,0 +1,98 @@
+"""The PCI device of the README and of ``examples/pci_device.py`` in real guests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.guest import Guest, Script, VfioUserDevice, Viommu
+from lab.qemu import new_qemu
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "pci_device.py"
+DRIVER = Path(__file__).parent / "adder_driver.c"
+LIMIT = 300.0
+ROUNDS = 20
+SUM = sum((2654435761 * n) % 2**32 for n in range(1, 3001)) % 2**32
+DIRECT_SUM = sum((2654435761 * n) % 2**32 for n in range(1, 1025)) % 2**32
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    made = tmp_path_factory.mktemp("driver") / "adder_driver"
+    subprocess.run(["gcc", "-static", "-O1", "-Wall", "-Werror", DRIVER, "-o", made], check=True)
+    return made.read_bytes()
+
+
+@contextlib.contextmanager
+def served(path: Path, log: Path) -> Iterator[None]:
+    """The example, serving at a path; its counters are in its log at the end."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import signal; from pci_device import *\n"
+        "server = Server(Adder(), sys.argv[2])\n"
+        "signal.signal(signal.SIGTERM, lambda *_: server.stop())\n"
+        "print('ready', flush=True); server.serve(); print(server.statistics); server.close()\n"
+        "print('interrupts', server.statistics.interrupts)"
+    )
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(EXAMPLE.parent), str(path)],
+            stdout=out,
+            stderr=out,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while "ready" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+        print(log.read_text())
+
+
+@pytest.mark.parametrize(
+    "viommu", [Viommu.NONE, Viommu.VIRTIO, Viommu.INTEL_CACHING], ids=lambda v: v.name.lower()
+)
+def test_a_driver_in_a_guest_uses_it(
+    viommu: Viommu, driver: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GUESTIO_LAB_QEMU", str(new_qemu()))
+    path, log = tmp_path / "adder.sock", tmp_path / "adder.log"
+    vfio = viommu.present
+    with served(path, log):
+        guest = Guest(
+            viommu=viommu,
+            devices=[VfioUserDevice(path)],
+            modules=["vfio_iommu_type1", "vfio_pci"] if vfio else [],
+            scripts=[Script.named("adder")],
+            environment={"MODE": "vfio" if vfio else "direct"},
+            files={"/lab/files/adder_driver": driver},
+            append="iomem=relaxed",
+            timeout=LIMIT,
+        )
+        result = guest.run(tmp_path / "guest").check()
+    assert result.facts["sum"] == str(SUM if vfio else DIRECT_SUM)
+    # What is not mapped is not reached.
+    assert result.facts["unmapped"] == "0"
+    assert result.facts["class"] == "0x120000"
+    said = log.read_text()
+    counted = {name: int(n) for name, n in re.findall(r"(\w+)=(\d+)", said)}
+    assert counted["connections"] == 1
+    assert counted["protocol_errors"] == counted["refused"] == counted["cut_off"] == 0
+    assert counted["failed_calls"] == (1 if vfio else 0)
+    assert re.search(r"interrupts (\d+)", said)[1] == str(ROUNDS)
