@@ -271,7 +271,7 @@ class Session:
         request = SetIrqs._make(SET_IRQS.unpack_from(message.payload))
         count, _ = self._handler.interrupts(_irq_index(request.kind))
         data, action = request.flags & IrqSet.DATA, request.flags & IrqSet.ACTION
-        if request.flags & ~(IrqSet.DATA | IrqSet.ACTION) or data not in (1, 2, 4):
+        if request.flags >> 6 or data not in (1, 2, 4):
             raise RefusalError(errno.EINVAL, f"DEVICE_SET_IRQS with flags {request.flags:#x}")
         if request.start + request.number > count:
             raise RefusalError(
