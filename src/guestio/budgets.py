@@ -226,6 +226,12 @@ DMA_REVOKE_AFTER = 4.0
 """Seconds that an access of a PCI device may go on after its client has unmapped the memory; then
 the memory is taken away from it. The client waits: QEMU with the whole guest, for 5 s at most."""
 
+DMA_COPY = 1 << 24
+"""Bytes of memory that a client does not share which one access reaches; it fails beyond."""
+
+DMA_ANSWER_TIMEOUT = 5.0
+"""Seconds that a client may take to answer a DMA_READ or DMA_WRITE; then the access fails."""
+
 DMA_LOOK = 0.001
 """Seconds between looks whether such an access has ended."""
 

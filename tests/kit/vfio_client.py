@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from guestio.errors import AccessError
 from guestio.pci import Bar, PciDevice, PciHost
 from guestio.vfio_user import Server
 from guestio.vfio_user.messages import Command, HeaderFlag, IrqSet
@@ -53,16 +54,32 @@ class Client:
 
     def receive(self) -> tuple[int, int, Reply]:
         """The next answer: its number, its command and the rest."""
+        number, command, flags, reply = self.receive_any()
+        assert flags & HeaderFlag.REPLY
+        assert bool(flags & HeaderFlag.ERROR) == bool(reply.error)
+        assert not reply.error or not reply.payload
+        return number, command, reply
+
+    def asked(self) -> tuple[int, int, bytes]:
+        """The next message if the server asks for something: number, command and payload."""
+        number, command, flags, message = self.receive_any()
+        assert flags == 0
+        return number, command, message.payload
+
+    def answer(self, number: int, command: int, payload: bytes = b"", error: int = 0) -> None:
+        flags = HeaderFlag.REPLY | (HeaderFlag.ERROR if error else 0)
+        head = struct.pack("<HHIII", number, command, 16 + len(payload), flags, error)
+        self.socket.sendall(head + payload)
+
+    def receive_any(self) -> tuple[int, int, int, Reply]:
+        """The next message: its number, command, flags and the rest."""
         head, fds, _, _ = socket.recv_fds(self.socket, 16, 16)
         if not head:
             raise ConnectionResetError
         assert len(head) == 16
         number, command, size, flags, error = struct.unpack("<HHIII", head)
         payload = self.socket.recv(size - 16, socket.MSG_WAITALL) if size > 16 else b""
-        assert flags & HeaderFlag.REPLY
-        assert bool(flags & HeaderFlag.ERROR) == bool(error)
-        assert not error or not payload
-        return number, command, Reply(error, payload, tuple(fds))
+        return number, command, flags, Reply(error, payload, tuple(fds))
 
     def request(
         self, command: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 0
@@ -131,7 +148,7 @@ class Toy(PciDevice):
     """Notes what it is asked; register 0 reads a byte of memory, register 4 writes one.
 
     Register 8 is an address, 16 the byte. Register 0x20 takes a lease on a page at the address,
-    0x24 gives it back.
+    0x24 gives it back. 0x28 copies as many bytes as are written there, 0x2c writes as many.
     """
 
     vendor_id, device_id = 0x1234, 0x5678
@@ -143,6 +160,7 @@ class Toy(PciDevice):
         self.seen: list[tuple[Any, ...]] = []
         self.resets = 0
         self.held: Any = None
+        self.copied: bytes | AccessError | None = None
         self.registers: dict[int, int] = {}
 
     def attached(self, host: PciHost) -> None:
@@ -171,6 +189,13 @@ class Toy(PciDevice):
             self.held = self.host.memory.gather(self.registers[8], PAGE, WRITE)
         elif offset == 0x24:
             self.held.close()
+        elif offset == 0x28:
+            try:
+                self.copied = self.host.memory.read(self.registers[8], value)
+            except AccessError as error:
+                self.copied = error
+        elif offset == 0x2C:
+            self.host.memory.write(self.registers[8], bytes(n % 251 for n in range(value)))
         elif offset == 0x30:
             self.host.interrupt(value)
         elif offset == 0x80:

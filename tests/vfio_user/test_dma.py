@@ -129,13 +129,6 @@ def test_descriptors_that_are_no_memory(client: Client, tmp_path: Path) -> None:
     left.close()
 
 
-def test_memory_without_a_file_is_known_and_not_reached(client: Client) -> None:
-    assert client.map(BASE, PAGE, None) == 0
-    assert peek(client, BASE) == 0xFF
-    assert client.map(1 << 50, 1 << 48, None) == errno.EINVAL
-    assert client.unmap(BASE, PAGE) == 0
-
-
 def test_a_file_that_is_cut_short_harms_only_its_accesses(
     client: Client, serving: ServingPci
 ) -> None:

@@ -14,7 +14,7 @@ from guestio.pci.capabilities import Msi, MsiX
 from guestio.pci.config import COMMAND_INTX_DISABLE, ConfigSpace
 from guestio.pci.device import Bar, PciDevice, check_device, complete
 from guestio.pci.interrupts import InterruptKind, Interrupts
-from guestio.pci.memory import BusMemory
+from guestio.pci.memory import BusMemory, RemoteMemory
 from guestio.virtio.calls import LoopCalls
 from guestio.virtio.loop import EventLoop
 
@@ -91,9 +91,9 @@ class PciHost(LoopCalls):
 
     # What a transport drives.
 
-    def connect(self, space: AddressSpace) -> None:
+    def connect(self, space: AddressSpace, remote: RemoteMemory | None = None) -> None:
         """Let the device reach a driver's memory; again when that has changed."""
-        self.memory.connect(space)
+        self.memory.connect(space, remote)
 
     def disconnect(self) -> None:
         """End serving a driver: the device is reset, and reaches nothing any more."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import Protocol
 
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.memory.slices import VolatileSlice
 from guestio._core.memory.vector import IoVector
 from guestio.addr import Permissions, check_access, check_range
+from guestio.budgets import DMA_COPY
 from guestio.errors import (
     AccessError,
     CannotResolveError,
@@ -19,16 +22,38 @@ from guestio.memory import GuestMemory
 from guestio.memory.access import HeldSlices, Shortfall, shortfall_of
 
 
+class RemoteMemory(Protocol):
+    """Memory that is reached only by asking the client for each access."""
+
+    def read(self, addr: int, length: int) -> bytearray:
+        """A copy of a range, all of which is mapped.
+
+        Raises:
+            AccessError: The client refuses, or cannot be asked now.
+        """
+        ...
+
+    def write(self, addr: int, data: memoryview) -> None:
+        """Write a range, all of which is mapped. Raises as :meth:`read`."""
+        ...
+
+
 class BusMemory(GuestMemory):
     """Memory as a bus master sees it: by I/O virtual address, through what is mapped now.
 
     While the driver has not made the function a bus master every access is refused. An access holds
     its translation: an unmap is answered to the driver once it has ended, so it should end soon.
     It may be used from any thread.
+
+    Memory that the client does not share is reached by asking it for each access, in copies, so
+    that atomic accesses are not atomic there; what is written to a vector or to a slice arrives
+    when that is closed. That is possible in the thread of the event loop only, and not while the
+    client waits for an answer: not in `PciDevice.read` and `PciDevice.reset`.
     """
 
     def __init__(self) -> None:
         self._space: AddressSpace | None = None
+        self._remote: RemoteMemory | None = None
         self._enabled = False
 
     def __repr__(self) -> str:
@@ -36,9 +61,14 @@ class BusMemory(GuestMemory):
             return "<BusMemory: not connected>"
         return f"<BusMemory: bus mastering {'on' if self._enabled else 'off'}>"
 
-    def connect(self, space: AddressSpace | None) -> None:
-        """Use other translations and memory from now on, or none. For a transport."""
-        self._space = space
+    def connect(self, space: AddressSpace | None, remote: RemoteMemory | None = None) -> None:
+        """Use other translations and memory from now on, or none. For a transport.
+
+        Args:
+            space: What is mapped.
+            remote: Reaches what is mapped and leads to no memory of ``space``.
+        """
+        self._space, self._remote = space, remote
         self._direct = space if self._enabled else None
 
     @property
@@ -54,11 +84,14 @@ class BusMemory(GuestMemory):
     def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:
         """See :meth:`GuestMemory.check_range`."""
         try:
-            vector, stop = self._gather(addr, length, access)
+            with self._translate(addr, length, access) as vector:
+                return not vector.stop or self._is_remote(vector)
         except AccessError:
             return False
-        vector.close()
-        return stop is None
+
+    def _is_remote(self, vector: IoVector) -> bool:
+        """Whether a range that ends early is in memory that only the client reaches."""
+        return self._remote is not None and bool(vector.stop) and vector.stop_region is None
 
     def slices(
         self, addr: int, length: int, access: Permissions = Permissions.READ
@@ -69,11 +102,30 @@ class BusMemory(GuestMemory):
     def _gather(
         self, addr: int, length: int, access: Permissions
     ) -> tuple[IoVector, Shortfall | None]:
+        vector = self._translate(addr, length, access)
+        remote = self._remote
+        if remote is not None and self._is_remote(vector):
+            vector.close()
+            return _bounce(remote, addr, length, access), None
+        return vector, shortfall_of(vector, addr, length)
+
+    def _copy_in(self, addr: int, view: memoryview) -> tuple[int, Shortfall | None]:
+        remote = self._remote
+        if remote is not None:
+            with self._translate(addr, len(view), Permissions.WRITE) as vector:
+                asked = self._is_remote(vector)
+            if asked:
+                # What is written as a whole need not be read before.
+                remote.write(addr, view)
+                return len(view), None
+        return super()._copy_in(addr, view)
+
+    def _translate(self, addr: int, length: int, access: Permissions) -> IoVector:
         at, size = check_range(addr, length)
         wanted = check_access(access)
         space = self._space
         if not size:
-            return IoVector.of_slices([], wanted), None
+            return IoVector.of_slices([], wanted)
         if space is None:
             raise InvalidAddressError(at, size, wanted, "no driver is connected")
         if not self._enabled:
@@ -81,10 +133,30 @@ class BusMemory(GuestMemory):
                 at, size, wanted, "the driver has not enabled bus mastering"
             )
         try:
-            vector = space.gather(at, size, wanted)
+            return space.gather(at, size, wanted)
         except IotlbFails as fails:
             missing = bool(fails.misses)
             where = fails.misses[0] if missing else fails.access_fails[0]
             reason = "it is not mapped" if missing else "its mapping does not allow the access"
             raise CannotResolveError(where, wanted, reason) from None
-        return vector, shortfall_of(vector, at, size)
+
+
+def _bounce(remote: RemoteMemory, addr: int, length: int, access: Permissions) -> IoVector:
+    """A vector over a copy of a range, which is written back when it is closed."""
+    if length > DMA_COPY:
+        raise InvalidAddressError(
+            addr, length, access, f"more than {DMA_COPY} bytes of memory that is not shared"
+        )
+    try:
+        copy = remote.read(addr, length)
+    except AccessError:
+        # Memory that may only be written.
+        if access & Permissions.READ or not access & Permissions.WRITE:
+            raise
+        copy = bytearray(length)
+    vector = IoVector.of_slices([VolatileSlice.over(copy)], access)
+    if access & Permissions.WRITE:
+        written_back = contextlib.ExitStack()
+        written_back.callback(remote.write, addr, memoryview(copy))
+        vector.hold(written_back)
+    return vector

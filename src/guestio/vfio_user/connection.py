@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from guestio._core.base.syscalls import notify_eventfd
 from guestio.addr import ADDRESS_SPACE, Permissions
-from guestio.budgets import DMA_LOOK
+from guestio.budgets import DMA_ANSWER_TIMEOUT, DMA_LOOK
 from guestio.errors import ProtocolError
 from guestio.pci.host import PciHost
 from guestio.pci.interrupts import InterruptKind
@@ -22,13 +22,17 @@ from guestio.vfio_user.channel import Channel, Message
 from guestio.vfio_user.memory import DmaSpace, Piece
 from guestio.vfio_user.messages import (
     CONFIG_REGION,
+    MAX_DATA,
     UNMAP_ALL,
     DmaMap,
     DmaUnmap,
     Header,
+    HeaderFlag,
     IrqFlag,
     RefusalError,
+    command_name,
 )
+from guestio.vfio_user.remote import ClientMemory
 from guestio.vfio_user.session import Region, Session
 from guestio.vfio_user.statistics import Statistics
 from guestio.virtio.loop import EventLoop
@@ -91,10 +95,13 @@ class Connection(PeerConnection[Header]):
         self._stats = statistics
         self._revoke_after = revoke_after
         self._dma = DmaSpace()
+        self._remote = ClientMemory(self)
+        self._asked = 0
+        self._busy = False
         self._session = Session(self)
         self._handled: Header | None = None
         self._revocation: _Revocation | None = None
-        host.connect(self._dma.space)
+        host.connect(self._dma.space, self._remote)
         self._start()
 
     def _may_read(self) -> bool:
@@ -103,18 +110,80 @@ class Connection(PeerConnection[Header]):
 
     def _handle(self, message: Message) -> tuple[bytes | None, Sequence[int]]:
         self._handled = message.header
-        reply = self._session.handle(message)
+        self._busy = message.header.wants_reply
+        try:
+            reply = self._session.handle(message)
+        finally:
+            self._busy = False
         refusal, self._session.last_refusal = self._session.last_refusal, None
         if refusal is not None:
             self._stats.refused += 1
             self._host.log.report("the client was refused: %s", refusal)
+        if self._session.client is not None:
+            self._remote.most = min(MAX_DATA, self._session.client.max_data)
+        fds, self._session.reply_fds = self._session.reply_fds, ()
         afterwards, self._session.afterwards = self._session.afterwards, None
         if afterwards is None:
-            return reply, self._session.reply_fds
+            return reply, fds
         if reply is not None:
             self._send(reply)
         afterwards()
         return None, ()
+
+    def ask(self, command: int, payload: bytes) -> bytes:
+        """Ask the client for something, and obey what it sends before it answers.
+
+        The device may be called meanwhile.
+
+        Raises:
+            RefusalError: It refuses or does not answer; or it cannot be asked here and now.
+        """
+        if not self._loop.is_current:
+            raise RefusalError(errno.EDEADLK, "the client is asked in the event loop's thread only")
+        if self._busy:
+            raise RefusalError(errno.EDEADLK, "the client waits for an answer itself")
+        if self.closed:
+            raise RefusalError(errno.ENOTCONN, "the client is gone")
+        self._asked = number = (self._asked + 1) % 2**16
+        self._stats.dma_messages += 1
+        until = time.monotonic() + DMA_ANSWER_TIMEOUT
+        try:
+            self._channel.send(Header(number, command, len(payload)).encode() + payload)
+            while True:
+                if self._revocation is not None:
+                    time.sleep(DMA_LOOK)
+                    self._look()
+                    continue
+                message = self._channel.recv(max(until - time.monotonic(), 0))
+                if message is None:
+                    # Its answer may still come, and would be taken for another one's.
+                    self._give_up(f"{command_name(command)} was not answered in time")
+                    raise RefusalError(errno.ETIMEDOUT, "the client does not answer")
+                header = message.header
+                if header.is_reply and (header.number, header.request) == (number, command):
+                    message.close()
+                    if header.flags & HeaderFlag.ERROR:
+                        raise RefusalError(header.error or errno.EIO, "the client refuses")
+                    return message.payload
+                reply, fds = self._handle(message)
+                if reply is not None:
+                    self._channel.send(reply, fds)
+        except PeerGoneError:
+            # The loop finds out as well, once the device has returned.
+            self._loop.call_soon_threadsafe(self._receive)
+            raise RefusalError(errno.ENOTCONN, "the client is gone") from None
+        except ProtocolError as error:
+            self._give_up(str(error))
+            raise RefusalError(errno.EPROTO, "the client broke the protocol") from None
+
+    def _give_up(self, reason: str) -> None:
+        """Disconnect the client once the device has returned."""
+
+        def disconnect() -> None:
+            if not self.closed:
+                self.disconnect(reason)
+
+        self._loop.call_soon_threadsafe(disconnect)
 
     def _count_protocol_error(self) -> None:
         self._stats.protocol_errors += 1
@@ -162,7 +231,7 @@ class Connection(PeerConnection[Header]):
         """See :class:`SessionHandler`."""
         perm = Permissions(request.flags)
         if self._dma.map(request.address, request.size, perm, fd, request.offset):
-            self._host.connect(self._dma.space)
+            self._host.connect(self._dma.space, self._remote)
         self._stats.dma_maps += 1
 
     def dma_unmap(self, request: DmaUnmap) -> bool:
@@ -216,7 +285,7 @@ class Connection(PeerConnection[Header]):
             self._revoke_after,
         )
         if self._dma.cut_off(waiting.address, waiting.size, waiting.removed):
-            self._host.connect(self._dma.space)
+            self._host.connect(self._dma.space, self._remote)
 
     def read_region(self, index: int, offset: int, size: int) -> bytes:
         """See :class:`SessionHandler`."""

@@ -220,6 +220,12 @@ class Version(NamedTuple):
     minor: int
     capabilities: Mapping[str, object]
 
+    @property
+    def max_data(self) -> int:
+        """Bytes of data that the sender takes in one message (``max_data_xfer_size``)."""
+        said = self.capabilities.get("max_data_xfer_size")
+        return said if isinstance(said, int) and said > 0 else 1 << 20
+
     def encode(self) -> bytes:
         """The payload."""
         text = json.dumps({"capabilities": dict(self.capabilities)}, separators=(",", ":"))
@@ -337,6 +343,8 @@ REGION_IO_FDS: Final = struct.Struct("<IIII")
 IRQ_INFO: Final = struct.Struct("<IIII")
 SET_IRQS: Final = struct.Struct("<IIIII")
 REGION_ACCESS: Final = struct.Struct("<QII")
+DMA_ACCESS: Final = struct.Struct("<QQ")
+"""Address and bytes of DMA_READ and DMA_WRITE; data may follow."""
 MULTI_COUNT: Final = struct.Struct("<Q")
 MULTI_WRITE: Final = struct.Struct("<QII8s")
 FEATURE: Final = struct.Struct("<II")

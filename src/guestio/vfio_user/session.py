@@ -164,7 +164,7 @@ class Session:
         self.reply_fds, self.last_refusal, self.afterwards = (), None, None
         with message:
             if header.is_reply:
-                raise ProtocolError(f"an answer to {header.name} came, which was not sent")
+                raise ProtocolError(f"an answer to {header.name} came that nothing waits for")
             if not self._negotiated and header.request != Command.VERSION:
                 raise ProtocolError(f"{header.name} came before VERSION")
             try:

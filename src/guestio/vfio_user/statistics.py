@@ -18,6 +18,7 @@ class Statistics:
         dma_unmaps: Requests to remove mappings.
         delayed_unmaps: Those of them that had to wait for an access to end.
         cut_off: Those of them that did not wait any longer: the memory was taken from the access.
+        dma_messages: Accesses to memory that a client does not share: messages to it.
         region_reads: Reads of BARs and of the configuration space.
         region_writes: Writes to them.
         resets: Resets that clients asked for by message.
@@ -32,6 +33,7 @@ class Statistics:
     dma_unmaps: int = 0
     delayed_unmaps: int = 0
     cut_off: int = 0
+    dma_messages: int = 0
     region_reads: int = 0
     region_writes: int = 0
     resets: int = 0
