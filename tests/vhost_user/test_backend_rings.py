@@ -460,6 +460,46 @@ class TestFeatures:
         with Driver(serving.path, features=0b1):
             assert device.negotiated_features == [1 << 32 | 0b1]
 
+    @pytest.mark.parametrize("repeated", [False, True])
+    @pytest.mark.parametrize("reset", ["status 0", "RESET_DEVICE"])
+    def test_a_device_that_was_reset_is_told_again(
+        self, serving: Serving, device: Mirror, reset: str, repeated: bool
+    ) -> None:
+        """It forgot them; a front-end need not repeat them."""
+        with Driver(serving.path, features=0b1) as driver:
+            if reset == "status 0":
+                driver.frontend.set_status(0)
+            else:
+                driver.frontend.reset_device()
+            del device.negotiated_features[:]
+            if repeated:
+                driver.frontend.set_features(driver.features)
+            driver.add_queue(0)
+            assert driver.run(0, b"abc") == (OK, b"cba")
+            driver.frontend.set_features(driver.features)
+            driver.add_queue(1)
+            driver.frontend.sync()
+            assert device.negotiated_features == [1 << 32 | 0b1]
+
+    def test_none_are_told_too(self, serving: Serving, device: Mirror) -> None:
+        for _ in range(2):
+            with Frontend(serving.path) as frontend:
+                frontend.negotiate(0)
+        until(lambda: device.resets == 2, "the device was not reset")
+        assert device.negotiated_features == [0, 0]
+
+    def test_a_reset_device_that_refuses_them(self, serving: Serving, device: Mirror) -> None:
+        """Its queue does not start without."""
+
+        def refuse(features: int) -> None:
+            raise DeviceError("not again")
+
+        with Driver(serving.path, features=0b1) as driver:
+            driver.frontend.reset_device()
+            device.negotiated = refuse  # type: ignore[method-assign]
+            with pytest.raises(RefusedError):
+                driver.add_queue(0)
+
     def test_a_device_that_refuses_them(self, serving: Serving, device: Mirror) -> None:
         def refuse(features: int) -> None:
             raise DeviceError("not with me")

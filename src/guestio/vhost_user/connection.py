@@ -175,9 +175,11 @@ class Connection(PeerConnection[Header]):
 
     def set_features(self, features: int) -> None:
         """See :class:`SessionHandler`."""
-        if features == self._host.features:
-            return
+        changed = features != self._host.features
+        # Also with the bits of before: the device forgot them if it was reset.
         self._host.set_features(features)
+        if not changed:
+            return
         self._translator.serve(self._channel if self.translating else None)
         self._change_memory(self._shared)
 

@@ -174,7 +174,11 @@ class Device(ABC):
         )
 
     def negotiated(self, features: int) -> None:
-        """Learn which feature bits the driver accepted."""
+        """Learn which feature bits the driver accepted.
+
+        Called when they are negotiated, and after each :meth:`reset` before a queue starts, also
+        if they are those of before.
+        """
 
     @property
     def offered_features(self) -> int:
@@ -185,7 +189,7 @@ class Device(ABC):
         return self.features
 
     def reset(self) -> Event | None:
-        """Forget everything that the driver told the device.
+        """Forget everything that the driver told the device, the accepted features among it.
 
         Returns:
             None, or what is to happen before the driver is told that the reset is done: what it

@@ -119,7 +119,8 @@ class DeviceHost(LoopCalls):
     Attributes:
         device: What is hosted.
         queues: Its queues.
-        features: Feature bits that were negotiated.
+        features: Feature bits that were negotiated; a reset of the device leaves them, and the
+            device is told again.
         status: Device status, `Status` bits.
         translator: Requests translations.
         threaded: Whether each queue is served in a thread of its own.
@@ -147,6 +148,7 @@ class DeviceHost(LoopCalls):
         self.threaded = queue_threads
         self.translator: Translator = PhysicalTranslator()
         self.features = 0
+        self._told: int | None = None
         self.status = 0
         self.has_successor = True
         super().__init__(type(device).__name__, loop)
@@ -236,12 +238,14 @@ class DeviceHost(LoopCalls):
             thread.close()
 
     def set_features(self, features: int) -> None:
-        """Tell the device what was negotiated.
+        """Tell the device what was negotiated, unless it was told since its last reset.
 
         Raises:
             GuestioError: The device refuses it; nothing changed.
         """
-        self.call_device("negotiated", features)
+        if features != self._told:
+            self.call_device("negotiated", features)
+            self._told = features
         self.features = features
 
     def change_memory(self, space: AddressSpace) -> None:
@@ -326,6 +330,7 @@ class DeviceHost(LoopCalls):
         self._reset_device()
 
     def _reset_device(self) -> None:
+        self._told = None
         try:
             over = self.call_device("reset")
         except GuestioError as error:
@@ -341,8 +346,17 @@ class DeviceHost(LoopCalls):
             )
 
     def start_over(self) -> None:
-        """Give the device its whole time again: a queue is set up anew."""
+        """Give the device its whole time again: a queue is set up anew.
+
+        A device that was reset is told what is negotiated, if its transport has not done so: not
+        every front-end repeats the features.
+
+        Raises:
+            GuestioError: The device refuses them.
+        """
         self._out_of_time = False
+        if self._told is None and self.features:
+            self.set_features(self.features)
 
     def announce_stop(self, queues: Sequence[DeviceQueue]) -> float:
         """Have the device finish what it holds of some queues; until when to wait for it.

@@ -249,7 +249,7 @@ class NetDevice(Device):
     def reset(self) -> None:
         """Forget what the driver asked for.
 
-        Features stay until others are negotiated: a front-end need not repeat them.
+        Features stay until they are negotiated again, which the host tells before a queue starts.
         """
         self._forget_driver()
 
