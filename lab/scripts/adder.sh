@@ -7,6 +7,10 @@ for device in /sys/bus/pci/devices/*; do
 done
 name=${device##*/}
 echo "FACT name=$name"
+for reset in $(seq "${RESETS:-0}"); do
+    echo "FACT method=$(cat "$device/reset_method")"
+    echo 1 >"$device/reset"
+done
 if [ "$MODE" = vfio ]; then
     # Interrupts are not remapped here, and the guest is the only one to suffer from it.
     echo 1 >/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts

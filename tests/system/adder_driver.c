@@ -1,6 +1,7 @@
 /* A driver of the adder of examples/pci_device.py, in user space.
 
    adder_driver vfio DEVICE GROUP     through vfio-pci, behind an IOMMU
+                                      (by MSI if INTERRUPT is set, else by MSI-X)
    adder_driver direct DEVICE         by physical addresses, as root, without one
 
    It prints the sum of 3000 numbers as the device computes it, after its interrupt, and what the
@@ -88,7 +89,8 @@ static int by_vfio(const char *name, const char *group_path)
     int event = eventfd(0, EFD_CLOEXEC);
     struct { struct vfio_irq_set set; int fd; } irq = {
         {.argsz = sizeof irq, .flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER,
-         .index = VFIO_PCI_MSIX_IRQ_INDEX, .start = 0, .count = 1}, event,
+         .index = getenv("INTERRUPT") ? VFIO_PCI_MSI_IRQ_INDEX : VFIO_PCI_MSIX_IRQ_INDEX,
+         .start = 0, .count = 1}, event,
     };
     check(ioctl(device, VFIO_DEVICE_SET_IRQS, &irq), "SET_IRQS");
     for (int i = 0; i < ROUNDS; i++) {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.guest import Guest, Script, VfioUserDevice, Viommu
+from lab.guest import MIB, Guest, Script, VfioUserDevice, Viommu
 from lab.qemu import new_qemu
 
 ROOT = Path(__file__).parents[2]
@@ -33,12 +33,30 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return made.read_bytes()
 
 
+class RootPort:
+    """A port of PCI Express, for the device behind it in the list."""
+
+    def arguments(self, index: int, viommu: Viommu) -> list[str]:
+        return ["-device", "pcie-root-port,id=port0,chassis=1"]
+
+
+EXPRESS = (
+    "from guestio.pci import Msi, PciExpress, PowerManagement\n"
+    "class Express(Adder):\n"
+    "    capabilities = [PciExpress(), PowerManagement(), Msi()]\n"
+    "    def reset(self):\n"
+    "        super().reset(); print('reset of the function')\n"
+    "Adder = Express\n"
+)
+"""The same device on PCI Express, with MSI, which says when it is reset."""
+
+
 @contextlib.contextmanager
-def served(path: Path, log: Path) -> Iterator[None]:
+def served(path: Path, log: Path, more: str = "") -> Iterator[None]:
     """The example, serving at a path; its counters are in its log at the end."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import signal; from pci_device import *\n"
-        "server = Server(Adder(), sys.argv[2])\n"
+        f"{more}server = Server(Adder(), sys.argv[2])\n"
         "signal.signal(signal.SIGTERM, lambda *_: server.stop())\n"
         "print('ready', flush=True); server.serve(); print(server.statistics); server.close()\n"
         "print('interrupts', server.statistics.interrupts)"
@@ -65,17 +83,40 @@ def served(path: Path, log: Path) -> Iterator[None]:
         print(log.read_text())
 
 
+class Unshared(Guest):
+    """A guest whose memory QEMU does not share: each access is a message."""
+
+    def command(self, directory: Path) -> list[str]:
+        size = f"{self.memory // MIB}M"
+        shared = f"memory-backend-memfd,id=memory,size={size},share=on"
+        words = super().command(directory)
+        words[words.index(shared)] = f"memory-backend-ram,id=memory,size={size}"
+        return words
+
+
 @pytest.mark.parametrize(
-    "viommu", [Viommu.NONE, Viommu.VIRTIO, Viommu.INTEL_CACHING], ids=lambda v: v.name.lower()
+    ("viommu", "kind"),
+    [
+        (Viommu.NONE, Guest),
+        (Viommu.VIRTIO, Guest),
+        (Viommu.INTEL_CACHING, Guest),
+        (Viommu.NONE, Unshared),
+        (Viommu.VIRTIO, Unshared),
+    ],
+    ids=lambda value: (value.name if isinstance(value, Viommu) else value.__name__).lower(),
 )
 def test_a_driver_in_a_guest_uses_it(
-    viommu: Viommu, driver: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    viommu: Viommu,
+    kind: type[Guest],
+    driver: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GUESTIO_LAB_QEMU", str(new_qemu()))
     path, log = tmp_path / "adder.sock", tmp_path / "adder.log"
     vfio = viommu.present
     with served(path, log):
-        guest = Guest(
+        guest = kind(
             viommu=viommu,
             devices=[VfioUserDevice(path)],
             modules=["vfio_iommu_type1", "vfio_pci"] if vfio else [],
@@ -94,5 +135,31 @@ def test_a_driver_in_a_guest_uses_it(
     counted = {name: int(n) for name, n in re.findall(r"(\w+)=(\d+)", said)}
     assert counted["connections"] == 1
     assert counted["protocol_errors"] == counted["refused"] == counted["cut_off"] == 0
+    assert bool(counted["dma_messages"]) is (kind is Unshared)
     assert counted["failed_calls"] == (1 if vfio else 0)
+    assert re.search(r"interrupts (\d+)", said)[1] == str(ROUNDS)
+
+
+def test_it_is_reset_and_uses_msi_on_pci_express(
+    driver: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GUESTIO_LAB_QEMU", str(new_qemu()))
+    path, log = tmp_path / "adder.sock", tmp_path / "adder.log"
+    with served(path, log, EXPRESS):
+        guest = Guest(
+            viommu=Viommu.VIRTIO,
+            devices=[RootPort(), VfioUserDevice(path, {"bus": "port0"})],
+            modules=["vfio_iommu_type1", "vfio_pci"],
+            scripts=[Script.named("adder")],
+            environment={"MODE": "vfio", "RESETS": "3", "INTERRUPT": "msi"},
+            files={"/lab/files/adder_driver": driver},
+            timeout=LIMIT,
+        )
+        result = guest.run(tmp_path / "guest").check()
+    assert result.facts["sum"] == str(SUM)
+    assert result.facts["method"].split()[0] == "flr"
+    said = log.read_text()
+    messages = int(re.search(r" resets=(\d+)", said)[1])
+    # One at first, one for each message, at least three of the function, one at the end.
+    assert said.count("reset of the function") >= 1 + messages + 3 + 1
     assert re.search(r"interrupts (\d+)", said)[1] == str(ROUNDS)
