@@ -20,6 +20,7 @@ Those that any part may raise are here. Those of one part are defined there, whi
     ├── QueueError                  the driver broke the rules of its virtqueue
     ├── ProtocolError               a peer broke the protocol
     ├── DeviceError                 a device cannot be built or cannot do what it was asked
+    │   └── DeviceMethodError       a method of the device raised something else
     ├── DmaError                    dma.target: a DMA target refused or failed
     ├── ReentrantCallError          dma.changes: a DMA target called its manager back
     ├── ExportError                 iommu.mapper: memory cannot be exported, or no more
@@ -37,12 +38,13 @@ changes. What a guest or a peer may cause is always a :class:`GuestioError`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from operator import index
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from guestio.addr import IovaRange, Permissions
 
@@ -237,6 +239,27 @@ class ProtocolError(GuestioError):
 
 class DeviceError(GuestioError):
     """A device cannot be built from what it was given, or cannot do what it was asked."""
+
+
+class DeviceMethodError(DeviceError):
+    """A method of a device raised what is no :class:`GuestioError`, which is the cause."""
+
+
+@contextlib.contextmanager
+def naming(device: object, method: str) -> Iterator[None]:
+    """Have what a device's own method raises name its class and the method.
+
+    Raises:
+        DeviceMethodError: Something other than a `GuestioError` was raised inside.
+    """
+    try:
+        yield
+    except (GuestioError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise DeviceMethodError(
+            f"{type(device).__name__}.{method} raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def again(error: _E) -> _E:

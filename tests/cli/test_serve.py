@@ -53,6 +53,15 @@ def nothing():
     return "dice"
 
 NUMBER = 4
+
+class Sensor(Dice):
+    def __init__(self, raised):
+        self.raised = raised
+
+    def attached(self, host):
+        if self.raised == "OSError":
+            open("/missing/sensor")
+        raise __builtins__[self.raised]("no\\nsensor")
 '''
 
 
@@ -107,7 +116,7 @@ def start(directory: Path) -> Iterator[Callable[..., Program]]:
         each.process.communicate()
 
 
-def refused(directory: Path, *words: str) -> str:
+def refused(directory: Path, *words: str, status: int = 2) -> str:
     """What ``guestio`` says when it refuses its arguments."""
     done = subprocess.run(
         [sys.executable, "-m", "guestio", *words],
@@ -117,7 +126,7 @@ def refused(directory: Path, *words: str) -> str:
         check=False,
         cwd=directory,
     )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == status, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("guestio: ")
     assert not (directory / "s.sock").exists()
@@ -161,7 +170,7 @@ def test_a_function_may_make_the_device_and_queues_be_counted(
         ([":Dice"], "say MODULE:CLASS"),
         (["dice.py:Dice"], "the module dice.py cannot be imported: ModuleNotFoundError"),
         (["absent:Dice"], "the module absent cannot be imported: ModuleNotFoundError"),
-        (["broken:Dice"], "the module broken cannot be imported: ZeroDivisionError"),
+        (["broken:Dice"], "broken.py, line 1)"),
         (["dice:Nice"], "the module dice has no Nice"),
         (["dice:NUMBER"], "dice:NUMBER is int, neither a class nor a function"),
         (["dice:nothing"], "dice:nothing made 'dice', which is no guestio.virtio.Device"),
@@ -182,6 +191,22 @@ def test_bad_arguments_are_one_line_and_status_2(
     directory: Path, words: list[str], complaint: str
 ) -> None:
     assert complaint in refused(directory, "serve", *words, "--socket", "s.sock")
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("KeyError", "KeyError: 'no\\nsensor'"),
+        ("TypeError", "TypeError: no sensor"),
+        ("OSError", "FileNotFoundError: [Errno 2] No such file or directory: '/missing/sensor'"),
+    ],
+)
+def test_a_method_that_raises_at_the_start_is_one_line_and_status_1(
+    directory: Path, raised: str, said: str
+) -> None:
+    words = ("serve", "dice:Sensor", "--arg", f"raised={raised}", "--socket", "s.sock")
+    line = refused(directory, *words, status=1)
+    assert line == f"guestio: dice:Sensor cannot be served: Sensor.attached raised {said}\n"
 
 
 @pytest.mark.parametrize("name", SERVERS)

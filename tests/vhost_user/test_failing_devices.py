@@ -20,7 +20,7 @@ import pytest
 
 from guestio import budgets
 from guestio._core.virtio.chain import Chain
-from guestio.errors import DeviceError, GuestioError
+from guestio.errors import DeviceError, DeviceMethodError, GuestioError
 from guestio.ratelog import LOG
 from guestio.vhost_user import Backend
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
@@ -640,6 +640,22 @@ class TestNoDevice:
         with pytest.raises((TypeError, ValueError, DeviceError), match=said):
             Backend(make(), tmp_path / "socket")
         assert not (tmp_path / "socket").exists()
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("a"), OSError(2, "gone", "sensor")])
+@pytest.mark.parametrize("method", ["config", "attached"])
+def test_a_method_that_raises_at_the_start_is_named(
+    tmp_path: Path, method: str, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    device = with_attributes(**{method: fail})
+    said = f"Faulty.{method} raised {type(error).__name__}: {error}"
+    with pytest.raises(DeviceMethodError, match=re.escape(said)) as caught:
+        Backend(device, tmp_path / "socket")
+    assert caught.value.__cause__ is error
+    assert not (tmp_path / "socket").exists()
 
 
 def with_attributes(**values: Any) -> Device:

@@ -6,6 +6,7 @@ import ast
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,7 +102,7 @@ def _find(device: str) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        fail(f"the module {module} cannot be imported: {_said(error)}")
+        fail(f"the module {module} cannot be imported: {_said(error)}{_place(error, here)}")
     for part in name.split("."):
         try:
             found = getattr(found, part)
@@ -110,6 +111,17 @@ def _find(device: str) -> Any:
     if not callable(found):
         fail(f"{device} is {type(found).__name__}, neither a class nor a function")
     return found
+
+
+def _place(error: BaseException, directory: str) -> str:
+    """Where an import failed: file and line, of the directory's modules if there is one."""
+    frames = [
+        each
+        for each in traceback.extract_tb(error.__traceback__)[1:]
+        if "importlib" not in each.filename
+    ]
+    own = [each for each in frames if each.filename.startswith(directory)] or frames
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 
 def _said(error: BaseException) -> str:

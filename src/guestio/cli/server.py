@@ -15,7 +15,7 @@ import click
 from guestio.budgets import LONGEST_TIMEOUT, STOP_TIMEOUT
 from guestio.cli.seconds import Seconds
 from guestio.cli.stderr import StderrLog
-from guestio.errors import GuestioError
+from guestio.errors import DeviceMethodError, GuestioError
 from guestio.peer.endpoint import activation_sockets, adopt_socket
 from guestio.vhost_user import Backend
 from guestio.vhost_user.serve import Signals, run_until_signaled
@@ -200,7 +200,8 @@ class Server:
         """Make a device and serve it until SIGINT, SIGTERM or SIGHUP, or the end of its connection.
 
         A `GuestioError`, `ValueError` or `TypeError` of making the device or listening ends the
-        process with status 2 and one line, an error of the system or while serving with 1.
+        process with status 2 and one line, an error of the system or of the device's methods, or
+        while serving, with 1.
 
         Args:
             make: Makes the device; it is closed at the end.
@@ -234,7 +235,7 @@ class Server:
         except GuestioError as error:
             why = str(error)
         except OSError as error:
-            why = error.strerror or str(error)
+            why = _reason(error)
         except RuntimeError as error:
             if "new thread" not in str(error):
                 raise
@@ -242,7 +243,7 @@ class Server:
         finally:
             if why:
                 # Not directly: a reader of standard error that reads nothing must not keep us.
-                log.say(f"guestio: {what} cannot be served: {why}")
+                log.say(f"guestio: {what} cannot be served: {' '.join(why.split())}")
             if not log.drain(EXIT_GRACE):
                 # The end of Python waits for what is written to standard error.
                 os._exit(status)
@@ -255,8 +256,16 @@ def _refusals() -> Any:
     """What is raised inside is a bad argument: one line and status 2."""
     try:
         yield
+    except DeviceMethodError:
+        raise
     except (GuestioError, ValueError, TypeError) as error:
         _end(2, str(error))
+
+
+def _reason(error: OSError) -> str:
+    """What the system says, with the file."""
+    said = error.strerror or str(error)
+    return said if error.filename is None else f"{said}: {os.fsdecode(error.filename)}"
 
 
 def fail(message: str) -> NoReturn:

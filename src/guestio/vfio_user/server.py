@@ -9,6 +9,7 @@ import socket
 
 from guestio.addr import check_seconds
 from guestio.budgets import DMA_REVOKE_AFTER, LONGEST_TIMEOUT
+from guestio.errors import naming
 from guestio.pci.device import PciDevice, check_device
 from guestio.pci.host import PciHost
 from guestio.peer.server import PeerServer
@@ -79,7 +80,8 @@ class Server(PeerServer):
         self.statistics.interrupts_sent = lambda: self._host.interrupts.delivered
 
     def _attached(self) -> None:
-        self.device.attached(self._host)
+        with naming(self.device, "attached"):
+            self.device.attached(self._host)
 
     def _close_device(self) -> None:
         """Do nothing: a host has nothing to release once no client is there."""

@@ -15,6 +15,7 @@ from guestio.budgets import (
     LONGEST_TIMEOUT,
     STOP_TIMEOUT,
 )
+from guestio.errors import naming
 from guestio.peer.server import PeerServer
 from guestio.ratelog import LOG
 from guestio.vhost_user.channel import Channel
@@ -78,6 +79,8 @@ class Backend(PeerServer):
         DeviceError: The path is too long or in use, or its directory cannot be written; the socket
             is no connected or listening Unix stream socket; or the device's ``config()`` returned
             no bytes. A socket that is refused is still the caller's.
+        DeviceMethodError: ``config`` or ``attached`` of the device raised something that is no
+            `GuestioError`.
 
     Attributes:
         path: Where the socket is; empty if it has no name in the file system.
@@ -123,7 +126,9 @@ class Backend(PeerServer):
                 "0..255, nor None"
             )
         check_address(device.offered_features, f"{type(device).__name__}.features")
-        check_config(device, device.config())
+        with naming(device, "config"):
+            config = device.config()
+        check_config(device, config)
         if iommu not in ("auto", "off"):
             raise ValueError(f"iommu {iommu!r} is neither 'auto' nor 'off'")
         if indirect not in ("auto", "on", "off"):
@@ -168,7 +173,8 @@ class Backend(PeerServer):
         self.statistics.device_holds = lambda: self._host.outstanding
 
     def _attached(self) -> None:
-        self.device.attached(self._host)
+        with naming(self.device, "attached"):
+            self.device.attached(self._host)
 
     def _close_device(self) -> None:
         self._host.close()

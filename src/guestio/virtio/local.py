@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from guestio._core.iommu.address_space import AddressSpace
 from guestio.addr import IovaRange, check_seconds
 from guestio.budgets import LONGEST_TIMEOUT, STOP_TIMEOUT
-from guestio.errors import QueueError
+from guestio.errors import QueueError, naming
 from guestio.iommu import IommuMemory
 from guestio.memory import GuestRegionCollection
 from guestio.memory.backing import close_fd
@@ -200,7 +200,8 @@ class LocalTransport:
             self.host.change_memory(space)
             for index in self._rings:
                 self._set_up(index)
-            device.attached(self.host)
+            with naming(device, "attached"):
+                device.attached(self.host)
             undo.pop_all()
         self.closed = False
         self._run()
