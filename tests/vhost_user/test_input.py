@@ -90,7 +90,12 @@ def test_keys_are_pressed_and_leds_set(tmp_path: Path, iommu: bool, queue_thread
         driver.status(EVENT.pack(LED, 1, 1))
         until(lambda: device.leds["LED_CAPSL"])
         driver.status(EVENT.pack(LED, 0, 1) + EVENT.pack(LED, 1, 0))
-        assert told == [("LED_CAPSL", 1), ("LED_NUML", 1), ("LED_CAPSL", 0)]
+        # A key is not for the driver to press, and a LED is on or off.
+        driver.status(EVENT.pack(KEY, 30, 1) + EVENT.pack(LED, 2, -5) + EVENT.pack(LED, 2, 0))
+        assert told == [
+            *(("LED_CAPSL", 1), ("LED_NUML", 1), ("LED_CAPSL", 0)),
+            *(("LED_SCROLLL", 1), ("LED_SCROLLL", 0)),
+        ]
         assert device.leds == {"LED_NUML": True, "LED_CAPSL": False, "LED_SCROLLL": False}
     serving.backend.close()
 

@@ -49,6 +49,8 @@ _TABLES: Final = {
     "REP": ("EV_REP", tables.REP),
 }
 
+_SET_BY_DRIVER: Final = frozenset(tables.EV[kind] for kind in ("EV_LED", "EV_SND", "EV_REP"))
+
 Event = tuple[str, int]
 """Name of a code and its value: 1 and 0 for a key that goes down and up."""
 
@@ -231,8 +233,9 @@ class InputDevice(Device):
         return all(sent)
 
     def on_status(self, callback: Callable[[str, int], object] | None) -> None:
-        """Have what the guest sets (LEDs) handed to a function, as name and value.
+        """Have what the guest sets handed to a function, as name and value: LEDs (0 or 1), sounds.
 
+        Other events that a driver sends, keys for example, are ignored.
         It is called in the thread that serves the queue; what it raises is logged.
         """
         self._status = callback
@@ -385,12 +388,12 @@ class InputDevice(Device):
             )
         for kind, number, value in _EVENT.iter_unpack(chain.readable.read(0, count * _EVENT.size)):
             name = self._names.get((kind, number))
-            if name is None:
+            if name is None or kind not in _SET_BY_DRIVER:
                 continue
             if name in self.leds:
                 self.leds[name] = bool(value)
             if self._status is not None:
-                self._status(name, value)
+                self._status(name, int(self.leds.get(name, value)))
         return 0
 
     def config(self) -> bytes:
