@@ -239,6 +239,10 @@ EXIT_TIMEOUT = 1.4
 """Seconds that a server command or `guestio.serve` waits after SIGINT or SIGTERM for its front-end
 to be let go of; then it removes its socket and ends all the same, with status 0."""
 
+CLOSE_TIMEOUT = 1.75
+"""Seconds that a server command waits after SIGINT or SIGTERM for a device that is being made,
+attached or closed; then it does the same."""
+
 NET_TURN_FRAMES = 128
 """Frames that a network device moves to its driver before control returns to the loop."""
 

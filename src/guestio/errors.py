@@ -27,6 +27,7 @@ Those that any part may raise are here. Those of one part are defined there, whi
     ├── Refused                     virtio.iommu.targets: a request's status; stays inside
     ├── PeerGoneError               peer.channel: the connection ended
     │   └── ConnectionLostError     peer.channel: it failed, as by a reset
+    ├── RefusalError                vfio_user.messages: a request is refused, with an errno
     ├── RefusedError                vhost_user.request_channel: the back-end refused a request
     ├── NoAnswerError               vhost_user.request_channel: the back-end did not answer in time
     ├── BlkError                    guest.blkqueue: a disk answered a request with an error

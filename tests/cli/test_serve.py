@@ -21,7 +21,7 @@ ENDS_WITHIN = 2.0
 SERVERS = ["blk", "console", "input", "net", "rng", "serve"]
 
 DICE = '''
-import os, time
+import os, sys, time
 from concurrent.futures import Future
 from guestio.virtio import Device
 
@@ -62,6 +62,28 @@ class Sensor(Dice):
         if self.raised == "OSError":
             open("/missing/sensor")
         raise __builtins__[self.raised]("no\\nsensor")
+
+class Stubborn(Dice):
+    def __init__(self, method):
+        self.method = method
+        if method == "__init__":
+            self.hang("__init__")
+
+    def attached(self, host):
+        self.hang("attached")
+
+    def close(self):
+        self.hang("close")
+
+    def hang(self, method):
+        if method == self.method:
+            print(method, file=sys.stderr, flush=True)
+            while True:
+                time.sleep(1000)
+
+class Unclosable(Dice):
+    def close(self):
+        raise ValueError("open for ever")
 '''
 
 
@@ -232,6 +254,45 @@ def test_a_device_that_does_not_answer_is_ended_in_time(
         until(lambda: driver.rings[0].offered == 1)
         time.sleep(0.1)
         program.end()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("method", ["__init__", "attached"])
+def test_a_device_that_hangs_while_it_is_made_is_ended_in_time(
+    directory: Path, method: str, number: int
+) -> None:
+    words = ("serve", "dice:Stubborn", "--arg", f"method={method}", "--socket", "s.sock")
+    with subprocess.Popen(
+        [sys.executable, "-m", "guestio", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=directory,
+    ) as process:
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline() == f"{method}\n"
+            with promptly(ENDS_WITHIN):
+                process.send_signal(number)
+                _, logged = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert logged == "guestio: ended although a request or the device hangs\n"
+    assert not (directory / "s.sock").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_device_whose_close_hangs_is_ended_in_time(
+    start: Callable[..., Program], number: int
+) -> None:
+    program = start("dice:Stubborn", "--arg", "method=close")
+    assert "the device hangs" in program.end(number)
+
+
+def test_what_close_raises_is_logged(start: Callable[..., Program]) -> None:
+    logged = start("dice:Unclosable").end()
+    assert "Unclosable.close raised ValueError: open for ever" in logged
+    assert "dice:Unclosable ended: connections=0" in logged
 
 
 def test_a_device_that_exits_decides_the_status(start: Callable[..., Program]) -> None:

@@ -769,3 +769,4 @@ def test_the_limits_are_those_of_the_page() -> None:
     assert budgets.MAX_BACKLOG == 256 << 10
     assert budgets.MAX_GUEST_MEMORY == 32 << 40
     assert budgets.EXIT_TIMEOUT == 1.4
+    assert budgets.CLOSE_TIMEOUT == 1.75

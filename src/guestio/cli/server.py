@@ -16,7 +16,8 @@ from guestio.budgets import LONGEST_TIMEOUT, STOP_TIMEOUT
 from guestio.cli.seconds import Seconds
 from guestio.cli.stderr import StderrLog
 from guestio.errors import DeviceMethodError, GuestioError
-from guestio.peer.endpoint import activation_sockets, adopt_socket
+from guestio.peer.endpoint import activation_sockets, adopt_socket, remove_sockets
+from guestio.ratelog import LOG
 from guestio.vhost_user import Backend
 from guestio.vhost_user.serve import Signals, run_until_signaled
 from guestio.virtio.device import Device
@@ -213,12 +214,23 @@ class Server:
         log = StderrLog()
         stop = Signals(signals)
         status, why = 1, ""
+
+        def give_up() -> None:
+            try:
+                log.say("guestio: ended although a request or the device hangs")
+                remove_sockets()
+                cleanup()
+                log.drain(EXIT_GRACE)
+            finally:
+                os._exit(0)
+
+        stack = contextlib.ExitStack()
         try:
-            with contextlib.ExitStack() as stack:
+            try:
                 stack.callback(cleanup)
-                with _refusals():
+                with stop.limiting(give_up), _refusals():
                     device = make()
-                    stack.callback(device.close)
+                    stack.callback(_close, device)
                     backend = stack.enter_context(self._backend(device))
 
                 def ready() -> None:
@@ -226,10 +238,10 @@ class Server:
                         log.say(line)
 
                 if not run_until_signaled(backend, stop, ready):
-                    log.say("guestio: ended although a request or the device hangs")
-                    cleanup()
-                    log.drain(EXIT_GRACE)
-                    os._exit(0)
+                    give_up()
+            finally:
+                with stop.limiting(give_up):
+                    stack.close()
             _log.info("%s ended: %s", what, backend.statistics)
             status = 0
         except GuestioError as error:
@@ -249,6 +261,17 @@ class Server:
                 os._exit(status)
         if status:
             sys.exit(status)
+
+
+def _close(device: Device) -> None:
+    """Close a device; what it raises is logged."""
+    try:
+        device.close()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        called, kind = f"{type(device).__name__}.close", type(error).__name__
+        LOG.report(_log, logging.ERROR, "%s raised %s: %s", called, kind, error, trace=True)
 
 
 @contextlib.contextmanager

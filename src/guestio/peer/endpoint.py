@@ -14,6 +14,7 @@ import os
 import socket
 import stat
 import time
+import weakref
 from collections.abc import Callable
 from typing import Protocol
 
@@ -97,6 +98,8 @@ class Listener:
         self.paused = False
         self._socket = listening
         self._inode = _inode(path) if made else None
+        if made:
+            _made.add(self)
         self._loop: EventLoop | None = None
         self._arrived: Arrived | None = None
 
@@ -175,6 +178,7 @@ class Listener:
         if self._inode is not None:
             close_socket(self._socket)
             self.remove_socket()
+            _made.discard(self)
         else:
             self._socket.close()
 
@@ -183,6 +187,21 @@ class Listener:
         with contextlib.suppress(FileNotFoundError):
             if self._inode is not None and _inode(self.path) == self._inode:
                 os.unlink(self.path)  # noqa: PTH108 - the path may be bytes-like
+
+
+_made: weakref.WeakSet[Listener] = weakref.WeakSet()
+"""Listeners whose sockets are to be removed at the end."""
+
+
+def remove_sockets() -> None:
+    """Remove the sockets of all listeners that are not closed. From any thread.
+
+    For a process that is about to end although a server has not come back from its device: perhaps
+    it is still being made.
+    """
+    for listener in list(_made):
+        with contextlib.suppress(OSError):
+            listener.remove_socket()
 
 
 class Connector:

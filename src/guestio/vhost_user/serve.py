@@ -10,10 +10,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
-from guestio.budgets import EXIT_TIMEOUT
+from guestio.budgets import CLOSE_TIMEOUT, EXIT_TIMEOUT
 from guestio.ratelog import LOG
 from guestio.vhost_user.backend import Backend, log
 from guestio.virtio.device import Device
@@ -73,6 +74,9 @@ def serve(
     return backend.statistics
 
 
+_NO_SIGNAL = 255
+
+
 class Signals:
     """Waits for SIGINT, SIGTERM or SIGHUP; one that arrives before the wait is not lost.
 
@@ -87,6 +91,8 @@ class Signals:
 
     def __init__(self, others: Mapping[int, Callable[[], object]] | None = None) -> None:
         self._others = dict(others or {})
+        self._early = bytearray()
+        self._ended_at: float | None = None
         self._over, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._fd_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         self._before: dict[int, Any] = {}
@@ -97,22 +103,74 @@ class Signals:
 
     def over(self) -> None:
         """Make :meth:`wait` return. From any thread."""
+        self._write(0)
+
+    def _write(self, number: int) -> None:
         # A pipe that is full is readable as well.
         with contextlib.suppress(BlockingIOError):
-            os.write(self._wake, b"\0")
+            os.write(self._wake, bytes([number]))
 
     def wait(self) -> None:
         """Wait for a signal or :meth:`over`."""
         poll = select.poll()
         poll.register(self._over, select.POLLIN)
         while True:
-            poll.poll()
-            for number in os.read(self._over, 4096):
+            if not self._early:
+                poll.poll()
+                self._read()
+            early, self._early = self._early, bytearray()
+            for at, number in enumerate(early):
                 call = self._others.get(number)
                 if call is not None:
                     call()
                 elif not number or number in self._before:
+                    self._early = early[at + 1 :]
                     return
+
+    def _read(self) -> None:
+        """Read what has arrived, and note since when an end is wanted."""
+        arrived = os.read(self._over, 4096)
+        if self._ended_at is None and any(
+            number in self._before and number not in self._others for number in arrived
+        ):
+            self._ended_at = time.monotonic()
+        self._early += arrived
+
+    @contextlib.contextmanager
+    def limiting(self, give_up: Callable[[], object]) -> Iterator[None]:
+        """Obey a signal while the calling thread is inside this context, and :meth:`wait` is not.
+
+        Args:
+            give_up: Called in another thread if this one is still inside CLOSE_TIMEOUT after the
+                first signal that ends the service, one that came before included.
+        """
+        left = threading.Event()
+        thread = threading.Thread(
+            target=self._limit, args=(left, give_up), name="guestio-signals", daemon=True
+        )
+        try:
+            # Without a thread it is no worse than before; who serves reports that there is none.
+            with contextlib.suppress(RuntimeError):
+                thread.start()
+            yield
+        finally:
+            left.set()
+            if thread.ident is not None:
+                self._write(_NO_SIGNAL)
+                thread.join()
+
+    def _limit(self, left: threading.Event, give_up: Callable[[], object]) -> None:
+        poll = select.poll()
+        poll.register(self._over, select.POLLIN)
+        while not left.is_set():
+            longest = None
+            if self._ended_at is not None:
+                longest = max(self._ended_at + CLOSE_TIMEOUT - time.monotonic(), 0) * 1000
+            if poll.poll(longest):
+                self._read()
+            elif not left.is_set():
+                give_up()
+                return
 
     def close(self) -> None:
         """Handle signals as before. Calling it again does nothing."""
