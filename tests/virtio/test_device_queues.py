@@ -20,6 +20,9 @@ import pytest
 from guestio._core.virtio.chain import Chain
 from guestio.addr import Permissions
 from guestio.errors import DeviceError
+from guestio.guest.dma import IommuMode
+from guestio.testing import Driver as ShippedDriver
+from guestio.testing import serving as serving_device
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.virtio.device import Device, DeviceId
 from guestio.virtio.host import DeviceHost
@@ -1093,3 +1096,69 @@ def test_a_changed_configuration_is_told_in_the_loop() -> None:
         assert wire.changes == 0
         loop.run_once()
         assert wire.changes == 1
+
+
+class Parser(Device):
+    """Takes what its driver sends, one buffer a call if it is bad, and stumbles over that."""
+
+    device_id = DeviceId.CONSOLE
+    device_queues = (0,)
+
+    def __init__(self, keeps: bool) -> None:
+        self.keeps = keeps
+        self.got: list[bytes] = []
+        self.calls = 0
+
+    def attached(self, host: DeviceHost) -> None:
+        self.queue = host.queue(0)
+        self.queue.on_available(self.parse)
+
+    def parse(self) -> None:
+        self.calls += 1
+        while (chain := self.queue.take()) is not None:
+            text = chain.readable.read()
+            self.queue.complete(chain)
+            if text == b"bad":
+                raise ValueError("bad event")
+            self.got.append(text)
+        if self.keeps:
+            raise ValueError("nothing more")
+
+
+@pytest.mark.parametrize("iommu", ["off", "strict"])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_callback_that_raised_is_called_again(
+    iommu: IommuMode, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For buffers that come after it, and for those that were there already."""
+    monkeypatch.setattr("guestio.virtio.queue.ANNOUNCE_AGAIN", 0.02)
+    parser = Parser(keeps)
+    with serving_device(parser) as path, ShippedDriver(path, timeout=WAIT, iommu=iommu) as driver:
+        for _ in range(3):
+            driver.wait(driver.send(b"bad"))
+            driver.wait(driver.send(b"one"))
+        hidden = [driver.send(text, publish=False) for text in (b"bad", b"two", b"bad", b"three")]
+        for each in [*hidden, driver.send(b"four")]:
+            driver.wait(each)
+        until(lambda: len(parser.got) == 6)
+        assert parser.got == [b"one"] * 3 + [b"two", b"three", b"four"]
+
+
+def test_a_callback_that_always_raises_is_called_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not in a busy loop, although it leaves buffers."""
+    monkeypatch.setattr("guestio.virtio.queue.ANNOUNCE_AGAIN", 1000.0)
+    parser = Parser(False)
+
+    def fail() -> None:
+        parser.calls += 1
+        raise ValueError("always")
+
+    parser.parse = fail  # type: ignore[method-assign]
+    with serving_device(parser) as path, ShippedDriver(path, timeout=WAIT) as driver:
+        driver.send(b"left")
+        until(lambda: parser.calls > 0)
+        for _ in range(30):
+            driver.config(0, 1)
+        assert parser.calls <= 3

@@ -63,6 +63,9 @@ PASS_PAUSE = 0.0002
 ENTER_LOOK = 0.01
 """Seconds between looks whether queues are being stopped, for a device that takes a buffer."""
 
+ANNOUNCE_AGAIN = 1.0
+"""Seconds after which buffers that are left are announced to a callback that raised."""
+
 COPY_LOOK = 0.01
 """Seconds between looks at requests that were answered while a system call moves their memory."""
 
@@ -535,7 +538,8 @@ class DeviceQueue:
         It is called after the driver has made buffers available, the queue has started, or a
         translation that :meth:`take` lacked has arrived. It is to call :meth:`take` until that
         returns None: only then does the driver announce more. An exception that it raises is
-        logged.
+        logged; it is called again when the driver makes more available, or after a second if
+        there are buffers left.
 
         Raises:
             DeviceError: The queue is not in `Device.device_queues`.
@@ -565,6 +569,27 @@ class DeviceQueue:
                 error,
                 trace=True,
             )
+            self._announce_again()
+
+    def _announce_again(self) -> None:
+        """Have the callback called again after it raised: it did not take until there is nothing.
+
+        With the driver's next announcement; or later, for buffers that it has announced already.
+        """
+        self._lock.acquire_to_serve()
+        try:
+            ring = self._ready_ring()
+            more = False if ring is None else ring.enable_kicks()
+        except GuestioError as error:
+            self._break(error)
+            return
+        finally:
+            self._lock.release()
+        if more is None:
+            # A translation is missing, which is requested in the loop.
+            self.wake()
+        elif more:
+            self._loop.set_timer((self, "again"), time.monotonic() + ANNOUNCE_AGAIN, self.wake)
 
     def announce_stop(self) -> None:
         """Have the device finish what it holds, before its requests are waited for."""
@@ -657,6 +682,7 @@ class DeviceQueue:
             self._loop.clear_timer(self)
             self._loop.clear_timer((self, "copying"))
             self._loop.clear_timer((self, "slow"))
+            self._loop.clear_timer((self, "again"))
             self._watching = False
             self._replace_kick(None)
             self._polled = False
