@@ -14,12 +14,13 @@ import pytest
 
 from guestio.errors import DeviceError, GuestioError, QueueError
 from guestio.testing import Driver, Shape
+from guestio.testing import serving as shipped_serving
 from guestio.vhost_user import Frontend
 from guestio.vhost_user.channel import PeerGoneError
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
 from guestio.vhost_user.request_channel import NoAnswerError, RefusedError
 from guestio.virtio import Chain, Device, DeviceHost, DeviceId
-from tests.kit.serving import Serving, nothing_left
+from tests.kit.serving import WAIT, Serving, nothing_left
 
 MODES = ["off", "static", "strict"]
 
@@ -340,3 +341,22 @@ class TestConfiguration:
         with pytest.raises(NoAnswerError):
             driver.wait_config_change(0.01)
         timer.join()
+
+
+class Unplugged(Device):
+    device_id = 61
+
+    def process(self, queue: int, chain: Chain) -> int:
+        raise SystemExit("sensor unplugged")
+
+
+def test_what_ended_the_back_end_is_the_cause_of_what_its_driver_raised() -> None:
+    with (
+        pytest.raises(PeerGoneError) as caught,
+        shipped_serving(Unplugged()) as path,
+        Driver(path, timeout=WAIT) as driver,
+    ):
+        driver.request(b"", 4)
+    cause = caught.value.__cause__
+    assert isinstance(cause, SystemExit)
+    assert cause.code == "sensor unplugged"

@@ -33,7 +33,8 @@ def serving(
 
     Raises:
         BaseException: What ended the back-end, once the context ends: SystemExit or
-            KeyboardInterrupt, if the device raised it.
+            KeyboardInterrupt, if the device raised it. It is the cause of what the context itself
+            raised, if that raised something.
         TimeoutError: The back-end does not end, because a call of the device does not return.
     """
     with contextlib.ExitStack() as stack:
@@ -51,17 +52,23 @@ def serving(
 
         thread = threading.Thread(target=serve, name="guestio-serving", daemon=True)
         try:
-            thread.start()
-            yield backend.path
-        finally:
-            backend.stop()
-            if thread.ident is not None:
-                thread.join(_LIMIT)
-            if thread.is_alive():
-                raise TimeoutError(
-                    f"{type(device).__name__} is still served {_LIMIT:g} s after the test: one of "
-                    "its methods or callbacks does not return"
-                )
-            backend.close()
+            try:
+                thread.start()
+                yield backend.path
+            finally:
+                backend.stop()
+                if thread.ident is not None:
+                    thread.join(_LIMIT)
+                if thread.is_alive():
+                    raise TimeoutError(
+                        f"{type(device).__name__} is still served {_LIMIT:g} s after the test: one "
+                        "of its methods or callbacks does not return"
+                    )
+                backend.close()
+        except BaseException as error:
+            if errors:
+                # A back-end that is gone is why a driver fails.
+                raise error from errors.pop()
+            raise
         if errors:
             raise errors.pop()
