@@ -17,7 +17,7 @@ R, RW = int(Permissions.READ), int(Permissions.READ_WRITE)
 def misses():
     """Those of a ring of 4 of which no area is mapped: its three areas."""
     ring = SplitRing(AddressSpace(RegionTable([]), Iotlb()), 4, 0x1000, 0x2000, 0x3000)
-    return ring.turn(None)[1]
+    return ring.run_once(None)[1]
 
 
 EXPECTED = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import inspect
 import pkgutil
@@ -17,17 +18,20 @@ import guestio._core
 
 def compiled_classes() -> list[type[Any]]:
     modules = [
-        importlib.import_module(f"guestio._core.{found.name}")
-        for found in pkgutil.iter_modules(guestio._core.__path__)
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(guestio._core.__path__, "guestio._core.")
     ]
-    return [
-        value
+    # Classes of the public interface have its name as their module; others are imported by several.
+    found = {
+        value: None
         for module in modules
         for value in vars(module).values()
         if isinstance(value, type)
-        and value.__module__ == module.__name__
+        and value.__module__.startswith("guestio.")
+        and not issubclass(value, enum.Enum)
         and any(isinstance(each, MethodDescriptorType) for each in vars(value).values())
-    ]
+    }
+    return list(found)
 
 
 CLASSES = compiled_classes()

@@ -1,7 +1,7 @@
 """Runs of IOTLB messages, plain and not, as the core takes them, against one at a time.
 
 The core must apply exactly those at the start that are plain, acknowledge each, leave the rest in
-the socket, and change the IOTLB as the public calls do; a question stays open as long as nothing
+the socket, and change the IOTLB as the public calls do; a miss stays open as long as nothing
 of its page came with what was asked for. A part may be all that a request needs.
 """
 
@@ -157,7 +157,7 @@ class Run:
 
 
 def fuzz(data: bytes) -> None:
-    """Runs of messages, some while a translation is used, and questions between them."""
+    """Runs of messages, some while a translation is used, and misses between them."""
     rng = Choices(data)
     ours, theirs = socket.socketpair()
     with ours, theirs:

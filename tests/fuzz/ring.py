@@ -180,7 +180,7 @@ class Run:
 
 
 def fuzz(data: bytes) -> None:
-    """Steps of a driver, and turns of the device between them."""
+    """Steps of a driver, and batches of the device between them."""
     run = Run(Choices(data))
     for _ in range(MAX_STEPS):
         if not run.rng.left:

@@ -38,20 +38,20 @@ class Peer:
 
     def __init__(self, pages: int = 64, **options: object) -> None:
         self.front, self.main = socket.socketpair()
-        self.back, self.questions = socket.socketpair()
-        for sock in (self.main, self.questions):
+        self.back, self.back_channel = socket.socketpair()
+        for sock in (self.main, self.back_channel):
             sock.setblocking(False)
         self.iotlb = IotlbFront(
             BASE, pages, self.front.fileno(), self.back.fileno(), **options  # type: ignore[arg-type]
         )  # fmt: skip
 
     def close(self) -> None:
-        for sock in (self.front, self.main, self.back, self.questions):
+        for sock in (self.front, self.main, self.back, self.back_channel):
             sock.close()
 
     def ask(self, iova: int, access: int = READ, *, need_reply: bool = True) -> None:
         message = IotlbMessage.miss(iova, PAGE, access)
-        self.questions.sendall(
+        self.back_channel.sendall(
             encode_iotlb(BackendRequest.IOTLB_MSG, message, need_reply=need_reply)
         )
 
@@ -71,7 +71,7 @@ class Peer:
     def answers(self) -> list[int]:
         """What came back on the back-end's channel."""
         found = []
-        for request, flags, size, status in ACK.iter_unpack(_receive(self.questions)):
+        for request, flags, size, status in ACK.iter_unpack(_receive(self.back_channel)):
             assert (request, flags, size) == (BackendRequest.IOTLB_MSG, 1 | 4, 8)
             found.append(status)
         return found
@@ -178,7 +178,7 @@ class TestMisses:
         assert status != 0
         assert (peer.iotlb.misses, peer.iotlb.refused) == (1, 1)
 
-    def test_answers_keep_the_order_of_questions(self, peer: Peer) -> None:
+    def test_answers_keep_the_order_of_misses(self, peer: Peer) -> None:
         for iova in (BASE + 3 * PAGE, 0, BASE + 4 * PAGE, 1, 2):
             peer.ask(iova)
         peer.iotlb.exchange()
@@ -214,7 +214,7 @@ class TestMisses:
         data = encode_iotlb(BackendRequest.IOTLB_MSG, message, need_reply=True)
         for byte in data:
             assert peer.told() == []
-            peer.questions.send(bytes([byte]))
+            peer.back_channel.send(bytes([byte]))
             peer.iotlb.exchange()
         assert len(peer.told()) == 1
         for byte in encode_ack(FrontendRequest.IOTLB_MSG, 0):
@@ -224,9 +224,9 @@ class TestMisses:
 
     def test_other_requests_are_answered(self, peer: Peer) -> None:
         def ask(request: int, payload: bytes) -> int:
-            peer.questions.sendall(encode_message(request, payload, need_reply=True))
+            peer.back_channel.sendall(encode_message(request, payload, need_reply=True))
             peer.iotlb.exchange()
-            got, flags, size, status = ACK.unpack(_receive(peer.questions))
+            got, flags, size, status = ACK.unpack(_receive(peer.back_channel))
             assert (got, flags, size) == (request, 5, 8)
             return int(status)
 
@@ -259,7 +259,7 @@ class TestMisses:
         while len(answers) < ACK.size * len(asked):
             if rest:
                 try:
-                    sent = peer.questions.send(rest[:65536])
+                    sent = peer.back_channel.send(rest[:65536])
                     rest = rest[sent:]
                 except BlockingIOError:
                     pass
@@ -269,7 +269,7 @@ class TestMisses:
                 # Whole messages only are acknowledged.
                 done = len(told) // MESSAGE.size - (len(told) - len(data)) // MESSAGE.size
                 peer.acknowledge(*[0] * done)
-                answers += _receive(peer.questions)
+                answers += _receive(peer.back_channel)
             assert peer.iotlb.failure is None
         expected = [page for page in asked if page < 64]
         found = [
@@ -374,7 +374,7 @@ class TestLies:
         [(1, 2, 32), (1, 5, 32), (1, 1, 4097), (1, 1, 0xFFFFFFFF), (1, 1, 31), (1 << 24, 1, 0)],
     )
     def test_requests(self, peer: Peer, header: tuple[int, int, int]) -> None:
-        peer.questions.sendall(struct.pack("=III", *header) + bytes(64))
+        peer.back_channel.sendall(struct.pack("=III", *header) + bytes(64))
         peer.iotlb.exchange()
         assert peer.iotlb.failure == (PROTOCOL, header[0])
         assert peer.told() == []
@@ -385,12 +385,12 @@ class TestLies:
             peer = Peer()
             peer.iotlb.map(1, HOST, READ)
             peer.iotlb.unmap(1, 1)
-            for sock in (peer.main, peer.questions):
+            for sock in (peer.main, peer.back_channel):
                 sock.sendall(rng.randbytes(rng.randrange(200)))
             peer.iotlb.exchange()
             peer.close()
 
-    @pytest.mark.parametrize("which", ["main", "questions"])
+    @pytest.mark.parametrize("which", ["main", "back_channel"])
     def test_a_closed_connection(self, peer: Peer, which: str) -> None:
         getattr(peer, which).close()
         peer.iotlb.unmap(3, 1)

@@ -265,7 +265,7 @@ def test_a_buffer_that_is_kept_is_marked_before_its_request_is_shown():
     with memoryview(chain.readable.slices()[0]) as view:
         assert view.readonly
     assert region.bitmap.count() == 0
-    chain.settle(PAGE)
+    chain.finish(PAGE)
     assert region.bitmap.dirty_pages(clear=True).tolist() == [10]
     ring.complete(chain)
     ring.publish()

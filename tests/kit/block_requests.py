@@ -115,7 +115,7 @@ class Disk:
 
     def _serve(self, ring: SplitRing) -> None:
         if self.served:
-            chains, misses, served, _ = ring.turn(self.device.server)
+            chains, misses, served, _ = ring.run_once(self.device.server)
             assert served + len(chains) == 1
         else:
             chains, misses = ring.pop()

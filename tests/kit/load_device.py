@@ -295,7 +295,7 @@ class Rig:
                 return int(ACK.unpack(self.back_peer.recv(ACK.size))[3])
             except BlockingIOError:
                 continue
-        raise AssertionError("a question is not answered")
+        raise AssertionError("a miss is not answered")
 
     def listen(self) -> None:
         """Take UPDATEs and INVALIDATEs, and acknowledge them."""

@@ -60,7 +60,7 @@ class Hand:
 
     def __init__(self, sock: socket.socket) -> None:
         self.main = Channel(sock)
-        self.questions: Channel | None = None
+        self.back_channel: Channel | None = None
 
     def expect(self, request: int) -> Message:
         """The next message, which must be this request."""
@@ -82,16 +82,18 @@ class Hand:
         """Answer with a payload."""
         self.main.send(encode_message(request, payload, reply=True))
 
-    def take_questions(self) -> None:
+    def take_back_channel(self) -> None:
         """Receive SET_BACKEND_REQ_FD and acknowledge it."""
         message = self.expect(FrontendRequest.SET_BACKEND_REQ_FD)
-        self.questions = Channel.from_fd(message.take_fd())
+        self.back_channel = Channel.from_fd(message.take_fd())
         self.ack(FrontendRequest.SET_BACKEND_REQ_FD)
 
     def ask(self, message: IotlbMessage, *, need_reply: bool = True) -> None:
         """Send a request on the back-end's channel."""
-        assert self.questions is not None
-        self.questions.send(encode_iotlb(BackendRequest.IOTLB_MSG, message, need_reply=need_reply))
+        assert self.back_channel is not None
+        self.back_channel.send(
+            encode_iotlb(BackendRequest.IOTLB_MSG, message, need_reply=need_reply)
+        )
 
     def update(self, value: int = 0, *, answer: bool = True) -> IotlbMessage:
         """Receive an IOTLB message and acknowledge it."""
@@ -101,9 +103,9 @@ class Hand:
         return message
 
     def answer(self, seconds: float = WAIT) -> int | None:
-        """The reply to the oldest question; None if there is none in time."""
-        assert self.questions is not None
-        message = self.questions.recv(seconds)
+        """The reply to the oldest miss; None if there is none in time."""
+        assert self.back_channel is not None
+        message = self.back_channel.recv(seconds)
         if message is None:
             return None
         assert message.header.is_reply
@@ -112,8 +114,8 @@ class Hand:
     def close(self) -> None:
         """Hang up."""
         self.main.close()
-        if self.questions is not None:
-            self.questions.close()
+        if self.back_channel is not None:
+            self.back_channel.close()
 
 
 class KeepingHandler(RecordingHandler):

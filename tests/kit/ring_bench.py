@@ -79,7 +79,7 @@ class Bench(HandRing):
         for head in heads:
             self.iotlb.invalidate_mapping(self.page(head), PAGE)
 
-    def shown(self, first: int) -> list[tuple[int, int]]:
+    def published(self, first: int) -> list[tuple[int, int]]:
         """The used entries from an index on."""
         count = (self.used_idx - first) & 0xFFFF
         return [self.used_entry((first + i) & 0xFFFF) for i in range(count)]

@@ -113,7 +113,7 @@ SCENARIOS = {
         thread.start()
         begun.acquire()
         assert not done
-        chain.settle(0)
+        chain.finish(0)
         assert len(chain.readable) == 0 and chain.readable.fragments() == []
         assert chain.readable.slices() == [] and chain.readable.read() == b""
         gc.collect()
@@ -164,7 +164,7 @@ SCENARIOS = {
             fcntl.ioctl(reader, termios.FIONREAD, count)
             return count.value >= 65536
         wait_for(waiting)
-        chain.settle(0)
+        chain.finish(0)
         assert len(iotlb.leases) == 1
         revocation = threading.Thread(
             target=iotlb.invalidate_mapping, args=(0x100000, PAGE), daemon=True
@@ -179,7 +179,7 @@ SCENARIOS = {
         finish(revocation)
         assert len(iotlb.leases) == 0 and moved == [0x80000]
         try:
-            chain.settle(0)
+            chain.finish(0)
         except ValueError:
             pass
         else:
@@ -251,7 +251,7 @@ WITH_A_SHIM = {
             variable("shorten_to", ctypes.c_long).value = 0x8000
             variable("touch", ctypes.c_void_p).value = memory.host_address(0x8000)
             variable("shorten_fd").value = fd
-            chains, misses, served, _ = ring.turn(device.server)
+            chains, misses, served, _ = ring.run_once(device.server)
             assert served == 1 and not chains
             assert memory.read(0x4100, 1) == bytes([1]), "a lost request was seen to succeed"
             assert memory.read(0x2004, 8) == struct.pack("<II", 0, kind)
@@ -283,7 +283,7 @@ WITH_A_SHIM = {
             variable("file_reached").value = reached[1]
             answers = []
             def serve():
-                chains, *_ = ring.turn(device.server)
+                chains, *_ = ring.run_once(device.server)
                 answers.extend(device.process(0, chain) for chain in chains)
             thread = threading.Thread(target=serve, daemon=True)
             thread.start()

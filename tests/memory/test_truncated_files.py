@@ -244,7 +244,7 @@ SCENARIOS = {
             if touched:
                 vanishes(lambda: memory.read(GONE, 1), GONE)
             try:
-                queue.turn(BlockServer(fd, 8192))
+                queue.run_once(BlockServer(fd, 8192))
             except QueueError as error:
                 assert "truncated" in str(error), error
             else:

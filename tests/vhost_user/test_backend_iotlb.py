@@ -168,11 +168,11 @@ class TestAsking:
     def test_what_is_not_answered_is_asked_once_more(self, serving: Serving) -> None:
         with Hand(serving.path) as hand:
             hand.submit()
-            asked = [hand.question() for _ in range(6)]
+            asked = [hand.next_miss() for _ in range(6)]
             assert [marked for *_, marked in asked] == 3 * [False] + 3 * [True]
             assert sorted(asked[:3]) == sorted((*page, False) for *page, _ in asked[3:])
             assert hand.back.recv(10 * REPEAT_AFTER) is None
-            # The answers to the first questions, then refusals of the second ones.
+            # The answers to the first misses, then refusals of the second ones.
             for iova, *_ in asked[:3]:
                 assert hand.update(iova, PAGE, hand.user(iova - IOVA), 3) == 0
             hand.back.send(3 * encode_ack(1, 1))
@@ -350,7 +350,7 @@ class TestRefusals:
             driver.run_raw(0, Desc(driver.at(BUFFERS), 4), Desc(driver.at(BUFFERS + 8), 1, WRITE))
             until(lambda: iotlb.counts.access_fails >= 1)
 
-    def test_one_in_the_middle_of_a_batch_costs_one_more_question(self, serving: Serving) -> None:
+    def test_one_in_the_middle_of_a_batch_costs_one_more_miss(self, serving: Serving) -> None:
         with Driver(serving.path, iommu=True, answer="caller") as driver:
             service = driver.frontend.iotlb
             number = driver.submit(0, b"first")
@@ -496,7 +496,7 @@ class TestSilence:
     def test_translations_of_less_than_is_needed(
         self, impatient: Serving, size: int, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """An endless dialogue: every question is answered, never with what is needed."""
+        """An endless dialogue: every miss is answered, never with what is needed."""
         with Hand(impatient.path) as hand:
             hand.sizes[hand.at(BUFFERS)] = size
             hand.submit(at=200)
@@ -524,7 +524,7 @@ class TestSilence:
             driver.wait(0, 0)
             assert driver.result(0, 0, 4) == (OK, b"tsol")
 
-    def test_the_channel_for_questions_goes_away(self, impatient: Serving) -> None:
+    def test_the_back_channel_goes_away(self, impatient: Serving) -> None:
         with Hand(impatient.path) as hand:
             hand.submit()
             hand.serve_until_done()
@@ -534,7 +534,7 @@ class TestSilence:
             assert impatient.stats.failed_requests == 1
             assert hand.run_known()
 
-    def test_garbage_on_the_channel_for_questions(
+    def test_garbage_on_the_back_channel(
         self, impatient: Serving, caplog: pytest.LogCaptureFixture
     ) -> None:
         with Hand(impatient.path) as hand:
@@ -544,14 +544,14 @@ class TestSilence:
             until(lambda: any("of no use any more" in line for line in errors_of(caplog)))
             assert hand.run_known()
 
-    def test_another_channel_for_questions(self, impatient: Serving) -> None:
-        """Acknowledgements on it are for the questions on it, not for older ones."""
+    def test_another_back_channel(self, impatient: Serving) -> None:
+        """Acknowledgements on it are for the misses on it, not for older ones."""
         with Hand(impatient.path) as hand:
             hand.submit()
             hand.serve_until_done()
             hand.submit(place=BUFFERS + 0x10000)
-            # The questions are out; now the channel is replaced. They are asked again there.
-            hand.take_questions()
+            # The misses are out; now the channel is replaced. They are asked again there.
+            hand.take_back_channel()
             hand.new_channel()
             hand.serve_until_done()
             assert hand.used() == 2
@@ -789,7 +789,7 @@ class TestRevocation:
         device.close()
 
 
-def test_nothing_is_left_of_questions(device: Mirror, tmp_path: Path) -> None:
+def test_nothing_is_left_of_misses(device: Mirror, tmp_path: Path) -> None:
     with Serving(device, tmp_path / "socket") as serving:
         serving.check_serves()
         with nothing_left():
@@ -922,12 +922,12 @@ class Hand:
     def status(self) -> int:
         return self.whole.read(BUFFERS + PAGE + 4, 1)[0]
 
-    def take_questions(self) -> None:
+    def take_back_channel(self) -> None:
         """Read what is asked without answering."""
         assert self.back.recv(5) is not None
 
-    def question(self) -> tuple[int, int, bool]:
-        """The next question: page, access, and whether it is to be acknowledged."""
+    def next_miss(self) -> tuple[int, int, bool]:
+        """The next miss: page, access, and whether it is to be acknowledged."""
         message = self.back.recv(5)
         assert message is not None
         iotlb = IotlbMessage.decode(message.payload)

@@ -85,7 +85,7 @@ class TestTurns:
     def test_a_turn_ends_after_some_bytes(self, image: Path) -> None:
         device = BlockDevice(image)
         memory, rig = small_ring()
-        ring = SplitRing(memory._space, 64, 0, 0x2000, 0x3000, turn_bytes=3 * 4096)
+        ring = SplitRing(memory._space, 64, 0, 0x2000, 0x3000, batch_bytes=3 * 4096)
         memory.write(0x4000, struct.pack("<IIQ", T_OUT, 0, 0))
         for i in range(10):
             rig.offer(
@@ -94,9 +94,9 @@ class TestTurns:
                 )
             )
         served = []
-        resting = False
-        while not resting:
-            chains, misses, count, resting = ring.turn(device.server, 64, -1, True)
+        idle = False
+        while not idle:
+            chains, misses, count, idle = ring.run_once(device.server, 64, -1, True)
             assert (chains, list(misses)) == ([], [])
             served.append(count)
         assert served == [3, 3, 3, 1]
@@ -259,7 +259,7 @@ class TestSlowDevices:
         ring = SplitRing(memory._space, 64, 0, 0x2000, 0x3000, quota=quota, ordered=True)
         for i in range(5):
             rig.offer(rig.put_chain(2 * i, Desc(0x4000, 16), Desc(0x5000, 1, WRITE)))
-        chains, *_ = ring.turn(None, 64, -1, True)
+        chains, *_ = ring.run_once(None, 64, -1, True)
         heads = [chain.head for chain in chains]
         rest = chains[2:]
         used = quota.used
@@ -270,8 +270,8 @@ class TestSlowDevices:
             ring.put_back(chains[2:])
         with pytest.raises(ValueError, match="completed before"):
             ring.complete(chains[2], 0)
-        # One that came before those of this turn stays.
-        again, *_ = ring.turn(None, 64, -1, True)
+        # One that came before those of this batch stays.
+        again, *_ = ring.run_once(None, 64, -1, True)
         assert [chain.head for chain in again] == heads[2:]
         both = [chains[1], *again]
         ring.put_back(both)
@@ -293,7 +293,7 @@ class TestSlowDevices:
             rig.offer(
                 rig.put_chain(3 * i, Desc(0x4000 + 16 * i, 16), *data, Desc(0x6000 + i, 1, WRITE))
             )
-        chains, _, served, _ = ring.turn(device.server, 64, -1, True)
+        chains, _, served, _ = ring.run_once(device.server, 64, -1, True)
         assert (len(chains), served) == (2, 1)
         rest = list(chains)
         ring.put_back(rest)
@@ -450,18 +450,18 @@ class TestOutstanding:
         other = SplitRing(memory._space, 64, 0, 0x2000, 0x3000, quota=quota)
         for i in range(10):
             rig.offer(rig.put_chain(2 * i, Desc(0x4000, 16), Desc(0x5000, 1, WRITE)))
-        chains, _, _, resting = ring.turn(None, 64, -1, True)
+        chains, _, _, idle = ring.run_once(None, 64, -1, True)
         # Each counts as 16 pieces and its own two.
         assert (len(chains), quota.used) == (3, 54)
-        assert not resting
-        assert ring.turn(None, 64, -1, True)[0] == []
+        assert not idle
+        assert ring.run_once(None, 64, -1, True)[0] == []
         # Another ring whose device holds nothing goes on all the same.
-        assert len(other.turn(None, 64, -1, True)[0]) == 1
+        assert len(other.run_once(None, 64, -1, True)[0]) == 1
         assert quota.used == 72
         del other
         assert quota.used == 54
         ring.complete(chains[0], 0)
-        assert (len(ring.turn(None, 64, -1, True)[0]), quota.used) == (1, 54)
+        assert (len(ring.run_once(None, 64, -1, True)[0]), quota.used) == (1, 54)
         for chain in chains[1:]:
             ring.complete(chain, 0)
         assert quota.used == 18

@@ -702,12 +702,12 @@ def test_one_that_works_long_in_its_thread_is_reported(
 
 def _settles(chain: Chain) -> int:
     chain.writable.write(b"done")
-    chain.settle(5)
+    chain.finish(5)
     return 5
 
 
 def _settles_and_raises(chain: Chain) -> int:
-    chain.settle(5)
+    chain.finish(5)
     raise OSError("after that")
 
 
@@ -723,7 +723,7 @@ def test_one_that_settles_its_request_is_named(
         driver.frontend.sync()
         assert serving.stats.connections == 1
         assert serving.stats.failed_requests >= 2
-    assert any("Faulty.process called Chain.settle" in line for line in caplog.messages)
+    assert any("Faulty.process called Chain.finish" in line for line in caplog.messages)
 
 
 def test_one_that_settles_its_request_in_fail(
@@ -734,7 +734,7 @@ def test_one_that_settles_its_request_in_fail(
         driver.wait(0, driver.submit(0, b"1234"))
         driver.frontend.sync()
         assert serving.stats.connections == 1
-    assert any("called Chain.settle" in line for line in caplog.messages)
+    assert any("called Chain.finish" in line for line in caplog.messages)
 
 
 def _raises(chain: Chain) -> int:
@@ -762,7 +762,7 @@ def test_futures_that_are_slow_to_cancel_delay_a_stop_once(
         Driver(serving.path) as driver,
     ):
         numbers = [driver.submit(0, b"1234") for _ in range(20)]
-        # A slow turn leaves some of them in the ring for the next one.
+        # A slow batch leaves some of them in the ring for the next one.
         until(lambda: serving.stats.outstanding == 20)
         driver.stop(0)
         driver.wait(0, numbers[-1])

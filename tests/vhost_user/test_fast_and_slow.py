@@ -151,7 +151,7 @@ class Side:
             "invalidations of the IOTLB": iotlb.stats().invalidations,
             "updates": stats.iotlb_updates,
             "invalidations": stats.iotlb_invalidations,
-            "questions": stats.iotlb_misses,
+            "misses": stats.iotlb_misses,
             "open": len(self.translations._misses),
             "woken": self.woken,
             "refused": self.refused,
@@ -338,7 +338,7 @@ class Disk:
         self.rig.offer(0)
         ring, device = self.rig.ring, self.device
         try:
-            chains, misses, _, _ = ring.turn(device.server if self.way == "served" else None)
+            chains, misses, _, _ = ring.run_once(device.server if self.way == "served" else None)
             assert not misses
             for taken in chains:
                 failed = taken.fault is not None

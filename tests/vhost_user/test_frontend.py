@@ -398,10 +398,10 @@ def test_misses_reach_the_iotlb_service(link: Link) -> None:
     link.frontend.iotlb.map(0x5000, 1 << 32, 4096, Permissions.READ)
     fd = link.peer.handler.channel_fd
     assert fd is not None
-    with Channel.from_fd(os.dup(fd)) as questions:
+    with Channel.from_fd(os.dup(fd)) as back_channel:
         ask = IotlbMessage.miss(0x5010, 16, 1)
-        questions.send(encode_iotlb(BackendRequest.IOTLB_MSG, ask, need_reply=True))
-        answer = questions.recv(WAIT)
+        back_channel.send(encode_iotlb(BackendRequest.IOTLB_MSG, ask, need_reply=True))
+        answer = back_channel.recv(WAIT)
     assert answer is not None
     assert answer.payload == bytes(8)
     name, update = link.calls[-1]

@@ -261,23 +261,23 @@ def test_another_part_of_the_configuration(make: Callable[..., Pair], config: ob
 
 
 class Asked:
-    """A front-end with an open channel for questions, of which the test has the other end."""
+    """A front-end with an open channel for misses, of which the test has the other end."""
 
     def __init__(self, answer: str, timeout: float = WAIT) -> None:
         ours, theirs = socket.socketpair()
         self.frontend = Frontend(ours, timeout=timeout, answer=answer)  # type: ignore[arg-type]
         self.hand = Hand(theirs)
         self.service = self.frontend.iotlb
-        asked, self.questions = socket.socketpair()
+        asked, self.back_channel = socket.socketpair()
         self.backing = Backing.memfd(0x10000)
         self.service.memory = GuestRegionCollection.from_regions([MmapRegion(0, self.backing)])
         self.service.open(asked)
-        self.questions.settimeout(WAIT)
+        self.back_channel.settimeout(WAIT)
 
     def close(self) -> None:
         self.frontend.close()
         self.hand.close()
-        self.questions.close()
+        self.back_channel.close()
         self.service.memory = None
         self.backing.close()
 
@@ -308,7 +308,7 @@ def failed(asked: Asked) -> GuestioError:
     return asked.frontend.failure
 
 
-class TestQuestions:
+class TestMisses:
     def test_a_flood_leaves_the_caller_its_turn(self, ask: Callable[..., Asked]) -> None:
         asked = ask("caller")
         stop = threading.Event()
@@ -316,7 +316,7 @@ class TestQuestions:
         def flood() -> None:
             while not stop.is_set():
                 try:
-                    asked.questions.sendall(64 * MISS)
+                    asked.back_channel.sendall(64 * MISS)
                 except OSError:
                     return
 
@@ -334,17 +334,17 @@ class TestQuestions:
     def test_what_a_turn_leaves_can_be_seen(
         self, ask: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """However many questions came at once: the descriptor is readable, or all are answered."""
+        """However many misses came at once: the descriptor is readable, or all are answered."""
         monkeypatch.setattr("guestio.vhost_user.iotlb_service.FRONTEND_MISSES_PER_TURN", 5)
         asked = ask("caller")
         total = 1500
-        asked.questions.sendall(total * MISS)
+        asked.back_channel.sendall(total * MISS)
         answered = 0
         while answered < total:
             assert select.select([asked.service], [], [], WAIT)[0]
-            turn = asked.service.service()
-            assert turn <= 5 + 16384 // len(MISS) + 1
-            answered += turn
+            handled = asked.service.service()
+            assert handled <= 5 + 16384 // len(MISS) + 1
+            answered += handled
         assert answered == total == asked.service.counts.misses
 
     def test_a_flood_does_not_keep_us_from_closing(self, ask: Callable[..., Asked]) -> None:
@@ -362,19 +362,17 @@ class TestQuestions:
     def send_until_closed(asked: Asked) -> None:
         try:
             while True:
-                asked.questions.sendall(64 * MISS)
+                asked.back_channel.sendall(64 * MISS)
         except OSError:
             pass
 
     def test_replies_that_are_never_read(self, ask: Callable[..., Asked]) -> None:
         asked = ask(timeout=SOON)
-        question = encode_iotlb(
-            BackendRequest.IOTLB_MSG, IotlbMessage.miss(0, 1, 1), need_reply=True
-        )
-        asked.questions.settimeout(0.05)
+        miss = encode_iotlb(BackendRequest.IOTLB_MSG, IotlbMessage.miss(0, 1, 1), need_reply=True)
+        asked.back_channel.settimeout(0.05)
         try:
             while asked.frontend.failure is None:
-                asked.questions.sendall(64 * question)
+                asked.back_channel.sendall(64 * miss)
         except OSError:
             pass  # it does not read either, or is gone
         assert "did not read" in str(failed(asked))
@@ -382,7 +380,7 @@ class TestQuestions:
     def test_an_update_that_is_never_acknowledged(self, ask: Callable[..., Asked]) -> None:
         asked = ask(timeout=SOON)
         asked.service.map(0, 0, PAGE, Permissions.READ)
-        asked.questions.sendall(MISS)
+        asked.back_channel.sendall(MISS)
         assert isinstance(failed(asked), NoAnswerError)
 
     @pytest.mark.parametrize(
@@ -400,21 +398,21 @@ class TestQuestions:
     )
     def test_what_breaks_the_protocol(self, ask: Callable[..., Asked], data: bytes) -> None:
         asked = ask()
-        asked.questions.sendall(data)
+        asked.back_channel.sendall(data)
         assert isinstance(failed(asked), ProtocolError)
         stays_broken(asked.frontend, ProtocolError)
 
     @pytest.mark.parametrize("count", [1, 8])
     def test_fds(self, ask: Callable[..., Asked], count: int) -> None:
         asked = ask()
-        send_fds(asked.questions, MISS, count)
+        send_fds(asked.back_channel, MISS, count)
         assert "fds" in str(failed(asked))
 
     @pytest.mark.parametrize("part", [1, 12, 30])
-    def test_an_end_in_mid_question(self, ask: Callable[..., Asked], part: int) -> None:
+    def test_an_end_in_mid_miss(self, ask: Callable[..., Asked], part: int) -> None:
         asked = ask()
-        asked.questions.sendall(MISS[:part])
-        asked.questions.close()
+        asked.back_channel.sendall(MISS[:part])
+        asked.back_channel.close()
         assert isinstance(failed(asked), ProtocolError)
 
     @pytest.mark.parametrize("part", [1, 12, 30])
@@ -422,7 +420,7 @@ class TestQuestions:
         self, ask: Callable[..., Asked], pool: ThreadPoolExecutor, part: int
     ) -> None:
         asked = ask()
-        asked.questions.sendall(MISS[:part])
+        asked.back_channel.sendall(MISS[:part])
         call = pool.submit(asked.service.unmap, (0, PAGE))
         assert asked.hand.update().type == IotlbType.INVALIDATE
         call.result(WAIT)
@@ -431,12 +429,12 @@ class TestQuestions:
         """A guest may map any target; what lies behind the last address is no memory."""
         asked = ask()
         asked.service.map(0, 2**64 - PAGE, 2 * PAGE, Permissions.READ)
-        asked.hand.questions = Channel(asked.questions, with_fds=False)
+        asked.hand.back_channel = Channel(asked.back_channel, with_fds=False)
         for iova in (0, PAGE, 2 * PAGE - 1):
             asked.hand.ask(IotlbMessage.miss(iova, 1, 1))
             assert asked.hand.answer() == 1
         assert asked.frontend.failure is None
-        asked.questions = socket.socket()
+        asked.back_channel = socket.socket()
 
     def test_a_hook_that_raises_is_not_silent(
         self, ask: Callable[..., Asked], caplog: pytest.LogCaptureFixture
@@ -447,7 +445,7 @@ class TestQuestions:
             raise ZeroDivisionError("a bug")
 
         asked.service.miss_hook = hook  # type: ignore[assignment]
-        asked.questions.sendall(MISS)
+        asked.back_channel.sendall(MISS)
         assert "ZeroDivisionError: a bug" in str(failed(asked))
         assert "a bug" in caplog.text
 
@@ -534,7 +532,7 @@ replies = st.one_of(
     st.builds(struct.Struct("<III").pack, codes, st.integers(0, 15), st.integers(0, 2**32 - 1)),
     st.binary(max_size=30),
 )
-questions = st.one_of(
+misses = st.one_of(
     st.builds(
         lambda iova, perm, kind, reply: encode_iotlb(
             BackendRequest.IOTLB_MSG, IotlbMessage(iova, 1, 0, perm, kind), need_reply=reply
@@ -549,7 +547,7 @@ questions = st.one_of(
 lies = st.one_of(
     st.tuples(st.sampled_from(["instead", "before"]), replies),
     st.tuples(st.sampled_from(["cut", "fds"]), st.binary(max_size=20)),
-    st.tuples(st.just("ask"), questions),
+    st.tuples(st.just("ask"), misses),
 )
 
 

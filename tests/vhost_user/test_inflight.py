@@ -161,7 +161,7 @@ class TestSteps:
         assert (header(mapping)[3:], desc(mapping, 1)) == ((1, 7), (1, 0, 1))
         queue.batch(3)
         assert (header(mapping)[3:], desc(mapping, 3)) == ((3, 7), (1, 1, 0))
-        queue.show([1, 3], 9)
+        queue.publish([1, 3], 9)
         assert header(mapping) == (0, 1, 4, 3, 9)
         assert [desc(mapping, head)[0] for head in range(4)] == [1, 0, 0, 0]
 
@@ -263,7 +263,7 @@ def test_the_successor_finds_what_was_not_published(
         elif step == "show":
             ring.shown = len(ring.order)
         elif step == "track":
-            queue.show([ring.taken[at] for at in untracked], ring.used_idx)
+            queue.publish([ring.taken[at] for at in untracked], ring.used_idx)
             ring.tracked = ring.shown
         else:
             del ring.order[ring.shown :]
@@ -290,8 +290,8 @@ def play():
     queue = InflightQueue(mapping, 0, size)
     queue.recover(65534)
     queue.take(0); queue.take(1); queue.take(2)
-    queue.batch(2); queue.batch(0); used[0] = 0; queue.show([2, 0], 0)
-    queue.take(2); queue.batch(2); used[0] = 1; queue.show([2], 1)
+    queue.batch(2); queue.batch(0); used[0] = 0; queue.publish([2, 0], 0)
+    queue.take(2); queue.batch(2); used[0] = 1; queue.publish([2], 1)
     queue.take(3); queue.take(0)
     queue.batch(0); queue.batch(1)
     queue = InflightQueue(mapping, 0, size)
@@ -300,7 +300,7 @@ def play():
     queue = InflightQueue(mapping, 0, size)
     assert queue.recover(3) == [0]
     queue.take(1)
-    queue.batch(1); queue.batch(0); used[0] = 5; queue.show([1, 0], 5)
+    queue.batch(1); queue.batch(0); used[0] = 5; queue.publish([1, 0], 5)
     queue = InflightQueue(mapping, 0, size)
     assert queue.recover(5) == []
 
@@ -399,7 +399,7 @@ class TestHostile:
         for head in (4, 9, 65535):
             queue.take(head)
             queue.batch(head)
-        queue.show([4, 9, 65535], 0)
+        queue.publish([4, 9, 65535], 0)
         assert bytes(memoryview(mapping)) == before
 
     def test_numbers_that_do_not_fit(self) -> None:
@@ -409,7 +409,7 @@ class TestHostile:
                 with pytest.raises(OverflowError):
                     call(number)
         with pytest.raises(OverflowError):
-            queue.show([0, 65536], 0)
+            queue.publish([0, 65536], 0)
 
     @pytest.mark.parametrize("seed", range(4))
     def test_random_contents_that_change_all_the_time(self, seed: int) -> None:
@@ -431,7 +431,7 @@ class TestHostile:
                     queue.batch(rng.randrange(size))
                 case 2:
                     heads = [rng.randrange(size) for _ in range(rng.randrange(size + 1))]
-                    queue.show(heads, rng.randrange(65536))
+                    queue.publish(heads, rng.randrange(65536))
                 case _:
                     try:
                         heads = queue.recover((header(mapping, 64)[4] + rng.randrange(4)) & 0xFFFF)
@@ -470,7 +470,7 @@ class TestHostile:
                 queue.take(1)
                 queue.take(601)
                 queue.batch(601)
-                queue.show([601], 1)
+                queue.publish([601], 1)
                 assert queue.vanished
                 with pytest.raises(QueueError, match="truncated the file"):
                     queue.recover(1)

@@ -116,7 +116,7 @@ def test_answers_are_taken_before_acknowledgements(rig: Rig) -> None:
     assert rig.wait(5) == ([rig.back.fileno()], [], b"")
     whole, refused, _ = rig.misses.receive(rig.back.fileno())
     assert whole
-    assert [question.iova for question in refused] == [0x5000]
+    assert [miss.iova for miss in refused] == [0x5000]
 
 
 def test_the_main_channel_is_the_first_to_be_served(rig: Rig) -> None:
@@ -152,7 +152,7 @@ def test_a_peer_that_is_gone_comes_back(rig: Rig) -> None:
 
 
 def test_a_flood_does_not_keep_it(rig: Rig) -> None:
-    """Timers and other queues have their turn although there is always one message more."""
+    """Timers and other queues are served although there is always one message more."""
     done = threading.Event()
 
     def flood() -> None:
@@ -233,7 +233,7 @@ class Queue(Rig):
         assert self.wait(0) == ([], [], b"")
         assert len(self.front.recv(1000)) == ACK
 
-    def question(self) -> IotlbMessage | None:
+    def sent_miss(self) -> IotlbMessage | None:
         """What was asked on the back-end channel."""
         try:
             return IotlbMessage.decode(self.service.recv(1000)[12:])
@@ -265,7 +265,7 @@ class TestActiveQueue:
             assert queue.ring.used_idx == lap
             assert os.eventfd_read(queue.call) == 1
             assert queue.counters.requests == lap
-        assert queue.question() is None
+        assert queue.sent_miss() is None
 
     def test_what_its_server_leaves_comes_back_and_it_is_left(self, queue: Queue) -> None:
         queue.tables.tell(ANSWER, PAGE)
@@ -275,8 +275,8 @@ class TestActiveQueue:
         ((active, outcome),) = outcomes
         assert active is queue.active
         assert isinstance(outcome, tuple)
-        (chain,), misses, served, resting = outcome
-        assert (chain.head, len(misses), served, resting) == (2, 0, 1, False)
+        (chain,), misses, served, idle = outcome
+        assert (chain.head, len(misses), served, idle) == (2, 0, 1, False)
         assert queue.counters.requests == 0, "the thread that takes over counts it"
         # Kicks are for the thread that took over.
         os.eventfd_write(queue.kick, 1)
@@ -295,10 +295,10 @@ class TestActiveQueue:
     def test_a_miss_is_asked_and_its_answer_goes_on_within(self, queue: Queue) -> None:
         queue.announce(queue.put(T_IN))
         assert queue.wait(0) == ([], [], b"")
-        question = queue.question()
-        assert question is not None
-        assert (question.type, question.iova) == (IotlbType.MISS, ANSWER)
-        assert question.perm == Permissions.WRITE
+        miss = queue.sent_miss()
+        assert miss is not None
+        assert (miss.type, miss.iova) == (IotlbType.MISS, ANSWER)
+        assert miss.perm == Permissions.WRITE
         assert (queue.ring.used_idx, queue.counters.misses) == (0, 1)
         queue.tell(PAGE)
         assert queue.ring.used_idx == 1
@@ -313,20 +313,20 @@ class TestActiveQueue:
         ((_, outcome),) = outcomes
         assert isinstance(outcome, tuple)
         assert [where for where, _ in outcome[1]] == [IovaRange(ANSWER, len(IMAGE) + 1)]
-        assert queue.question() is None
+        assert queue.sent_miss() is None
 
     def test_patience_with_answers_that_never_fit(self) -> None:
         patience = 0.05
         queue = Queue(patience)
         started = time.monotonic()
         queue.announce(queue.put(T_IN))
-        questions = 0
+        misses = 0
         while True:
             *_, outcomes = queue.core.wait(queue.epoll.fileno(), 0.001)
             if outcomes:
                 break
-            if queue.question() is not None:
-                questions += 1
+            if queue.sent_miss() is not None:
+                misses += 1
                 user = MEMORY + queue.tables.pages[ANSWER]
                 update = IotlbMessage.update(ANSWER, 2, user, Permissions.READ_WRITE)
                 queue.front.sendall(
@@ -334,7 +334,7 @@ class TestActiveQueue:
                 )
             assert time.monotonic() - started < WAIT
         assert time.monotonic() - started >= patience
-        assert questions > 1
+        assert misses > 1
         ((active, outcome),) = outcomes
         assert active is queue.active
         assert isinstance(outcome, tuple)

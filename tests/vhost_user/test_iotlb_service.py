@@ -55,7 +55,7 @@ class Rig:
             MmapRegion(*each) for each in zip((LOW, HIGH), self.backings, strict=True)
         )
         self.service.open(asked)
-        self.hand.questions = Channel(asking, with_fds=False)
+        self.hand.back_channel = Channel(asking, with_fds=False)
 
     def vua(self, gpa: int) -> int:
         assert self.service.memory is not None
@@ -485,14 +485,16 @@ class TestOtherRequests:
         assert rig.service.counts.misses == 0
 
     def test_config_changes_are_counted(self, rig: Rig) -> None:
-        assert rig.hand.questions is not None
-        rig.hand.questions.send(encode_message(BackendRequest.CONFIG_CHANGE_MSG, need_reply=True))
+        assert rig.hand.back_channel is not None
+        rig.hand.back_channel.send(
+            encode_message(BackendRequest.CONFIG_CHANGE_MSG, need_reply=True)
+        )
         assert rig.hand.answer() == 0
         assert rig.service.config_changes == 1
 
     def test_unknown_requests_are_refused(self, rig: Rig) -> None:
-        assert rig.hand.questions is not None
-        rig.hand.questions.send(encode_message(99, b"abc", need_reply=True))
+        assert rig.hand.back_channel is not None
+        rig.hand.back_channel.send(encode_message(99, b"abc", need_reply=True))
         assert rig.hand.answer() == 1
 
     @pytest.mark.parametrize(
@@ -504,8 +506,8 @@ class TestOtherRequests:
         ],
     )
     def test_what_breaks_the_protocol_breaks_the_connection(self, rig: Rig, data: bytes) -> None:
-        assert rig.hand.questions is not None
-        rig.hand.questions.send(data)
+        assert rig.hand.back_channel is not None
+        rig.hand.back_channel.send(data)
         deadline = time.monotonic() + WAIT
         while rig.exchange.failure is None and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -514,8 +516,8 @@ class TestOtherRequests:
             rig.service.invalidate((IOVA, PAGE))
 
     def test_a_back_end_that_closes_its_channel_is_left_alone(self, rig: Rig) -> None:
-        assert rig.hand.questions is not None
-        rig.hand.questions.close()
+        assert rig.hand.back_channel is not None
+        rig.hand.back_channel.close()
         time.sleep(0.02)
         assert rig.exchange.failure is None
 
@@ -573,7 +575,7 @@ def test_no_stale_update_ever_follows_an_invalidation(
                 told[iotlb.iova] = iotlb.uaddr
             rig.hand.ack(_F.IOTLB_MSG)
 
-    def questions() -> None:
+    def misses() -> None:
         asker = random.Random(6)
         while not stop.is_set():
             for _ in range(pipeline):
@@ -581,7 +583,7 @@ def test_no_stale_update_ever_follows_an_invalidation(
             for _ in range(pipeline):
                 rig.hand.answer()
 
-    threads = [threading.Thread(target=target) for target in (back_end, questions)]
+    threads = [threading.Thread(target=target) for target in (back_end, misses)]
     for thread in threads:
         thread.start()
     end = time.monotonic() + 2

@@ -1,4 +1,4 @@
-"""Questions about translations: what is asked, who waits, and what every kind of answer means."""
+"""Pending misses: what is requested, who waits, and what every kind of answer means."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def decode(data: bytes) -> list[tuple[int, int, bool]]:
 
 
 def is_marked(i: int) -> bool:
-    """Whether a question is acknowledged in any case, of many that are asked of a new table."""
+    """Whether a miss is acknowledged in any case, of many that are asked of a new table."""
     return i % BATCH == BATCH - 1
 
 
@@ -159,7 +159,7 @@ class Table:
         return set(self.table.answered(iova, size, perm))
 
     def ack(self, *values: int) -> tuple[list[tuple[int, int, list[int]]], set[int]]:
-        """The questions refused, and who may go on."""
+        """The misses refused, and who may go on."""
         data = acks(*values)
         taken, whole, refused, ready = take_acks(self.table, data)
         assert taken == len(data)
@@ -183,7 +183,7 @@ class TestAsking:
             (0x5000, RW),
         ]
         assert len(table.table) == 3
-        assert table.table.asked == 3
+        assert table.table.requested == 3
 
     def test_the_last_page_of_the_address_space(self, table: Table) -> None:
         assert table.request(0, need(TOP - 1), need(TOP - 2 * PAGE, 2 * PAGE, W)) == [
@@ -291,7 +291,7 @@ class TestAnswers:
 
 
 class TestAcknowledgements:
-    """Of questions that were asked again: they name what is refused."""
+    """Of misses that were asked again: they name what is refused."""
 
     def test_after_the_answer_they_say_nothing_new(self, table: Table) -> None:
         for value in (0, 1):
@@ -302,7 +302,7 @@ class TestAcknowledgements:
             assert table.ack(value, value) == ([], set())
         assert table.table.refused == 0
 
-    def test_refusals_are_those_of_the_oldest_questions(self, table: Table) -> None:
+    def test_refusals_are_those_of_the_oldest_misses(self, table: Table) -> None:
         table.request(0, *pages(1))
         table.request(0, *pages(2))
         table.request(1, *pages(3))
@@ -346,7 +346,7 @@ class TestAcknowledgements:
         table.table.forget(0)
         assert table.ack(1, 1) == ([(0x2000, R, [1])], {1})
 
-    def test_more_than_there_were_questions(self, table: Table) -> None:
+    def test_more_than_there_were_misses(self, table: Table) -> None:
         assert table.ack(0, 1, 0) == ([], set())
         table.request(0, need(0x1000))
         assert table.ack(0, 1, 0) == ([], set()), "it was not to be acknowledged"
@@ -387,7 +387,7 @@ class TestRepeating:
         assert table.answer(0x100000, 10 * PAGE) == {0}
         assert table.table.deadline() is None, "no wake-up is needed for it"
         assert table.repeat() == []
-        assert table.table.asked == 10
+        assert table.table.requested == 10
 
     def test_not_too_early(self, table: Table) -> None:
         table.request(0, need(0x1000))
@@ -413,7 +413,7 @@ class TestRepeating:
         assert table.repeat() == []
         assert table.request(1, *pages(1)) == [], "it is under way"
         assert table.answer(0x100000) == {0, 1}
-        assert table.table.asked == 3
+        assert table.table.requested == 3
 
     def test_what_was_passed_over_although_others_are_answered(self, table: Table) -> None:
         table.request(0, *pages(5))
@@ -422,7 +422,7 @@ class TestRepeating:
         table.answer(0x103000)
         table.now += REPEAT_AFTER
         assert table.look() == ([(0x101000, R), (0x102000, R)], set())
-        # The others had no turn yet, and get one by one.
+        # The others were not woken yet, and are one by one.
         table.answer(0x104000)
         table.now += REPEAT_AFTER
         assert table.look() == ([], set())
@@ -449,9 +449,9 @@ class TestRepeating:
         refused, ready = table.ack(*[1] * 50)
         assert {page[:2] for page in refused} == set(asked)
         assert ready == {0}
-        assert table.table.asked == 100
+        assert table.table.requested == 100
 
-    def test_a_translation_that_allows_too_little_may_be_that_of_another_question(
+    def test_a_translation_that_allows_too_little_may_be_that_of_another_miss(
         self, table: Table
     ) -> None:
         table.request(0, need(0x1000, 1, R))
@@ -459,7 +459,7 @@ class TestRepeating:
         assert table.answer(0x1000, PAGE, R) == {0}
         assert table.answer(0x1000, PAGE, RW) == {3}
 
-    def test_expiry_counts_from_the_first_question(self, table: Table) -> None:
+    def test_expiry_counts_from_the_first_miss(self, table: Table) -> None:
         table.request(0, *pages(3))
         table.answer(0x102000)
         assert len(table.repeat()) == 2
@@ -506,7 +506,7 @@ class TestRepeating:
             table.request(0, need(i * PAGE))
             if i != BATCH - 1:
                 table.answer(i * PAGE)
-        assert table.repeat() == [], "what is to be acknowledged needs no second question"
+        assert table.repeat() == [], "what is to be acknowledged needs no second miss"
         assert table.ack(1) == ([((BATCH - 1) * PAGE, R, [0])], {0})
         assert table.ack(1) == ([], set())
 
@@ -641,7 +641,7 @@ class TestRoom:
                 assert 1 not in table.ack(0)[1]
 
     def test_a_front_end_that_reads_nothing_is_not_asked_without_end(self, table: Table) -> None:
-        """What it told unasked settles questions that are still in the socket."""
+        """What it told unasked settles misses that are still in the socket."""
         asked = 0
         for i in range(100):
             asked += len(table.request(0, *pages(20, (i + 1) << 24)))
@@ -661,7 +661,7 @@ class TestRoom:
     def test_questions_that_are_still_to_be_acknowledged_keep_their_place(
         self, table: Table
     ) -> None:
-        """However much is asked meanwhile, no acknowledgement is taken for another question's."""
+        """However much is asked meanwhile, no acknowledgement is taken for another miss's."""
         table.request(0, need(0x1000))
         table.repeat()
         table.answer(0x1000)
@@ -703,7 +703,7 @@ class TestForgetting:
         assert sorted(table.table.reset()) == [0, 1, 2]
         assert len(table.table) == 0
         assert table.table.deadline() is None
-        # A question of before is not taken for one of after.
+        # A miss of before is not taken for one of after.
         assert table.request(0, need(0x9000)) == [(0x9000, R)]
         assert table.repeat() == [(0x9000, R)]
         assert table.ack(1) == ([(0x9000, R, [0])], {0})
@@ -711,7 +711,7 @@ class TestForgetting:
 
 @dataclass(eq=False)
 class Asked:
-    """A question, for the model."""
+    """A miss, for the model."""
 
     key: tuple[int, int]
     number: int
@@ -732,7 +732,7 @@ def _run_against_model(rng: random.Random) -> None:
     lacking: dict[int, set[tuple[int, int]]] = {waiter: set() for waiter in range(4)}
     expected: list[Asked] = []
     open_: dict[tuple[int, int], Asked] = {}
-    questions, messages, reached, before, looked = 0, 0, 0, 0, 0.0
+    misses, messages, reached, before, looked = 0, 0, 0, 0, 0.0
 
     def settle(gone: set[tuple[int, int]]) -> set[int]:
         for key in gone:
@@ -754,8 +754,8 @@ def _run_against_model(rng: random.Random) -> None:
                 asked = table.request(waiter, *wanted)
                 assert set(asked) == fresh
                 for key in asked:
-                    questions, messages = questions + 1, messages + 1
-                    open_[key] = Asked(key, questions, table.now)
+                    misses, messages = misses + 1, messages + 1
+                    open_[key] = Asked(key, misses, table.now)
                     if messages == BATCH:
                         messages, open_[key].repeatable = 0, False
                         expected.append(open_[key])
@@ -806,7 +806,7 @@ def _run_against_model(rng: random.Random) -> None:
                 assert set(table.table.reset()) == waiting
                 lacking = {waiter: set() for waiter in lacking}
                 expected, open_ = [], {}
-                questions, messages, reached, before, looked = 0, 0, 0, 0, 0.0
+                misses, messages, reached, before, looked = 0, 0, 0, 0, 0.0
                 table.unmarked = 0
             case _:
                 over = {key for key, each in open_.items() if table.now - each.at >= 5}
@@ -835,7 +835,7 @@ class _FrontEnd:
         self.rng = rng
         self.table = MissTable(1e9)
         self.perms = [rng.choice((0, R, RW, RW, RW, RW)) for _ in range(self.PAGES)]
-        self.questions: list[tuple[int, int, bool]] = []
+        self.sent: list[tuple[int, int, bool]] = []
         self.updates: list[int] = []
         self.acks: list[int] = []
         self.wanted: list[set[tuple[int, int]]] = [set() for _ in range(self.WAITERS)]
@@ -873,18 +873,18 @@ class _FrontEnd:
         self.send(again)
 
     def send(self, data: bytes) -> None:
-        self.questions += decode(data)
+        self.sent += decode(data)
         self.asked += len(data) // MESSAGE
 
     def handle(self, count: int) -> None:
-        for iova, access, need_reply in self.questions[:count]:
+        for iova, access, need_reply in self.sent[:count]:
             perm = self.perms[iova // PAGE]
             # Also one that allows too little.
             if perm:
                 self.updates.append(iova)
             if need_reply:
                 self.acks.append(access & ~perm)
-        del self.questions[:count]
+        del self.sent[:count]
 
     def take_updates(self, count: int) -> None:
         for iova in self.updates[:count]:
@@ -897,11 +897,11 @@ class _FrontEnd:
     def take_acks(self, count: int) -> None:
         for value in self.acks[:count]:
             refused, _ = self.table.acknowledge(value)
-            for question in refused:
-                assert question.access & ~self.perms[question.iova // PAGE], "it is allowed"
-                for waiter in question.waiting:
+            for miss in refused:
+                assert miss.access & ~self.perms[miss.iova // PAGE], "it is allowed"
+                for waiter in miss.waiting:
                     wanted = self.wanted[waiter]
-                    wanted -= {(question.iova, question.access & bit) for bit in (R, W)}
+                    wanted -= {(miss.iova, miss.access & bit) for bit in (R, W)}
         del self.acks[:count]
 
     def finish(self) -> None:
@@ -916,7 +916,7 @@ class _FrontEnd:
                     self.request(waiter, 0)
         assert not any(self.wanted)
         assert len(self.table) == 0
-        assert self.table.asked == self.asked
+        assert self.table.requested == self.asked
         assert self.asked > 20 * MAX_OUTSTANDING
 
 

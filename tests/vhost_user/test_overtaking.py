@@ -231,7 +231,7 @@ class TestWaiting:
                 assert driver.memory.read(answer, 5) == (b"%4d" % i)[::-1] + bytes([OK])
 
     def test_patience_ends_for_the_oldest(self, impatient: Serving) -> None:
-        """Every question is answered, and never with all that was asked for."""
+        """Every miss is answered, and never with all that was asked for."""
         with Held(impatient.path) as driver:
             started = time.monotonic()
             iotlb = driver.frontend.iotlb

@@ -1,4 +1,4 @@
-"""A stop ends what belonged to it: translations, questions, and what is known of them."""
+"""A stop ends what belonged to it: translations, misses, and what is known of them."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ class TestTranslations:
         assert behind.result(0, 1, 4) == mirrored(b"text")
 
     def test_that_are_refused_after_the_stop_may_be_asked_for_again(self, behind: Driver) -> None:
-        """A question ends with the stop of the queue that asked, whatever the answer is."""
+        """A miss ends with the stop of the queue that requested it, whatever the answer is."""
         assert behind.run(0, b"before") == mirrored(b"before")
         assert behind.run(1, b"before") == mirrored(b"before")
         wanted, other = (behind.at(behind.buffer(queue, 1)) for queue in (0, 1))

@@ -117,7 +117,7 @@ class Rig:
             self.loop.run_once()
 
     def answer(self) -> None:
-        """As QEMU: one after the other, an UPDATE is acknowledged before its question is."""
+        """As QEMU: one after the other, an UPDATE is acknowledged before its miss is."""
         self.main.settimeout(10)
         while not self.stopping:
             message = self.back.recv(0.05)
@@ -215,9 +215,9 @@ def test_several_threads_ask(rig: Rig) -> None:
 
 
 def test_what_two_threads_ask_is_sent_in_the_order_of_the_table(rig: Rig) -> None:
-    """Or else an acknowledgement is taken for that of another question.
+    """Or else an acknowledgement is taken for that of another miss.
 
-    Each asks for so much that its last question is acknowledged; one of these is refused.
+    Each asks for so much that its last miss is acknowledged; one of these is refused.
     """
     rig.start()
     begin = threading.Barrier(2)
@@ -260,7 +260,7 @@ def test_a_channel_that_another_thread_finds_gone_is_closed_by_the_loop(rig: Rig
 
 
 def test_the_time_is_watched_only_while_something_is_open() -> None:
-    """And then not for each question: a look is due every few milliseconds at most."""
+    """And then not for each miss: a look is due every few milliseconds at most."""
     rig = Rig(Counting)
     rig.start()
     try:

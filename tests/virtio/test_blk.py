@@ -695,7 +695,7 @@ class TestFailures:
                 0, Desc(READ_AT, 16), Desc(1 << 40, 512, WRITE), Desc(READ_AT + 16, 1, WRITE)
             )
         )
-        (chain,), _, served, _ = disk.rig.ring.turn(disk.device.server)
+        (chain,), _, served, _ = disk.rig.ring.run_once(disk.device.server)
         assert served == 0
         assert chain.fault is not None
         assert disk.device.fail(0, chain) == 0

@@ -204,7 +204,7 @@ class TestWhatIsNotCached:
             if not cached:
                 forget(image)
             disk.rig.offer(disk.rig.put_chain(0, Desc(READ_AT, 16), Desc(WRITE_AT, 4097, WRITE)))
-            chains, _, served, _ = disk.rig.ring.turn(disk.device.server)
+            chains, _, served, _ = disk.rig.ring.run_once(disk.device.server)
             assert (served, len(chains)) == ((1, 0) if cached else (0, 1))
             for chain in chains:
                 assert disk.device.server.process(chain) == 4097
@@ -592,7 +592,7 @@ class TestSlices:
         chain = requests.take(kind, 0, payload, reply)
         work = device._work(chain, device._patience[0])
         next(work)
-        chain.settle(0)
+        chain.finish(0)
         before, answer = image.read_bytes(), requests.reply(0, reply)
         with pytest.raises(StopIteration) as finished:
             next(work)
@@ -627,7 +627,7 @@ class TestSlices:
                 4 * index, Desc(here, 16 + len(source)), Desc(there, room + 1, WRITE)
             )
             requests.rig.offer(head)
-            chains, _, served, _ = ring.turn(requests.device.server)
+            chains, _, served, _ = ring.run_once(requests.device.server)
             assert (served, len(chains)) == ((1, 0) if length == 8192 else (0, 1))
             for chain in chains:
                 answer = requests.device.process(0, chain)

@@ -327,7 +327,7 @@ def send(made: Bench, *pieces: bytes) -> None:
         places.append((at, len(piece)))
     made.driver.add(places, [], (0, 0))
     made.driver.publish()
-    chains, _, served, _ = made.ring.turn(made.sender)
+    chains, _, served, _ = made.ring.run_once(made.sender)
     assert (chains, served) == ([], 1)
     assert len(made.driver.collect()) == 1
 

@@ -59,7 +59,7 @@ def translation(rng: random.Random) -> Iotlb:
 def serve(ring: SplitRing, device: BlockDevice) -> None:
     """What a back-end does with a ring, until there is no more or it is broken."""
     for _ in range(3):
-        chains, misses, *_ = ring.turn(device.server)
+        chains, misses, *_ = ring.run_once(device.server)
         if misses and not chains:
             chain = ring.pop_faulty()
             chains = [] if chain is None else [chain]

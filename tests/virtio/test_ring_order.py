@@ -1,4 +1,4 @@
-"""Requests are taken in the order of the ring, and shown in that order or as they are done.
+"""Requests are taken in the order of the ring, and published in that order or as they are done.
 
 Where requests in flight are noted, a device that is gone is followed by one that goes on; the tests
 let that happen between any two steps.
@@ -52,7 +52,7 @@ class TestInTurn:
             ready = next(n for n in range(5) if n not in complete)
             before = ordered.used_idx
             assert ordered.ring.publish() is (ready > before)
-            assert ordered.shown(0) == [((3, 1, 0, 2)[n], 10 + n) for n in range(ready)]
+            assert ordered.published(0) == [((3, 1, 0, 2)[n], 10 + n) for n in range(ready)]
             assert ordered.ring.resume_at == ready
             assert ordered.ring.unpublished == len(complete) - ready
         assert ordered.ring.outstanding == 0
@@ -80,7 +80,7 @@ class TestInTurn:
         assert ordered.ring.resume_at == 0
         ordered.ring.complete(slow, 0)
         ordered.ring.publish()
-        assert ordered.shown(0) == [(head, head) for head in range(8)]
+        assert ordered.published(0) == [(head, head) for head in range(8)]
 
     def test_the_driver_may_not_offer_more_than_was_shown_to_it(self, ordered: Bench) -> None:
         ordered.offer(*range(8))
@@ -104,7 +104,7 @@ class TestInTurn:
         bench.ring.complete(chains[2], 2)
         bench.ring.publish()
         assert (bench.used_idx, bench.ring.resume_at) == (3, 3)
-        assert bench.shown(0xFFFD) == [(i, i) for i in range(6)]
+        assert bench.published(0xFFFD) == [(i, i) for i in range(6)]
 
     def test_as_they_are_done_without_order(self) -> None:
         bench = Bench(order="done")
@@ -114,7 +114,7 @@ class TestInTurn:
         for i in (2, 0, 3, 1):
             bench.ring.complete(chains[i], i)
             bench.ring.publish()
-        assert bench.shown(0) == [(2, 2), (0, 0), (3, 3), (1, 1)]
+        assert bench.published(0) == [(2, 2), (0, 0), (3, 3), (1, 1)]
 
     def test_the_successor_repeats_what_was_not_published(self, ordered: Bench) -> None:
         ordered.offer(*range(5))
@@ -151,7 +151,7 @@ class TestInTurn:
             bench.ring.publish()
             complete.add(i)
             ready = next(n for n in range(6) if n not in complete)
-            assert bench.shown(base) == [((4, 2, 0, 1, 3)[n], n) for n in range(ready)]
+            assert bench.published(base) == [((4, 2, 0, 1, 3)[n], n) for n in range(ready)]
             assert bench.ring.resume_at == (base + ready) & 0xFFFF
         bench.ring = bench.device(bench.ring.resume_at)
         assert bench.take() == []
@@ -183,9 +183,9 @@ class TestSettling:
     def test_twice(self, ordered: Bench) -> None:
         ordered.offer(0, 1)
         first, second = ordered.take()
-        first.settle(3)
+        first.finish(3)
         with pytest.raises(ValueError, match="completed before"):
-            first.settle(3)
+            first.finish(3)
         with pytest.raises(ValueError, match="completed before"):
             ordered.ring.complete(first, 3)
         ordered.ring.complete(first)
@@ -196,12 +196,12 @@ class TestSettling:
             ordered.ring.complete(second)
         assert (ordered.ring.outstanding, ordered.ring.unpublished) == (0, 2)
         ordered.ring.publish()
-        assert ordered.shown(0) == [(0, 3), (1, 4)]
+        assert ordered.published(0) == [(0, 3), (1, 4)]
 
     def test_not_at_all(self, ordered: Bench) -> None:
         ordered.offer(0)
         (chain,) = ordered.take()
-        with pytest.raises(ValueError, match="not settled"):
+        with pytest.raises(ValueError, match="not finished"):
             ordered.ring.complete(chain)
         assert ordered.ring.outstanding == 1
 
@@ -209,7 +209,7 @@ class TestSettling:
     def test_more_than_there_is_room_for(self, ordered: Bench, written: int) -> None:
         ordered.offer(0)
         (chain,) = ordered.take()
-        for attempt in (chain.settle, lambda n: ordered.ring.complete(chain, n)):
+        for attempt in (chain.finish, lambda n: ordered.ring.complete(chain, n)):
             with pytest.raises(ValueError, match=f"{written} bytes written to a request with room"):
                 attempt(written)
         chain.writable.write(b"still there")
@@ -220,8 +220,8 @@ class TestSettling:
         ordered.offer(0)
         (chain,) = ordered.take()
         with pytest.raises((ValueError, TypeError, OverflowError)):
-            chain.settle(written)  # type: ignore[arg-type]
-        chain.settle(1)
+            chain.finish(written)  # type: ignore[arg-type]
+        chain.finish(1)
 
     def test_of_another_ring(self, ordered: Bench) -> None:
         other = Bench()
@@ -229,7 +229,7 @@ class TestSettling:
         ordered.offer(0)
         other.offer(0)
         (ours,), (theirs,) = ordered.take(), other.take()
-        theirs.settle(0)
+        theirs.finish(0)
         with pytest.raises(ValueError, match="another ring"):
             ordered.ring.complete(theirs)
         with pytest.raises(ValueError, match="another ring"):
@@ -243,13 +243,13 @@ class TestSettling:
         with pytest.raises(RuntimeError, match="would wait for itself"):
             ordered.forget(0)
         ordered.tell(0)
-        chain.settle(0)
+        chain.finish(0)
         ordered.forget(0)
         with pytest.raises(ValueError, match="holds 0x0 bytes"):
             chain.writable.write(b"too late")
         ordered.ring.complete(chain)
         ordered.ring.publish()
-        assert ordered.shown(0) == [(0, 0)]
+        assert ordered.published(0) == [(0, 0)]
 
 
 class TestWaiting:
@@ -274,7 +274,7 @@ class TestWaiting:
         for chain in first + bench.take():
             bench.ring.complete(chain, chain.head)
         bench.ring.publish()
-        assert bench.shown(0) == [(head, head) for head in range(4)]
+        assert bench.published(0) == [(head, head) for head in range(4)]
         bench.close()
 
     def test_what_was_taken_before_it_is_shown_as_it_is_done(self, noted: Bench) -> None:
@@ -283,10 +283,10 @@ class TestWaiting:
         (slow, fast), _ = noted.ring.pop()
         noted.ring.complete(fast, 5)
         noted.ring.publish()
-        assert noted.shown(0) == [(1, 5)]
+        assert noted.published(0) == [(1, 5)]
         noted.ring.complete(slow, 6)
         noted.ring.publish()
-        assert noted.shown(0) == [(1, 5), (0, 6)]
+        assert noted.published(0) == [(1, 5), (0, 6)]
         assert noted.ring.resume_at == 2
 
     def test_the_oldest_fails(self, noted: Bench) -> None:
@@ -302,16 +302,16 @@ class TestWaiting:
         noted.tell(1)
         noted.ring.complete(noted.take()[0], 1)
         noted.ring.publish()
-        assert noted.shown(0) == [(0, 0), (1, 1)]
+        assert noted.published(0) == [(0, 0), (1, 1)]
         assert noted.ring.lacking() is None
         assert noted.ring.pop_faulty() is None
 
     def test_one_that_comes_meanwhile_does_not_keep_the_ring_busy(self, noted: Bench) -> None:
         for count in range(1, 4):
             noted.offer(count)
-            chains, misses, served, resting = noted.ring.turn(None, 128, -1, True)
+            chains, misses, served, idle = noted.ring.run_once(None, 128, -1, True)
             assert (chains, served, len(list(misses))) == ([], 0, count)
-            assert resting, "it is looked at again and again"
+            assert idle, "it is looked at again and again"
 
     def test_more_than_the_ring_has_entries(self, noted: Bench) -> None:
         noted.tell(*range(8))
@@ -354,7 +354,7 @@ class TestWaiting:
         for chain in chains:
             noted.ring.complete(chain, 1)
         noted.ring.publish()
-        assert noted.shown(0) == [(0, 1)] * 3
+        assert noted.published(0) == [(0, 1)] * 3
         noted.ring = noted.device(0)
         assert noted.take() == []
         assert noted.ring.next_avail == 3
@@ -365,7 +365,7 @@ class TestGoingOn:
     """Another device's side of the ring, with the same region."""
 
     def leave(self, noted: Bench) -> None:
-        """Leave 0, 2 and 3 in flight; 1, which was taken after 0, is shown."""
+        """Leave 0, 2 and 3 in flight; 1, which was taken after 0, is published."""
         noted.tell(*range(4))
         noted.offer(0, 1, 2, 3)
         chains = noted.take()
@@ -373,7 +373,7 @@ class TestGoingOn:
         noted.ring.publish()
         for chain in chains:
             if chain.head != 1:
-                chain.settle(0)
+                chain.finish(0)
         noted.forget(*range(4))
 
     def test_what_was_in_flight_is_taken_first_and_in_order(self, noted: Bench) -> None:
@@ -410,13 +410,13 @@ class TestGoingOn:
         noted.ring = noted.device(0)
         noted.tell(0, 2, 4)
         noted.offer(4)
-        chains, _, served, resting = noted.ring.turn(None, 64, -1, True)
+        chains, _, served, idle = noted.ring.run_once(None, 64, -1, True)
         assert [chain.head for chain in chains] == [0, 2]
         for chain in chains:
             noted.ring.complete(chain, 0)
         for _ in range(2):
-            chains, misses, served, resting = noted.ring.turn(None, 64, -1, True)
-            assert (chains, served, resting) == ([], 0, True)
+            chains, misses, served, idle = noted.ring.run_once(None, 64, -1, True)
+            assert (chains, served, idle) == ([], 0, True)
             assert [base for (base, _), _ in misses] == [noted.page(3)]
 
     @pytest.mark.parametrize("work", [1, 2])
@@ -426,14 +426,14 @@ class TestGoingOn:
         bench.offer(0, 1, 2)
         bench.take()
         bench.ring = SplitRing(
-            bench.space, 8, DESC, AVAIL, USED, inflight=bench.noted(), turn_bytes=work * ROOM
+            bench.space, 8, DESC, AVAIL, USED, inflight=bench.noted(), batch_bytes=work * ROOM
         )
         server = BlockServer(-1, 512)
         taken = 0
         for _ in range(5):
-            chains, _, served, resting = bench.ring.turn(server, 64, -1, True)
+            chains, _, served, idle = bench.ring.run_once(server, 64, -1, True)
             taken += len(chains) + served
-            if resting:
+            if idle:
                 break
         assert taken == 3
         bench.close()
@@ -453,15 +453,15 @@ class TestGoingOn:
             noted.tell(7)
 
         server = BlockServer(-1, 512, report=revoke)
-        done, turns = 0, 0
-        resting = False
-        while not resting:
-            chains, _, served, resting = noted.ring.turn(server, 64, -1, True)
+        done, batches = 0, 0
+        idle = False
+        while not idle:
+            chains, _, served, idle = noted.ring.run_once(server, 64, -1, True)
             assert chains == []
-            done, turns = done + served, turns + 1
+            done, batches = done + served, batches + 1
         assert done == 3
-        assert turns > 1
-        assert sorted(noted.shown(0)) == [(0, 0), (1, 0), (2, 0)]
+        assert batches > 1
+        assert sorted(noted.published(0)) == [(0, 0), (1, 0), (2, 0)]
 
     def test_while_the_device_holds_as_much_as_it_may(self, noted: Bench) -> None:
         noted.tell(*range(8))
@@ -472,10 +472,10 @@ class TestGoingOn:
             noted.space, 8, DESC, AVAIL, USED, inflight=noted.noted(), quota=Quota(1)
         )
         for head in range(3):
-            (chain,), _, _, resting = noted.ring.turn(None, 64, -1, True)
-            assert (chain.head, resting) == (head, False)
-            assert noted.ring.turn(None, 64, -1, True)[0] == []
-            assert noted.ring.turn(None, 64, -1, True)[3], "it is looked at again and again"
+            (chain,), _, _, idle = noted.ring.run_once(None, 64, -1, True)
+            assert (chain.head, idle) == (head, False)
+            assert noted.ring.run_once(None, 64, -1, True)[0] == []
+            assert noted.ring.run_once(None, 64, -1, True)[3], "it is looked at again and again"
             noted.ring.complete(chain, 0)
 
     def test_many_of_them(self) -> None:

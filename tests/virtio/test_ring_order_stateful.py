@@ -28,13 +28,13 @@ class Request:
 
     Attributes:
         head: Its descriptor.
-        turn: How many were offered before it.
+        number: How many were offered before it.
         chain: What the device was given, if it was taken.
         written: With how much it was completed.
     """
 
     head: int
-    turn: int
+    number: int
     chain: Chain | None = None
     written: int | None = None
 
@@ -43,7 +43,7 @@ class OrderMachine(RuleBasedStateMachine):
     """A driver, a device, an IOMMU, and now and then the end of one of them.
 
     The model keeps requests in lists: offered, held (in flight when a device died), taken, and
-    completed but not shown. What is shown is compared with the used ring after every step.
+    completed but not published. What is published is compared with the used ring after every step.
     """
 
     SIZE = 8
@@ -57,11 +57,11 @@ class OrderMachine(RuleBasedStateMachine):
         self.offered: list[Request] = []
         self.held: list[Request] = []
         self.taken: list[Request] = []
-        self.shown = base
-        self.turns_taken = 0
+        self.published = base
+        self.taken_count = 0
         self.told: set[int] = set()
         self.areas = True
-        self.turns = itertools.count()
+        self.numbers = itertools.count()
         self.free = list(range(self.SIZE))
 
     def teardown(self) -> None:
@@ -78,7 +78,7 @@ class OrderMachine(RuleBasedStateMachine):
     def offer(self, count: int) -> None:
         for _ in range(min(count, len(self.free))):
             head = self.free.pop(0)
-            self.offered.append(Request(head, next(self.turns)))
+            self.offered.append(Request(head, next(self.numbers)))
             self.bench.offer(head)
 
     @rule(heads=st.sets(heads))
@@ -117,7 +117,7 @@ class OrderMachine(RuleBasedStateMachine):
         self.held = self.held[len(again) :]
         fresh = [] if self.held else self.ready(self.offered)
         self.offered = self.offered[len(fresh) :]
-        self.turns_taken += len(fresh)
+        self.taken_count += len(fresh)
         assert [chain.head for chain in chains] == [each.head for each in again + fresh]
         pages = {base for (base, length), _ in misses for base in range(base, base + length, PAGE)}
         lacking = [each for each in self.held or self.offered if each.head not in self.told]
@@ -145,7 +145,7 @@ class OrderMachine(RuleBasedStateMachine):
         if not self.areas or not waiting:
             assert chain is None
             return
-        self.turns_taken += not self.held
+        self.taken_count += not self.held
         each = waiting.pop(0)
         assert chain is not None
         assert chain.head == each.head
@@ -160,7 +160,7 @@ class OrderMachine(RuleBasedStateMachine):
         assert each.chain is not None
         each.written = data.draw(st.integers(0, each.chain.writable.total))
         if early:
-            each.chain.settle(each.written)
+            each.chain.finish(each.written)
         self.bench.ring.complete(each.chain, None if early else each.written)
         if self.bench.order not in ("ordered", "both"):
             # In the order in which they are done, at the end of those done before.
@@ -177,8 +177,8 @@ class OrderMachine(RuleBasedStateMachine):
             return
         ready = list(itertools.takewhile(lambda each: each.written is not None, self.taken))
         assert found is bool(ready)
-        assert self.bench.shown(self.shown) == [(each.head, each.written) for each in ready]
-        self.shown = (self.shown + len(ready)) & 0xFFFF
+        assert self.bench.published(self.published) == [(each.head, each.written) for each in ready]
+        self.published = (self.published + len(ready)) & 0xFFFF
         self.free += [each.head for each in ready]
         self.taken = self.taken[len(ready) :]
 
@@ -188,13 +188,13 @@ class OrderMachine(RuleBasedStateMachine):
         """What was not published is taken again; with notes, no index is needed to resume."""
         base = self.bench.ring.resume_at if told or not self.noted else hint
         if not self.noted:
-            assert base == self.shown
+            assert base == self.published
         again = self.taken
         if self.noted:
-            again = sorted(self.taken + self.held, key=lambda each: each.turn)
+            again = sorted(self.taken + self.held, key=lambda each: each.number)
         for each in self.taken:
             each.chain = None
-        again = [Request(each.head, each.turn) for each in again]
+        again = [Request(each.head, each.number) for each in again]
         self.taken = []
         self.bench.ring = self.bench.device(base)
         if self.noted:
@@ -216,21 +216,21 @@ class OrderMachine(RuleBasedStateMachine):
                 each.written = 0
                 self.bench.ring.complete(each.chain, 0)
         self.bench.ring.publish()
-        shown = self.bench.shown(self.shown)
-        assert sorted(shown) == sorted((each.head, each.written) for each in self.taken)
-        self.shown = self.bench.used_idx
+        published = self.bench.published(self.published)
+        assert sorted(published) == sorted((each.head, each.written) for each in self.taken)
+        self.published = self.bench.used_idx
         self.free += [each.head for each in self.taken]
         self.taken = []
         given = 0
-        while self.held and self.held[-1].turn == self.turns_taken - 1:
+        while self.held and self.held[-1].number == self.taken_count - 1:
             each = self.held.pop()
             self.offered.insert(0, each)
-            self.turns_taken -= 1
+            self.taken_count -= 1
             given += 1
         assert self.bench.ring.give_back() == given
         base = self.bench.ring.resume_at
         if not self.held:
-            assert base == self.shown
+            assert base == self.published
             if self.noted and not notes:
                 self.bench.close()
                 self.bench.region, self.bench.order = None, "ordered"
@@ -241,10 +241,10 @@ class OrderMachine(RuleBasedStateMachine):
         if not hasattr(self, "bench"):
             return
         ring = self.bench.ring
-        assert self.bench.used_idx == self.shown
+        assert self.bench.used_idx == self.published
         assert ring.unpublished == sum(each.written is not None for each in self.taken)
         if self.bench.order == "ordered":
-            assert ring.resume_at == self.shown, "the used index says where to go on"
+            assert ring.resume_at == self.published, "the used index says where to go on"
         assert ring.broken is None
 
 

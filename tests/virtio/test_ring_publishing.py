@@ -18,7 +18,7 @@ from tests.kit.rings import PAGE, WRITE, Desc, HandRing
 RW = Permissions.READ_WRITE
 DESC, AVAIL, USED, BUFFERS = 0x10000, 0x20000, 0x30000, 0x40000
 EACH = CAPACITIES["RING_PUBLISH_EACH"]
-"""Requests after which a turn shows what it has completed."""
+"""Requests after which a batch publishes what it has completed."""
 
 
 class TestRevokedAmidATurn:
@@ -28,7 +28,7 @@ class TestRevokedAmidATurn:
     )
     @pytest.mark.capacity(RING_LOOK_WORK=1024)
     def test_the_used_ring_is_not_written_any_more(self, count: int, at: int) -> None:
-        """A server's callback takes the used ring away; what was completed is shown later."""
+        """A server's callback takes the used ring away; what was completed is published later."""
         size = 64
         memory = GuestRegionCollection.from_regions([MmapRegion.memfd(0, 0x80000)])
         hand = HandRing(memory, size=size, desc=DESC, avail=AVAIL, used=USED)
@@ -61,12 +61,12 @@ class TestRevokedAmidATurn:
         try:
             # The image is empty by now, so every read fails and is reported.
             server = BlockServer(image, 0x10000, report=report)
-            chains, misses, served, _ = ring.turn(server, size, -1, True)
+            chains, misses, served, _ = ring.run_once(server, size, -1, True)
             assert (chains, served, len(seen)) == ([], at, 1)
             assert memory.read(USED, PAGE) == seen[0], "written after it was taken away"
             assert USED in [base for (base, _), _ in misses]
             iotlb.set_mapping(USED, USED, PAGE, RW)
-            assert ring.turn(server, size, -1, True)[2] == count - at
+            assert ring.run_once(server, size, -1, True)[2] == count - at
             assert hand.used_idx == count
             assert [hand.used_entry(i)[0] for i in range(count)] == list(range(0, 2 * count, 2))
         finally:

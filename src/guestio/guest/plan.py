@@ -154,7 +154,7 @@ class LoadPlan:
         """Descriptors that a request may take."""
         scattered = self.iommu == "off" and not self.contiguous
         if self.verify:
-            pages = pages_for(self.block_size + _HEADER_BYTES, spare=True) if scattered else 1
+            pages = pages_for(self.block_size + _HEADER_BYTES, unaligned=True) if scattered else 1
             return pages + _CUT_DESCRIPTORS
         return (pages_for(self.block_size) if scattered else 1) + 2
 
@@ -179,11 +179,11 @@ class LoadMemory:
         self._plan = plan
         verify = plan.verify
         size = plan.block_size
-        self._first_pages = pages_for(size + _HEADER_BYTES, spare=True) if verify else 1
-        self._second_pages = pages_for(size + 1, spare=True) if verify else pages_for(size)
+        self._first_pages = pages_for(size + _HEADER_BYTES, unaligned=True) if verify else 1
+        self._second_pages = pages_for(size + 1, unaligned=True) if verify else pages_for(size)
         self._table_bytes = max(64, 1 << (16 * plan.pieces - 1).bit_length())
         if verify:
-            self._table_bytes = pages_for(self._table_bytes, spare=True) * PAGE
+            self._table_bytes = pages_for(self._table_bytes, unaligned=True) * PAGE
         self._slots = 2 * plan.depth + 2 if verify else plan.depth
         self._iotlb: IotlbFront | None = None
         self._next = 1
@@ -217,7 +217,9 @@ class LoadMemory:
         """Pages that the mappings of one request take, one that is not mapped after each."""
         # A cut in the middle of a page has it mapped twice.
         mappings = _CUT_DESCRIPTORS + 1 if self._plan.verify else 4
-        pages = self._first_pages + self._second_pages + pages_for(self._table_bytes, spare=True)
+        pages = (
+            self._first_pages + self._second_pages + pages_for(self._table_bytes, unaligned=True)
+        )
         return pages + 2 * mappings
 
     def open_window(self, front: int, back: int) -> IotlbFront:
@@ -295,6 +297,6 @@ class LoadMemory:
         return first
 
 
-def pages_for(length: int, *, spare: bool = False) -> int:
-    """Pages for so many bytes, from any byte of the first page on if ``spare``."""
-    return -(-(length + (PAGE - 1 if spare else 0)) // PAGE)
+def pages_for(length: int, *, unaligned: bool = False) -> int:
+    """Pages for so many bytes, from any byte of the first page on if ``unaligned``."""
+    return -(-(length + (PAGE - 1 if unaligned else 0)) // PAGE)

@@ -106,7 +106,7 @@ class Device(ABC):
             chain: The request: what the driver gave to read and what it gave to write.
 
         A system call that moves the request's memory should return before the request is answered:
-        the driver is shown it only then, and a stop does not wait for it without a limit.
+        it is published only then, and a stop does not wait for it without a limit.
 
         Returns:
             How many bytes were written from the start of ``chain.writable`` on, or a future of it.

@@ -434,7 +434,7 @@ class DeviceHost(LoopCalls):
             ordered=bool(self.features >> VIRTIO_F_IN_ORDER & 1)
             or (self.has_successor and inflight is None),
             inflight=inflight,
-            turn_bytes=TURN_BYTES,
+            batch_bytes=TURN_BYTES,
             quota=self._quota,
         )
 

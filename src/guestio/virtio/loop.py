@@ -229,7 +229,7 @@ class EventLoop:
         return bool(self._soon or time.monotonic() >= self._due or self._look.poll(0))
 
     def leave(self) -> None:
-        """End the turn of the calling thread: another thread, or another loop, is next.
+        """Detach the loop from the calling thread; another thread may call :meth:`run_once` next.
 
         Once something is due, :meth:`fileno` is readable; but for timers, see :attr:`next_timer`.
         """
@@ -302,7 +302,7 @@ class LoopThread:
                 self._failed(error)
 
     def close(self) -> None:
-        """Let the thread finish its turn and wait for its end. Calling it again does nothing."""
+        """End the thread after the callback that it is in, and wait for it. Idempotent."""
         self._stopping = True
         self.loop.wake()
         self._thread.join()

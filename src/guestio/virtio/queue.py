@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from guestio.virtio.host import DeviceHost
 
 Outcome = tuple[list[Chain], Misses, int, bool]
-"""What a ring's ``turn`` returns."""
+"""What :meth:`Ring.run_once` returns."""
 
-TURN = 64
+BATCH = 64
 """Requests served per queue before the other queues of the thread are served."""
 
 POLL_INTERVAL = 0.001
@@ -297,8 +297,8 @@ class DeviceQueue:
             return None
 
     def _take(self, ring: Ring) -> Chain | None:
-        """Take a buffer; if there is none, the driver is asked to announce the next."""
-        for _ in range(TURN):
+        """Take a buffer; if there is none, kicks are enabled for the next."""
+        for _ in range(BATCH):
             chains, missing = ring.pop(1)
             if chains:
                 chain = chains[0]
@@ -773,7 +773,7 @@ class DeviceQueue:
             self._announce()
 
     def _serve(self) -> bool:
-        """Serve the queue for one turn; whether the device is to be told of buffers to take."""
+        """Serve the queue once; whether the device is to be told of buffers to take."""
         try:
             ring = self._ready_ring()
             if ring is None:
@@ -791,7 +791,7 @@ class DeviceQueue:
         if self._finished:
             self._complete_finished(ring)
         call = -1 if self._call is None else self._call.fileno()
-        _, missing, _, resting = ring.turn(None, 0, call, True)
+        _, missing, _, idle = ring.run_once(None, 0, call, True)
         if missing:
             self._stall(ring, missing)
             return False
@@ -805,7 +805,7 @@ class DeviceQueue:
             return False
         if self._polled:
             self._loop.set_timer(self, time.monotonic() + POLL_INTERVAL, self._run)
-        return not resting
+        return not idle
 
     def _break(self, error: GuestioError) -> None:
         self._stuck, self._why_stuck = True, str(error)
@@ -814,7 +814,7 @@ class DeviceQueue:
         signal(self._err)
 
     def _serve_ring(self, ring: Ring) -> bool:
-        """Serve a ring until there is nothing to do, or until others have a turn.
+        """Serve a ring until there is nothing to do, or until other queues must be served.
 
         Returns:
             Whether there is more to do.
@@ -822,17 +822,17 @@ class DeviceQueue:
         host = self._host
         call = -1 if self._call is None else self._call.fileno()
         until = time.monotonic() + TURN_SECONDS
-        for _ in range(TURN):
+        for _ in range(BATCH):
             if self._finished:
                 self._complete_finished(ring)
             watching = host.poll_seconds and time.monotonic() < self._watch_until
-            outcome = ring.turn(host.device.server_of(self.index), TURN, call, not watching)
+            outcome = ring.run_once(host.device.server_of(self.index), BATCH, call, not watching)
             taken = self._conclude(ring, outcome)
             if taken is None:
                 return False
-            if taken >= TURN or time.monotonic() >= until:
+            if taken >= BATCH or time.monotonic() >= until:
                 return True
-            # Those who watch other queues have their turn too.
+            # Other queues of the thread are watched as well.
             if (
                 watching
                 and not taken
@@ -842,12 +842,12 @@ class DeviceQueue:
         return True
 
     def _conclude(self, ring: Ring, outcome: Outcome) -> int | None:
-        """Do what is left to do after a turn of the ring.
+        """Do what is left to do after a batch of requests.
 
         Returns:
             How many requests were taken; None if there is nothing more to do now.
         """
-        chains, missing, served, resting = outcome
+        chains, missing, served, idle = outcome
         host = self._host
         given = len(chains)
         if served or given:
@@ -865,7 +865,7 @@ class DeviceQueue:
             self._stall(ring, missing)
             return None
         self._end_stall()
-        if not resting:
+        if not idle:
             return served + len(chains)
         if self._polled:
             self._loop.set_timer(self, time.monotonic() + POLL_INTERVAL, self._run)
@@ -919,9 +919,9 @@ class DeviceQueue:
 
         Args:
             ring: Where they come from.
-            chains: All that were taken. Once the turn is over the rest of them is removed and put
-                back into the ring: a device that takes its time for each of them keeps neither the
-                front-end nor other queues from their turns.
+            chains: All that were taken. After TURN_SECONDS the rest of them is removed and put back
+                into the ring: a device that takes its time for each of them delays neither the
+                front-end nor other queues for long.
 
         Raises:
             QueueError: One failed and its driver cannot be told.
@@ -949,15 +949,15 @@ class DeviceQueue:
                         self._withhold(chain)
                 else:
                     with contextlib.suppress(ValueError):  # the device may have done it
-                        chain.settle(0)
+                        chain.finish(0)
                     untold = chain
                 now = time.monotonic()
         except BaseException:
-            # Serving ends. What was not answered is not shown, and must not keep memory in use.
+            # Serving ends. What was not answered is not published, and must not keep memory in use.
             for chain in chains:
                 if chain not in self._in_progress:
                     with contextlib.suppress(ValueError):
-                        chain.settle(0)
+                        chain.finish(0)
             raise
         if (took := now - began) >= SLOW_DEVICE:
             self._host.log.report(
@@ -976,13 +976,13 @@ class DeviceQueue:
             )
 
     def _complete(self, ring: Ring, chain: Chain, written: int) -> bool:
-        """As ``ring.complete``, also for a request that its device has settled by itself."""
+        """As ``ring.complete``, also for a request that its device has finished by itself."""
         try:
             return ring.complete(chain, written)
         except ValueError:
             self._host.statistics.counters.count_failed()
             self._host.log.report(
-                "queue %d: %s called Chain.settle; return the number of bytes written instead",
+                "queue %d: %s called Chain.finish; return the number of bytes written instead",
                 self.index,
                 self._method("process"),
             )
@@ -1172,7 +1172,7 @@ class DeviceQueue:
         for chain, written in requests.items():
             # Whatever a device did to its request, a stop does not wait for it without a limit.
             with contextlib.suppress(ValueError):
-                chain.settle(written)
+                chain.finish(written)
         # In one step, for the thread that publishes.
         self._finished.extend(requests)
         self._change.notify_all()
@@ -1261,7 +1261,7 @@ class DeviceQueue:
     def _drain(self, until: float) -> None:
         """Wait for the requests that take time, and complete them; fail them when time is up.
 
-        Those whose memory is still moved by a system call then are not shown to the driver: the
+        Those whose memory is still moved by a system call then are not published: the
         next back-end begins with them.
         """
         with self._host.changing_queues():

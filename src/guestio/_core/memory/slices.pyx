@@ -278,39 +278,19 @@ cdef class VolatileSlice:
 
     def read_some(self, offset, buffer):
         """Fill ``buffer`` from ``offset`` on as far as the slice goes; the number of bytes."""
-        cdef Py_buffer view
-        PyObject_GetBuffer(buffer, &view, PyBUF_CONTIG)
-        try:
-            return self.copy_out(offset, <u8 *>view.buf, view.len)
-        finally:
-            PyBuffer_Release(&view)
+        return read_into(self, offset, buffer, False)
 
     def readinto(self, offset, buffer):
         """Fill ``buffer`` from ``offset`` on, exactly."""
-        cdef Py_buffer view
-        PyObject_GetBuffer(buffer, &view, PyBUF_CONTIG)
-        try:
-            check_whole(self.copy_out(offset, <u8 *>view.buf, view.len), offset, view.len, READ)
-        finally:
-            PyBuffer_Release(&view)
+        read_into(self, offset, buffer, True)
 
     def write(self, offset, data):
         """Copy all of ``data`` to ``offset``."""
-        cdef Py_buffer view
-        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
-        try:
-            check_whole(self.copy_in(offset, <u8 *>view.buf, view.len), offset, view.len, WRITE)
-        finally:
-            PyBuffer_Release(&view)
+        write_from(self, offset, data, True)
 
     def write_some(self, offset, data):
         """Copy as much of ``data`` to ``offset`` as there is room for; the number of bytes."""
-        cdef Py_buffer view
-        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
-        try:
-            return self.copy_in(offset, <u8 *>view.buf, view.len)
-        finally:
-            PyBuffer_Release(&view)
+        return write_from(self, offset, data, False)
 
     def fill(self, offset, length, value):
         """Set exactly ``length`` bytes to ``value``."""
@@ -403,6 +383,38 @@ cdef class VolatileSlice:
         else:
             self.check_there(at, size, READ)
         return done, seen
+
+
+cdef size_t read_into(
+    VolatileSlice source, object offset, object buffer, bint whole
+) except? <size_t>-1:
+    """Fill a buffer as far as the slice goes, or exactly if ``whole``; the number of bytes."""
+    cdef Py_buffer view
+    cdef size_t n
+    PyObject_GetBuffer(buffer, &view, PyBUF_CONTIG)
+    try:
+        n = source.copy_out(offset, <u8 *>view.buf, view.len)
+        if whole:
+            check_whole(n, offset, view.len, READ)
+        return n
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef size_t write_from(
+    VolatileSlice target, object offset, object data, bint whole
+) except? <size_t>-1:
+    """Copy from a buffer as far as the slice goes, or all if ``whole``; the number of bytes."""
+    cdef Py_buffer view
+    cdef size_t n
+    PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+    try:
+        n = target.copy_in(offset, <u8 *>view.buf, view.len)
+        if whole:
+            check_whole(n, offset, view.len, WRITE)
+        return n
+    finally:
+        PyBuffer_Release(&view)
 
 
 cdef int check_whole(size_t done, object offset, object length, int access) except -1:

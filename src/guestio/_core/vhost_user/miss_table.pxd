@@ -16,7 +16,7 @@ cdef struct Slot:
     u64 iova
     u64 waiting[WAITER_WORDS]
     u64 number               # misses up to this one, in the order in which they were sent
-    double asked
+    double sent_at
     int16_t next             # of the same hash, or free
     int16_t batch            # messages that its acknowledgement speaks for, this one included
     u8 access
@@ -46,7 +46,7 @@ cdef class MissTable:
     cdef int lacking[WAITERS]
     cdef u64 starved_waiters[WAITER_WORDS]
     cdef u8 buffer[READ_AHEAD]
-    cdef readonly u64 asked
+    cdef readonly u64 requested
     cdef readonly u64 refused
     cdef readonly u64 timeouts
 

@@ -89,7 +89,7 @@ cdef class MissTable:
         time_limit: Seconds after which an unanswered miss counts as refused.
 
     Attributes:
-        asked: Messages sent so far; a miss may take two.
+        requested: Messages sent so far; a miss may take two.
         refused: Misses refused or not answered in time so far.
         timeouts: Those of them that were not answered in time.
     """
@@ -162,7 +162,7 @@ cdef class MissTable:
         GUESTIO_ASSERT(not miss.open and not miss.expected)
         self.free_slot = miss.next
         memset(miss, 0, sizeof(Slot))
-        miss.iova, miss.access, miss.asked = iova, <u8>access, now
+        miss.iova, miss.access, miss.sent_at = iova, <u8>access, now
         miss.open, miss.fresh = True, True
         self.opened += 1
         miss.number = self.opened
@@ -199,7 +199,7 @@ cdef class MissTable:
         cdef Slot *miss
         while self.order_count:
             miss = &self.slots[self.order[self.order_first % MISS_SLOTS]]
-            if miss.open or now - miss.asked < self.time_limit:
+            if miss.open or now - miss.sent_at < self.time_limit:
                 break
             self.release(self.expected_next())
 
@@ -265,7 +265,7 @@ cdef class MissTable:
         cdef Message message
         cdef Slot *miss
         cdef int i
-        self.asked += count
+        self.requested += count
         memset(&message, 0, sizeof(Message))
         message.kind, message.size = MISS, PAGE_BYTES
         for i in range(count):
@@ -537,7 +537,7 @@ cdef class MissTable:
             if not miss.open:
                 continue
             left -= 1
-            if not miss.repeatable or now < miss.asked + LATE:
+            if not miss.repeatable or now < miss.sent_at + LATE:
                 continue
             if quiet or miss.number < self.reached:
                 again[count] = slot
@@ -577,8 +577,8 @@ cdef class MissTable:
             if not self.slots[slot].open:
                 continue
             left -= 1
-            if now - self.slots[slot].asked >= self.time_limit:
-                late.append((self.slots[slot].asked, len(late), self.miss(slot)))
+            if now - self.slots[slot].sent_at >= self.time_limit:
+                late.append((self.slots[slot].sent_at, len(late), self.miss(slot)))
                 self.finish(slot, unused)
         self.refused += len(late)
         self.timeouts += len(late)
@@ -617,13 +617,13 @@ cdef class MissTable:
                 break
             if self.slots[slot].open:
                 left -= 1
-                due = self.slots[slot].asked + self.time_limit
+                due = self.slots[slot].sent_at + self.time_limit
                 if self.slots[slot].repeatable:
-                    due = min(due, max(self.slots[slot].asked, self.looked) + LATE)
+                    due = min(due, max(self.slots[slot].sent_at, self.looked) + LATE)
                 if first < 0 or due < first:
                     first = due
         if self.order_count and self.starving():
-            due = self.slots[self.order[self.order_first % MISS_SLOTS]].asked + self.time_limit
+            due = self.slots[self.order[self.order_first % MISS_SLOTS]].sent_at + self.time_limit
             if first < 0 or due < first:
                 first = due
         return first
@@ -643,7 +643,7 @@ cdef class MissTable:
                 break
             if self.slots[slot].open:
                 left -= 1
-                if now >= self.slots[slot].asked + LATE:
+                if now >= self.slots[slot].sent_at + LATE:
                     for word in range(WAITER_WORDS):
                         waiting[word] |= self.slots[slot].waiting[word]
         return [

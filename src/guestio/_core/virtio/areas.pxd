@@ -32,7 +32,7 @@ cdef class RingAreas:
     cdef bint vanished(self) noexcept
     cdef bint area(self, IoVector found, u64 addr, u64 size, int access, Misses misses) except -1
     cdef bint areas_ready(self, Misses misses) except -1
-    cdef Sizes sizes(self) noexcept
+    cdef int measure(self, Sizes *sizes) except -1
     cdef int begin(self) except -1
     cdef bint reachable(self) except -1
     cdef int check_areas(self) except -1

@@ -59,7 +59,7 @@ cdef class RingAreas:
         self.broken = what
         return QueueError(what)
 
-    cdef bint vanished(self) noexcept:
+    cdef bint vanished(self) noexcept:  # plain C on the areas, which are never None
         return self.resolved and (
             self.desc.vanished(0, self.desc.total) or self.avail.vanished(0, self.avail.total)
             or self.used.vanished(0, self.used.total)
@@ -84,12 +84,13 @@ cdef class RingAreas:
 
     cdef bint areas_ready(self, Misses misses) except -1:
         """Make sure that the three areas are translated; adds what is missing."""
-        cdef Sizes sizes = self.sizes()
+        cdef Sizes sizes
         cdef bint found
         if self.broken is not None:
             raise QueueError(self.broken)
         if self.resolved and current(self):
             return True
+        self.measure(&sizes)
         self.resolved = False
         if self.space.iotlb is not None:
             self.generation = self.space.iotlb.at.generation
@@ -106,9 +107,9 @@ cdef class RingAreas:
             self.begin()
         return True
 
-    cdef Sizes sizes(self) noexcept:
-        """Bytes of the areas; for a format."""
-        return Sizes(0, 0, 0)
+    cdef int measure(self, Sizes *sizes) except -1:
+        """Set the bytes of the areas. A format provides it, see :class:`Ring`."""
+        raise NotImplementedError
 
     cdef int begin(self) except -1:
         """Called when the areas can be reached for the first time."""

@@ -1,6 +1,6 @@
 """Reads and writes of a block device between its file and guest memory (virtio 1.3, 5.2.6).
 
-These are nearly all that a disk is asked for, so they are served where the ring is walked: no
+These are nearly all requests of a disk, so they are served where the ring is walked: no
 Python object is made for one. Data moves without a copy in between; the system calls release the
 GIL, with the translation of the memory held by its lease.
 
@@ -226,7 +226,7 @@ cdef class BlockServer(Server):
         return 0
 
     cdef int move(self, Chain chain, Plan *plan, u64 most, bint wait) noexcept:
-        """Move data from or to the file, from where it stands; fewer bytes than asked for is an
+        """Move data from or to the file, from where it stands; fewer bytes than requested are an
         error of either.
 
         If a read would wait, the part of it that is there was moved, and will be again. Memory
@@ -302,7 +302,7 @@ cdef class Transfer:
         """
         cdef u64 limit = as_size(most, "most")
         self.check()
-        if self.chain.settled:
+        if self.chain.finished:
             return 0
         if self.plan.status == S_OK:
             if self.server.move(self.chain, &self.plan, limit, True) == FAILED:
@@ -324,4 +324,4 @@ cdef class Transfer:
 
     cdef object finish(self):
         # A stop that gave the request back has told the driver, and taken its memory away.
-        return 0 if self.chain.settled else self.server.finish(self.chain, &self.plan)
+        return 0 if self.chain.finished else self.server.finish(self.chain, &self.plan)

@@ -24,7 +24,7 @@ cdef class Chain:
     cdef u16 position
     cdef u64 written
     cdef u64 charge       # pieces that its ring's quota counts for it
-    cdef bint settled
+    cdef bint finished
     cdef bint done
     cdef bint blank       # its ring has not filled it since it was cleared
 

@@ -35,7 +35,7 @@ cdef class Chain:
 
     def __repr__(self):
         cdef str state = "" if self.fault is None else f", refused: {self.fault}"
-        if self.done or self.settled:
+        if self.done or self.finished:
             state = ", completed" if self.done else ", answered"
         return (
             f"<Chain {self.head}: {self.readable.total} bytes to read, {self.writable.total} to "
@@ -48,7 +48,7 @@ cdef class Chain:
         self.writable.release()
         cdef IoVector tail = self.end
         self.end = self.fault = None
-        self.settled = self.done = False
+        self.finished = self.done = False
         if self.access_fails:
             self.access_fails = []
         self.blank = True
@@ -91,7 +91,7 @@ cdef class Chain:
         if self.end is not None:
             hand_over(self.end)
 
-    def settle(self, written):
+    def finish(self, written):
         """Give the memory back, with the number of bytes written to it.
 
         The request is complete once its ring is told so as well, by ``complete``. Any thread. The
@@ -100,16 +100,16 @@ cdef class Chain:
         ``complete``.
 
         Raises:
-            ValueError: It was settled before, or has less room.
+            ValueError: It was finished before, or has less room.
         """
         cdef u64 count = as_address(written, "written")
-        if self.settled:
+        if self.finished:
             raise ValueError(f"request {self.head} was completed before")
         if count > self.writable.total:
             raise ValueError(
                 f"{count} bytes written to a request with room for {self.writable.total}"
             )
-        self.settled, self.written = True, count
+        self.finished, self.written = True, count
         if self.writable.stamp and not self.writable.users:
             self.writable.put_stamp()
         # What was written through buffers of its slices is marked dirty by this.

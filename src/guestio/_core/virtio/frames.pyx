@@ -45,12 +45,14 @@ cdef enum:
 cdef enum Filled:
     IDLE = 0          # the source has no frame any more
     BUSY = 1          # the budget is used up
-    FULL = 2          # the next frame needs more buffers; the driver was asked to announce them
+    FULL = 2          # the next frame needs more buffers; kicks are enabled
     LACKING = 3       # a translation is missing
     BROKEN = 4        # the source fails, see `error`
     # Within this file.
     USELESS = 5       # the buffer cannot take a part of a frame
     AGAIN = 6         # the budget is used up, or a translation changed, before a frame was moved
+
+cdef bytes NO_OFFLOADS = bytes(HEADER_MOST)
 
 FILLED_IDLE = IDLE
 FILLED_BUSY = BUSY
@@ -275,18 +277,20 @@ cdef class FrameFiller:
     def waiting(self):
         return len(self.given) + (self.kept_length != 0)
 
-    def give(self, bytes frame not None, bytes header not None=bytes(HEADER_MOST)):
+    def give(self, bytes frame not None, bytes header=None):
         """Have a frame moved by the next :meth:`fill`.
 
         Args:
             frame: Without a header.
-            header: Of 12 bytes, for offloads.
+            header: Of 12 bytes, for offloads; zeros by default.
 
         Returns:
             Whether it will be; False if it was dropped: too many frames wait, it is no frame, or
             the driver does not want it.
         """
         cdef u64 size = <u64>PyBytes_GET_SIZE(frame)
+        if header is None:
+            header = NO_OFFLOADS
         if len(header) != HEADER_MOST:
             raise ValueError(f"a header of {len(header)} bytes; it has {HEADER_MOST}")
         if not <u64>ETHERNET <= size <= <u64>(FRAME_MOST - HEADER_MOST) or self.discard or (
@@ -308,6 +312,7 @@ cdef class FrameFiller:
         self.given.clear()
         self.backlog_bytes = self.kept_length = 0
 
+    # Plain C on the filter, which is never None.
     cdef bint wanted(self, const u8 *destination) noexcept:
         """Whether the driver wants frames for an address."""
         cdef Py_ssize_t at
@@ -369,7 +374,7 @@ cdef class FrameFiller:
             if misses.count:
                 state = LACKING
                 self.look_ahead(ring, misses)
-            # Others ran while data moved.
+            # Other threads ran while data moved.
             if ring.pending_count and ring.reachable():
                 ring.publish_pending()
             ring.check_areas()
@@ -419,7 +424,7 @@ cdef class FrameFiller:
         cdef int state = self.look_at(ring, 0, misses)
         if state != BUSY:
             return state
-        chain = ring.spare
+        chain = ring.scratch
         data = chain.writable
         room = min(data.total - self.header_size, <u64>(FRAME_MOST - HEADER_MOST))
         n = min(data.window_batch(self.header_size, room, vec + 1), PIECES_MOST)
@@ -484,6 +489,7 @@ cdef class FrameFiller:
         self.received_bytes += length
         return BUSY
 
+    # Plain C on a header that the caller holds.
     cdef void complete_header(self, u8 *header, u32 buffers) noexcept:
         """Make a header what the driver is to get."""
         if not self.offloads:
@@ -491,7 +497,7 @@ cdef class FrameFiller:
         header[NUM_BUFFERS_AT], header[NUM_BUFFERS_AT + 1] = buffers & 0xFF, buffers >> 8 & 0xFF
 
     cdef int look_at(self, Ring ring, int ahead, Misses misses) except -1:
-        """Fill the ring's spare chain with the buffer that is ``ahead`` of the next; BUSY if it
+        """Fill the ring's scratch chain with the buffer that is ``ahead`` of the next; BUSY if it
         can be used.
 
         A buffer that no frame can begin in is given back unused.
@@ -509,13 +515,13 @@ cdef class FrameFiller:
                 return LACKING
             if not current(ring):
                 return AGAIN
-            if ring.spare.fault is None and ring.spare.writable.total >= (
+            if ring.scratch.fault is None and ring.scratch.writable.total >= (
                 1 if ahead else self.header_size
             ):
                 return BUSY
             if ahead:
                 return USELESS
-            self.consume(ring, ring.spare, 0)
+            self.consume(ring, ring.scratch, 0)
             if ring.work >= RING_LOOK_WORK:
                 return AGAIN
 
@@ -538,7 +544,7 @@ cdef class FrameFiller:
         """Copy a frame with its header into as many buffers as it needs; BUSY if that is done, or
         if the frame was dropped.
 
-        The driver is shown all of its buffers at once, as it expects (section 5.1.6.4).
+        All of its buffers are published at once, as the driver expects (section 5.1.6.4).
         """
         cdef u8 header[HEADER_MOST]
         cdef list chains = []
@@ -556,18 +562,18 @@ cdef class FrameFiller:
             state = self.look_at(ring, <int>len(chains), misses)
             if state == USELESS:
                 # One of the buffers is of no use: the frame is lost, and they go back.
-                chains.append(ring.spare)
-                ring.spare = None
+                chains.append(ring.scratch)
+                ring.scratch = None
                 for chain in chains:
                     self.consume(ring, chain, 0)
                 self.dropped += 1
                 return BUSY
             if state != BUSY:
                 return state
-            chain = ring.spare
+            chain = ring.scratch
             chains.append(chain)
             room += chain.writable.total
-            ring.spare = None
+            ring.scratch = None
         memcpy(header, frame, HEADER_MOST)
         self.complete_header(header, <u32>len(chains))
         for chain in chains:
@@ -589,7 +595,7 @@ cdef class FrameFiller:
         return BUSY
 
     cdef int consume(self, Ring ring, Chain chain, u64 written) except -1:
-        """Give the next buffer back to the driver; it is shown later."""
+        """Give the next buffer back to the driver; it is published later."""
         if ring.held_count:
             ring.forget_held()
         else:
@@ -597,5 +603,5 @@ cdef class FrameFiller:
         chain.position = ring.taken_at
         chain.clear()
         chain.written = written
-        ring.finish(chain)
+        ring.add_pending(chain)
         return 0

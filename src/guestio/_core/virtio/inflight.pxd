@@ -35,11 +35,11 @@ cdef class InflightQueue:
     cpdef void take(self, u16 head) noexcept
     cdef void release(self, u16 head) noexcept
     cpdef void batch(self, u16 head) noexcept
-    cdef void shown(self, const u16 *heads, u32 count, u16 used_idx) noexcept
+    cdef void published(self, const u16 *heads, u32 count, u16 used_idx) noexcept
     cpdef list recover(self, u16 used_idx)
     cpdef void forget(self) noexcept
     cdef void begin(self, u16 used_idx) noexcept
-    cdef int settle(self, u16 used_idx) except -1
+    cdef int finish_batch(self, u16 used_idx) except -1
     cdef list in_order(self)
     cdef int check_there(self) except -1
     cdef object wrong(self, str what)

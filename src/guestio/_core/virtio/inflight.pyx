@@ -69,7 +69,7 @@ cdef class InflightQueue:
 
     Begin with :meth:`recover`. Then call :meth:`take` for every request that comes from the
     available ring, :meth:`batch` for every one that was written to the used ring, in order, and
-    :meth:`show` once the used index covers them. The next batch begins after that.
+    :meth:`publish` once the used index covers them. The next batch begins after that.
 
     Args:
         mapping: Where the region is, writable; it cannot be closed as long as this object exists.
@@ -119,13 +119,13 @@ cdef class InflightQueue:
             put_u8(&self.desc[head].inflight, 0)
 
     cpdef void batch(self, u16 head) noexcept:
-        """Note that a request is in the used ring, where the used index does not show it yet."""
+        """Note that a request is in the used ring, which the used index does not cover yet."""
         if head >= self.size:
             return
         put_u16(&self.desc[head].next, get_u16(&self.region.last_batch_head))
         put_u16(&self.region.last_batch_head, head)
 
-    cdef void shown(self, const u16 *heads, u32 count, u16 used_idx) noexcept:
+    cdef void published(self, const u16 *heads, u32 count, u16 used_idx) noexcept:
         """Note that the used index was stored, with the heads that it began to cover."""
         cdef u32 i
         order_stores()
@@ -134,7 +134,7 @@ cdef class InflightQueue:
                 put_u8(&self.desc[heads[i]].inflight, 0)
         put_u16(&self.region.used_idx, used_idx)
 
-    def show(self, heads, used_idx):
+    def publish(self, heads, used_idx):
         """Note that the used index was stored, with the heads that it began to cover.
 
         Args:
@@ -148,7 +148,7 @@ cdef class InflightQueue:
         try:
             for i in range(count):
                 list_[i] = heads[i]
-            self.shown(list_, count, used_idx)
+            self.published(list_, count, used_idx)
         finally:
             PyMem_Free(list_)
 
@@ -186,7 +186,7 @@ cdef class InflightQueue:
         elif <u16>(used_idx - get_u16(&self.region.used_idx)) > self.size:
             self.begin(used_idx)
         else:
-            self.settle(used_idx)
+            self.finish_batch(used_idx)
         heads = self.in_order()
         self.check_there()
         return heads
@@ -216,7 +216,7 @@ cdef class InflightQueue:
         put_u16(&self.region.used_idx, used_idx)
         put_u16(&self.region.version, VERSION)
 
-    cdef int settle(self, u16 used_idx) except -1:
+    cdef int finish_batch(self, u16 used_idx) except -1:
         """Do what is left of the last batch, if the used index was stored and no more was done."""
         cdef u16 left = used_idx - get_u16(&self.region.used_idx)
         cdef u16 head = get_u16(&self.region.last_batch_head)

@@ -80,7 +80,7 @@ cdef class ActiveQueue:
         feed: Requests translations for it; None if its addresses are physical.
         waiter: Its number for the feed.
         counters: Where its requests are counted.
-        callback: Called by the event loop with what its ring's ``turn`` returned or raised, or
+        callback: Called by the event loop with what its ring's ``run_once`` returned or raised, or
             with None if the queue is only very busy. The queue is not active any more then.
     """
 
@@ -98,7 +98,7 @@ cdef class CoreLoop:
 
     Args:
         round_bytes: Bytes of requests that queues are served between two looks at the descriptors;
-            those whose turn would come then are returned as very busy.
+            those that are left then are returned as very busy.
 
     For one thread.
     """
@@ -226,28 +226,28 @@ cdef class CoreLoop:
         """Serve a queue; if something is to be decided, it is not active any more."""
         cdef list chains = []
         cdef Misses misses
-        cdef bint resting = False
-        cdef int served, turns
+        cdef bint idle = False
+        cdef int served, batches
         cdef object outcome = None
-        for turns in range(LOOP_QUEUE_TURNS):
+        for batches in range(LOOP_QUEUE_TURNS):
             if self.moved >= self.round_bytes:
                 break
             misses = Misses()
             try:
-                served = queue.ring.run_turn(
-                    queue.server, LOOP_REQUESTS, queue.call, True, chains, misses, &resting
+                served = queue.ring.run_once_into(
+                    queue.server, LOOP_REQUESTS, queue.call, True, chains, misses, &idle
                 )
             except GuestioError as error:
                 outcome = error
                 break
             if chains or (misses.count and not self.request(queue, misses)):
-                outcome = chains, misses, served, resting
+                outcome = chains, misses, served, idle
                 break
             queue.counters.requests += served
             self.moved += queue.ring.moved + queue.ring.work * WORK_BYTES
             if not misses.count:
                 queue.waits_since = 0
-            if resting:
+            if idle:
                 return 0
         self.remove(queue)
         outcomes.append((queue, outcome))

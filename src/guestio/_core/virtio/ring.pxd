@@ -30,19 +30,19 @@ cdef class Ring(RingAreas):
     cdef readonly u64 progress
     cdef bint signalled_valid
     cdef bint notify_due
-    cdef Chain spare
+    cdef Chain scratch
     cdef u16 *held
     cdef int held_at      # the first of those that were not taken again
     cdef u16 held_from    # the position of the first of them all
     cdef u16 taken_at     # the position of the request that was taken last
-    cdef u16 first_new    # where the turn began to take requests that were not in flight
+    cdef u16 first_new    # where the batch of requests that were not in flight begins
     cdef u16 *published
     cdef Completed *pending
     cdef u32 pending_count
     cdef u16 publish_at
     cdef u64 work
-    cdef u64 moved        # bytes of the requests served in this turn
-    cdef u64 turn_bytes
+    cdef u64 moved        # bytes of the requests served in this batch
+    cdef u64 batch_bytes
     cdef Quota quota
     cdef u64 charged      # pieces of this ring's requests that the quota counts
     cdef readonly bint crowded   # no request is taken until another one is completed
@@ -52,9 +52,9 @@ cdef class Ring(RingAreas):
     cdef bint has_next(self) except -1
     cdef int put_used(self, const UsedElem *element) except -1
     cdef int publish_used(self) except -1
-    cdef int run_turn(
-        self, Server server, int limit, int call, bint rest, list chains, Misses misses,
-        bint *resting,
+    cdef int run_once_into(
+        self, Server server, int limit, int call, bint rearm, list chains, Misses misses,
+        bint *idle,
     ) except -1
     cdef int take(self, int limit, Server server, list chains, Misses misses) except -1
     cdef int take_held(self, int limit, Server server, list chains, Misses misses) except -1
@@ -71,7 +71,7 @@ cdef class Ring(RingAreas):
     cdef Chain hand_out(self)
     cdef int keep_nothing(self) except -1
     cdef void note_refused(self, Chain chain, Misses misses, size_t since)
-    cdef void finish(self, Chain chain) noexcept
+    cdef void add_pending(self, Chain chain) noexcept
     cdef int publish_pending(self) except -1
     cdef int walk(self, Chain chain, Misses misses, bint lenient) except -1
     cdef int add_buffer(

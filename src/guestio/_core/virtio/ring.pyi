@@ -24,7 +24,7 @@ class Ring(RingAreas):
         base: int = 0,
         ordered: bool = False,
         inflight: InflightQueue | None = None,
-        turn_bytes: int = ...,
+        batch_bytes: int = ...,
         quota: Quota | None = None,
     ) -> Self: ...
     @property
@@ -50,12 +50,12 @@ class Ring(RingAreas):
     @property
     def resume_at(self) -> int: ...
     def pop(self, limit: int = 64) -> tuple[list[Chain], list[tuple[IovaRange, int]]]: ...
-    def turn(
+    def run_once(
         self,
         server: Server | None,
         limit: int = 64,
         call: int = -1,
-        rest: bool = False,
+        rearm: bool = False,
     ) -> tuple[list[Chain], Misses, int, bool]: ...
     def lacking(self) -> list[tuple[IovaRange, int]] | None: ...
     def pop_faulty(self) -> Chain | None: ...

@@ -53,8 +53,8 @@ cdef enum:
 cdef u64 CHAIN_BYTES = <u64>1 << 32
 
 
-cdef inline void discharge(Ring ring, Chain chain) noexcept:
-    """Give back what a request was charged; called for each, so it is read in place."""
+cdef inline void discharge(Ring ring, Chain chain) noexcept:  # plain C on plain memory
+    """Give back what a request was charged."""
     if chain.charge:   # not that of a request that was served at once
         ring.charged -= chain.charge
         ring.quota.used -= chain.charge
@@ -64,7 +64,9 @@ cdef inline void discharge(Ring ring, Chain chain) noexcept:
 cdef class Ring(RingAreas):
     """A virtqueue as its device sees it: what is taken, held, published, and in which order.
 
-    How the ring lies in memory is for a format, a subclass: :class:`~guestio._core.virtio.split.SplitRing`.
+    Abstract: how the ring lies in memory is decided by a format, a subclass such as
+    :class:`~guestio._core.virtio.split.SplitRing`, which provides what the section "Ring format" at
+    the end of this class lists.
 
     Args:
         space: Where the addresses of rings, tables and buffers lead.
@@ -73,19 +75,19 @@ cdef class Ring(RingAreas):
         event_idx: VIRTIO_F_EVENT_IDX was negotiated.
         indirect: VIRTIO_F_INDIRECT_DESC was negotiated.
         base: Index of the next available entry.
-        ordered: Show completed requests in the order in which they were taken, so that the used
-            index says where to go on after a stop or a crash, and as VIRTIO_F_IN_ORDER promises.
-            Otherwise they are shown as they complete.
+        ordered: Publish completed requests in the order in which they were taken, so that the used
+            index says where to resume after a stop or a crash, and as VIRTIO_F_IN_ORDER promises.
+            Otherwise they are published as they complete.
         inflight: Where to note which requests are in flight, for the successor after a crash.
             Requests that are noted in it already are taken first, whatever ``base`` is.
-        turn_bytes: Bytes of requests that are served in one turn, before others have theirs; the
-            last request may exceed it.
+        batch_bytes: Bytes of requests that one :meth:`run_once` serves, so that other queues are
+            not starved; the last one may exceed it.
         quota: Limits the memory of requests that were taken and not completed, together with other
             rings; None for no limit.
 
     Attributes:
         next_avail: The ring position that is taken next.
-        outstanding: Requests taken and not completed; those that wait to be shown are not counted.
+        outstanding: Requests taken and not completed; those not published yet are not counted.
         held_count: Requests that were in flight when the device before this one ended, and that
             were not taken again yet.
         progress: Changes whenever a request is taken.
@@ -97,12 +99,12 @@ cdef class Ring(RingAreas):
 
     def __cinit__(
         self, space, size, desc, avail, used, *, event_idx=False, bint indirect=False, base=0,
-        bint ordered=False, InflightQueue inflight=None, turn_bytes=1 << 62,
+        bint ordered=False, InflightQueue inflight=None, batch_bytes=1 << 62,
         Quota quota=None,
     ):
         cdef u32 entries = self.size
         self.quota = Quota(1 << 62) if quota is None else quota
-        self.turn_bytes = as_address(turn_bytes, "turn_bytes")
+        self.batch_bytes = as_address(batch_bytes, "batch_bytes")
         self.indirect = indirect
         if inflight is not None and inflight.size < entries:
             raise ValueError(
@@ -156,7 +158,7 @@ cdef class Ring(RingAreas):
 
         Requests are taken in the order in which the driver made them available. One that lacks
         translations ends the list and stays in the ring; those behind it are looked at too, so
-        that everything that is missing can be asked for at once.
+        that everything that is missing can be requested at once.
 
         Args:
             limit: Requests to look at, at most; fewer if they are very large.
@@ -178,59 +180,58 @@ cdef class Ring(RingAreas):
             self.keep_nothing()
         return chains, list(misses)
 
-    def turn(self, Server server, int limit=64, int call=-1, bint rest=False):
-        """Serve the ring for one turn: all that can be done for it without leaving the core.
+    def run_once(self, Server server, int limit=64, int call=-1, bint rearm=False):
+        """Serve one batch of requests: all that can be done for the ring inside the core.
 
-        What was completed before is shown; the available requests are taken, as by :meth:`pop`;
-        what the server can serve at once is, and shown every few requests; and the driver is
-        notified if it wants to be.
+        What was completed before is published; the available requests are taken, as by :meth:`pop`;
+        those that the server can serve at once are served, and published every few requests; and
+        the driver is notified if it wants to be.
 
         Args:
             server: Serves requests; what it leaves is returned. None returns them all.
             limit: As for :meth:`pop`.
             call: Eventfd to notify the driver with, or -1.
-            rest: Whether to ask for an announcement of the next request if there is none now. Not
-                while requests wait for translations: those that come then are found when the
-                answers do.
+            rearm: Whether to enable kicks if no request is left, as :meth:`enable_kicks` does. They
+                stay disabled while requests wait for translations: those that come then are found
+                when the answers do.
 
         Returns:
-            ``(chains, misses, served, resting)``: as from :meth:`pop`, but the misses as
-            :class:`~guestio._core.iommu.misses.Misses`; how many requests were served; and whether
-            nothing is to be done but for the chains and the misses, until the next request is
-            announced.
+            ``(chains, misses, served, idle)``: as from :meth:`pop`, but the misses as
+            :class:`~guestio._core.iommu.misses.Misses`; how many requests were served; and
+            whether nothing but the chains and the misses is left to do until the next kick.
 
         Raises:
             QueueError: As :meth:`pop`.
         """
         cdef list chains = []
         cdef Misses misses = Misses()
-        cdef bint resting
-        cdef int served = self.run_turn(server, limit, call, rest, chains, misses, &resting)
-        return chains, misses, served, resting
+        cdef bint idle
+        cdef int served = self.run_once_into(server, limit, call, rearm, chains, misses, &idle)
+        return chains, misses, served, idle
 
-    cdef int run_turn(
-        self, Server server, int limit, int call, bint rest, list chains, Misses misses,
-        bint *resting,
+    cdef int run_once_into(
+        self, Server server, int limit, int call, bint rearm, list chains, Misses misses,
+        bint *idle,
     ) except -1:
-        """As :meth:`turn`; the requests served."""
+        """As :meth:`run_once`; adds to the lists, and returns how many requests were served."""
         cdef int served = 0
-        resting[0] = True
+        idle[0] = True
         try:
             if self.areas_ready(misses):
                 if self.pending_count:
                     self.publish_pending()
                 self.disable_kicks()
                 served = self.take(limit, server, chains, misses)
-                # Others ran while data moved.
+                # Other threads ran while data moved.
                 if self.areas_ready(misses):
                     if self.pending_count:
                         self.publish_pending()
-                    if chains or not rest or self.moved >= self.turn_bytes or (
+                    if chains or not rearm or self.moved >= self.batch_bytes or (
                         self.held_count and not misses.count and not self.crowded
                     ):
-                        resting[0] = False
+                        idle[0] = False
                     elif not misses.count:
-                        resting[0] = not self.more_after_request()
+                        idle[0] = not self.more_after_request()
         finally:
             self.keep_nothing()
         if self.notify_due:
@@ -250,7 +251,7 @@ cdef class Ring(RingAreas):
         self.first_new = self.next_avail
         if self.held_count:
             served = self.take_held(limit, server, chains, misses)
-        # Nothing overtakes what waits, so that after a stop an index says where to go on.
+        # Nothing overtakes what waits, so that after a stop an index says where to resume.
         if not self.held_count and self.areas_ready(misses):
             served += self.take_new(limit - served - len(chains), server, chains, misses)
         self.check_areas()
@@ -292,7 +293,7 @@ cdef class Ring(RingAreas):
                 continue
             self.advance(head)
             served += self.dispatch(server, chains)
-            # Others ran while the data moved; what is missing now is found by the caller.
+            # Other threads ran while the data moved; what is missing now is found by the caller.
             if not self.reachable():
                 break
         return served
@@ -307,22 +308,22 @@ cdef class Ring(RingAreas):
             self.inflight.take(<u16>head)
 
     cdef bint look(self, int head, Misses misses, bint lenient) except -1:
-        """Fill the spare chain with a request; whether it lacks nothing."""
+        """Fill the scratch chain with a request; whether all of it is translated."""
         cdef size_t known = misses.count
-        if self.spare is None or is_moving(self.spare):
-            self.spare = new_chain()
-        elif not self.spare.blank:
-            self.spare.clear()
-        self.spare.head, self.spare.blank = head, False
-        self.walk(self.spare, misses, lenient)
+        if self.scratch is None or is_moving(self.scratch):
+            self.scratch = new_chain()
+        elif not self.scratch.blank:
+            self.scratch.clear()
+        self.scratch.head, self.scratch.blank = head, False
+        self.walk(self.scratch, misses, lenient)
         # Which request it is was read from the ring: from nothing, if that is gone.
         if met_holes(&holes):
             self.check_areas()
         return misses.count == known
 
     cdef int dispatch(self, Server server, list chains) except -1:
-        """Have the request in the spare chain served, or hand it out; 1 if it was served."""
-        cdef Chain chain = self.spare
+        """Have the request in the scratch chain served, or hand it out; 1 if it was served."""
+        cdef Chain chain = self.scratch
         cdef i64 written
         chain.position = self.taken_at
         if server is not None and chain.fault is None:
@@ -331,7 +332,7 @@ cdef class Ring(RingAreas):
                 self.moved += chain.readable.total + chain.writable.total
                 chain.clear()
                 chain.written = <u64>written
-                self.finish(chain)
+                self.add_pending(chain)
                 if self.pending_count >= RING_PUBLISH_EACH and self.reachable():
                     self.publish_pending()
                 return 1
@@ -340,14 +341,14 @@ cdef class Ring(RingAreas):
 
     cdef int keep_nothing(self) except -1:
         """Release what was only looked at: a revocation waits for it."""
-        if self.spare is not None:
-            self.spare.clear()
+        if self.scratch is not None:
+            self.scratch.clear()
         return 0
 
     cdef Chain hand_out(self):
-        """Give the spare chain away; only from now on does it refer to the ring."""
-        cdef Chain chain = self.spare
-        chain.ring, self.spare = self, None
+        """Give the scratch chain away; only from now on does it refer to the ring."""
+        cdef Chain chain = self.scratch
+        chain.ring, self.scratch = self, None
         chain.charge = CHAIN_CHARGE + chain.readable.count + chain.writable.count
         self.charged += chain.charge
         self.quota.used += chain.charge
@@ -401,7 +402,7 @@ cdef class Ring(RingAreas):
                 self.forget_held()
             else:
                 self.advance(head)
-            self.spare.position = self.taken_at
+            self.scratch.position = self.taken_at
             return self.hand_out()
         finally:
             self.keep_nothing()
@@ -452,15 +453,16 @@ cdef class Ring(RingAreas):
         return None
 
     def complete(self, Chain chain not None, written=None):
-        """Give a request back; :meth:`publish` shows it.
+        """Give a request back; its driver sees that after :meth:`publish`.
 
         Args:
             chain: The request. Its memory must not be touched any more.
-            written: The number of bytes written to it; None for a request that is settled.
+            written: The number of bytes written to it; None for a request that is finished.
 
         Returns:
             Whether it was given back. Not while another thread moves its data, which its driver
-            would see change: it is settled, and is to be completed again later.
+            would see change: it is finished then (:meth:`Chain.finish`); complete it again later,
+            without ``written``.
 
         Raises:
             ValueError: It was given back before, comes from another ring, or has less room.
@@ -470,18 +472,18 @@ cdef class Ring(RingAreas):
         if chain.ring is not self:
             raise ValueError(f"request {chain.head} was taken from another ring")
         if written is not None:
-            chain.settle(written)
-        elif not chain.settled:
-            raise ValueError(f"request {chain.head} is not settled")
+            chain.finish(written)
+        elif not chain.finished:
+            raise ValueError(f"request {chain.head} is not finished")
         if is_in_use(chain):
             return False
         # A reference to the request keeps neither the ring nor its memory.
         chain.done, chain.ring = True, None
-        self.finish(chain)
+        self.add_pending(chain)
         return True
 
-    cdef void finish(self, Chain chain) noexcept:
-        """Put a request where it is to be shown."""
+    cdef void add_pending(self, Chain chain) noexcept:
+        """Enter a completed request among those to be published, at its place in the used ring."""
         cdef u16 place = chain.position
         cdef Completed *completed
         if not self.ordered:
@@ -497,11 +499,11 @@ cdef class Ring(RingAreas):
     def put_back(self, list chains not None):
         """Have requests taken again later that were handed out and that no device has worked on.
 
-        Only the newest ones can be, as far as no other was served between them, in the turn in
-        which they were taken.
+        Only the newest ones can be, as far as no other was served between them, and before the
+        next batch is taken.
 
         Args:
-            chains: The last of those that :meth:`pop` or :meth:`turn` returned, in their order.
+            chains: The last of those that :meth:`pop` or :meth:`run_once` returned, in their order.
                 Those that are put back are removed; their memory must not be touched any more.
 
         Raises:
@@ -526,13 +528,13 @@ cdef class Ring(RingAreas):
                 break
             chains.pop()
             discharge(self, chain)
-            chain.settle(0)
+            chain.finish(0)
             chain.done, chain.ring = True, None
 
     def give_back(self):
         """Put back into the ring what was in flight before and was not taken again.
 
-        For a stop: so the index says where to go on, also to a device that is not given the notes.
+        For a stop: so the index says where to resume, also to a device that is not given the notes.
         What the device before this one had overtaken no index can say: that stays in the notes.
         Nothing is given back while the ring cannot be reached.
 
@@ -564,15 +566,15 @@ cdef class Ring(RingAreas):
 
     @property
     def unpublished(self):
-        """Completed requests that :meth:`publish` has not shown yet."""
+        """Completed requests that are not published yet."""
         return self.pending_count
 
     def publish(self):
-        """Show completed requests to the driver.
+        """Make completed requests visible to the driver.
 
         Returns:
             Whether the driver wants to be notified of them; None if the used ring lacks a
-            translation (see :meth:`missing`); nothing was shown then.
+            translation (see :meth:`missing`); nothing was published then.
 
         Raises:
             QueueError: The ring is broken.
@@ -607,7 +609,7 @@ cdef class Ring(RingAreas):
             return 0
         self.publish_used()
         if self.inflight is not None:
-            self.inflight.shown(self.published, count, self.next_used)
+            self.inflight.published(self.published, count, self.next_used)
         if self.wants_notification(before):
             self.notify_due = True
         return self.check_areas()
@@ -615,8 +617,8 @@ cdef class Ring(RingAreas):
     def rebind(self, AddressSpace space not None):
         """Go on in other memory; requests that were taken keep what they have."""
         # The memory of before goes at the end of this, when nothing refers to it any more.
-        before = self.spare
-        self.spare = None
+        before = self.scratch
+        self.scratch = None
         RingAreas.rebind(self, space)
 
     def spin(self, seconds, int other):
@@ -644,11 +646,11 @@ cdef class Ring(RingAreas):
         return True
 
     def enable_kicks(self):
-        """Ask the driver to announce the next request.
+        """Have the driver kick for the next request.
 
         Returns:
-            Whether requests are available already, so that no announcement may come; None if the
-            ring lacks a translation.
+            Whether requests are available already, for which no kick may come; None if the ring
+            lacks a translation.
         """
         if not self.reachable():
             return None
@@ -656,7 +658,10 @@ cdef class Ring(RingAreas):
         self.check_areas()
         return more
 
-    # What a format provides. The areas are translated when they are called.
+    # Ring format: the seam between this class, which decides what is taken and published and when,
+    # and a subclass, which knows the bytes and the barriers between them. A format defines all of
+    # the following, and `measure` of RingAreas. The areas are translated when these are called.
+    # They raise because Cython has no abstract methods; `SplitRing` is the example.
 
     cdef u16 used_position(self) except? 65535:
         """Where the driver finds the next used entry, as it was left by the device before."""
@@ -683,30 +688,29 @@ cdef class Ring(RingAreas):
         raise NotImplementedError
 
     cdef int publish_used(self) except -1:
-        """Show the driver all entries before ``next_used``, with one release store."""
+        """Publish all entries before ``next_used``, with one release store."""
         raise NotImplementedError
 
     cdef bint wants_notification(self, u16 before) except -1:
-        """Whether the driver wants to hear of the entries from ``before`` on."""
+        """Whether the driver wants a notification of the entries from ``before`` on."""
         raise NotImplementedError
 
     cpdef disable_kicks(self):
-        """Tell the driver that it need not announce new requests. Only a hint."""
+        """Tell the driver that it need not kick for new requests. Only a hint."""
         raise NotImplementedError
 
     cdef bint more_after_request(self) except -1:
-        """Ask for an announcement; whether there are requests to be taken already."""
+        """Enable kicks; whether there are requests to be taken already."""
         raise NotImplementedError
 
     cdef bint more_beyond(self, u16 ahead) except -1:
-        """Ask for an announcement of what follows the next ``ahead`` requests; whether there is
-        some already."""
+        """Enable kicks for what follows the next ``ahead`` requests; whether there is any already."""
         raise NotImplementedError
 
 
 cdef inline bint may_take(Ring ring) noexcept:
-    """Whether another request may be looked at in this turn; notes it if only the quota forbids."""
-    if ring.work >= RING_LOOK_WORK or ring.moved >= ring.turn_bytes or not current(ring):
+    """Whether this batch may look at another request; notes it if only the quota forbids that."""
+    if ring.work >= RING_LOOK_WORK or ring.moved >= ring.batch_bytes or not current(ring):
         return False
     # One of the requests that the device holds is completed first.
     ring.crowded = ring.charged and ring.quota.used >= ring.quota.most

@@ -29,7 +29,7 @@ cdef enum:
     CHAIN_LIMIT = 1024    # descriptors of an indirect table in a ring smaller than this
 
 
-cdef inline Sizes sizes_of(u64 size, bint event_idx) noexcept:
+cdef inline Sizes sizes_of(u64 size, bint event_idx) noexcept:  # arithmetic
     """Bytes of the three areas (sections 2.7.5, 2.7.6 and 2.7.8)."""
     cdef u64 event = 2 if event_idx else 0
     return Sizes(16 * size, 4 + 2 * size + event, 4 + 8 * size + event)
@@ -47,8 +47,9 @@ cdef class SplitRing(Ring):
     def __cinit__(self, *_, **__):
         self.table = IoVector()
 
-    cdef Sizes sizes(self) noexcept:
-        return sizes_of(self.size, self.event_idx)
+    cdef int measure(self, Sizes *sizes) except -1:
+        sizes[0] = sizes_of(self.size, self.event_idx)
+        return 0
 
     cdef u16 used_position(self) except? 65535:
         return self.load16(self.used, 2)
@@ -169,7 +170,7 @@ cdef class SplitRing(Ring):
             self.store16(self.used, 0, USED_NO_NOTIFY)
 
     cdef bint more_after_request(self) except -1:
-        """Ask for an announcement; whether there are requests to be taken already."""
+        """Enable kicks; whether there are requests to be taken already."""
         return self.more_beyond(0) and not self.crowded
 
     cdef bint more_beyond(self, u16 ahead) except -1:
@@ -191,5 +192,5 @@ cdef class SplitRing(Ring):
 publish_type(
     SplitRing, "guestio.virtio.SplitRing",
     "SplitRing(space, size, desc, avail, used, *, event_idx=False, indirect=False, base=0, "
-    "ordered=False, inflight=None, turn_bytes=4611686018427387904, quota=None)\n--\n\n",
+    "ordered=False, inflight=None, batch_bytes=4611686018427387904, quota=None)\n--\n\n",
 )

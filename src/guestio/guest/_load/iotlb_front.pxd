@@ -67,8 +67,8 @@ cdef class IotlbFront:
     cdef bint full(self) noexcept nogil
     cdef int answer(self, u32 request, u32 flags, const u8 *payload, u32 size) noexcept nogil
     cdef void expect(self, u32 kind, u32 tag) noexcept nogil
-    cdef void settle(self, u64 status) noexcept nogil
-    cdef void send_settled(self) noexcept nogil
+    cdef void take_acknowledgement(self, u64 status) noexcept nogil
+    cdef void reply_to_covered(self) noexcept nogil
     cdef void reply(self, u32 kind, u64 status) noexcept nogil
     cdef int fail(self, int trouble, u64 detail) noexcept nogil
     cdef int send(self, Stream *stream) noexcept nogil

@@ -294,13 +294,13 @@ cdef class IotlbFront:
                     or self.first == self.next
                 ):
                     return self.fail(FRONT_PROTOCOL, ack.header.request)
-                self.settle(ack.status)
+                self.take_acknowledgement(ack.status)
                 if self.trouble:
                     return self.trouble
             _consume(stream, at)
         return self.trouble
 
-    cdef void settle(self, u64 status) noexcept nogil:
+    cdef void take_acknowledgement(self, u64 status) noexcept nogil:
         """The back-end acknowledged the oldest message that we sent."""
         cdef Expected oldest = self.expected[self.first & self.mask]
         self.first += 1
@@ -317,9 +317,9 @@ cdef class IotlbFront:
             if oldest.kind & KIND == SENT_UPDATE:
                 self.refused += status != 0
                 self.reply(oldest.kind, status)
-        self.send_settled()
+        self.reply_to_covered()
 
-    cdef void send_settled(self) noexcept nogil:
+    cdef void reply_to_covered(self) noexcept nogil:
         """Answer what waited only for earlier answers."""
         cdef Expected *oldest
         while self.first != self.next:
@@ -393,7 +393,7 @@ cdef class IotlbFront:
                 self.access_fails += body.type == IOTLB_ACCESS_FAIL
         self.answers += 1
         self.expect(kind | back, 0)
-        self.send_settled()
+        self.reply_to_covered()
         return 0
 
     cdef int fail(self, int trouble, u64 detail) noexcept nogil:

@@ -415,14 +415,14 @@ cdef class LoadDriver:
         return found
 
     cdef Outcome loop(self, u64 deadline) noexcept nogil:
-        cdef u32 spins = 0, turns = 0
+        cdef u32 spins = 0, rounds = 0
         cdef bint moved = False
         cdef u64 now
         while True:
-            if self.turn():
+            if self.run_once():
                 moved = True
-                turns += 1
-                if turns % LOAD_TURNS:
+                rounds += 1
+                if rounds % LOAD_TURNS:
                     continue
                 if self.translating and self.look(0) == SIGNAL:
                     return SIGNAL
@@ -451,7 +451,7 @@ cdef class LoadDriver:
             elif now >= deadline:
                 return TIME_OVER
 
-    cdef bint turn(self) noexcept nogil:
+    cdef bint run_once(self) noexcept nogil:
         """Take what is finished and begin anew; whether there was anything to do."""
         cdef u32 i
         cdef bint moved = False
