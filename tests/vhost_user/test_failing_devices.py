@@ -617,6 +617,7 @@ class TestNoDevice:
             (lambda: Faulty, "must be a guestio Device, not .*Faulty.*: make one of it"),
             (lambda: None, "must be a guestio Device, not None"),
             (lambda: with_attributes(device_id=None), "Faulty.device_id is missing"),
+            (lambda: with_attributes(device_id="sixty"), "Faulty.device_id must be an integer"),
             (lambda: with_attributes(num_queues=0), "num_queues 0 is not in 1..256"),
             (lambda: with_attributes(num_queues=257), "num_queues 257 is not in 1..256"),
             (lambda: with_attributes(num_queues=True), "num_queues must be an integer"),

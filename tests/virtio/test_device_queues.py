@@ -1098,6 +1098,34 @@ def test_a_changed_configuration_is_told_in_the_loop() -> None:
         assert wire.changes == 1
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda host: host.queue("0"), "Port calls queue with '0', which is no index"),
+        (lambda host: host.queue(0.0), "Port calls queue with 0.0, which is no index"),
+        (lambda host: host.call_later("x", print), "Port calls call_later with 'x'"),
+        (lambda host: host.add_reader("x", print), "Port calls add_reader with 'x'"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(
+    port: Port, tmp_path: Path, call: Callable[[Any], object], said: str
+) -> None:
+    with Serving(port, tmp_path / "socket"), pytest.raises(TypeError, match=said):
+        call(port.host)
+
+
+def test_a_device_that_is_served_no_more_watches_nothing(port: Port, tmp_path: Path) -> None:
+    with Serving(port, tmp_path / "socket"):
+        pass
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(DeviceError, match="Port calls add_reader, but what serves it is clos"):
+            port.host.add_reader(reading, print)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
 class Parser(Device):
     """Takes what its driver sends, one buffer a call if it is bad, and stumbles over that."""
 

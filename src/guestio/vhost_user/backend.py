@@ -8,7 +8,7 @@ import logging
 import operator
 import os
 import socket
-from typing import Literal
+from typing import Any, Literal
 
 from guestio.addr import check_address, check_int, check_seconds, shown
 from guestio.budgets import (
@@ -114,8 +114,10 @@ class Backend(PeerServer):
         if not isinstance(given, Device):
             hint = ": make one of it" if isinstance(given, type) else ""
             raise TypeError(f"device must be a guestio Device, not {given!r}{hint}")
-        if not isinstance(getattr(device, "device_id", None), int):
+        device_id: Any = getattr(device, "device_id", None)
+        if device_id is None:
             raise TypeError(f"{type(device).__name__}.device_id is missing: the type of the device")
+        check_int(device_id, f"{type(device).__name__}.device_id")
         if not 1 <= check_int(device.num_queues, "num_queues") <= MAX_QUEUES:
             raise ValueError(f"num_queues {device.num_queues} is not in 1..{MAX_QUEUES}")
         if device.error_status is not None and not (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import reprlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -44,9 +45,9 @@ class LoopCalls:
         Raises:
             OSError: The descriptor cannot be waited for: it is closed, or a regular file.
             DeviceError: The transport watches a descriptor of this number: the device closed its
-                own without :meth:`remove_reader`.
+                own without :meth:`remove_reader`. Or the device is served no more.
         """
-        number = _fileno(fd)
+        number = self._fileno(fd)
         _check_callable(callback)
         present = self._loop.reader(number)
         if present is not None and present is not self._readers.get(number):
@@ -59,7 +60,12 @@ class LoopCalls:
             if not self._call_back(callback, f"the reader of descriptor {number}"):
                 self._loop.remove_reader(number, run)
 
-        self._loop.add_reader(number, run)
+        try:
+            self._loop.add_reader(number, run)
+        except ValueError:
+            raise DeviceError(
+                f"{self._owner} calls add_reader, but what serves it is closed"
+            ) from None
         self._readers[number] = run
 
     def remove_reader(self, fd: int | HasFileno) -> None:
@@ -78,7 +84,13 @@ class LoopCalls:
             ValueError: That is no time, or too long.
         """
         _check_callable(callback)
-        delay = check_seconds(max(seconds, 0.0), "seconds")
+        try:
+            delay = check_seconds(max(seconds, 0.0), "seconds")
+        except TypeError:
+            raise TypeError(
+                f"{self._owner} calls call_later with {reprlib.repr(seconds)}, which is no number "
+                "of seconds"
+            ) from None
         return self._loop.call_later(delay, lambda: self._call_back(callback, "a timer"))
 
     def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
@@ -88,6 +100,22 @@ class LoopCalls:
         """
         _check_callable(callback)
         self._loop.call_soon_threadsafe(lambda: self._call_back(callback, "a callback"))
+
+    def _fileno(self, fd: int | HasFileno) -> int:
+        """A descriptor's number.
+
+        Raises:
+            OSError: It is closed.
+        """
+        try:
+            number = fd if isinstance(fd, int) else fd.fileno()
+        except AttributeError:
+            raise TypeError(
+                f"{self._owner} calls add_reader with {reprlib.repr(fd)}, which is no descriptor"
+            ) from None
+        if number < 0:
+            raise OSError(errno.EBADF, f"descriptor {number} cannot be waited for: it is closed")
+        return number
 
     def _call_back(self, callback: Callable[[], object], what: str) -> bool:
         """Call the device back; whether it raised nothing."""
@@ -111,15 +139,3 @@ class LoopCalls:
 def _check_callable(callback: object) -> None:
     if not callable(callback):
         raise TypeError(f"callback must be callable, not {type(callback).__name__}")
-
-
-def _fileno(fd: int | HasFileno) -> int:
-    """A descriptor's number.
-
-    Raises:
-        OSError: It is closed.
-    """
-    number = fd if isinstance(fd, int) else fd.fileno()
-    if number < 0:
-        raise OSError(errno.EBADF, f"descriptor {number} cannot be waited for: it is closed")
-    return number

@@ -185,11 +185,14 @@ class DeviceHost(LoopCalls):
         Raises:
             DeviceError: The device has no such queue.
         """
-        if not 0 <= index < len(self.queues):
-            raise DeviceError(
-                f"{type(self.device).__name__} has {len(self.queues)} queues, not a queue {index}"
-            )
-        return self.queues[index]
+        try:
+            if 0 <= index < len(self.queues):
+                return self.queues[index]
+        except TypeError:
+            raise TypeError(
+                f"{self._owner} calls queue with {reprlib.repr(index)}, which is no index"
+            ) from None
+        raise DeviceError(f"{self._owner} has {len(self.queues)} queues, not a queue {index}")
 
     def config_changed(self) -> None:
         """Tell the driver that the configuration space has changed. From any thread.
