@@ -196,8 +196,8 @@ class EvictionMachine(RuleBasedStateMachine):
         for name, count in self.counts.items():
             assert getattr(stats, name) == count, name
         assert stats.invalidations == self.invalidations
-        assert len(self.iotlb.leases) == len(self.guards)
-        self.iotlb.check()
+        assert len(self.iotlb._map.leases) == len(self.guards)
+        self.iotlb._map.check()
 
     def teardown(self):
         for _, guard in self.guards:
@@ -224,7 +224,7 @@ def test_a_cache_that_is_used_more_than_it_is_filled():
     assert len(iotlb) == 100
     assert not iotlb.lookup_many(hot, 1, R)[1].any()
     assert iotlb.stats().evictions == 200
-    iotlb.check()
+    iotlb._map.check()
 
 
 def test_parts_of_a_split_entry_are_evicted_on_their_own():
@@ -253,8 +253,8 @@ def test_everything_pinned_exceeds_the_capacity_until_it_may_go():
     "refused",
     [
         lambda t: t.set_mapping(0, 1 << 40, 4096, RW),
-        lambda t: t.take(16, 4096),
-        lambda t: t.add(16, 4096, 0, RW),
+        lambda t: t._map.take(16, 4096),
+        lambda t: t._map.add(16, 4096, 0, RW),
         lambda t: t.invalidate_mapping(0, 4096),
         lambda t: t.set_mapping(0, 0, 0, RW),
     ],
@@ -267,11 +267,11 @@ def test_a_call_that_is_refused_evicts_nothing(refused):
     for page in range(6):
         iotlb.set_mapping(page << 12, page << 20, 4096, RW)
     iotlb.unpin(0, 0x10000)
-    before = list(iotlb), iotlb.stats(), iotlb.generation
+    before = list(iotlb), iotlb.stats(), iotlb._map.generation
     with iotlb.guard(0, 1, R):
         with contextlib.suppress(RuntimeError, ValueError):
             assert not refused(iotlb)
-        assert (list(iotlb), iotlb.stats()._replace(hits=0), iotlb.generation) == before
+        assert (list(iotlb), iotlb.stats()._replace(hits=0), iotlb._map.generation) == before
     iotlb.set_mapping(0x20000, 0, 4096, RW)
     assert len(iotlb) == 2
 
@@ -290,7 +290,7 @@ def test_an_insertion_looks_at_few_entries_that_are_in_use():
     for page in range(3000, 6000):
         iotlb.set_mapping((1 << 40) + (page << 13), 0, 4096, RW)
     assert len(iotlb) == 20_000
-    iotlb.check()
+    iotlb._map.check()
 
 
 def test_pins_that_overlap_nest_and_repeat():
@@ -303,7 +303,7 @@ def test_pins_that_overlap_nest_and_repeat():
         else:
             pins.append((int(rng.integers(40)), int(rng.integers(1, 12))))
             iotlb.pin(pins[-1][0] << 12, pins[-1][1] << 12)
-        iotlb.check()
+        iotlb._map.check()
         page = int(rng.integers(52))
         iotlb.set_mapping(page << 12, 0, 4096, RW)
         for _ in range(60):  # a change looks at a limited number of entries

@@ -205,7 +205,7 @@ def test_batches_say_what_single_lookups_say():
         if page % 9:
             target = page * PAGE if page % 3 else page * PAGE + (1 << 33)
             iotlb.set_mapping(page * PAGE, target, PAGE, [R, RW][page // 3 % 2])
-    iotlb.check()
+    iotlb._map.check()
     starts = rng.integers(0, 702 * PAGE, 4000)
     lengths = rng.choice([0, 1, 8, PAGE, 2 * PAGE, 3 * PAGE, 40 * PAGE], 4000)
     starts[:1000] = starts[:1000] // PAGE * PAGE

@@ -16,7 +16,7 @@ R, RW = int(Permissions.READ), int(Permissions.READ_WRITE)
 @pytest.fixture
 def misses():
     """Those of a ring of 4 of which no area is mapped: its three areas."""
-    ring = SplitRing(AddressSpace(RegionTable([]), Iotlb()), 4, 0x1000, 0x2000, 0x3000)
+    ring = SplitRing(AddressSpace(RegionTable([]), Iotlb()._map), 4, 0x1000, 0x2000, 0x3000)
     return ring.run_once(None)[1]
 
 
@@ -47,7 +47,7 @@ def test_an_access_that_fails_tells_all_that_is_missing_and_all_that_is_forbidde
     for page in (1, 5):
         iotlb.set_mapping(page << 12, page << 12, 4096, Permissions.WRITE)
     with pytest.raises(IotlbFails) as caught:
-        AddressSpace(RegionTable([]), iotlb).gather(0, 7 << 12, R)
+        AddressSpace(RegionTable([]), iotlb._map).gather(0, 7 << 12, R)
     assert caught.value.misses == [(0, 4096), (0x2000, 0x3000), (0x6000, 4096)]
     assert caught.value.access_fails == [(0x1000, 4096), (0x5000, 4096)]
 

@@ -64,7 +64,7 @@ def test_questions_are_asked_at_some_time():
 @pytest.fixture
 def feed():
     table, counters = MissTable(1.0), Counters()
-    updater = IotlbUpdater(Iotlb(), IntervalMap(), table, counters)
+    updater = IotlbUpdater(IntervalMap(), IntervalMap(), table, counters)
     return lambda patience: IotlbFeed(lambda: None, patience, updater, table, counters)
 
 

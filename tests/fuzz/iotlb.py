@@ -59,7 +59,7 @@ class Run:
             users.add(start, length, guest, Permissions.READ_WRITE)
         self.iotlb, self.model = Iotlb(), Iotlb()
         self.misses, self.counters = MissTable(5), Counters()
-        self.updater = IotlbUpdater(self.iotlb, users, self.misses, self.counters)
+        self.updater = IotlbUpdater(self.iotlb._map, users, self.misses, self.counters)
         self.asked: dict[tuple[int, int], set[int]] = {}
 
     def message(self) -> Sent:
@@ -147,7 +147,7 @@ class Run:
                 assert self.misses.is_open(page, access)
 
     def check(self, left: bytes) -> None:
-        self.iotlb.check()
+        self.iotlb._map.check()
         assert list(self.iotlb) == list(self.model)
         self.ours.setblocking(False)
         with contextlib.suppress(BlockingIOError):

@@ -56,7 +56,7 @@ class Run:
 
     def make_ring(self, base: int = 0) -> SplitRing:
         return SplitRing(
-            AddressSpace(self.memory._space.regions, self.iotlb),
+            AddressSpace(self.memory._space.regions, self.iotlb and self.iotlb._map),
             *(SIZE, DESC, AVAIL, USED),
             base=base,
             event_idx=self.rng.randrange(2) == 0,
@@ -137,7 +137,7 @@ class Run:
         assert allowed[changed].all(), [hex(at) for at in changed[~allowed[changed]]]
         assert self.ring.outstanding <= SIZE
         if self.iotlb is not None and not self.ring.outstanding:
-            assert len(self.iotlb.leases) == 0
+            assert len(self.iotlb._map.leases) == 0
 
     def snapshot(self) -> np.ndarray:
         return np.frombuffer(self.memory.read(0, MEMORY), np.uint8)

@@ -53,7 +53,7 @@ class LazyIommu(Iommu):
     def resolve(self, fails, iova, length, access):
         found = 0
         for failed in (*fails.misses, *fails.access_fails):
-            for start, size, target, perm in self.tables.overlapping(*failed):
+            for start, size, target, perm in self.tables._map.overlapping(*failed):
                 if perm.allows(access):
                     self._iotlb.set_mapping(start, target, size, perm)
                     found += 1
@@ -121,7 +121,7 @@ class IommuMemoryMachine(RuleBasedStateMachine):
     @rule(at=iovas, length=st.integers(1, 20))
     def unmap(self, at, length):
         length = min(length, IOVAS - at)
-        self.iommu.tables.cut(self.base + at, length)
+        self.iommu.tables.invalidate_mapping(self.base + at, length)
         self.iommu.iotlb.invalidate_mapping(self.base + at, length)
         for i in range(length):
             self.table.pop(at + i, None)
@@ -291,7 +291,7 @@ class IommuMemoryMachine(RuleBasedStateMachine):
             for page in region.bitmap.dirty_pages().tolist()
         }
         assert marked == self.region_dirty
-        assert len(self.iommu.iotlb.leases) == 0
+        assert len(self.iommu.iotlb._map.leases) == 0
         assert (self.memory.physical_memory is None) == self.memory.enabled
 
 

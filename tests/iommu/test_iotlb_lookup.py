@@ -112,7 +112,7 @@ def test_lookups(mappings, invalidations, lookup, expected):
         else:
             iotlb.invalidate_mapping(*what)
     assert outcome(iotlb, *lookup) == expected
-    iotlb.check()
+    iotlb._map.check()
     _, status = iotlb.lookup_many([lookup[0]], [lookup[1]], lookup[2])
     if isinstance(expected, tuple):
         assert status[0] == (1 if expected[0] else 2)

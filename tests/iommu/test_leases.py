@@ -82,7 +82,7 @@ ACCESSES = {
 )
 def test_no_lease_is_left(memory, way, at, length):
     """Also where the first bytes were translated, or moved, before it failed."""
-    leases = memory.iommu.iotlb.leases
+    leases = memory.iommu.iotlb._map.leases
     with contextlib.suppress(AccessError):
         ACCESSES[way](memory, at, length)
     assert len(leases) == 0
@@ -111,7 +111,7 @@ def test_a_copy_without_the_interpreter_is_held(memory):
         # Another thread gets the interpreter during a copy only if that lets go of it.
         while not stop.is_set():
             first, last = (not iotlb.drain(at, 1, 0.0) for at in (0x100000, 0x100000 + LONG - 1))
-            seen.append((len(iotlb.leases), first, last))
+            seen.append((len(iotlb._map.leases), first, last))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -142,7 +142,7 @@ def test_a_revocation_waits_for_a_transfer_to_a_pipe(memory, way):
             thread = threading.Thread(target=lambda: moved.append(vector.to_file(writer)))
             thread.start()
             holding(memory, reader, 65536)
-            assert len(iotlb.leases) == 1
+            assert len(iotlb._map.leases) == 1
             # Beside it nothing is waited for.
             assert iotlb.drain(0x100000, PAGE, 0.0)
             assert iotlb.drain(0x100000 + LONG - PAGE, PAGE, 0.0)
@@ -171,7 +171,7 @@ def test_a_failed_translation_of_a_ring_keeps_nothing(memory):
     """Nor one that was only looked at: the request stays in the ring, without a lease."""
     physical, iotlb = memory.backend, memory.iommu.iotlb
     iotlb.set_mapping(0, 0, 3 * PAGE, RW)
-    ring = SplitRing(AddressSpace(physical._space.regions, iotlb), 8, 0, PAGE, 2 * PAGE)
+    ring = SplitRing(AddressSpace(physical._space.regions, iotlb._map), 8, 0, PAGE, 2 * PAGE)
     for i, (at, size, flags) in enumerate(
         ((0x104000, PAGE, 1), (0x200000 - 8, 16, 1), (0x300000, 8, 2))
     ):
@@ -184,21 +184,21 @@ def test_a_failed_translation_of_a_ring_keeps_nothing(memory):
         ((0x200000, 8), 1),
         ((0x300000, 8), 2),
     ]
-    assert len(iotlb.leases) == 0
+    assert len(iotlb._map.leases) == 0
     assert ring.lacking() == misses
-    assert len(iotlb.leases) == 0
+    assert len(iotlb._map.leases) == 0
     # Given up, it holds what could be translated, and nothing of what could not.
-    other = SplitRing(AddressSpace(physical._space.regions, iotlb), 8, 0, PAGE, 2 * PAGE)
+    other = SplitRing(AddressSpace(physical._space.regions, iotlb._map), 8, 0, PAGE, 2 * PAGE)
     faulty = other.pop_faulty()
     assert faulty.fault is not None
     assert [size for _, size in faulty.readable.fragments()] == [PAGE]
-    assert len(iotlb.leases) == 1
+    assert len(iotlb._map.leases) == 1
     other.complete(faulty, 0)
-    assert len(iotlb.leases) == 0
+    assert len(iotlb._map.leases) == 0
     iotlb.set_mapping(0x200000, 0x5000, PAGE, R)
     iotlb.set_mapping(0x300000, 0x2000, PAGE, RW)
     (chain,), misses = ring.pop()
-    assert len(iotlb.leases) == 3
+    assert len(iotlb._map.leases) == 3
     with pytest.raises(RuntimeError, match="itself"):
         iotlb.check_drain(0x300000, 1)
     # Then another thread has it, which this one may wait for.
@@ -206,14 +206,14 @@ def test_a_failed_translation_of_a_ring_keeps_nothing(memory):
     iotlb.check_drain(0, 1 << 64)
     assert not iotlb.drain(0x300000, 1, 0.0)
     ring.complete(chain, 0)
-    assert len(iotlb.leases) == 0
+    assert len(iotlb._map.leases) == 0
 
 
 def test_a_vector_of_memory_that_ends_holds_what_comes_before(memory):
     with pytest.raises(InvalidAddressError) as caught:
         memory.gather(0x400000, 2 * PAGE, RW)
     assert (caught.value.addr, caught.value.target) == (0x400000 + PAGE, LONG)
-    assert len(memory.iommu.iotlb.leases) == 0
+    assert len(memory.iommu.iotlb._map.leases) == 0
     assert memory.read_some(0x400000, bytearray(2 * PAGE)) == PAGE
 
 
@@ -296,7 +296,7 @@ def test_a_request_of_many_descriptors_gives_back_each_lease(memory):
     """Its leases are more than a request has room for at first, and than twice as many."""
     physical, iotlb = memory.backend, memory.iommu.iotlb
     iotlb.set_mapping(0, 0, 3 * PAGE, RW)
-    ring = SplitRing(AddressSpace(physical._space.regions, iotlb), 64, 0, PAGE, 2 * PAGE)
+    ring = SplitRing(AddressSpace(physical._space.regions, iotlb._map), 64, 0, PAGE, 2 * PAGE)
     parts = [0x100000 + 0x2000 * i for i in range(37)]
     for i, at in enumerate(parts):
         flags = 1 if i + 1 < len(parts) else 0
@@ -305,10 +305,10 @@ def test_a_request_of_many_descriptors_gives_back_each_lease(memory):
     physical.store(PAGE + 2, 1, 2)
     (chain,), _ = ring.pop()
     chain.hand_over()
-    assert len(iotlb.leases) == len(parts)
+    assert len(iotlb._map.leases) == len(parts)
     assert not any(iotlb.drain(at, 16, 0.0) for at in parts)
     ring.complete(chain, 0)
     # With another one held, the table is looked at.
     with iotlb.guard(0, 1, R):
-        assert len(iotlb.leases) == 1
+        assert len(iotlb._map.leases) == 1
         assert all(iotlb.drain(at, 16, 0.0) for at in parts)

@@ -221,12 +221,12 @@ def test_no_access_after_an_acknowledged_revocation(capacity):
         sys.setswitchinterval(interval)
     if stress.failures:
         raise stress.failures[0]
-    assert len(stress.guest.iotlb.leases) == 0
+    assert len(stress.guest.iotlb._map.leases) == 0
     assert min(stress.progress.values()) > 5, stress.progress
     stats = stress.guest.iotlb.stats()
     assert stats.invalidations > 100
     assert bool(stats.evictions) == (capacity is not None)
     for page in stress.free:
         stress.check_poison(page)
-    stress.guest.iotlb.check()
+    stress.guest.iotlb._map.check()
     print(stress.progress, stats)

@@ -116,7 +116,7 @@ class BigDomain:
     def check(self, endpoint=8):
         """What an endpoint sees, page by page, what the domain and its target hold."""
         iotlb = self.iommu.endpoint(endpoint).iotlb
-        iotlb.check()
+        iotlb._map.check()
         starts = np.arange(self.pages, dtype=np.uint64) * np.uint64(PAGE) + np.uint64(self.base)
         found, states = iotlb.lookup_many(starts, PAGE, Permissions.READ)
         mapped = self.behind != NOWHERE

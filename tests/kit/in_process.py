@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from guestio._core.iommu.intervals import IntervalMap
 from guestio.addr import IovaRange, Permissions
 from guestio.iommu import Iotlb
 from guestio.memory import GuestRegionCollection
@@ -67,7 +66,7 @@ class Tables:
             for (base, length), access in missing:
                 for page in range(base & -PAGE, base + length, PAGE):
                     self.asked += 1
-                    found = self.mappings.overlapping(page, PAGE)
+                    found = self.mappings._map.overlapping(page, PAGE)
                     if found and found[0][3] & access == access:
                         start, _, target, perm = found[0]
                         self.iotlb.set_mapping(page, target + page - start, PAGE, perm)
@@ -99,7 +98,7 @@ class Tables:
         host = self._wire.host
         # A queue's thread may be looking the same page up.
         with self._lock:
-            IntervalMap.cut(self.iotlb, iova, length)
+            self.iotlb._map.cut(iova, length)
         if not self.iotlb.drain(iova, length, host.stop_timeout):
             host.give_up(iova, length)
             assert self.iotlb.drain(iova, length, WAIT)

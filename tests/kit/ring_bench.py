@@ -36,7 +36,7 @@ class Bench(HandRing):
         super().__init__(self.memory, size=size, desc=DESC, avail=AVAIL, used=USED, base=base)
         self.iotlb = Iotlb()
         self.iotlb.set_mapping(0, 0, AREAS, RW)
-        self.space = AddressSpace(self.memory._space.regions, self.iotlb)
+        self.space = AddressSpace(self.memory._space.regions, self.iotlb._map)
         self.order = order
         self.region = InflightRegion.create(1, size) if order in ("noted", "both") else None
         self.memory.write(USED + 2, base.to_bytes(2, "little"))

@@ -209,7 +209,7 @@ class Tables:
     def __init__(self, size: int = 0x80000, seed: int = 0) -> None:
         self.memory = GuestRegionCollection.from_regions([MmapRegion.memfd(0, size)])
         self.iotlb = Iotlb()
-        self.space = AddressSpace(self.memory._space.regions, self.iotlb)
+        self.space = AddressSpace(self.memory._space.regions, self.iotlb._map)
         self.pages: dict[int, int] = {}
         self._free = list(range(0, size, PAGE))
         random.Random(seed).shuffle(self._free)

@@ -56,15 +56,15 @@ def test_leases_that_were_abandoned_are_not_waited_for() -> None:
     iotlb.set_mapping(0, 0, 4 * PAGE, Permissions.READ)
     held = iotlb.guard(PAGE - 1, 2, Permissions.READ)
     other = iotlb.guard(3 * PAGE, 1, Permissions.READ)
-    assert iotlb.leases.abandon(2 * PAGE, PAGE) == []
+    assert iotlb._map.leases.abandon(2 * PAGE, PAGE) == []
     with pytest.raises(RuntimeError):
         iotlb.drain(0, PAGE, timeout=0)
-    assert iotlb.leases.abandon(0, PAGE) == [(PAGE - 1, PAGE)]
+    assert iotlb._map.leases.abandon(0, PAGE) == [(PAGE - 1, PAGE)]
     assert iotlb.drain(0, 2 * PAGE, timeout=0)
     # Not a second time; and one that is taken later counts.
-    assert iotlb.leases.abandon(0, PAGE) == []
+    assert iotlb._map.leases.abandon(0, PAGE) == []
     again = iotlb.guard(0, 1, Permissions.READ)
-    assert sorted(iotlb.leases.abandon(0, 4 * PAGE)) == [(0, 0), (3 * PAGE, 3 * PAGE)]
+    assert sorted(iotlb._map.leases.abandon(0, 4 * PAGE)) == [(0, 0), (3 * PAGE, 3 * PAGE)]
     for guard in (held, other, again):
         guard.close()
-    assert len(iotlb.leases) == 0
+    assert len(iotlb._map.leases) == 0

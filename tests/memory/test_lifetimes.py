@@ -68,7 +68,7 @@ def everything():
         "atomic": GuestMemoryAtomic(memory),
         "iotlb": iommu.iotlb,
         "guard": iommu.translate(0, 8, R),
-        "leases": iommu.iotlb.leases,
+        "leases": iommu.iotlb._map.leases,
         "behind an IOMMU": IommuMemory(memory, iommu),
     }
 
@@ -250,7 +250,7 @@ def test_a_refused_access_lets_go_of_the_memory(kind, call):
         with contextlib.suppress(GuestioError, ValueError, OSError):
             pytest.fail(f"answered {REFUSED[call](memory)}")
         if kind == "behind an IOMMU":
-            assert len(iommu.iotlb.leases) == 0
+            assert len(iommu.iotlb._map.leases) == 0
         del memory
         backing.close()
     finally:
@@ -309,9 +309,9 @@ gc.disable()
 """
         + textwrap.dedent(CYCLES[kind])
         + """
-assert len(tables.iotlb.leases) == 1
+assert len(tables.iotlb._map.leases) == 1
 gc.collect()
-assert len(tables.iotlb.leases) == 0
+assert len(tables.iotlb._map.leases) == 0
 tables.iotlb.invalidate_all()
 print("survived")
 """
@@ -322,7 +322,6 @@ RACES = """
 import faulthandler, gc, os, random, sys, threading, time
 import numpy as np
 from guestio import *
-from guestio._core.iommu.intervals import IntervalMap
 
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
 SIZE = 1 << 18
@@ -378,8 +377,8 @@ CALLS = [
     lambda w, v, s, a, n: s.compare_exchange(0, s.load(0, 8), 2, 8),
     lambda w, v, s, a, n: w.iotlb.set_mapping(a & ~0xFFF, a & ~0xFFF, 0x2000, RW),
     # Those of an Iotlb wait for guards that other threads keep, and these may wait, too.
-    lambda w, v, s, a, n: IntervalMap.cut(w.iotlb, a & ~0xFFF, 0x3000),
-    lambda w, v, s, a, n: IntervalMap.clear(w.iotlb),
+    lambda w, v, s, a, n: w.iotlb._map.cut(a & ~0xFFF, 0x3000),
+    lambda w, v, s, a, n: w.iotlb._map.clear(),
     lambda w, v, s, a, n: w.iotlb.drain(a, n, 0.001),
     lambda w, v, s, a, n: w.iotlb.lookup_many(NOTHING, 4, R),
     lambda w, v, s, a, n: (list(w.iotlb), w.iotlb.explain(a, n, RW), w.iotlb.stats()),
@@ -427,7 +426,7 @@ for thread in threads:
     thread.join()
 assert not wrong, wrong
 assert min(done) > 20, done
-world.iotlb.check()
+world.iotlb._map.check()
 world = None
 gc.collect()
 print("survived")
@@ -478,7 +477,7 @@ from guestio import *
 VALUES = (0, 8, Permissions.READ, bytearray(8), [], None, "x")
 calls = 0
 for name in (
-    "iommu.address_space", "iommu.intervals",
+    "iommu.address_space", "iommu.intervals", "iommu.lookups",
     "memory.bitmap", "memory.leases", "memory.mapping", "memory.slices", "memory.vector",
 ):
     module = importlib.import_module(f"guestio._core.{name}")

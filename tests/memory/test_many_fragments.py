@@ -159,7 +159,7 @@ def test_many_leases_are_all_given_back(scattered):
 
     memory, _, tables, _ = scattered
     tables.iotlb.set_mapping(0, 0, 3 * PAGE, RW)
-    ring = SplitRing(AddressSpace(memory._space.regions, tables.iotlb), 16, 0, PAGE, 2 * PAGE)
+    ring = SplitRing(AddressSpace(memory._space.regions, tables.iotlb._map), 16, 0, PAGE, 2 * PAGE)
     for i in range(9):
         flags = 1 if i < 8 else 0
         descriptor = (0x100000 + i * PAGE).to_bytes(8, "little") + PAGE.to_bytes(4, "little")
@@ -170,9 +170,9 @@ def test_many_leases_are_all_given_back(scattered):
     memory.store(2 * PAGE + 2, 0, 2)
     (chain,), misses = ring.pop()
     assert not misses
-    assert len(tables.iotlb.leases) == 9
+    assert len(tables.iotlb._map.leases) == 9
     assert chain.readable.read() == expected(memory, 9)
     chain.hand_over()
-    assert len(tables.iotlb.leases) == 9
+    assert len(tables.iotlb._map.leases) == 9
     ring.complete(chain, 0)
-    assert len(tables.iotlb.leases) == 0
+    assert len(tables.iotlb._map.leases) == 0

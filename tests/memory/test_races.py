@@ -49,11 +49,11 @@ SCENARIOS = {
             for page in range(16):
                 iotlb.set_mapping(page * PAGE, (page ^ 1) * PAGE, PAGE, RW)
         translate()
-        ring = SplitRing(AddressSpace(old._space.regions, iotlb), 512, 0, 0x3000, 0x5000)
+        ring = SplitRing(AddressSpace(old._space.regions, iotlb._map), 512, 0, 0x3000, 0x5000)
         assert ring.pop() == ([], [])
         held, threads = [], []
         def goes(_):
-            held.append(len(iotlb.leases))
+            held.append(len(iotlb._map.leases))
             threads.append(threading.Thread(target=iotlb.invalidate_all))
             threads[0].start()
             wait_for(lambda: len(iotlb) == 0)
@@ -61,7 +61,7 @@ SCENARIOS = {
         del old
         gc.collect()
         new = collection(16 * PAGE)
-        ring.rebind(AddressSpace(new._space.regions, iotlb))
+        ring.rebind(AddressSpace(new._space.regions, iotlb._map))
         ring.pop()
         assert held == [0], "an object went while a translation was being walked"
         finish(threads[0])
@@ -74,19 +74,19 @@ SCENARIOS = {
         for page in range(4):
             iotlb.set_mapping(page * PAGE, page * PAGE, PAGE, RW)
         ring = SplitRing(
-            AddressSpace(old._space.regions, iotlb), 8, *request(old, 2 * PAGE)
+            AddressSpace(old._space.regions, iotlb._map), 8, *request(old, 2 * PAGE)
         )
         iotlb.set_mapping(0x100000, 0x100000, PAGE, RW)
         chains, misses = ring.pop()
         assert not chains and misses
         held = []
-        watch = weakref.ref(old.find_region(0), lambda _: held.append(len(iotlb.leases)))
+        watch = weakref.ref(old.find_region(0), lambda _: held.append(len(iotlb._map.leases)))
         del old
         gc.collect()
         assert held == []
         new = collection(0x200000)
         request(new, 2 * PAGE)
-        ring.rebind(AddressSpace(new._space.regions, iotlb))
+        ring.rebind(AddressSpace(new._space.regions, iotlb._map))
         assert held == [0], "memory out of reach is still mapped"
         iotlb.set_mapping(0x101000, 0x103000, PAGE, RW)
         (chain,), misses = ring.pop()
@@ -152,7 +152,8 @@ SCENARIOS = {
     "a revocation waits for a copy that outlives its request": """
         memory, iotlb = collection(0x200000), Iotlb()
         iotlb.set_mapping(0, 0, 0x200000, RW)
-        ring = SplitRing(AddressSpace(memory._space.regions, iotlb), 8, *request(memory, 0x80000))
+        space = AddressSpace(memory._space.regions, iotlb._map)
+        ring = SplitRing(space, 8, *request(memory, 0x80000))
         (chain,), _ = ring.pop()
         reader, writer = os.pipe()
         moved = []
@@ -165,7 +166,7 @@ SCENARIOS = {
             return count.value >= 65536
         wait_for(waiting)
         chain.finish(0)
-        assert len(iotlb.leases) == 1
+        assert len(iotlb._map.leases) == 1
         revocation = threading.Thread(
             target=iotlb.invalidate_mapping, args=(0x100000, PAGE), daemon=True
         )
@@ -177,7 +178,7 @@ SCENARIOS = {
             if select.select([reader], [], [], 0.01)[0]:
                 os.read(reader, 1 << 16)
         finish(revocation)
-        assert len(iotlb.leases) == 0 and moved == [0x80000]
+        assert len(iotlb._map.leases) == 0 and moved == [0x80000]
         try:
             chain.finish(0)
         except ValueError:

@@ -210,7 +210,7 @@ def test_an_access_of_nothing_succeeds_everywhere(behind, iova):
         assert (len(vector), ranges) == (0, [])
     assert memory.iommu.iotlb.lookup(iova, 0, W) == []
     assert memory.bitmap.count() == 0
-    assert len(memory.iommu.iotlb.leases) == 0
+    assert len(memory.iommu.iotlb._map.leases) == 0
 
 
 def test_translation_fails_as_a_whole(behind):

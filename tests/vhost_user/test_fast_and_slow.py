@@ -91,7 +91,7 @@ class Side:
         os.truncate(memory, 4 * PAGE)
         self.shared = SharedMemory().replaced([(region, memory) for region in REGIONS])
         os.close(memory)
-        self.translations.change_memory(self.shared)
+        self.translations._change_memory(self.shared)
         ours, self.peer = socket.socketpair()
         self.peer.setblocking(False)
         self.channel = Channel(ours)

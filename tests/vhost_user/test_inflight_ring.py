@@ -107,7 +107,7 @@ def test_each_request_is_completed_once_wherever_it_is_killed() -> None:
         mapping = HostMapping(-1, 0, 4096)
         memoryview(mapping)[: len(notes)] = notes
         ring = SplitRing(
-            AddressSpace(memory._space.regions, _everything()),
+            AddressSpace(memory._space.regions, _everything()._map),
             SIZE,
             DESC,
             AVAIL,

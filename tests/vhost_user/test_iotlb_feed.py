@@ -60,7 +60,7 @@ class Rig:
         users.add(MEMORY, SIZE, 0, Permissions.READ_WRITE)
         self.iotlb = Iotlb() if iotlb is None else iotlb
         self.misses, self.counters = MissTable(5), Counters()
-        updater = IotlbUpdater(self.iotlb, users, self.misses, self.counters)
+        updater = IotlbUpdater(self.iotlb._map, users, self.misses, self.counters)
         self.feed = IotlbFeed(lambda: None, patience, updater, self.misses, self.counters)
         self.core = CoreLoop()
         self.core.add_feed(self.feed)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from guestio._core.iommu.intervals import IntervalMap
 from guestio.addr import Permissions
 from guestio.errors import ProtocolError
 from guestio.iommu import Iotlb
@@ -541,7 +542,7 @@ class ContendedLock:
         self._lock.release()
 
 
-class SlowTable(Iotlb):
+class SlowMap(IntervalMap):
     """A table that is slow to answer, so that it may have changed by then."""
 
     def overlapping(self, start: int, length: int) -> Any:
@@ -557,7 +558,7 @@ def test_no_stale_update_ever_follows_an_invalidation(
 ) -> None:
     """Misses and unmaps race; what the back-end is told must always be what is mapped."""
     rig = make(pipeline=pipeline)
-    rig.service.mappings = SlowTable()
+    rig.service.mappings = Iotlb._of(SlowMap())
     pages, stop, rng = 4, threading.Event(), random.Random(5)
     told: dict[int, int] = {}
     legal: dict[int, int] = {}

@@ -968,7 +968,7 @@ class TestUpdater:
         users.add(0x7F0000000000, 0x10000, 0x1000, Permissions.READ_WRITE)
         users.add(0x7F0000020000, 0x10000, 0x80000, Permissions.READ_WRITE)
         users.add(TOP - 0x2000, 0x2000, 0x200000, Permissions.READ_WRITE)
-        return iotlb, misses, IotlbUpdater(iotlb, users, misses, self.counters)
+        return iotlb, misses, IotlbUpdater(iotlb._map, users, misses, self.counters)
 
     @staticmethod
     def wire(*messages: IotlbMessage) -> bytes:
@@ -1068,6 +1068,6 @@ class TestUpdater:
         with pytest.raises(TypeError):
             IotlbUpdater(None, IntervalMap(), misses, Counters())  # type: ignore[arg-type]
         with pytest.raises(TypeError):
-            IotlbUpdater(iotlb, IntervalMap(), None, Counters())  # type: ignore[arg-type]
+            IotlbUpdater(iotlb._map, IntervalMap(), None, Counters())  # type: ignore[arg-type]
         with pytest.raises(TypeError):
             MissTable(5).receive("text")  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ class Rig:
         self.translations = kind(self.loop, self.asking, self.stats, self.wake, self.receive, 5.0)
         memory = os.memfd_create("translations")
         os.truncate(memory, SIZE)
-        self.translations.change_memory(
+        self.translations._change_memory(
             SharedMemory().adding(MemoryRegion(0, SIZE, USER, 0), memory)
         )
         os.close(memory)

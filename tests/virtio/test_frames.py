@@ -59,7 +59,7 @@ class Bench:
         layout = RingLayout.contiguous(0x1000, ENTRIES)
         self.driver = DriverQueue(self.memory, layout, event_idx=event_idx)
         self.ring = SplitRing(
-            AddressSpace(self.memory._space.regions, iotlb),
+            AddressSpace(self.memory._space.regions, iotlb and iotlb._map),
             ENTRIES,
             layout.desc,
             layout.avail,

@@ -89,7 +89,7 @@ def test_no_ring_harms_the_device(tmp_path: Path, batch: int) -> None:
         fill(memory, rng)
         iotlb = translation(rng) if rng.random() < 0.5 else None
         ring = SplitRing(
-            AddressSpace(memory._space.regions, iotlb),
+            AddressSpace(memory._space.regions, iotlb and iotlb._map),
             *(SIZE, DESC, AVAIL, USED),
             event_idx=rng.random() < 0.5,
             indirect=rng.random() < 0.7,
@@ -99,7 +99,7 @@ def test_no_ring_harms_the_device(tmp_path: Path, batch: int) -> None:
         except GuestioError:
             broken += 1
         assert ring.outstanding <= SIZE
-        assert iotlb is None or ring.broken or not len(iotlb.leases) or ring.outstanding
+        assert iotlb is None or ring.broken or not len(iotlb._map.leases) or ring.outstanding
         served += ring.next_used
         del ring, iotlb
         if case == 200:

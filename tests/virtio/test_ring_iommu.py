@@ -130,7 +130,7 @@ class TestMisses:
         tables.tell(BUF + PAGE, 1)
         rig.offer(0, 1)
         rig.ring.pop()
-        assert len(tables.iotlb.leases) == 0
+        assert len(tables.iotlb._map.leases) == 0
         tables.iotlb.invalidate_all()  # would wait for itself if something was held
 
     def test_a_rule_broken_by_a_later_request(self, tables: Tables, rig: Rig) -> None:
@@ -169,7 +169,7 @@ class TestBrokenRingsHoldNothing:
         rig.offer(0)
         with pytest.raises(QueueError, match="0 bytes"):
             rig.ring.pop_faulty() if faulty else rig.ring.pop()
-        assert len(tables.iotlb.leases) == 0
+        assert len(tables.iotlb._map.leases) == 0
         tables.iotlb.invalidate_all()
 
     @pytest.mark.parametrize("faulty", [False, True])
@@ -179,7 +179,7 @@ class TestBrokenRingsHoldNothing:
         tables.tell(TABLE, 1)
         with pytest.raises(QueueError, match="0 bytes"):
             rig.ring.pop_faulty() if faulty else rig.ring.pop()
-        assert len(tables.iotlb.leases) == 0
+        assert len(tables.iotlb._map.leases) == 0
 
     def test_requests_that_were_taken_before(self, tables: Tables, rig: Rig) -> None:
         rig.put(0, Desc(BUF, 8))
@@ -188,7 +188,7 @@ class TestBrokenRingsHoldNothing:
         rig.offer(0, 1)
         with pytest.raises(QueueError, match="0 bytes"):
             rig.ring.pop()
-        assert len(tables.iotlb.leases) == 0
+        assert len(tables.iotlb._map.leases) == 0
 
     def test_areas_of_the_ring(self) -> None:
         tables = Tables()
@@ -196,7 +196,7 @@ class TestBrokenRingsHoldNothing:
         tables.iotlb.set_mapping(DESC, 0x10000000, PAGE, RW)
         with pytest.raises(QueueError, match="no usable memory behind the ring"):
             rig.ring.pop()
-        assert len(tables.iotlb.leases) == 0
+        assert len(tables.iotlb._map.leases) == 0
 
     def test_a_request_in_memory_that_is_not_there(self, tables: Tables, rig: Rig) -> None:
         tables.iotlb.set_mapping(TABLE, 0x10000000, PAGE, RW)
@@ -205,7 +205,7 @@ class TestBrokenRingsHoldNothing:
         chain = rig.pop_one()
         assert chain.fault is not None
         rig.finish(chain)
-        assert len(tables.iotlb.leases) == 0
+        assert len(tables.iotlb._map.leases) == 0
 
 
 class TestFaulty:
@@ -402,7 +402,7 @@ class TestRevoked:
 
     def test_the_ring_itself_holds_off_nothing(self, tables: Tables, rig: Rig) -> None:
         rig.ring.pop()
-        assert len(tables.iotlb.leases) == 0
+        assert len(tables.iotlb._map.leases) == 0
         tables.iotlb.invalidate_all()
 
     def test_moved_to_other_memory(self, tables: Tables, rig: Rig) -> None:
@@ -422,7 +422,7 @@ class TestRevoked:
     def test_an_eviction_counts_as_a_revocation(self) -> None:
         tables = Tables()
         tables.iotlb = type(tables.iotlb)(capacity=4)
-        tables.space = type(tables.space)(tables.memory._space.regions, tables.iotlb)
+        tables.space = type(tables.space)(tables.memory._space.regions, tables.iotlb._map)
         rig = tables.rig()
         tables.tell(BUF, 1)
         for area in (DESC, AVAIL, USED):

@@ -286,7 +286,7 @@ def test_core_and_model_agree(batch: int) -> None:
             for page, (target, perm) in pages.items():
                 iotlb.set_mapping(page, target, PAGE, Permissions(perm))
         ring = SplitRing(
-            AddressSpace(memory._space.regions, iotlb),
+            AddressSpace(memory._space.regions, iotlb and iotlb._map),
             *(SIZE, DESC, AVAIL, USED),
             base=next_avail,
             indirect=indirect,

@@ -45,7 +45,7 @@ class TestRevokedAmidATurn:
         iotlb.set_mapping(USED, USED, PAGE, RW)
         iotlb.set_mapping(BUFFERS, BUFFERS, 0x80000 - BUFFERS, RW)
         ring = SplitRing(
-            AddressSpace(memory._space.regions, iotlb), size, DESC, AVAIL, USED, ordered=True
+            AddressSpace(memory._space.regions, iotlb._map), size, DESC, AVAIL, USED, ordered=True
         )
         seen: list[bytes] = []
         calls = 0

@@ -356,7 +356,8 @@ class TestAreas:
             tables.tell(iova, 1)
         # An IOMMU with granules of one byte: the used index lies in two of them.
         page = tables.pages[0x3000]
-        tables.iotlb.set_mapping(0x3003, page + 0x803, 1, tables.iotlb.overlapping(0x3000, 1)[0][3])
+        perm = tables.iotlb._map.overlapping(0x3000, 1)[0][3]
+        tables.iotlb.set_mapping(0x3003, page + 0x803, 1, perm)
         rig.put(0, Desc(A, 1))
         rig.offer(0)
         with pytest.raises(QueueError, match="0x3002 is split over mappings"):
@@ -534,7 +535,7 @@ class TestBounds:
         # Pages that repeat one byte of memory: 4096 pieces to a page.
         for i in range(4 * PAGE):
             tables.iotlb.set_mapping(
-                0x100000 + i, 0x5000, 1, tables.iotlb.overlapping(0x1000, 1)[0][3]
+                0x100000 + i, 0x5000, 1, tables.iotlb._map.overlapping(0x1000, 1)[0][3]
             )
         for head in range(64):
             rig.put(head, Desc(0x100000, 4 * PAGE))
@@ -565,7 +566,7 @@ class TestBounds:
         rig = tables.rig(size=512, desc=0x10000, avail=0x20000, used=0x30000)
         for area in (0x10000, 0x20000, 0x30000):
             tables.tell(area, 0x3000)
-        perm = tables.iotlb.overlapping(0x10000, 1)[0][3]
+        perm = tables.iotlb._map.overlapping(0x10000, 1)[0][3]
         for i in range(2 * PAGE):
             tables.iotlb.set_mapping(0x100000 + i, 0x5000, 1, perm)
         rig.put_chain(0, *[Desc(0x100000, 2 * PAGE)] * 512)

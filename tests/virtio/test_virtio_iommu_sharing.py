@@ -452,7 +452,7 @@ class Machine(RuleBasedStateMachine):
         starts = np.arange(PAGES) * PAGE
         for number in ENDPOINTS:
             endpoint = self.iommu.endpoint(number)
-            endpoint.iotlb.check()
+            endpoint.iotlb._map.check()
             there = self.seen(number)
             for access in (Permissions.READ, Permissions.WRITE):
                 found, states = endpoint.iotlb.lookup_many(starts, PAGE, access)
@@ -460,7 +460,7 @@ class Machine(RuleBasedStateMachine):
                     at: phys for at, (phys, flags) in there.items() if flags & access
                 }
             held = sorted(IovaRange(a[1] * PAGE, a[2] * PAGE) for a in self.accesses_of(number))
-            assert len(endpoint.iotlb.leases) == len(held)
+            assert len(endpoint.iotlb._map.leases) == len(held)
         assert self.iommu._state.total_mappings == sum(map(len, self.maps.values()))
 
     def teardown(self):

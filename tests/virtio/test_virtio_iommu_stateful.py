@@ -402,7 +402,7 @@ class Machine(RuleBasedStateMachine):
 
     def check_endpoint(self, number):
         endpoint = self.iommu.endpoint(number)
-        endpoint.iotlb.check()
+        endpoint.iotlb._map.check()
         granted = self.model.permissions(number)
         for access in (Permissions.READ, Permissions.WRITE):
             _, found = endpoint.iotlb.lookup_many(np.arange(SEEN) * PAGE, PAGE, access)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Self
 
 from guestio._core.iommu.intervals import IntervalMap
+from guestio._core.iommu.lookups import Lookups
 from guestio.addr import Permissions, check_access, check_range
 
 EXPLAINED = 64
@@ -34,7 +35,7 @@ class IotlbStats(NamedTuple):
     """Calls of ``invalidate_mapping`` and ``invalidate_all``."""
 
 
-class Iotlb(IntervalMap):
+class Iotlb(Lookups):
     """A cache of I/O virtual address translations.
 
     Mappings may have any alignment and length. Setting one replaces whatever it overlaps;
@@ -54,7 +55,15 @@ class Iotlb(IntervalMap):
 
     def __new__(cls, capacity: int | None = None) -> Self:
         """Make an empty IOTLB."""
-        return super().__new__(cls, merge=True, capacity=capacity)
+        return super().__new__(cls, IntervalMap(capacity=capacity))
+
+    # Changes of the map do not wait for users. Below are those that do; devices of guestio that
+    # take many translations away and wait for all at once are handed the map itself.
+
+    @classmethod
+    def _of(cls, map_: IntervalMap) -> Self:
+        """An IOTLB that has a map which others have already."""
+        return super().__new__(cls, map_)
 
     def set_mapping(self, iova: int, map_to: int, length: int, perm: Permissions) -> None:
         """Map ``[iova, iova + length)`` to ``map_to``, replacing what was there.
@@ -73,7 +82,7 @@ class Iotlb(IntervalMap):
         Cost: O((k + 1) log n) for k entries replaced. If that takes a translation away (moves it
         or restricts it), plus the wait for its users.
         """
-        IntervalMap.overwrite(self, iova, length, map_to, perm, drain=True)
+        self._map.overwrite(iova, length, map_to, perm, drain=True)
 
     def invalidate_mapping(self, iova: int, length: int) -> None:
         """Forget every translation in ``[iova, iova + length)``, splitting mappings at its ends.
@@ -86,7 +95,7 @@ class Iotlb(IntervalMap):
 
         Cost: O((k + 1) log n) for k entries removed, plus the wait for their users.
         """
-        IntervalMap.cut(self, iova, length, drain=True)
+        self._map.cut(iova, length, drain=True)
 
     def invalidate_all(self) -> None:
         """Forget every translation; returns once none is in use any more.
@@ -94,44 +103,7 @@ class Iotlb(IntervalMap):
         Raises:
             RuntimeError: This thread itself uses one; nothing changed.
         """
-        IntervalMap.clear(self, drain=True)
-
-    # What the structure beneath offers does not wait by itself. Here it always does, so that no
-    # translation can be taken away behind the back of its users. Devices of guestio that
-    # take many away and wait afterwards, for all at once, call the structure's own methods.
-
-    def overwrite(
-        self, start: int, length: int, target: int, perm: Permissions, *, drain: bool = True
-    ) -> bool:
-        """As :meth:`set_mapping`; whether a translation was taken away. It always waits."""
-        return IntervalMap.overwrite(self, start, length, target, perm, drain=True)
-
-    def cut(self, start: int, length: int, *, drain: bool = True) -> bool:
-        """As :meth:`invalidate_mapping`; whether anything was mapped. It always waits."""
-        return IntervalMap.cut(self, start, length, drain=True)
-
-    def clear(self, *, drain: bool = True) -> None:
-        """As :meth:`invalidate_all`. It always waits."""
-        IntervalMap.clear(self, drain=True)
-
-    def take(self, start: int, length: int) -> list[tuple[int, int, int, Permissions]] | None:
-        """Take out the mappings of a range, unless one reaches out of it; None then.
-
-        Returns once none of them is in use any more.
-
-        Raises:
-            TypeError, ValueError: Bad numbers, or a length of 0; nothing changed.
-            RuntimeError: This thread itself uses one of them; nothing changed.
-        """
-        self.check_drain(start, length)
-        taken = IntervalMap.take(self, start, length)
-        if taken:
-            self.drain(start, length)
-        return taken
-
-    def __bool__(self) -> bool:
-        """True, also while nothing is mapped: an empty cache is a cache."""
-        return True
+        self._map.clear(drain=True)
 
     def __repr__(self) -> str:
         room = "" if self.capacity is None else f" of {self.capacity}"
@@ -159,7 +131,7 @@ class Iotlb(IntervalMap):
         wanted, end = check_access(access), at + size
         parts: list[str] = []
         missing = refused = pieces = 0
-        for start, extent, target, perm in self.overlapping(at, size):
+        for start, extent, target, perm in self._map.overlapping(at, size):
             if start > at:
                 if len(parts) < EXPLAINED:
                     parts.append(f"  {at:#x}+{start - at:#x} is not mapped")
@@ -184,7 +156,8 @@ class Iotlb(IntervalMap):
             verdict = f"fails: {missing} ranges not mapped, {refused} refused"
         else:
             verdict = "succeeds" if size else "succeeds: an access of 0 bytes touches nothing"
-        before, after = self.neighbours(iova)[0], self.neighbours(end - 1 if size else iova)[1]
+        before = self._map.neighbours(iova)[0]
+        after = self._map.neighbours(end - 1 if size else iova)[1]
         for label, near in (("before", before), ("after", after)):
             if near is None:
                 parts.append(f"  {label}: nothing is mapped")

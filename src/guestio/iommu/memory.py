@@ -138,7 +138,7 @@ class IommuMemory(GuestMemory):
         self.dirty: Final = dirty
         self._space = AddressSpace(
             backend._space.regions,
-            iommu.iotlb,
+            iommu.iotlb._map,
             bitmap if dirty is not DirtyMode.PHYSICAL else None,
             mark_regions=dirty is not DirtyMode.IOVA,
         )

@@ -166,7 +166,7 @@ class Connection(PeerConnection[Header]):
 
     def _forget_translations(self) -> None:
         if not self._host.live:
-            self._translator.forget_all()
+            self._translator._forget_all()
 
     @property
     def translating(self) -> bool:
@@ -207,9 +207,9 @@ class Connection(PeerConnection[Header]):
         """Use other memory; rings and translations are looked up again."""
         with self._host.detached():
             self._shared = shared
-            self._translator.change_memory(shared)
-            iotlb = self._translator.iotlb if self.translating else None
-            self._host.change_memory(AddressSpace(shared.table, iotlb))
+            self._translator._change_memory(shared)
+            known = self._translator.iotlb._map if self.translating else None
+            self._host.change_memory(AddressSpace(shared.table, known))
 
     def get_inflight(self, num_queues: int, queue_size: int) -> tuple[Inflight, int]:
         """See :class:`InflightHandler`."""

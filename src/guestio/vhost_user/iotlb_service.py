@@ -377,7 +377,7 @@ class IotlbService:
 
     def _update_for(self, iova: int, access: int) -> IotlbMessage | None:
         """The UPDATE that answers a miss, or None without a mapping that allows the access."""
-        entries = self.mappings.overlapping(iova, 1)
+        entries = self.mappings._map.overlapping(iova, 1)
         if not entries or self.memory is None:
             return None
         start, size, target, perm = entries[0]

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 
-from guestio._core.iommu.intervals import IntervalMap
 from guestio._core.vhost_user.iotlb_feed import IotlbFeed, IotlbUpdater
 from guestio._core.vhost_user.miss_table import REPEAT_AFTER, MissTable, PendingMiss
 from guestio.addr import IovaRange, Permissions
@@ -81,6 +80,7 @@ class VhostUserTranslator:
         time_limit: float,
     ) -> None:
         self.iotlb = Iotlb(MAX_TRANSLATIONS)
+        self._known = self.iotlb._map
         self.patience = PATIENCE * time_limit
         self._loop = loop
         self._back = back
@@ -91,7 +91,7 @@ class VhostUserTranslator:
         self._time_limit = time_limit
         self._misses = MissTable(time_limit)
         self._updater = IotlbUpdater(
-            self.iotlb, self._shared.user_addresses(), self._misses, statistics.counters
+            self._known, self._shared.user_addresses(), self._misses, statistics.counters
         )
         self.feed = IotlbFeed(
             self._fed, self.patience, self._updater, self._misses, statistics.counters
@@ -105,11 +105,12 @@ class VhostUserTranslator:
         self._unsent = b""
         back.attach(self)
 
-    def change_memory(self, shared: SharedMemory) -> None:
+    # Private, as this and `_forget_all` do not wait for users: all queues are detached or stopped.
+    def _change_memory(self, shared: SharedMemory) -> None:
         """Follow the memory table; what was known is asked for again."""
         self._shared = shared
         self._updater.user_addresses = shared.user_addresses()
-        IntervalMap.clear(self.iotlb)
+        self._known.clear()
 
     def _set_acknowledged(self, acknowledged: bool) -> None:
         self.feed.acknowledged = acknowledged
@@ -175,14 +176,14 @@ class VhostUserTranslator:
         """
         iova, size, uaddr, perm, kind = message
         if kind == IotlbType.INVALIDATE:
-            IntervalMap.cut(self.iotlb, iova, size)
+            self._known.cut(iova, size)
             self._stats.counters.invalidations += 1
             return self.unused(iova, size, seconds)
         at, taken = iova, False
         ranges = self._shared.guest_ranges(uaddr, size)
         self._stats.counters.updates += 1
         for guest_addr, length in ranges:
-            taken |= IntervalMap.overwrite(self.iotlb, at, length, guest_addr, Permissions(perm))
+            taken |= self._known.overwrite(at, length, guest_addr, Permissions(perm))
             at += length
         self._wake(self._misses.answered(iova, size, perm))
         return not taken or self.unused(iova, size, seconds)
@@ -224,14 +225,14 @@ class VhostUserTranslator:
             self._refused.pop(waiter, None)
         self._wake(ready)
 
-    def forget_all(self) -> None:
+    def _forget_all(self) -> None:
         """Forget every translation, because no queue runs.
 
         QEMU forwards no invalidation from the stop of the last queue to the next start, so what is
         known may be wrong then. To be called at both: an answer that was under way when the queues
         stopped arrives afterwards.
         """
-        IntervalMap.clear(self.iotlb)
+        self._known.clear()
 
     def report_failed(self, lacking: list[Miss], forbidden: list[Miss]) -> None:
         """Tell the front-end what was attempted and is not allowed, or some of it if it is much.
@@ -275,7 +276,7 @@ class VhostUserTranslator:
         self._shared = SharedMemory()
         self._refused.clear()
         # This object goes with the garbage collector, which knows nothing of how much that is.
-        self.forget_all()
+        self._forget_all()
 
     def take_acknowledgements(self, fd: int) -> bool:
         """See :class:`~guestio.vhost_user.backend_channel.IotlbSender`."""

@@ -271,7 +271,8 @@ class DeviceHost(LoopCalls):
         with self.detached():
             if translator is not None:
                 self.translator = translator
-            self._space = AddressSpace(memory._space.regions, self.translator.iotlb)
+            iotlb = self.translator.iotlb
+            self._space = AddressSpace(memory._space.regions, None if iotlb is None else iotlb._map)
 
     @property
     def tracked(self) -> bool:

@@ -19,7 +19,7 @@ from guestio._core.iommu.address_space import AddressSpace
 from guestio.addr import IovaRange, check_seconds
 from guestio.budgets import LONGEST_TIMEOUT, STOP_TIMEOUT
 from guestio.errors import QueueError, naming
-from guestio.iommu import IommuMemory
+from guestio.iommu import IommuMemory, Iotlb
 from guestio.memory import GuestRegionCollection
 from guestio.memory.backing import close_fd
 from guestio.virtio.host import DeviceHost
@@ -28,7 +28,6 @@ from guestio.virtio.statistics import Statistics
 from guestio.virtio.translator import Miss, Page, PhysicalTranslator
 
 if TYPE_CHECKING:
-    from guestio._core.iommu.intervals import IntervalMap
     from guestio._core.virtio.inflight import InflightQueue
     from guestio.virtio.device import Device
     from guestio.virtio.layout import RingLayout
@@ -84,7 +83,7 @@ class LocalTranslator:
 
     def __init__(
         self,
-        iotlb: IntervalMap,
+        iotlb: Iotlb,
         wake: Callable[[Iterable[int]], None],
         report: Callable[[IovaRange, int], object],
     ) -> None:
@@ -190,8 +189,8 @@ class LocalTransport:
             self.host.connect(
                 self,
                 PhysicalTranslator()
-                if space.iotlb is None
-                else LocalTranslator(space.iotlb, self.host.wake, report or _ignore),
+                if space._map is None
+                else LocalTranslator(Iotlb._of(space._map), self.host.wake, report or _ignore),
             )
             undo.callback(self._stop)
             self.host.features = features

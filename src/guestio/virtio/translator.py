@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import Protocol, TypeAlias
 
-from guestio._core.iommu.intervals import IntervalMap
 from guestio._core.virtio.loop import Feed
 from guestio.addr import IovaRange
+from guestio.iommu import Iotlb
 
 Page: TypeAlias = tuple[int, int]
 """Address of a page, and the access that is wanted."""
@@ -25,7 +25,7 @@ class Translator(Protocol):
     """
 
     @property
-    def iotlb(self) -> IntervalMap | None:
+    def iotlb(self) -> Iotlb | None:
         """Where translations are looked up; None if addresses are physical."""
         ...
 

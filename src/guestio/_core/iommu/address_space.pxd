@@ -10,7 +10,7 @@ from guestio._core.memory.vector cimport IoVector, RegionTable
 
 cdef class AddressSpace:
     cdef readonly RegionTable regions
-    cdef readonly IntervalMap iotlb
+    cdef IntervalMap iotlb  # None if addresses are physical
     cdef readonly AtomicBitmap bitmap
     cdef readonly bint mark_regions
 

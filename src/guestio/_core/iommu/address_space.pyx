@@ -27,7 +27,7 @@ cdef class AddressSpace:
 
     Args:
         regions: Physical memory.
-        iotlb: The translation in front of it, or None if addresses are physical.
+        iotlb: The map of the translation in front of it, or None if addresses are physical.
         bitmap: Where writes are marked by the address that was used, or None.
         mark_regions: Whether writes are marked in the regions' own bitmaps.
     """
@@ -38,6 +38,11 @@ cdef class AddressSpace:
     ):
         self.regions, self.iotlb = regions, iotlb
         self.bitmap, self.mark_regions = bitmap, mark_regions
+
+    # Private: rings show their space, and a change of this map does not wait for its users.
+    @property
+    def _map(self):
+        return self.iotlb
 
     cdef int translate(
         self, IoVector out, u64 addr, u64 length, int access, Misses failed

@@ -27,6 +27,7 @@ cdef struct Queue:
     size_t pin_room
 
 
+# What is noexcept is plain C on the queue and the tree; room is made by `make_room` and `add_pin`.
 cdef void close_queue(Queue *queue) noexcept nogil
 cdef int make_room(Queue *queue, const Tree *tree, int inserts) except -1
 cdef void enqueue(Queue *queue, u64 stamp, u64 first) noexcept nogil

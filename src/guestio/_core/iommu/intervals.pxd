@@ -2,7 +2,7 @@
 
 from guestio._core.base.checks cimport Span, u8, u32, u64
 from guestio._core.iommu.eviction cimport Queue
-from guestio._core.memory.leases cimport Leases
+from guestio._core.memory.leases cimport Guard, Leases
 from guestio._core.iommu.misses cimport Misses
 from guestio._core.iommu.pieces cimport Outcome, Pieces
 from guestio._core.iommu.tree cimport Entry, Tree
@@ -47,6 +47,8 @@ cdef class IntervalMap:
     cdef u64 seen_cuts         # those of `source` before it was followed
 
     cdef int begin_change(self, int inserts) except -1
+    # What is noexcept is plain C on the map's own memory, under the GIL where it counts: the room
+    # that a change needs was reserved when it began.
     cdef void end_change(self) noexcept
     cdef void refuse_change(self) noexcept
     cdef void put(self, u64 first, Entry entry) noexcept
@@ -60,5 +62,7 @@ cdef class IntervalMap:
         self, Span span, u64 wanted, list found, list misses, list refused
     ) except -1
     cdef void count_outcome(self, Outcome outcome) noexcept
+    cpdef list lookup(self, start, length, access)
+    cpdef Guard guard(self, start, length, access)
     cdef list lookup_span(self, Span span, u64 wanted)
     cdef int fails_of(self, Span span, u64 wanted, Misses failed) except -1

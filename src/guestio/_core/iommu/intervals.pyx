@@ -44,7 +44,10 @@ cdef u64 last_generation = 0
 
 
 cdef inline u64 next_generation() noexcept:
-    """A number that no map has had as its generation. Needs the GIL."""
+    """A number that no map has had as its generation. Needs the GIL.
+
+    It cannot raise: a C integer of the module is counted up, 64 bits wide.
+    """
     global last_generation
     last_generation += 1
     return last_generation
@@ -428,19 +431,8 @@ cdef class IntervalMap:
         finally:
             close_pieces(&found)
 
-    def lookup(self, start, length, access):
-        """Resolve ``[start, start + length)`` for ``access``, whole or not at all.
-
-        Returns:
-            The targets as :class:`~guestio.MappedRange`, in order of the source; their lengths sum
-            to ``length``. Empty for a length of 0, which touches nothing and always succeeds.
-
-        Raises:
-            IotlbFails: Lists every sub-range that is missing and every one that is forbidden.
-            TypeError, ValueError: Bad numbers, or a range past ``2**64``.
-
-        Cost: O(log n + k) for k entries in the range.
-        """
+    cpdef list lookup(self, start, length, access):
+        """See :meth:`Lookups.lookup <guestio._core.iommu.lookups.Lookups.lookup>`."""
         cdef Span span
         cdef u64 wanted = as_access(access)
         as_span(start, length, &span, True)
@@ -508,37 +500,22 @@ cdef class IntervalMap:
             close_pieces(&pieces)
         return outcome
 
-    def guard(self, start, length, access):
-        """Look a range up and hold the translation in one step.
-
-        Returns:
-            A context manager; entering it gives the list that :meth:`lookup` returns. Until it is
-            left, :meth:`drain` of an overlapping range waits.
-
-        Raises:
-            As :meth:`lookup`.
-        """
+    cpdef Guard guard(self, start, length, access):
+        """See :meth:`Lookups.guard <guestio._core.iommu.lookups.Lookups.guard>`."""
         cdef Span span
         cdef u64 wanted = as_access(access)
         as_span(start, length, &span, True)
         # Held before it is looked up, so that no revocation fits in between.
-        cdef Guard guard = self.leases.hold(span)
+        cdef Guard held = self.leases.hold(span)
         try:
-            guard.ranges = [] if span.empty else self.lookup_span(span, wanted)
+            held.ranges = [] if span.empty else self.lookup_span(span, wanted)
         except BaseException:
-            guard.close()
+            held.close()
             raise
-        return guard
+        return held
 
     def drain(self, start, length, timeout=None):
-        """Wait until no translation of this range that was looked up before now is in use.
-
-        Returns:
-            False if ``timeout`` seconds passed first.
-
-        Raises:
-            RuntimeError: This very thread holds one; it would wait for itself.
-        """
+        """See :meth:`Lookups.drain <guestio._core.iommu.lookups.Lookups.drain>`."""
         cdef Span span
         as_span(start, length, &span, True)
         return span.empty or self.leases.wait(span, timeout)
@@ -551,25 +528,7 @@ cdef class IntervalMap:
             self.leases.check_self(span)
 
     def lookup_many(self, starts, lengths, access):
-        """Resolve many ranges at once.
-
-        Args:
-            starts: First addresses: an integer array of numpy, or a list.
-            lengths: Bytes for each, in the same way, or one number for all.
-            access: What every one of them wants to do.
-
-        Returns:
-            ``(targets, status)``: a ``uint64`` and a ``uint8`` array. Status 0: ``targets`` holds
-            where the range begins, and all of it is contiguous there. 1: some of it is unmapped,
-            or it passes ``2**64``. 2: all is mapped but some forbids the access. 3: all is
-            accessible, but it is not contiguous. The target is 0 where the status is not 0.
-            A length of 0 has status 0.
-
-        Raises:
-            TypeError, ValueError: Not integers, negative, or arrays of different lengths.
-
-        Cost: O(n log m + k) for n ranges that meet k of m entries; the GIL is released.
-        """
+        """See :meth:`Lookups.lookup_many <guestio._core.iommu.lookups.Lookups.lookup_many>`."""
         cdef u64 wanted = as_access(access)
         cdef const u64[::1] x = as_u64_array(starts, "starts")
         cdef const u64[::1] size = as_u64_array(lengths, "lengths")
@@ -650,11 +609,7 @@ cdef class IntervalMap:
         add_pin(&self.queue, span.first, span.last)
 
     def unpin(self, start, length):
-        """Undo one :meth:`pin` of exactly this range.
-
-        Raises:
-            ValueError: The range is not pinned.
-        """
+        """Undo one :meth:`pin` of exactly this range; ValueError if it is not pinned."""
         cdef Span span
         as_span(start, length, &span, False)
         if not drop_pin(&self.queue, span.first, span.last):

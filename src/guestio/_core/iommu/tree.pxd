@@ -340,6 +340,7 @@ cdef struct Cursor:
     int index
 
 
+# What is noexcept is plain C on the tree's nodes; room for them is made by `reserve`.
 cdef int open_tree(Tree *tree) except -1
 cdef void close_tree(Tree *tree) noexcept nogil
 cdef int reserve(Tree *tree, int inserts) except -1

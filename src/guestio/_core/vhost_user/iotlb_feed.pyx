@@ -26,7 +26,7 @@ cdef class IotlbUpdater:
     """Applies UPDATE and INVALIDATE messages to an IOTLB.
 
     Args:
-        iotlb: What is changed.
+        iotlb: The map of the IOTLB, which is changed.
         user_addresses: Where the front-end's own addresses are in guest memory.
         misses: The pending misses that updates answer.
         counters: Where to count.

@@ -42,7 +42,7 @@ ReservedRegion = tuple[int, int, int]
 LISTED: Final = 4096
 """Mappings listed at a time: a list of all of a domain's would take more memory than they do."""
 
-_EMPTY: Final = Iotlb()
+_EMPTY: Final = IntervalMap()
 """What an endpoint sees on its way from one space to the next."""
 
 
@@ -95,11 +95,8 @@ class Space:
         id: The guest's number of the domain; None for what unattached endpoints see.
         bypass: Whether every address is mapped to itself.
         mapper: The mappings, each as the driver made it, and the sessions that export them.
-        iotlb: The same for lookups: neighbors are joined, and what passes 2**64 is cut off. The
-            IOTLBs of the endpoints follow it.
         mmio: First addresses of the mappings that have VIRTIO_IOMMU_MAP_F_MMIO.
         endpoints: The endpoints that see them, by id.
-        iotlbs: Their IOTLBs, by id of the endpoint.
         reserved: What the driver cannot map because of them.
         targets: The DMA targets that hold them, by key.
     """
@@ -108,10 +105,12 @@ class Space:
         self.id = number
         self.bypass = bypass
         self.mapper = mapper
-        self.iotlb = Iotlb()
+        # The mappings for lookups: neighbors are joined, and what passes 2**64 is cut off. The maps
+        # of the endpoints' IOTLBs follow it; they are kept here by id of the endpoint.
+        self._map = IntervalMap()
+        self._followers: dict[int, IntervalMap] = {}
         self.mmio: set[int] = set()
         self.endpoints: dict[int, Endpoint] = {}
-        self.iotlbs: dict[int, IntervalMap] = {}
         self.reserved = ReservedUnion()
         self.targets: dict[Hashable, DomainTarget] = {}
         if bypass:
@@ -124,20 +123,22 @@ class Space:
         if registers:
             self.mmio.add(iova)
         # What would lie behind the last physical address is nowhere.
-        IntervalMap.overwrite(self.iotlb, iova, min(size, ADDRESS_SPACE - gpa), gpa, prot)
+        self._map.overwrite(iova, min(size, ADDRESS_SPACE - gpa), gpa, prot)
         return True
 
-    def remove(self, iova: int, size: int) -> list[IntervalMap]:
+    # Private, as the wait for users is the caller's: it does not do that under its lock.
+    def _remove(self, iova: int, size: int) -> list[IntervalMap]:
         """Remove the mappings of a range, none of which reaches out of it.
 
         Returns:
-            The IOTLBs of which a translation in the range is still in use: wait for it.
+            The maps of the endpoints of which a translation in the range is still in use: wait for
+            it.
         """
         if self.mmio:
             self.mmio.difference_update(entry[0] for entry in self.mapper.mappings(iova, size))
         self.mapper.remove_map(iova, size)
-        IntervalMap.cut(self.iotlb, iova, size)
-        return users_of(self.iotlbs, iova, size)
+        self._map.cut(iova, size)
+        return users_of(self._followers, iova, size)
 
     def mappings(self) -> Iterator[MapEntry]:
         """All mappings, ascending; nothing may be added or removed meanwhile."""
@@ -150,13 +151,13 @@ class Space:
     def enter(self, endpoint: Endpoint) -> None:
         """Note that an endpoint sees these mappings, or will. O(1)."""
         self.endpoints[endpoint.id] = endpoint
-        self.iotlbs[endpoint.id] = endpoint.iotlb
+        self._followers[endpoint.id] = endpoint.iotlb._map
         self.reserved.add(endpoint.reserved)
         endpoint.space = self
 
     def leave(self, endpoint: Endpoint) -> None:
         """Undo :meth:`enter`. O(1)."""
-        del self.endpoints[endpoint.id], self.iotlbs[endpoint.id]
+        del self.endpoints[endpoint.id], self._followers[endpoint.id]
         self.reserved.remove(endpoint.reserved)
 
     @property
@@ -238,7 +239,7 @@ class Endpoint(Iommu):
         self.targets: list[DomainTarget] = []
         self._owner = owner
         self._iotlb = Iotlb()
-        follow(self._iotlb, _EMPTY)
+        follow(self._iotlb._map, _EMPTY)
         self._sessions: list[ExportSession] = []
         self._single: ExportSession | None = None
 
@@ -415,9 +416,10 @@ class Endpoint(Iommu):
         """
         return self._owner.add_target(self.id, target, physical)
 
-    def show(self, space: Space | None) -> None:
-        """Have its IOTLB show the mappings of a space, or nothing. For the device. O(1)."""
-        follow(self._iotlb, _EMPTY if space is None else space.iotlb)
+    # Private, as the wait for users is the caller's.
+    def _show(self, space: Space | None) -> None:
+        """Have its IOTLB show the mappings of a space, or nothing. O(1)."""
+        follow(self._iotlb._map, _EMPTY if space is None else space._map)
 
     def explain(self, iova: int, length: int = 1, access: Permissions = Permissions.READ) -> str:
         """Say in a few lines what an access would meet, and why."""

@@ -224,11 +224,11 @@ class State:
             for target in space.targets.values():
                 target.take(entries, space.mmio, journal)
         before = len(space.mapper)
-        users = space.remove(start, size)
+        users = space._remove(start, size)
         self.count((len(space.mapper) - before) * space.weight)
         waits = space.mapper.pending_faults()
-        for iotlb in users:
-            waits += _draining(iotlb, start, size)
+        for seen in users:
+            waits += _draining(seen, start, size)
         yield waits
 
     def _check_total(self, more: int) -> None:
@@ -279,7 +279,7 @@ class State:
             for target in endpoint.targets:
                 target.follow(endpoint, space, self.idle, journal)
         yield self._leave(endpoint, space)
-        endpoint.show(space)
+        endpoint._show(space)
 
     def _leave(self, endpoint: Endpoint, space: Space) -> list[Event]:
         """Take away what an endpoint sees; what is to wait for before it may see anything else."""
@@ -292,13 +292,13 @@ class State:
         self._drop_empty(old)
         moved = [session.move(space.mapper) for session in endpoint.sessions]
         waits = [event for event in moved if event is not None]
-        endpoint.show(None)
-        return waits + _draining(endpoint.iotlb, 0, ADDRESS_SPACE)
+        endpoint._show(None)
+        return waits + _draining(endpoint.iotlb._map, 0, ADDRESS_SPACE)
 
     def place(self, endpoint: Endpoint, space: Space) -> None:
         """Attach an endpoint that is not in use yet, as when a snapshot is restored."""
         self._leave(endpoint, space)
-        endpoint.show(space)
+        endpoint._show(space)
 
     def reset(self) -> Steps:
         """Detach every endpoint."""
@@ -309,7 +309,7 @@ class State:
         self.hurry()
         yield waits
         for endpoint in attached:
-            endpoint.show(self.idle)
+            endpoint._show(self.idle)
         return b""
 
     def hurry(self) -> None:
@@ -334,7 +334,7 @@ class State:
                 session.revoke()
             yield [event for endpoint in endpoints for event in self._leave(endpoint, new)]
             for endpoint in endpoints:
-                endpoint.show(new)
+                endpoint._show(new)
         return b""
 
     def add_endpoint(self, number: int, regions: list[ReservedRegion]) -> Steps:
@@ -342,7 +342,7 @@ class State:
         if number in self.endpoints:
             raise ValueError(f"endpoint {number} exists")
         endpoint = Endpoint(self._owner, number, regions, self.idle)
-        endpoint.show(self.idle)
+        endpoint._show(self.idle)
         with self._lock:
             self.idle.enter(endpoint)
             self.endpoints[number] = endpoint
@@ -484,17 +484,17 @@ def _all_or_nothing(*, raises: bool = False) -> Iterator[Journal]:
         raise Refused(status_of(error), str(error)) from error
 
 
-def _draining(iotlb: IntervalMap, start: int, length: int) -> list[Event]:
+def _draining(seen: IntervalMap, start: int, length: int) -> list[Event]:
     """What to wait for until a translation that was removed is no longer in use."""
     try:
-        if iotlb.drain(start, length, 0):
+        if seen.drain(start, length, 0):
             return []
     except RuntimeError:
         pass  # this very thread uses one: it must get on before it can let go
     done = Event()
 
     def wait() -> None:
-        if not iotlb.drain(start, length, STOP_TIMEOUT):
+        if not seen.drain(start, length, STOP_TIMEOUT):
             LOG.report(
                 _log,
                 logging.ERROR,
@@ -504,7 +504,7 @@ def _draining(iotlb: IntervalMap, start: int, length: int) -> list[Event]:
                 length,
                 STOP_TIMEOUT,
             )
-            iotlb.drain(start, length)
+            seen.drain(start, length)
         done.set()
 
     threading.Thread(target=wait, name="guestio-iommu-drain", daemon=True).start()
