@@ -283,7 +283,7 @@ class TestAccessesThatHaveBegun:
             thread.start()
         end = time.monotonic() + 1.0
         rounds = 0
-        while time.monotonic() < end or not wrote[0]:
+        while time.monotonic() < end or not wrote[0] or rounds <= 10:
             send_all(iommu, map_(1, 0, PAGE - 1, 0x4000))
             time.sleep(0)
             answer = iommu.handle_request(unmap(1, 0, PAGE - 1), 4)
@@ -297,7 +297,6 @@ class TestAccessesThatHaveBegun:
         stop.set()
         for thread in threads:
             thread.join()
-        assert rounds > 10
 
 
 class TestReset:
