@@ -608,6 +608,12 @@ def test_a_disk_without_a_server(tmp_path: Path, without: str) -> None:
     device.close()
 
 
+class Idle(Device):
+    device_id = DeviceId.BLOCK
+    num_queues = 2
+    device_queues = (0,)
+
+
 class TestNoDevice:
     """What cannot be served is refused before anything listens."""
 
@@ -618,6 +624,7 @@ class TestNoDevice:
             (lambda: None, "must be a guestio Device, not None"),
             (lambda: with_attributes(device_id=None), "Faulty.device_id is missing"),
             (lambda: with_attributes(device_id="sixty"), "Faulty.device_id must be an integer"),
+            (Idle, "Idle has no process method .* queue 1, which is not in"),
             (lambda: with_attributes(num_queues=0), "num_queues 0 is not in 1..256"),
             (lambda: with_attributes(num_queues=257), "num_queues 257 is not in 1..256"),
             (lambda: with_attributes(num_queues=True), "num_queues must be an integer"),

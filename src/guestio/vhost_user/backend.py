@@ -8,6 +8,7 @@ import logging
 import operator
 import os
 import socket
+from collections.abc import Collection
 from typing import Any, Literal
 
 from guestio.addr import check_address, check_int, check_seconds, shown
@@ -137,6 +138,7 @@ class Backend(PeerServer):
             raise ValueError(f"indirect {indirect!r} is neither 'auto' nor 'on' nor 'off'")
         if check_int(poll_us, "poll_us") < 0:
             raise ValueError(f"poll_us {poll_us} must not be negative")
+        _check_processes(device)
         self.device = device
         self.statistics = Statistics(device_failures=functools.partial(_failures, device))
         self._offered = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_EVENT_IDX
@@ -199,6 +201,20 @@ class Backend(PeerServer):
 
     def _count_protocol_error(self) -> None:
         self.statistics.protocol_errors += 1
+
+
+def _check_processes(device: Device) -> None:
+    """Refuse a device that has a queue for `Device.process`, and does not provide that."""
+    if getattr(device.process, "__func__", None) is not Device.process:
+        return
+    owned = device.device_queues
+    if isinstance(owned, Collection):
+        for index in range(device.num_queues):
+            if index not in owned:
+                raise TypeError(
+                    f"{type(device).__name__} has no process method for the requests of queue "
+                    f"{index}, which is not in its device_queues"
+                )
 
 
 def _failures(device: Device) -> int:
