@@ -21,8 +21,8 @@ ENDS_WITHIN = 2.0
 SERVERS = ["blk", "console", "input", "net", "rng", "serve"]
 
 DICE = '''
-import os, sys, time
-from concurrent.futures import Future
+import atexit, os, sys, threading, time
+from concurrent.futures import Future, ThreadPoolExecutor
 from guestio.virtio import Device
 
 class Dice(Device):
@@ -80,6 +80,15 @@ class Stubborn(Dice):
             print(method, file=sys.stderr, flush=True)
             while True:
                 time.sleep(1000)
+
+class Lingering(Dice):
+    def __init__(self, what):
+        if what == "thread":
+            threading.Thread(target=time.sleep, args=(1000,)).start()
+        elif what == "executor":
+            ThreadPoolExecutor(1).submit(time.sleep, 1000)
+        else:
+            atexit.register(time.sleep, 1000)
 
 class Unclosable(Dice):
     def close(self):
@@ -287,6 +296,15 @@ def test_a_device_whose_close_hangs_is_ended_in_time(
 ) -> None:
     program = start("dice:Stubborn", "--arg", "method=close")
     assert "the device hangs" in program.end(number)
+
+
+@pytest.mark.parametrize("what", ["thread", "executor", "handler"])
+def test_what_a_device_leaves_behind_does_not_keep_the_process(
+    start: Callable[..., Program], what: str
+) -> None:
+    logged = start("dice:Lingering", "--arg", f"what={what}").end()
+    assert "dice:Lingering ended: connections=0" in logged
+    assert logged.endswith("threads of the device, or its exit handlers, go on\n")
 
 
 def test_what_close_raises_is_logged(start: Callable[..., Program]) -> None:

@@ -7,6 +7,8 @@ import functools
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -252,6 +254,9 @@ class Server:
             if "new thread" not in str(error):
                 raise
             why = f"{error} (ulimit -u, pids.max)"
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
+            raise
         finally:
             if why:
                 # Not directly: a reader of standard error that reads nothing must not keep us.
@@ -259,8 +264,23 @@ class Server:
             if not log.drain(EXIT_GRACE):
                 # The end of Python waits for what is written to standard error.
                 os._exit(status)
+            _leave_within(stop.seconds_left, log, status)
         if status:
             sys.exit(status)
+
+
+def _leave_within(seconds: float, log: StderrLog, status: int) -> None:
+    """Limit the end of Python, which waits for threads and for what was registered for it."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        log.say("guestio: ended although threads of the device, or its exit handlers, go on")
+        log.drain(EXIT_GRACE)
+        os._exit(status)
+
+    # Where no thread can be had, Python ends as it does.
+    with contextlib.suppress(RuntimeError):
+        threading.Thread(target=end, name="guestio-end", daemon=True).start()
 
 
 def _close(device: Device) -> None:

@@ -28,8 +28,8 @@ def serve(
 
     One line on standard error, ``listening on PATH``, says that a front-end may connect; with other
     sockets it is :attr:`Backend.ready_line <guestio.vhost_user.Backend.ready_line>`. A signal
-    ends the service within 2 s, whatever the guest or the device does, and removes the socket. The
-    signals are handled as before afterwards.
+    ends the service within 2 s, whatever the guest or the device does, and removes the socket; but
+    not while ``attached`` is in this very thread. The signals are handled as before afterwards.
 
     Args:
         device: What to serve; it is the caller's to close.
@@ -158,6 +158,12 @@ class Signals:
             if thread.ident is not None:
                 self._write(_NO_SIGNAL)
                 thread.join()
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until CLOSE_TIMEOUT after the first signal that ends the service, or from now."""
+        since = time.monotonic() if self._ended_at is None else self._ended_at
+        return max(since + CLOSE_TIMEOUT - time.monotonic(), 0.0)
 
     def _limit(self, left: threading.Event, give_up: Callable[[], object]) -> None:
         poll = select.poll()
