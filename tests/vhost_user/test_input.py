@@ -315,11 +315,13 @@ def test_a_script_is_played_from_when_a_guest_takes_events(tmp_path: Path) -> No
     ("text", "complaint"),
     [
         ("1", "line 1: a time without events"),
-        ("\n\nsoon KEY_A", "line 3: could not convert"),
+        ("\n\nsoon KEY_A", "line 3: soon is no time"),
         ("1 KEY_A\n0.5 KEY_B", "line 2: 0.5 s is not later"),
         ("-1 KEY_A", "line 1: -1 s is not later"),
-        ("nan KEY_A", "line 1: nan s is not later"),
-        ("inf KEY_A", "line 1: inf s is not later"),
+        ("1 KEY_A 3", "line 1: KEY_A 3 is not from 0 to 2"),
+        ("1 KEY_A -1", "line 1: KEY_A -1 is not from 0 to 2"),
+        ("nan KEY_A", "line 1: nan is no time"),
+        ("inf KEY_A", "line 1: inf is no time"),
         ("1 KEY_NONSENSE", "has no KEY_NONSENSE"),
         ("1 REL_X 5", "has no REL_X"),
         ("1 KEY_A KEY_B", "KEY_A has no value"),
@@ -414,3 +416,12 @@ def test_the_command_refuses_scripts_that_mean_nothing(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1, done.stderr
         assert complaint in done.stderr
+
+
+def test_an_axis_has_its_range() -> None:
+    device = InputDevice.tablet()
+    assert device.send(("ABS_X", 0), ("ABS_Y", 32767))
+    for value in (-1, 32768):
+        with pytest.raises(ValueError, match=f"ABS_X {value} is not from 0 to 32767"):
+            device.send(("ABS_X", value))
+    assert len(device._waiting) == 3, "two events and the end of their report"

@@ -49,6 +49,7 @@ _TABLES: Final = {
     "REP": ("EV_REP", tables.REP),
 }
 
+_ANY: Final = (-(2**31), 2**31 - 1)
 _SET_BY_DRIVER: Final = frozenset(tables.EV[kind] for kind in ("EV_LED", "EV_SND", "EV_REP"))
 
 Event = tuple[str, int]
@@ -116,6 +117,7 @@ class InputDevice(Device):
         self.leds: dict[str, bool] = {}
         self.dropped = 0
         self._codes: dict[str, tuple[int, int]] = {}
+        self._limits: dict[str, tuple[int, int]] = {}
         self._space: dict[tuple[int, int], bytes] = {}
         self._select = self._subsel = 0
         self._host: DeviceHost | None = None
@@ -142,6 +144,7 @@ class InputDevice(Device):
                 raise ValueError(f"{each} is no absolute axis")
             self._codes[each] = kind, number
             self._describe(_ABS_INFO, number, _range(each, AbsInfo(*info)))
+            self._limits[each] = info[0], info[1]
         self._names = {number: each for each, number in self._codes.items()}
         self.leds = {each: False for each in self._codes if each.startswith("LED_")}
         unknown = [each for each in properties if each not in tables.INPUT_PROP]
@@ -193,8 +196,9 @@ class InputDevice(Device):
             False if the report was dropped: the guest has not taken those before it.
 
         Raises:
-            ValueError: The device has no such code, or a value is no signed number of 32 bits;
-                nothing is sent.
+            ValueError: The device has no such code, or a value is none of it: an axis has a range,
+                a key is 0 (up), 1 (down) or 2 (repeated), others are signed numbers of 32 bits.
+                Nothing is sent.
 
         Threads: from any. Reports are sent whole, in the order of the calls.
         """
@@ -217,6 +221,9 @@ class InputDevice(Device):
             raise ValueError(f"{self!r} has no {name}")
         if not -(2**31) <= check_int(value, name) < 2**31:
             raise ValueError(f"{name} {value} is no signed number of 32 bits")
+        least, most = self._limits.get(name, (0, 2) if code[0] == tables.EV["EV_KEY"] else _ANY)
+        if not least <= value <= most:
+            raise ValueError(f"{name} {value} is not from {least} to {most}")
         return _EVENT.pack(*code, value)
 
     def press(self, *names: str) -> bool:
@@ -283,7 +290,7 @@ class InputDevice(Device):
             if not words:
                 continue
             try:
-                seconds, before = float(words[0]), now
+                seconds, before = _seconds(words[0]), now
                 now = now + seconds if words[0].startswith("+") else seconds
                 if not before <= now < math.inf:
                     raise ValueError(f"{words[0]} s is not later than the line before")
@@ -444,6 +451,16 @@ def _text(text: str, what: str) -> bytes:
     if len(data) > _ROOM:
         raise ValueError(f"{what} {text!r} is longer than {_ROOM} bytes")
     return data
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ValueError(f"{text} is no time in seconds")
+    return seconds
 
 
 def _range(name: str, info: AbsInfo) -> bytes:
