@@ -218,7 +218,7 @@ class InputDevice(Device):
         name, value = event
         code = self._codes.get(name)
         if code is None:
-            raise ValueError(f"{self!r} has no {name}")
+            raise ValueError(f"the device has no {name}")
         if not -(2**31) <= check_int(value, name) < 2**31:
             raise ValueError(f"{name} {value} is no signed number of 32 bits")
         least, most = self._limits.get(name, (0, 2) if code[0] == tables.EV["EV_KEY"] else _ANY)

@@ -174,9 +174,8 @@ def _open_tap(name: str, *, multi: bool) -> int:
     try:
         fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise DeviceError(
-            f"cannot open the tap {name}: {TUN}: {error.strerror} (is the module tun loaded?)"
-        ) from error
+        hint = "" if error.errno == errno.EACCES else " (is the module tun loaded?)"
+        raise DeviceError(f"cannot open the tap {name}: {TUN}: {error.strerror}{hint}") from error
     flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if multi else 0)
     try:
         fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(os.fsencode(name), flags))
