@@ -30,7 +30,7 @@ class ConsoleDriver(Driver):
         features = F_SIZE | (F_MULTIPORT if ports > 1 else 0)
         self.seen = [0] * queues
         options = {"features": features, "queues": queues, **options}
-        super().__init__(target, **options)  # type: ignore[arg-type]
+        super().__init__(target, **options)  # type: ignore[arg-type]  # options of any type
 
     def place(self, index: int, number: int) -> int:
         return PLACES + (index * SLOTS + number % SLOTS) * SLOT

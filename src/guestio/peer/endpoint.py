@@ -136,7 +136,7 @@ class Listener:
         try:
             self._loop.add_reader(self._socket.fileno(), self._accept)
         except OSError as error:
-            log.error("cannot wait for peers: %s", error.strerror)  # noqa: TRY400
+            log.error("cannot wait for peers: %s", error.strerror)  # noqa: TRY400 - the cause is named
             self.pause()
 
     def _accept(self) -> None:

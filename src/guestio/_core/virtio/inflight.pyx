@@ -125,6 +125,7 @@ cdef class InflightQueue:
         put_u16(&self.desc[head].next, get_u16(&self.region.last_batch_head))
         put_u16(&self.region.last_batch_head, head)
 
+    # Stores to a mapping that stays, under the GIL, and nothing else: it cannot raise.
     cdef void published(self, const u16 *heads, u32 count, u16 used_idx) noexcept:
         """Note that the used index was stored, with the heads that it began to cover."""
         cdef u32 i

@@ -482,6 +482,7 @@ cdef class Ring(RingAreas):
         self.add_pending(chain)
         return True
 
+    # Plain C on the ring's own table, which has room for each entry of the ring: it cannot raise.
     cdef void add_pending(self, Chain chain) noexcept:
         """Enter a completed request among those to be published, at its place in the used ring."""
         cdef u16 place = chain.position
