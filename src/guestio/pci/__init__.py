@@ -5,6 +5,7 @@
 where an interrupt goes, and ``memory`` is what the device reaches by DMA.
 """
 
+from guestio._core.pci.doorbell import CallbackDoorbell, Doorbell, EventfdDoorbell
 from guestio.pci.capabilities import (
     Capability,
     Msi,
@@ -19,7 +20,10 @@ from guestio.pci.host import PciHost
 
 __all__ = [
     "Bar",
+    "CallbackDoorbell",
     "Capability",
+    "Doorbell",
+    "EventfdDoorbell",
     "Msi",
     "MsiX",
     "PciDevice",

@@ -7,6 +7,7 @@ from operator import index as as_index
 from typing import TYPE_CHECKING, Final
 
 from guestio._core.memory.slices import VolatileSlice
+from guestio._core.pci.doorbell import Doorbell, Doorbells
 from guestio.addr import check_int
 from guestio.errors import DeviceError
 from guestio.memory import Backing
@@ -26,7 +27,7 @@ class PciHost(LoopCalls):
     """A PCI device and what a transport drives of it.
 
     A device is handed its host by `PciDevice.attached`, and uses :attr:`memory`,
-    :meth:`interrupt`, ``add_reader``, ``remove_reader``, ``call_later`` and
+    :meth:`interrupt`, :meth:`add_doorbell`, ``add_reader``, ``remove_reader``, ``call_later`` and
     ``call_soon_threadsafe``. The rest is for transports, in the loop's thread.
 
     Args:
@@ -42,6 +43,7 @@ class PciHost(LoopCalls):
         bars: Its BARs, that of MSI-X included.
         config: Its configuration space.
         interrupts: Its vectors, for a transport.
+        doorbells: Its doorbells, for a transport.
         failures: Calls in which the device raised an exception, or returned no number.
     """
 
@@ -64,6 +66,8 @@ class PciHost(LoopCalls):
         self.config: Final = ConfigSpace(
             device, self.bars, capabilities, 1 if device.interrupts else 0
         )
+        self.doorbells: Final = Doorbells(self._doorbell_failed)
+        self._serving_doorbells = False
         self.failures = 0
         self._views: dict[int, VolatileSlice] = {
             number: _view(bar.memory) for number, bar in self.bars.items() if bar.memory is not None
@@ -89,6 +93,67 @@ class PciHost(LoopCalls):
             )
         self.interrupts.raise_interrupt(vector)
 
+    def add_doorbell(self, bar: int, offset: int, size: int, doorbell: Doorbell) -> None:
+        """Have a driver's writes to a range of registers handled in the core.
+
+        Writes that lie in the range as a whole and are at most as wide as the BAR's accesses ring
+        the doorbell instead of calling `PciDevice.write`; reads go to the device as ever. All
+        doorbells that were rung serve after the messages that had arrived were obeyed, each once.
+
+        Args:
+            bar: The BAR.
+            offset: Where the range begins.
+            size: Its bytes.
+            doorbell: What is rung. One doorbell may have several ranges.
+
+        Raises:
+            DeviceError: The device has no such BAR, or the range leaves it, overlaps another
+                doorbell's, or what the driver reaches without the device.
+            TypeError: That is no doorbell, or no number.
+        """
+        if not isinstance(doorbell, Doorbell):
+            raise TypeError(f"doorbell must be a guestio Doorbell, not {doorbell!r}")
+        where = f"a doorbell at {check_int(offset, 'offset'):#x}+{check_int(size, 'size'):#x}"
+        place = self.bars.get(check_int(bar, "bar"))
+        if place is None or offset < 0 or size < 1 or offset + size > place.size:
+            raise DeviceError(f"{self._owner} has no room for {where} of BAR {bar}")
+        if place.memory is not None and any(
+            at < offset + size and offset < at + length
+            for at, length in place.areas or ((0, place.size),)
+        ):
+            raise DeviceError(f"{where} of BAR {bar} is in memory that the driver maps")
+        if any(self._msix_bytes(bar, at, 1) is not None for at in range(offset, offset + size)):
+            raise DeviceError(f"{where} of BAR {bar} is in the table or pending bits of MSI-X")
+        try:
+            self.doorbells.add(bar, offset, size, place.width, doorbell)
+        except ValueError as error:
+            raise DeviceError(f"{self._owner}: {error}") from None
+
+    def remove_doorbell(self, bar: int, offset: int) -> None:
+        """Remove the doorbell whose range begins at ``offset``: it is rung and served no more.
+
+        Raises:
+            DeviceError: There is none.
+        """
+        try:
+            self.doorbells.remove(bar, offset)
+        except ValueError as error:
+            raise DeviceError(f"{self._owner}: {error}") from None
+
+    def _doorbell_failed(self, method: str) -> None:
+        self._count_failure(f"{method} of a doorbell of {self._owner} raised", trace=True)
+
+    def _serve_doorbells(self) -> None:
+        """Serve what was rung for, once what is being done is done."""
+        if not self._serving_doorbells:
+            self._serving_doorbells = True
+            self._loop.call_soon_threadsafe(self._serve_rung)
+
+    def _serve_rung(self) -> None:
+        self._serving_doorbells = False
+        if self.doorbells.serve_rung():
+            self._serve_doorbells()
+
     # What a transport drives.
 
     def connect(self, space: AddressSpace, remote: RemoteMemory | None = None) -> None:
@@ -99,6 +164,7 @@ class PciHost(LoopCalls):
         """End serving a driver: the device is reset, and reaches nothing any more."""
         self.memory.connect(None)
         self.interrupts.close()
+        self.doorbells.forget_rung()
         self.reset()
 
     def reset(self) -> None:
@@ -165,7 +231,11 @@ class PciHost(LoopCalls):
         if bar.mapped(at, len(data)):
             self._views[index].write(at, data)
         elif self._msix_bytes(index, at, len(data)) is None:
-            self._call_device("write", index, at, len(data), int.from_bytes(data, "little"))
+            value = int.from_bytes(data, "little")
+            if self.doorbells.write(index, at, len(data), value):
+                self._serve_doorbells()
+            else:
+                self._call_device("write", index, at, len(data), value)
         elif self._msix is not None and at < self._msix.table + self._msix.table_size:
             at -= self._msix.table
             self._table[at : at + len(data)] = data

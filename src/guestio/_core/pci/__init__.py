@@ -1,0 +1,1 @@
+"""PCI functions' part of the core: registers that are written without entering Python."""
