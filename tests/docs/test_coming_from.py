@@ -29,11 +29,12 @@ class Page(NamedTuple):
 PAGES = [
     Page("coming-from-vm-memory", 150, ("guestio",), ()),
     Page("coming-from-crosvm", 30, ("guestio.virtio.iommu", "guestio.iommu"), ("iommu", "virtio")),
+    Page("coming-from-virtio-queue", 25, ("guestio",), ()),
     Page("coming-from-openvmm", 25, ("guestio.dma", "guestio"), ("dma",)),
 ]
 COMPLETE = {"coming-from-vm-memory"}
 """Pages whose every line names our parts in full."""
-PINNED = COMPLETE | {"coming-from-openvmm"}
+PINNED = COMPLETE | {"coming-from-openvmm", "coming-from-virtio-queue"}
 """Pages without an empty cell, whose every line names test functions."""
 
 
