@@ -226,6 +226,14 @@ DMA_REVOKE_AFTER = 4.0
 """Seconds that an access of a PCI device may go on after its client has unmapped the memory; then
 the memory is taken away from it. The client waits: QEMU with the whole guest, for 5 s at most."""
 
+BUS_PATIENCE = 0.5
+"""Seconds that a virtqueue of a PCI function waits for memory that is not mapped; then its request
+fails, or the queue breaks if that memory is its ring. A client that rearranges its maps takes them
+away for a moment."""
+
+BUS_LOOK = 0.01
+"""Seconds between looks whether it is mapped."""
+
 DMA_COPY = 1 << 24
 """Bytes of memory that a client does not share which one access reaches; it fails beyond."""
 

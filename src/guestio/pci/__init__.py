@@ -2,11 +2,13 @@
 
 ``device`` says what a PCI device is, ``host`` is what a transport drives and a device uses.
 ``config`` is the configuration space, ``capabilities`` are what may be in it, ``interrupts`` says
-where an interrupt goes, and ``memory`` is what the device reaches by DMA.
+where an interrupt goes, and ``memory`` is what the device reaches by DMA. ``virtio_pci`` makes a
+virtio device one.
 """
 
 from guestio._core.pci.doorbell import CallbackDoorbell, Doorbell, EventfdDoorbell
 from guestio.pci.capabilities import (
+    BarWindow,
     Capability,
     Msi,
     MsiX,
@@ -17,9 +19,11 @@ from guestio.pci.capabilities import (
 )
 from guestio.pci.device import Bar, PciDevice
 from guestio.pci.host import PciHost
+from guestio.pci.virtio_pci import VirtioPci
 
 __all__ = [
     "Bar",
+    "BarWindow",
     "CallbackDoorbell",
     "Capability",
     "Doorbell",
@@ -32,4 +36,5 @@ __all__ = [
     "PowerManagement",
     "SerialNumber",
     "VendorSpecific",
+    "VirtioPci",
 ]

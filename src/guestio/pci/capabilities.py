@@ -193,6 +193,29 @@ class VendorSpecific(Capability):
 
 
 @dataclass(frozen=True)
+class BarWindow(Capability):
+    """A window in the configuration space through which BARs are accessed: virtio's, type 5.
+
+    The driver writes a BAR, an offset and a length of 1, 2 or 4 bytes; a read or write of the
+    capability's data is one of the BAR then (virtio 1.4, section 4.1.4.9). Firmware uses it while
+    BARs have no address that it reaches.
+    """
+
+    number = 0x09
+    BAR: ClassVar[int] = 4
+    """Offset of the BAR's number in the capability, a byte."""
+    PLACE: ClassVar[int] = 8
+    """Offset of the offset and the length, 32 bits each, and of the data, 4 bytes."""
+
+    def layout(self) -> Layout:
+        """See :class:`Capability`."""
+        return Layout(
+            struct.pack("<BBBB2xIII", 20, 5, 0, 0, 0, 0, 0),
+            struct.pack("<BBBB2xIII", 0, 0, 0xFF, 0, 2**32 - 1, 2**32 - 1, 2**32 - 1),
+        )
+
+
+@dataclass(frozen=True)
 class SerialNumber(Capability):
     """A serial number of 64 bits; for a PCI Express function.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from guestio.errors import DeviceError
-from guestio.pci.capabilities import Capability, PciExpress, PowerManagement
+from guestio.pci.capabilities import BarWindow, Capability, MsiX, PciExpress, PowerManagement
 
 if TYPE_CHECKING:
     from guestio.pci.device import Bar, PciDevice
@@ -45,6 +45,10 @@ class ConfigSpace:
 
     Raises:
         DeviceError: The capabilities do not fit.
+
+    Attributes:
+        size: Bytes.
+        window: Where a `BarWindow` is, or None.
     """
 
     def __init__(
@@ -65,6 +69,8 @@ class ConfigSpace:
             self._place_bar(index, bar)
         self._express: int | None = None
         self._power: int | None = None
+        self._msix: int | None = None
+        self.window: int | None = None
         self._place_capabilities([each for each in capabilities if not each.extended])
         self._place_extended([each for each in capabilities if each.extended])
         self._data = bytearray(self._initial)
@@ -115,6 +121,10 @@ class ConfigSpace:
                 self._express = at
             elif isinstance(each, PowerManagement):
                 self._power = at
+            elif isinstance(each, MsiX):
+                self._msix = at
+            elif isinstance(each, BarWindow):
+                self.window = at
             pointer = at + 1
             at = (at + 2 + len(layout.data) + 3) & ~3
         if capabilities:
@@ -173,6 +183,30 @@ class ConfigSpace:
     def bus_master(self) -> bool:
         """Whether the function may access memory: its driver allows it, and it has power."""
         return bool(self.command & COMMAND_MASTER) and self.power_state == 0
+
+    @property
+    def msix_enabled(self) -> bool:
+        """Whether the driver has switched MSI-X on."""
+        return self._msix is not None and bool(self._data[self._msix + 3] & 0x80)
+
+    def window_data(self, offset: int, size: int) -> int | None:
+        """Where the data of the `BarWindow` is, if a range overlaps it."""
+        if self.window is None:
+            return None
+        at = self.window + BarWindow.PLACE + 8
+        return at if offset < at + 4 and at < offset + size else None
+
+    def window_target(self) -> tuple[int, int, int]:
+        """BAR, offset and length that the driver wrote to the `BarWindow`."""
+        assert self.window is not None
+        at, length = struct.unpack_from("<II", self._data, self.window + BarWindow.PLACE)
+        return self._data[self.window + BarWindow.BAR], at, length
+
+    def set_window_data(self, data: bytes) -> None:
+        """Show what was read through the `BarWindow`."""
+        assert self.window is not None
+        at = self.window + BarWindow.PLACE + 8
+        self._data[at : at + len(data)] = data
 
     @property
     def power_state(self) -> int:

@@ -131,6 +131,22 @@ class PciDevice(ABC):
         Memory that the device holds must be let go of.
         """
 
+    def memory_changed(self) -> None:
+        """Learn that DMA leads elsewhere: `PciHost.memory` has another ``reachable`` now.
+
+        Bus mastering was switched on or off, a client came or went, or memory of another file is
+        among what the client has mapped. For devices that keep what ``reachable`` says; accesses by
+        `PciHost.memory` follow by themselves. After bus mastering was switched off, the device must
+        not access memory any more once this returns. By default nothing happens.
+        """
+
+    def revoked(self, address: int, size: int) -> None:
+        """Let go of a range of memory that the client unmapped ``revoke_after`` ago.
+
+        Accesses that are still under way when this returns are cut off: they read zeroes, and what
+        they write is lost. By default nothing happens.
+        """
+
 
 def check_device(device: object) -> PciDevice:
     """A device whose description is sound.

@@ -154,15 +154,34 @@ class PciHost(LoopCalls):
         if self.doorbells.serve_rung():
             self._serve_doorbells()
 
+    def set_pin(self, asserted: bool) -> None:
+        """Assert or deassert the pin INTA, for a device with a level of its own. From any thread.
+
+        While it is asserted it interrupts again each time its driver has dealt with it. It has no
+        effect while the driver uses MSI-X or MSI.
+        """
+        self.interrupts.set_pin(asserted)
+
+    @property
+    def loop(self) -> EventLoop:
+        """What calls the device."""
+        return self._loop
+
     # What a transport drives.
 
     def connect(self, space: AddressSpace, remote: RemoteMemory | None = None) -> None:
         """Let the device reach a driver's memory; again when that has changed."""
         self.memory.connect(space, remote)
+        self._call_device("memory_changed")
+
+    def revoke(self, address: int, size: int) -> None:
+        """Have the device let go of memory that was unmapped too long ago."""
+        self._call_device("revoked", address, size)
 
     def disconnect(self) -> None:
         """End serving a driver: the device is reset, and reaches nothing any more."""
         self.memory.connect(None)
+        self._call_device("memory_changed")
         self.interrupts.close()
         self.doorbells.forget_rung()
         self.reset()
@@ -182,21 +201,53 @@ class PciHost(LoopCalls):
 
     def _obey_config(self) -> None:
         config = self.config
+        changed = self.memory.enabled != config.bus_master
         self.memory.enabled = config.bus_master
         self.interrupts.allow(
             messages=config.bus_master, pin=not config.command & COMMAND_INTX_DISABLE
         )
+        if changed:
+            self._call_device("memory_changed")
 
     def read_config(self, offset: int, size: int) -> bytes:
         """Read the configuration space; the range does not leave it."""
+        if self.config.window_data(offset, size) is not None:
+            self._read_window()
         return self.config.read(offset, size)
+
+    def _window_target(self) -> tuple[int, int, int] | None:
+        """BAR, offset and length that the window leads to; None if that is no such access."""
+        index, at, length = self.config.window_target()
+        bar = self.bars.get(index)
+        if bar is not None and length in (1, 2, 4) and not at % length and at + length <= bar.size:
+            return index, at, length
+        if not length:
+            # Not set up: clients read the space as a whole.
+            return None
+        self.log.report(
+            "the driver of %s accesses %#x+%d of BAR %d by the configuration space, which is no "
+            "access of 1, 2 or 4 bytes within a BAR: ignored",
+            self._owner,
+            at,
+            length,
+            index,
+        )
+        return None
+
+    def _read_window(self) -> None:
+        target = self._window_target()
+        self.config.set_window_data(b"\xff" * 4 if target is None else self.read_bar(*target))
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Write the configuration space; the range does not leave it."""
         if self.config.write(offset, data):
             self.reset()
-        else:
-            self._obey_config()
+            return
+        self._obey_config()
+        written = self.config.window_data(offset, len(data))
+        if written is not None and (target := self._window_target()) is not None:
+            index, at, length = target
+            self.write_bar(index, at, self.config.read(written, length))
 
     def read_bar(self, index: int, offset: int, size: int) -> bytes:
         """Read a range of a BAR, which it does not leave."""

@@ -50,6 +50,7 @@ class Interrupts:
         self._pending: set[int] = set()
         self._messages_allowed = False
         self._pin_allowed = True
+        self._pin_asserted = False
 
     @property
     def vectors(self) -> int:
@@ -60,6 +61,12 @@ class Interrupts:
         """Have a vector's interrupt delivered, now or once it can be."""
         with self._lock:
             self._pending.add(vector)
+            self._deliver()
+
+    def set_pin(self, asserted: bool) -> None:
+        """Assert the pin until it is deasserted: it interrupts again each time it is unmasked."""
+        with self._lock:
+            self._pin_asserted = asserted
             self._deliver()
 
     def allow(self, *, messages: bool, pin: bool) -> None:
@@ -108,6 +115,7 @@ class Interrupts:
         """Forget what has not been delivered, as a reset does."""
         with self._lock:
             self._pending.clear()
+            self._pin_asserted = False
             for masked in self._masked.values():
                 masked.clear()
 
@@ -125,7 +133,7 @@ class Interrupts:
 
     def _deliver(self) -> None:
         """Deliver what is pending and can be. Needs the lock."""
-        if not self._pending:
+        if not self._pending and not self._pin_asserted:
             return
         # The kind that the driver has set up; a driver uses one at a time.
         for kind in (InterruptKind.MSIX, InterruptKind.MSI):

@@ -72,6 +72,14 @@ class BusMemory(GuestMemory):
         self._direct = space if self._enabled else None
 
     @property
+    def reachable(self) -> AddressSpace | None:
+        """What is mapped, for structures of the core; None while nothing may be accessed.
+
+        See `PciDevice.memory_changed`.
+        """
+        return self._direct
+
+    @property
     def enabled(self) -> bool:
         """Whether the function is bus master."""
         return self._enabled

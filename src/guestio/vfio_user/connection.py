@@ -264,7 +264,9 @@ class Connection(PeerConnection[Header]):
             if now < waiting.until:
                 self._loop.set_timer((self, "revocation"), now + DMA_LOOK, self._look)
                 return
-            self._cut_off(waiting)
+            self._host.revoke(waiting.address, waiting.size)
+            if self._dma.in_use(waiting.address, waiting.size):
+                self._cut_off(waiting)
         self._revocation = None
         try:
             if not waiting.header.wants_reply or self._send(waiting.header.reply()):

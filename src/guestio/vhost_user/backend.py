@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import operator
 import os
 import socket
-from collections.abc import Collection
-from typing import Any, Literal
+from typing import Literal
 
-from guestio.addr import check_address, check_int, check_seconds, shown
+from guestio.addr import check_int, check_seconds
 from guestio.budgets import (
     LONGEST_TIMEOUT,
     STOP_TIMEOUT,
 )
 from guestio.errors import naming
 from guestio.peer.server import PeerServer
-from guestio.ratelog import LOG
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.connection import Connection
 from guestio.vhost_user.session import MAX_QUEUES
-from guestio.virtio.device import (
-    VIRTIO_F_ACCESS_PLATFORM,
-    VIRTIO_F_EVENT_IDX,
-    VIRTIO_F_IN_ORDER,
-    VIRTIO_F_INDIRECT_DESC,
-    VIRTIO_F_RING_RESET,
-    VIRTIO_F_VERSION_1,
-    Device,
-)
-from guestio.virtio.host import DeviceHost, check_config
-from guestio.virtio.statistics import Statistics
+from guestio.virtio.device import Device
+from guestio.virtio.host import DeviceHost, check_device, statistics_of, transport_features
 
 log = logging.getLogger("guestio.vhost_user")
 
@@ -111,45 +98,14 @@ class Backend(PeerServer):
         poll_us: int = 0,
         queue_threads: bool = False,
     ) -> None:
-        given: object = device
-        if not isinstance(given, Device):
-            hint = ": make one of it" if isinstance(given, type) else ""
-            raise TypeError(f"device must be a guestio Device, not {given!r}{hint}")
-        device_id: Any = getattr(device, "device_id", None)
-        if device_id is None:
-            raise TypeError(f"{type(device).__name__}.device_id is missing: the type of the device")
-        check_int(device_id, f"{type(device).__name__}.device_id")
-        if not 1 <= check_int(device.num_queues, "num_queues") <= MAX_QUEUES:
-            raise ValueError(f"num_queues {device.num_queues} is not in 1..{MAX_QUEUES}")
-        if device.error_status is not None and not (
-            0 <= check_int(device.error_status, f"{type(device).__name__}.error_status") <= 255
-        ):
-            raise ValueError(
-                f"{type(device).__name__}.error_status {shown(device.error_status)} is not in "
-                "0..255, nor None"
-            )
-        check_address(device.offered_features, f"{type(device).__name__}.features")
-        with naming(device, "config"):
-            config = device.config()
-        check_config(device, config)
-        if iommu not in ("auto", "off"):
-            raise ValueError(f"iommu {iommu!r} is neither 'auto' nor 'off'")
-        if indirect not in ("auto", "on", "off"):
-            raise ValueError(f"indirect {indirect!r} is neither 'auto' nor 'on' nor 'off'")
+        check_device(device, MAX_QUEUES)
+        self._offered = transport_features(
+            iommu=iommu, indirect=indirect, in_order=in_order, ring_reset=ring_reset
+        )
         if check_int(poll_us, "poll_us") < 0:
             raise ValueError(f"poll_us {poll_us} must not be negative")
-        _check_processes(device)
         self.device = device
-        self.statistics = Statistics(device_failures=functools.partial(_failures, device))
-        self._offered = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_EVENT_IDX
-        if iommu == "auto":
-            self._offered |= 1 << VIRTIO_F_ACCESS_PLATFORM
-        if indirect == "on" or (indirect == "auto" and iommu == "off"):
-            self._offered |= 1 << VIRTIO_F_INDIRECT_DESC
-        if in_order:
-            self._offered |= 1 << VIRTIO_F_IN_ORDER
-        if ring_reset:
-            self._offered |= 1 << VIRTIO_F_RING_RESET
+        self.statistics = statistics_of(device)
         self._miss_timeout = check_seconds(
             miss_timeout, "miss_timeout", LONGEST_TIMEOUT, zero=False
         )
@@ -201,29 +157,3 @@ class Backend(PeerServer):
 
     def _count_protocol_error(self) -> None:
         self.statistics.protocol_errors += 1
-
-
-def _check_processes(device: Device) -> None:
-    """Refuse a device that has a queue for `Device.process`, and does not provide that."""
-    if getattr(device.process, "__func__", None) is not Device.process:
-        return
-    owned = device.device_queues
-    if isinstance(owned, Collection):
-        for index in range(device.num_queues):
-            if index not in owned:
-                raise TypeError(
-                    f"{type(device).__name__} has no process method for the requests of queue "
-                    f"{index}, which is not in its device_queues"
-                )
-
-
-def _failures(device: Device) -> int:
-    """What a device counts, or 0 if it does not."""
-    try:
-        return operator.index(device.failures)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:
-        name = type(device).__name__
-        LOG.report(log, logging.ERROR, "%s.failures is no number", name, trace=True)
-        return 0

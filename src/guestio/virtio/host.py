@@ -7,28 +7,33 @@ it takes buffers, sends data, watches descriptors and sets timers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import operator
 import reprlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.memory.vector import RegionTable
 from guestio._core.virtio.chain import Quota
 from guestio._core.virtio.inflight import InflightQueue
 from guestio._core.virtio.split import SplitRing
-from guestio.addr import check_int
+from guestio.addr import check_address, check_int, shown
 from guestio.budgets import COPY_GRACE, OUTSTANDING_PIECES, TURN_BYTES
-from guestio.errors import DeviceError, GuestioError
+from guestio.errors import DeviceError, GuestioError, naming
 from guestio.iommu.events import Event
 from guestio.memory import GuestRegionCollection
 from guestio.ratelog import LOG
 from guestio.virtio.calls import LoopCalls
 from guestio.virtio.device import (
+    VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_IN_ORDER,
     VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_RING_RESET,
+    VIRTIO_F_VERSION_1,
     Device,
     Status,
 )
@@ -274,6 +279,15 @@ class DeviceHost(LoopCalls):
             iotlb = self.translator.iotlb
             self._space = AddressSpace(memory._space.regions, None if iotlb is None else iotlb._map)
 
+    def replace_memory(self, space: AddressSpace) -> None:
+        """Go on in other memory that shows the same translations, without stopping any queue.
+
+        Requests that were taken keep the memory that they have, and its leases.
+        """
+        self._space = space
+        for queue in self.queues:
+            queue.rebind(space)
+
     @property
     def tracked(self) -> bool:
         """Whether requests in flight are noted, for a successor after a crash."""
@@ -488,3 +502,101 @@ def check_config(device: Device, config: object) -> bytes:
             f"{type(device).__name__}.config returned {reprlib.repr(config)}; return bytes"
         )
     return bytes(config)
+
+
+def check_device(device: object, most_queues: int) -> Device:
+    """A device that a transport can serve.
+
+    Args:
+        device: The device.
+        most_queues: How many queues the transport has for one.
+
+    Raises:
+        TypeError: It is no device, lacks its type, or a number is none.
+        ValueError: A number is out of its range.
+        DeviceError: Its ``config()`` returned no bytes.
+        DeviceMethodError: Its ``config()`` raised something that is no `GuestioError`.
+    """
+    if not isinstance(device, Device):
+        hint = ": make one of it" if isinstance(device, type) else ""
+        raise TypeError(f"device must be a guestio Device, not {device!r}{hint}")
+    name = type(device).__name__
+    device_id: Any = getattr(device, "device_id", None)
+    if device_id is None:
+        raise TypeError(f"{name}.device_id is missing: the type of the device")
+    check_int(device_id, f"{name}.device_id")
+    if not 1 <= check_int(device.num_queues, "num_queues") <= most_queues:
+        raise ValueError(f"num_queues {device.num_queues} is not in 1..{most_queues}")
+    if device.error_status is not None and not (
+        0 <= check_int(device.error_status, f"{name}.error_status") <= 255
+    ):
+        raise ValueError(
+            f"{name}.error_status {shown(device.error_status)} is not in 0..255, nor None"
+        )
+    check_address(device.offered_features, f"{name}.features")
+    with naming(device, "config"):
+        config = device.config()
+    check_config(device, config)
+    _check_processes(device)
+    return device
+
+
+def transport_features(
+    *, iommu: str, indirect: str, in_order: bool = False, ring_reset: bool = False
+) -> int:
+    """The features that a transport offers beside its device's.
+
+    Args:
+        iommu: ``"auto"`` or ``"off"``: whether the device may be behind an IOMMU.
+        indirect: ``"on"``, ``"off"``, or ``"auto"``, which is on where no IOMMU may be.
+        in_order: Whether to offer VIRTIO_F_IN_ORDER.
+        ring_reset: Whether to offer VIRTIO_F_RING_RESET.
+
+    Raises:
+        ValueError: A word is none of these.
+    """
+    if iommu not in ("auto", "off"):
+        raise ValueError(f"iommu {iommu!r} is neither 'auto' nor 'off'")
+    if indirect not in ("auto", "on", "off"):
+        raise ValueError(f"indirect {indirect!r} is neither 'auto' nor 'on' nor 'off'")
+    offered = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_EVENT_IDX
+    if iommu == "auto":
+        offered |= 1 << VIRTIO_F_ACCESS_PLATFORM
+    if indirect == "on" or (indirect == "auto" and iommu == "off"):
+        offered |= 1 << VIRTIO_F_INDIRECT_DESC
+    if in_order:
+        offered |= 1 << VIRTIO_F_IN_ORDER
+    if ring_reset:
+        offered |= 1 << VIRTIO_F_RING_RESET
+    return offered
+
+
+def statistics_of(device: Device) -> Statistics:
+    """Counters that include what the device counts by itself."""
+    return Statistics(device_failures=functools.partial(_failures, device))
+
+
+def _check_processes(device: Device) -> None:
+    """Refuse a device that has a queue for `Device.process`, and does not provide that."""
+    if getattr(device.process, "__func__", None) is not Device.process:
+        return
+    owned = device.device_queues
+    if isinstance(owned, Collection):
+        for index in range(device.num_queues):
+            if index not in owned:
+                raise TypeError(
+                    f"{type(device).__name__} has no process method for the requests of queue "
+                    f"{index}, which is not in its device_queues"
+                )
+
+
+def _failures(device: Device) -> int:
+    """What a device counts, or 0 if it does not."""
+    try:
+        return operator.index(device.failures)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        name = type(device).__name__
+        LOG.report(log, logging.ERROR, "%s.failures is no number", name, trace=True)
+        return 0

@@ -45,16 +45,18 @@ REFUSED_AT_ONCE: Final = 64
 """Refusals that are passed on for one request of translations; the first of them decides."""
 
 
-class _Bell:
-    """An eventfd; a :class:`~guestio.virtio.queue.Doorbell`."""
+class Bell:
+    """An eventfd of this process; a :class:`~guestio.virtio.queue.Doorbell`."""
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def fileno(self) -> int:
+        """See :class:`~guestio.virtio.queue.Doorbell`."""
         return self._fd
 
     def ring(self) -> None:
+        """Make it readable. From any thread."""
         os.eventfd_write(self._fd, 1)
 
     def has_rung(self) -> bool:
@@ -64,6 +66,7 @@ class _Bell:
         return False
 
     def close(self) -> None:
+        """See :class:`~guestio.virtio.queue.Doorbell`."""
         close_fd(self._fd)
 
 
@@ -172,8 +175,8 @@ class LocalTransport:
         self._rings = dict(rings)
         self._notify = notify
         self._config_changed = config_changed
-        self._kicks: list[_Bell] = []
-        self._calls: list[tuple[int, _Bell]] = []
+        self._kicks: list[Bell] = []
+        self._calls: list[tuple[int, Bell]] = []
         self.statistics = Statistics()
         space = _space_of(memory)
         with contextlib.ExitStack() as undo:
@@ -207,10 +210,10 @@ class LocalTransport:
 
     def _set_up(self, index: int) -> None:
         queue = self.host.queue(index)
-        kick = _Bell()
+        kick = Bell()
         queue.set_kick(kick)
         self._kicks.append(kick)
-        call = _Bell()
+        call = Bell()
         queue.set_call(call)
         self._calls.append((index, call))
         queue.enable(True)

@@ -40,6 +40,7 @@ from guestio.virtio.translator import Miss
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from guestio._core.iommu.address_space import AddressSpace
     from guestio.virtio.host import DeviceHost
 
 Outcome = tuple[list[Chain], Misses, int, bool]
@@ -667,6 +668,14 @@ class DeviceQueue:
                     ring.give_back()
                 self.base = ring.resume_at
             self.wake()
+
+    def rebind(self, space: AddressSpace) -> None:
+        """Go on in other memory with the same translations; what was taken keeps its memory."""
+        with self._lock:
+            if self._ring is not None:
+                self._deactivate()
+                self._ring.rebind(space)
+                self.wake()
 
     def stop(self, until: float) -> int:
         """Stop serving, until the next kick; ``until`` as for :meth:`detach`.

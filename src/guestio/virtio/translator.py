@@ -62,6 +62,10 @@ class Translator(Protocol):
             lacking: Ranges of a request that fails, or of a ring, without a translation for the
                 access.
             forbidden: Those of them that have one which forbids the access; empty for a ring.
+
+        Raises:
+            QueueError: A ring is gone for good: its queue is broken by that. Without it the queue
+                looks for its ring again at the next kick.
         """
         ...
 
