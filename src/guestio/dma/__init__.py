@@ -1,7 +1,19 @@
 """Mapping changes go out: what devices may reach follows what the guest's memory is."""
 
 from guestio.dma.changes import ReentrantCallError
-from guestio.dma.device import INTX, MSI, MSIX, DeviceRegion, InterruptInfo, MmapArea, VfioDevice
+from guestio.dma.device import (
+    ERR,
+    INTX,
+    MSI,
+    MSIX,
+    REQ,
+    DeviceRegion,
+    InterruptInfo,
+    MmapArea,
+    PciFunction,
+    PciRegion,
+    VfioDevice,
+)
 from guestio.dma.iommufd import IommufdTarget
 from guestio.dma.ledger import FailedMapping, TargetDiff, TargetStats
 from guestio.dma.regions import Region, RegionManager, SubMapping, TargetHandle
@@ -16,9 +28,11 @@ from guestio.dma.target import (
 from guestio.dma.vfio import IommuInfo, VfioType1Target
 
 __all__ = [
+    "ERR",
     "INTX",
     "MSI",
     "MSIX",
+    "REQ",
     "DeviceRegion",
     "DmaError",
     "DmaMapRequest",
@@ -30,6 +44,8 @@ __all__ = [
     "Journal",
     "MappingType",
     "MmapArea",
+    "PciFunction",
+    "PciRegion",
     "ReentrantCallError",
     "Region",
     "RegionManager",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -25,8 +26,9 @@ PCI_COMMAND = 0x04
 PCI_COMMAND_MEMORY = 0x2
 PCI_COMMAND_MASTER = 0x4
 
-INTX, MSI, MSIX = 0, 1, 2
-"""Kinds of interrupts, as :meth:`VfioDevice.interrupts` takes them (``VFIO_PCI_*_IRQ_INDEX``)."""
+INTX, MSI, MSIX, ERR, REQ = 0, 1, 2, 3, 4
+"""Kinds of interrupts, as :meth:`PciFunction.interrupts` takes them (``VFIO_PCI_*_IRQ_INDEX``).
+``ERR`` tells of an error of the device, ``REQ`` that its host wants it back."""
 
 
 class MmapArea(NamedTuple):
@@ -50,19 +52,227 @@ class InterruptInfo(NamedTuple):
     automasked: bool
 
 
-class DeviceRegion:
-    """A BAR, the ROM or the configuration space of an assigned device.
+class PciRegion(ABC):
+    """A BAR, the ROM or the configuration space of a device that this process drives.
 
     It may be used from any thread as long as the device is open.
 
     Attributes:
         index: Its number: 0 to 5 the BARs, 6 the ROM, 7 the configuration space.
         size: Bytes; 0 if the device has no such region.
-        offset: Where it begins in the device's file.
         readable: Whether it can be read.
         writable: Whether it can be written.
         areas: The parts that can be mapped. Whole pages only: a region smaller than a page, and
             the rest of one that does not end on a page, have none.
+    """
+
+    index: int
+    size: int
+    readable: bool
+    writable: bool
+    areas: tuple[MmapArea, ...]
+
+    @property
+    @abstractmethod
+    def owner(self) -> str:
+        """What the device is called, for messages."""
+
+    @abstractmethod
+    def read(self, offset: int, length: int) -> bytes:
+        """Read from the device.
+
+        A length of 1, 2, 4 or 8 at an offset that is a multiple of it is one access of that
+        width.
+
+        Raises:
+            ValueError: Outside the region.
+            DeviceError: The region cannot be read, or the device does not answer.
+        """
+
+    @abstractmethod
+    def write(self, offset: int, data: bytes) -> None:
+        """Write to the device; access widths as in :meth:`read`.
+
+        Raises:
+            ValueError: Outside the region.
+            DeviceError: The region cannot be written, or the device does not answer.
+        """
+
+    @abstractmethod
+    def backing(self, area: int = 0, *, writable: bool = True) -> Backing:
+        """Map one of :attr:`areas` into this process.
+
+        It can be given to :meth:`Region.add_mapping` so that other devices reach it, and be used
+        like memory.
+
+        Raises:
+            ValueError: There is no such area.
+            BackingError: It cannot be mapped.
+        """
+
+    def load(self, offset: int, width: int) -> int:
+        """Read a register of ``width`` bytes, little-endian."""
+        return int.from_bytes(self.read(offset, width), "little")
+
+    def store(self, offset: int, value: int, width: int) -> None:
+        """Write a register of ``width`` bytes, little-endian."""
+        self.write(offset, value.to_bytes(width, "little"))
+
+    def _check(self, offset: int, length: int) -> None:
+        first, size = check_range(offset, length, name="offset")
+        if first + size > self.size:
+            raise ValueError(
+                f"{first:#x}+{size:#x} is not inside region {self.index} of {self.owner}, "
+                f"which has {self.size:#x} bytes"
+            )
+
+    def _area(self, area: int) -> MmapArea:
+        if not 0 <= area < len(self.areas):
+            raise ValueError(
+                f"region {self.index} of {self.owner} has {len(self.areas)} areas that can be "
+                f"mapped, no number {area}"
+            )
+        return self.areas[area]
+
+    def _failed(self, what: str, offset: int, length: int, why: OSError | str) -> DeviceError:
+        if isinstance(why, OSError):
+            why = why.strerror or str(why)
+        return DeviceError(
+            f"cannot {what} {offset:#x}+{length:#x} of region {self.index} of {self.owner}: {why}"
+        )
+
+
+class PciFunction(ABC):
+    """A PCI device that this process drives, wherever it is: what its drivers need.
+
+    :class:`VfioDevice` is one that the kernel assigned, `guestio.vfio_user.Client` one in another
+    process. A context manager that closes it.
+
+    Attributes:
+        address: What it is called: a PCI address, or the path of a socket.
+        can_reset: Whether :meth:`reset` is possible.
+    """
+
+    address: str
+    can_reset: bool
+
+    @abstractmethod
+    def region(self, index: int) -> PciRegion:
+        """A region by its number.
+
+        Raises:
+            ValueError: There is no such number.
+        """
+
+    def bar(self, number: int) -> PciRegion:
+        """Base address register ``number``, 0 to 5.
+
+        Raises:
+            ValueError: There is no such number.
+        """
+        if not 0 <= number < _uapi.VFIO_PCI_NUM_BARS:
+            raise ValueError(f"BAR {number} is not in [0, {_uapi.VFIO_PCI_NUM_BARS})")
+        return self.region(number)
+
+    @property
+    def rom(self) -> PciRegion:
+        """The expansion ROM."""
+        return self.region(_uapi.VFIO_PCI_ROM_REGION_INDEX)
+
+    @property
+    def config(self) -> PciRegion:
+        """The configuration space, as the device's side lets it be seen."""
+        return self.region(_uapi.VFIO_PCI_CONFIG_REGION_INDEX)
+
+    @property
+    def bus_master(self) -> bool:
+        """Whether the device may begin transfers; assign to change it."""
+        return self._command(PCI_COMMAND_MASTER)
+
+    @bus_master.setter
+    def bus_master(self, on: bool) -> None:
+        self._set_command(PCI_COMMAND_MASTER, on)
+
+    @property
+    def memory_space(self) -> bool:
+        """Whether the device answers at its BARs; assign to change it.
+
+        While it is off, other devices' accesses to them are lost; through an iommufd the mapping
+        is dead from then on and must be made anew.
+        """
+        return self._command(PCI_COMMAND_MEMORY)
+
+    @memory_space.setter
+    def memory_space(self, on: bool) -> None:
+        self._set_command(PCI_COMMAND_MEMORY, on)
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Put the device into the state it has after power-on.
+
+        Raises:
+            DeviceError: It cannot be reset alone, or it failed.
+        """
+
+    @abstractmethod
+    def interrupts(self, kind: int) -> InterruptInfo:
+        """What the device offers of a kind of interrupt: ``INTX``, ``MSI``, ``MSIX``, ...
+
+        Raises:
+            DeviceError: There is no such kind.
+        """
+
+    @abstractmethod
+    def enable_interrupts(self, kind: int, eventfds: Sequence[int]) -> None:
+        """Let interrupts of a kind signal eventfds, the first one the first, and so on.
+
+        Args:
+            kind: ``INTX``, ``MSI``, ``MSIX``, ``ERR`` or ``REQ``.
+            eventfds: File descriptors of eventfds; they stay the caller's. -1 skips an interrupt.
+
+        Raises:
+            DeviceError: The device does not have so many, or cannot now.
+        """
+
+    @abstractmethod
+    def disable_interrupts(self, kind: int) -> None:
+        """Disable all interrupts of a kind.
+
+        Raises:
+            DeviceError: It failed.
+        """
+
+    @abstractmethod
+    def unmask_interrupt(self, kind: int) -> None:
+        """Let the first interrupt of an automasked kind (``INTX``) fire again.
+
+        Raises:
+            DeviceError: It failed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the device. Calling it again does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _command(self, bit: int) -> bool:
+        return bool(self.config.load(PCI_COMMAND, 2) & bit)
+
+    def _set_command(self, bit: int, on: bool) -> None:
+        value = self.config.load(PCI_COMMAND, 2)
+        self.config.store(PCI_COMMAND, value | bit if on else value & ~bit, 2)
+
+
+class DeviceRegion(PciRegion):
+    """A region of an assigned device; see :class:`PciRegion`.
+
+    Attributes:
+        offset: Where it begins in the device's file.
     """
 
     def __init__(self, device: VfioDevice, index: int) -> None:
@@ -71,7 +281,7 @@ class DeviceRegion:
         info = _uapi.VfioRegionInfo.from_buffer_copy(raw)
         self._device = device
         self.index = index
-        self.size: int = info.size
+        self.size = info.size
         self.offset: int = info.offset
         self.readable = bool(info.flags & _uapi.VFIO_REGION_INFO_FLAG_READ)
         self.writable = bool(info.flags & _uapi.VFIO_REGION_INFO_FLAG_WRITE)
@@ -79,6 +289,11 @@ class DeviceRegion:
 
     def __repr__(self) -> str:
         return f"<DeviceRegion {self.index} of {self._device!r}: {self.size:#x} bytes>"
+
+    @property
+    def owner(self) -> str:
+        """See :class:`PciRegion`."""
+        return self._device.address
 
     def read(self, offset: int, length: int) -> bytes:
         """Read through the kernel.
@@ -114,14 +329,6 @@ class DeviceRegion:
         if done != len(data):
             raise self._failed("write", offset, len(data), f"only {done} bytes went")
 
-    def load(self, offset: int, width: int) -> int:
-        """Read a register of ``width`` bytes, little-endian."""
-        return int.from_bytes(self.read(offset, width), "little")
-
-    def store(self, offset: int, value: int, width: int) -> None:
-        """Write a register of ``width`` bytes, little-endian."""
-        self.write(offset, value.to_bytes(width, "little"))
-
     def backing(self, area: int = 0, *, writable: bool = True) -> Backing:
         """Map one of :attr:`areas` into this process.
 
@@ -132,12 +339,7 @@ class DeviceRegion:
             ValueError: There is no such area.
             BackingError: It cannot be mapped.
         """
-        if not 0 <= area < len(self.areas):
-            raise ValueError(
-                f"region {self.index} of {self._device.address} has {len(self.areas)} areas that "
-                f"can be mapped, no number {area}"
-            )
-        place = self.areas[area]
+        place = self._area(area)
         return Backing.from_fd(
             self._device.fileno(), place.size, self.offset + place.offset, writable
         )
@@ -161,25 +363,9 @@ class DeviceRegion:
         except OSError as error:
             raise self._failed("export", offset, length, error) from error
 
-    def _check(self, offset: int, length: int) -> None:
-        first, size = check_range(offset, length, name="offset")
-        if first + size > self.size:
-            raise ValueError(
-                f"{first:#x}+{size:#x} is not inside region {self.index} of "
-                f"{self._device.address}, which has {self.size:#x} bytes"
-            )
 
-    def _failed(self, what: str, offset: int, length: int, why: OSError | str) -> DeviceError:
-        if isinstance(why, OSError):
-            why = why.strerror or str(why)
-        return DeviceError(
-            f"cannot {what} {offset:#x}+{length:#x} of region {self.index} of "
-            f"{self._device.address}: {why}"
-        )
-
-
-class VfioDevice:
-    """An open assigned device. A context manager that closes it.
+class VfioDevice(PciFunction):
+    """An open assigned device; a :class:`PciFunction`. A context manager that closes it.
 
     Interrupts, reset and closing from one thread at a time; regions from any.
 
@@ -221,47 +407,17 @@ class VfioDevice:
         """Whether it has been closed."""
         return self._fd < 0
 
+    def region(self, index: int) -> DeviceRegion:
+        """See :meth:`PciFunction.region`."""
+        if not 0 <= index < len(self._regions):
+            raise ValueError(f"{self.address} has {len(self._regions)} regions, no number {index}")
+        return self._regions[index]
+
     def bar(self, number: int) -> DeviceRegion:
-        """Base address register ``number``, 0 to 5.
-
-        Raises:
-            ValueError: There is no such number.
-        """
-        if not 0 <= number < min(_uapi.VFIO_PCI_NUM_BARS, len(self._regions)):
+        """See :meth:`PciFunction.bar`."""
+        if not 0 <= number < _uapi.VFIO_PCI_NUM_BARS:
             raise ValueError(f"BAR {number} is not in [0, {_uapi.VFIO_PCI_NUM_BARS})")
-        return self._regions[number]
-
-    @property
-    def rom(self) -> DeviceRegion:
-        """The expansion ROM."""
-        return self._regions[_uapi.VFIO_PCI_ROM_REGION_INDEX]
-
-    @property
-    def config(self) -> DeviceRegion:
-        """The configuration space, as the kernel lets it be seen."""
-        return self._regions[_uapi.VFIO_PCI_CONFIG_REGION_INDEX]
-
-    @property
-    def bus_master(self) -> bool:
-        """Whether the device may begin transfers; assign to change it."""
-        return self._command(PCI_COMMAND_MASTER)
-
-    @bus_master.setter
-    def bus_master(self, on: bool) -> None:
-        self._set_command(PCI_COMMAND_MASTER, on)
-
-    @property
-    def memory_space(self) -> bool:
-        """Whether the device answers at its BARs; assign to change it.
-
-        While it is off, other devices' accesses to them are lost; through an iommufd the mapping
-        is dead from then on and must be made anew.
-        """
-        return self._command(PCI_COMMAND_MEMORY)
-
-    @memory_space.setter
-    def memory_space(self, on: bool) -> None:
-        self._set_command(PCI_COMMAND_MEMORY, on)
+        return self.region(number)
 
     def reset(self) -> None:
         """Put the device into the state it has after power-on; its interrupts are off then.
@@ -329,25 +485,12 @@ class VfioDevice:
         if fd >= 0:
             os.close(fd)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.close()
 
     def __repr__(self) -> str:
         return f"<VfioDevice {self.address}{' closed' if self.closed else ''}>"
-
-    def _command(self, bit: int) -> bool:
-        return bool(self.config.load(PCI_COMMAND, 2) & bit)
-
-    def _set_command(self, bit: int, on: bool) -> None:
-        value = self.config.load(PCI_COMMAND, 2)
-        self.config.store(PCI_COMMAND, value | bit if on else value & ~bit, 2)
 
     def _set_interrupts(self, kind: int, flags: int, count: int, data: bytes = b"") -> None:
         call = _uapi.VfioIrqSet(flags=flags, index=kind, start=0, count=count)
