@@ -243,6 +243,16 @@ DMA_ANSWER_TIMEOUT = 5.0
 DMA_LOOK = 0.001
 """Seconds between looks whether such an access has ended."""
 
+CLIENT_TIMEOUT = 10.0
+"""Seconds that a vfio-user server may take to answer, unless a `Client` is told otherwise; then its
+connection is ended."""
+
+CLIENT_VECTORS = 4096
+"""Interrupts of one kind that a vfio-user server may say its device has; more are refused."""
+
+CLIENT_AREAS = 1024
+"""Areas of a region that can be mapped, or that have a descriptor to notify; more are refused."""
+
 EXIT_TIMEOUT = 1.4
 """Seconds that a server command or `guestio.serve` waits after SIGINT or SIGTERM for its front-end
 to be let go of; then it removes its socket and ends all the same, with status 0."""

@@ -20,7 +20,9 @@ Those that any part may raise are here. Those of one part are defined there, whi
     ├── QueueError                  the driver broke the rules of its virtqueue
     ├── ProtocolError               a peer broke the protocol
     ├── DeviceError                 a device cannot be built or cannot do what it was asked
-    │   └── DeviceMethodError       a method of the device raised something else
+    │   ├── DeviceMethodError       a method of the device raised something else
+    │   ├── ServerGoneError         vfio_user.exchange: the connection to a server has ended
+    │   └── DeviceRestartedError    vfio_user.client: it is another server's device now
     ├── DmaError                    dma.target: a DMA target refused or failed
     ├── ReentrantCallError          dma.changes: a DMA target called its manager back
     ├── ExportError                 iommu.mapper: memory cannot be exported, or no more

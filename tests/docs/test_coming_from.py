@@ -31,10 +31,20 @@ PAGES = [
     Page("coming-from-crosvm", 30, ("guestio.virtio.iommu", "guestio.iommu"), ("iommu", "virtio")),
     Page("coming-from-virtio-queue", 25, ("guestio",), ()),
     Page("coming-from-openvmm", 25, ("guestio.dma", "guestio"), ("dma",)),
+    Page(
+        "coming-from-libvfio-user",
+        28,
+        ("guestio.vfio_user", "guestio.pci", "guestio.dma", "guestio"),
+        ("vfio_user",),
+    ),
 ]
 COMPLETE = {"coming-from-vm-memory"}
 """Pages whose every line names our parts in full."""
-PINNED = COMPLETE | {"coming-from-openvmm", "coming-from-virtio-queue"}
+PINNED = COMPLETE | {
+    "coming-from-libvfio-user",
+    "coming-from-openvmm",
+    "coming-from-virtio-queue",
+}
 """Pages without an empty cell, whose every line names test functions."""
 
 

@@ -7,6 +7,7 @@ of the host, which is little-endian here.
 from __future__ import annotations
 
 import enum
+import errno
 import json
 import os
 import struct
@@ -118,16 +119,31 @@ class IrqSet(enum.IntFlag):
     ACTION = 56
 
 
+_ERRNOS: Final = 4096
+"""Error numbers of Linux are below (MAX_ERRNO of linux/err.h)."""
+
+
+class IoFdType(enum.IntEnum):
+    """What a descriptor of DEVICE_GET_REGION_IO_FDS is."""
+
+    IOEVENTFD = 0
+    IOREGIONFD = 1
+
+
+DATAMATCH: Final = 1
+"""Flag of an ioeventfd: it is for writes of one value only (``KVM_IOEVENTFD_FLAG_DATAMATCH``)."""
+
+
 class RefusalError(GuestioError):
     """A request that is answered with an error; the connection goes on.
 
     Attributes:
-        number: The errno of the answer.
+        number: The errno of the answer; EIO for a number that a peer sent and that is none.
     """
 
     def __init__(self, number: int, reason: str) -> None:
-        self.number = number
-        super().__init__(f"{reason} ({os.strerror(number)})")
+        self.number = number if 0 < number < _ERRNOS else errno.EIO
+        super().__init__(f"{reason} ({os.strerror(self.number)})")
 
 
 def command_name(command: int) -> str:
@@ -348,13 +364,18 @@ DMA_ACCESS: Final = struct.Struct("<QQ")
 MULTI_COUNT: Final = struct.Struct("<Q")
 MULTI_WRITE: Final = struct.Struct("<QII8s")
 FEATURE: Final = struct.Struct("<II")
+IO_FD: Final = struct.Struct("<QQIIIIQ")
+"""Offset, size, index of the descriptor, type, flags, padding, value of an `IoFdType`."""
+INFO_CAP: Final = struct.Struct("<HHI")
+"""Identifier, version, and where the next one is (``struct vfio_info_cap_header``)."""
 
 _SPARSE_HEAD: Final = struct.Struct("<HHIII")
-_SPARSE_AREA: Final = struct.Struct("<QQ")
-_CAP_SPARSE_MMAP: Final = 1
+SPARSE_COUNT: Final = struct.Struct("<II")
+SPARSE_AREA: Final = struct.Struct("<QQ")
+CAP_SPARSE_MMAP: Final = 1
 
 
 def sparse_mmap(areas: list[tuple[int, int]]) -> bytes:
     """The capability of a region of which only some areas can be mapped."""
-    head = _SPARSE_HEAD.pack(_CAP_SPARSE_MMAP, 1, 0, len(areas), 0)
-    return head + b"".join(_SPARSE_AREA.pack(at, size) for at, size in areas)
+    head = _SPARSE_HEAD.pack(CAP_SPARSE_MMAP, 1, 0, len(areas), 0)
+    return head + b"".join(SPARSE_AREA.pack(at, size) for at, size in areas)
