@@ -131,3 +131,26 @@ assert log.drain(30)
     told = [line for line in lines if line.endswith("lines were lost: standard error was not read")]
     assert told
     assert sum(int(line.split()[3]) for line in told) + len(lines) - len(told) == 6000
+
+
+LATE = """
+import logging, sys, time
+from guestio.cli.stderr import StderrLog
+
+class Late(logging.StreamHandler):
+    def emit(self, record):
+        time.sleep(0.5)
+        super().emit(record)
+
+logging.StreamHandler = Late
+log = StderrLog()
+log.say("the last line")
+print(log.drain(0.2))
+"""
+
+
+def test_a_thread_that_runs_late_still_writes_the_last_lines() -> None:
+    """As on a machine so busy that only the reader has time."""
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, timeout=60, text=True)
+    assert done.stdout == "True\n"
+    assert done.stderr == "the last line\n"

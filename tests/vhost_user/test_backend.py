@@ -197,7 +197,7 @@ class TestFrontEndsComeAndGo:
     ) -> None:
         """It is lost, its descriptor is not, and the next one is served."""
         serving.check_serves()
-        left = len(list(Path("/proc/self/fd").iterdir()))
+        before = footprint()
         failed = threading.Event()
 
         class Short:
@@ -215,13 +215,13 @@ class TestFrontEndsComeAndGo:
             assert failed.wait(10)
             assert errors_of(caplog) in ([], ["serving failed"])
         serving.check_serves()
-        until(lambda: len(list(Path("/proc/self/fd").iterdir())) == left)
+        until(lambda: not left_since(before))
 
     def test_without_memory_to_judge_a_descriptor(
         self, serving: Serving, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         serving.check_serves()
-        left = len(list(Path("/proc/self/fd").iterdir()))
+        before = footprint()
         failed = threading.Event()
 
         def short(fd: int) -> bool:
@@ -235,7 +235,7 @@ class TestFrontEndsComeAndGo:
             driver.run(0, b"lost")
         assert failed.is_set()
         serving.check_serves()
-        until(lambda: len(list(Path("/proc/self/fd").iterdir())) == left)
+        until(lambda: not left_since(before))
 
 
 class TestServing:

@@ -6,6 +6,9 @@ import contextlib
 import errno
 import os
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -126,8 +129,53 @@ def bench(**options: Any) -> Iterator[Bench]:
         made.close()
 
 
+@pytest.fixture
+def quick_switches() -> Iterator[None]:
+    """Threads ask for the GIL after a microsecond."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
 def frame(size: int, seed: int = 0) -> bytes:
     return bytes((seed + 7 * i) & 0xFF for i in range(size))
+
+
+@pytest.mark.parametrize("way", ["sent", "received"])
+def test_other_threads_run_while_frames_are_moved(way: str, quick_switches: None) -> None:
+    """Within a call that moves many: a flood of frames leaves them their time."""
+    amidst = threading.Event()
+    with bench() as made:
+        made.filler = FrameFiller(frames=ENTRIES, size=1 << 20, backlog=100, backlog_bytes=1 << 24)
+        made.filler.fd = made.sender.fd = made.near.fileno()
+        moved = made.sender if way == "sent" else made.filler
+        until = time.monotonic() + 60
+
+        def look() -> None:
+            # Each call moves as many as the ring has entries.
+            while time.monotonic() < until and not moved.frames % ENTRIES:
+                pass
+            amidst.set()
+
+        other = threading.Thread(target=look)
+        other.start()
+        while not amidst.is_set():
+            if way == "received":
+                made.post(*[200] * ENTRIES)
+                for _ in range(ENTRIES):
+                    made.far.send(bytes(HEADER) + frame(100))
+                made.filler.fill(made.ring)
+            else:
+                for _ in range(ENTRIES):
+                    made.driver.add([(made.room(200), 200)], [])
+                made.driver.publish()
+                made.ring.run_once(made.sender, 64)
+                for _ in range(ENTRIES):
+                    made.far.recv(1000)
+            made.driver.collect()
+        other.join()
+    assert time.monotonic() < until
 
 
 class Model:

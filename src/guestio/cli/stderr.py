@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
+import time
 from logging.handlers import QueueHandler, QueueListener
 from queue import Full, Queue
 
@@ -82,20 +84,34 @@ class StderrLog:
     def drain(self, seconds: float) -> bool:
         """Wait for what has been logged to be written.
 
+        Args:
+            seconds: For a reader that does not read. While standard error could take a line it is
+                our own thread that is waited for, which a busy machine may not let run: five times
+                as long.
+
         Returns:
             Whether it was. If not, a normal end of the process would wait for it, too, or fail.
         """
-        with self._records.all_tasks_done:
-            if not self._records.all_tasks_done.wait_for(
-                lambda: not self._records.unfinished_tasks, seconds
-            ):
-                return False
+        records, began = self._records, time.monotonic()
+        with records.all_tasks_done:
+            while records.unfinished_tasks:
+                waited = time.monotonic() - began
+                if waited >= 5 * seconds or (waited >= seconds and not _can_take_a_line()):
+                    return False
+                records.all_tasks_done.wait(seconds / 4)
         try:
             # What a full disk did not take stays in the stream's buffer.
             sys.stderr.flush()
         except OSError:
             return False
         return True
+
+
+def _can_take_a_line() -> bool:
+    """Whether a write to standard error would not wait for its reader."""
+    look = select.poll()
+    look.register(2, select.POLLOUT)
+    return bool(look.poll(0))
 
 
 def _record(name: str, level: int, text: str) -> logging.LogRecord:
