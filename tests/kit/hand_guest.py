@@ -1,23 +1,25 @@
-"""A device in this process whose driver writes its ring byte by byte.
+"""Devices whose driver writes its ring byte by byte: in this process, or behind a socket.
 
-Everything of the device's side is public: `Device`, `DeviceQueue`, `LocalTransport`.
+Everything of the device's side is public: `Device`, `DeviceQueue`, `LocalTransport`, `Backend`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from guestio.memory import GuestRegionCollection
+from guestio.memory import GuestRegionCollection, MmapRegion
+from guestio.testing import serving
+from guestio.vhost_user import Frontend
 from guestio.virtio import Chain, Device, DeviceId
 from guestio.virtio.layout import RingLayout
 from guestio.virtio.local import LocalTransport
-from tests.kit.rings import HandRing
+from tests.kit.rings import Desc, HandRing
+from tests.kit.serving import WAIT, until
 
-WAIT = 30.0
-"""Seconds that anything may take."""
 VERSION_1, EVENT_IDX, INDIRECT_DESC = 1 << 32, 1 << 29, 1 << 28
 
 
@@ -126,3 +128,48 @@ class HandGuest(HandRing):
         """How often the driver was notified since the last call."""
         count, self.notified = self.notified, 0
         return count
+
+
+class Remote(HandRing):
+    """A ring of a back-end, with the driver's memory and its side of the connection."""
+
+    def __init__(
+        self,
+        frontend: Frontend,
+        memory: GuestRegionCollection,
+        *,
+        index: int = 0,
+        **options: int,
+    ) -> None:
+        self.frontend = frontend
+        self.index = index
+        places = {"desc": 0x1000, "avail": 0x2000, "used": 0x3000, "size": 16, "base": 0} | options
+        base = places.pop("base")
+        self.layout = RingLayout(**places)
+        event_idx = bool(frontend.features & EVENT_IDX)
+        super().__init__(memory, base=base, event_idx=event_idx, **places)
+        self.handle = frontend.start_queue(index, self.layout, base=base)
+
+    def wait(self) -> None:
+        """Announce what was offered, and wait until all of it is used."""
+        self.handle.kick()
+        until(lambda: self.used_idx == self.offered, "it was not served")
+
+    def run(self, count: int = 1) -> None:
+        """Have requests of 8 bytes to read served."""
+        for _ in range(count):
+            self.put(self.offered % self.size, Desc(0x8000, 8))
+            self.offer(self.offered % self.size)
+            self.wait()
+
+
+@contextlib.contextmanager
+def remote(
+    device: Device, features: int = VERSION_1, room: int = 0x20000, **options: Any
+) -> Iterator[tuple[Frontend, GuestRegionCollection]]:
+    """A connection to a back-end with these options, and memory that it has."""
+    memory = GuestRegionCollection.from_regions([MmapRegion.memfd(0, room)])
+    with serving(device, **options) as path, Frontend(path, timeout=WAIT) as frontend:
+        frontend.negotiate(features)
+        frontend.set_memory(memory)
+        yield frontend, memory

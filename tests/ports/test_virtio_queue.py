@@ -16,14 +16,19 @@ from collections.abc import Iterator
 import pytest
 
 from guestio.errors import DeviceError, InvalidAddressError, PermissionDeniedError, QueueError
-from guestio.memory import GuestRegionCollection, MmapRegion
-from guestio.testing import serving
-from guestio.vhost_user import Frontend
 from guestio.virtio import Chain, Device, DeviceHost
 from guestio.virtio.layout import RingLayout
-from tests.kit.hand_guest import EVENT_IDX, VERSION_1, Answering, HandGuest, Holder
-from tests.kit.rings import INDIRECT, NEXT, WRITE, Desc, HandRing, linked, table
-from tests.kit.serving import WAIT, until
+from tests.kit.hand_guest import (
+    EVENT_IDX,
+    VERSION_1,
+    Answering,
+    HandGuest,
+    Holder,
+    Remote,
+    remote,
+)
+from tests.kit.rings import INDIRECT, NEXT, WRITE, Desc, linked, table
+from tests.kit.serving import until
 
 NO_NOTIFY = 1
 PAGE = 0x1000
@@ -626,42 +631,6 @@ class TestAvailable:
         refused(guest, "indirect descriptor")
 
 
-# Over a socket, where queues begin and end.
-
-
-class Remote(HandRing):
-    """A ring of a back-end, with the driver's memory and its side of the connection."""
-
-    def __init__(self, frontend: Frontend, memory: GuestRegionCollection, **options: int) -> None:
-        self.frontend = frontend
-        places = {"desc": 0x1000, "avail": 0x2000, "used": 0x3000, "size": 16, "base": 0} | options
-        base = places.pop("base")
-        self.layout = RingLayout(**places)
-        event_idx = bool(frontend.features & EVENT_IDX)
-        super().__init__(memory, base=base, event_idx=event_idx, **places)
-        self.handle = frontend.start_queue(0, self.layout, base=base)
-
-    def run(self, count: int = 1) -> None:
-        """Have requests served."""
-        for _ in range(count):
-            self.put(self.offered % self.size, Desc(0x8000, 8))
-            self.offer(self.offered % self.size)
-            self.handle.kick()
-            until(lambda: self.used_idx == self.offered, "it was not served")
-
-
-@contextlib.contextmanager
-def remote(
-    device: Device, features: int = VERSION_1
-) -> Iterator[tuple[Frontend, GuestRegionCollection]]:
-    """A connection to a back-end, and memory that it has."""
-    memory = GuestRegionCollection.from_regions([MmapRegion.memfd(0, 0x20000)])
-    with serving(device) as path, Frontend(path, timeout=WAIT) as frontend:
-        frontend.negotiate(features)
-        frontend.set_memory(memory)
-        yield frontend, memory
-
-
 class Counter(Device):
     """Counts its requests."""
 
@@ -738,7 +707,7 @@ class TestLife:
             ring = Remote(frontend, memory, base=1)
             ring.set_avail_idx(8)
             ring.handle.kick()
-            until(lambda: ring.handle.failed)
+            until(lambda: ring.handle.failed())
             assert len(device.served) == 1
 
     @pytest.mark.parametrize(
@@ -756,7 +725,7 @@ class TestLife:
             if valid:
                 until(lambda: ring.used_idx == (0xFFFF + ahead) % WRAP)
             else:
-                until(lambda: ring.handle.failed)
+                until(lambda: ring.handle.failed())
                 assert ring.used_idx == 0xFFFF
 
     def test_a_state_without_any_work_is_restored(self) -> None:
