@@ -1,4 +1,4 @@
-"""``guestio bench``: how many requests a vhost-user disk serves, how fast, and whether rightly.
+"""``guestio bench``: how many requests a virtio disk serves, how fast, and whether rightly.
 
 The load comes from :class:`~guestio.guest.load.Load`; this is its face on the command line.
 """
@@ -22,10 +22,10 @@ from guestio.errors import DeviceError, GuestioError
 
 # What only this command needs is imported when it runs: the other commands start without it.
 if TYPE_CHECKING:
-    from guestio.guest.load import Load, LoadResult, Tick
+    from guestio.guest.load import Load, LoadResult, Tick, Transport
     from guestio.guest.plan import LoadPlan
 
-HELP = """Drive the vhost-user disk behind SOCKET, and measure it.
+HELP = """Drive the virtio disk behind SOCKET, and measure it.
 
 No virtual machine is needed: this process is the guest. It shares memory with the back-end, sets
 queues up, keeps each of them filled with requests, and tells how many were served and how long
@@ -40,6 +40,10 @@ they took. Any vhost-user-blk back-end will do:
     --export type=vhost-user-blk,id=e,node-name=disk,writable=on,\\
 addr.type=unix,addr.path=/tmp/qsd.sock &
   guestio bench /tmp/qsd.sock --pid $!
+
+With --transport vfio-user the disk is a virtio PCI function of a vfio-user server, which is
+notified by posted writes, as a guest's driver does without KVM; with vfio-user-doorbells by the
+eventfds that the server offers instead. There is no --iommu then.
 
 THE DISK IS OVERWRITTEN by randwrite, write and randrw, and by --verify.
 
@@ -96,6 +100,7 @@ class Job:
         warm_up: How long to run before that.
         pid: The back-end's process, to tell its CPU time.
         as_json: Whether to print JSON rather than a table.
+        transport: What leads to the device.
     """
 
     socket: str
@@ -104,6 +109,7 @@ class Job:
     warm_up: float
     pid: int | None
     as_json: bool
+    transport: Transport = "vhost-user"
 
 
 def run(job: Job) -> int:
@@ -120,7 +126,7 @@ def run(job: Job) -> int:
     if job.pid is not None:
         _cpu_seconds(job.pid)
     try:
-        load = Load(job.socket, job.plan, connect_wait=_CONNECT_WAIT)
+        load = Load(job.socket, job.plan, connect_wait=_CONNECT_WAIT, transport=job.transport)
     except OSError as error:
         raise DeviceError(f"cannot connect to {job.socket}: {error.strerror or error}") from error
     signals: list[int] = []
@@ -238,6 +244,7 @@ def describe(
     """
     plan = job.plan
     return {
+        "transport": job.transport,
         "workload": plan.workload,
         "block_size": plan.block_size,
         "depth": plan.depth,
@@ -338,6 +345,13 @@ def _show(job: Job, result: LoadResult, cpu: float | None) -> None:
     help="What to do; randrw is half reads, half writes.",
 )
 @click.option(
+    "--transport",
+    type=click.Choice(["vhost-user", "vfio-user", "vfio-user-doorbells"]),
+    default="vhost-user",
+    show_default=True,
+    help="What leads to the disk.",
+)
+@click.option(
     "--block-size", type=Size(), default="4k", show_default=True, help="Bytes per request."
 )
 @click.option("--depth", type=int, default=32, show_default=True, help="Requests in each queue.")
@@ -404,13 +418,19 @@ def _show(job: Job, result: LoadResult, cpu: float | None) -> None:
 @click.option("--pid", type=int, help="The back-end's process, to tell its CPU time.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON rather than a table.")
 def bench(
-    socket: str, seconds: float, warm_up: float, pid: int | None, as_json: bool, **plan: Any
+    socket: str,
+    seconds: float,
+    warm_up: float,
+    pid: int | None,
+    as_json: bool,
+    transport: Transport,
+    **plan: Any,
 ) -> None:
     """Measure a disk; the help text is ``HELP``."""
     from guestio.guest.plan import LoadPlan
 
     try:
-        status = run(Job(socket, LoadPlan(**plan), seconds, warm_up, pid, as_json))
+        status = run(Job(socket, LoadPlan(**plan), seconds, warm_up, pid, as_json, transport))
     except (GuestioError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Load for a vhost-user-blk device: how many requests it serves, how fast, and whether rightly.
+"""Load for a virtio-blk device: how many requests it serves, how fast, and whether rightly.
 
 A :class:`Load` is a guest made to keep a disk busy. Unlike a
 :class:`~guestio.guest.disk.ScriptedGuest` its driver is compiled, so that it is not what is
@@ -9,6 +9,9 @@ measured. It connects, sets queues up, and runs::
 
 With :attr:`LoadPlan.verify` requests are laid out in memory in every way a driver may, and every
 block that is read is compared with what was written last.
+
+The device is behind vhost-user, or a PCI function behind vfio-user: the compiled driver does
+the same for both, but for how it notifies the device.
 
 Source: virtio 1.3 section 5.2; what a guest maps and unmaps after Linux's
 drivers/block/virtio_blk.c and Documentation/core-api/dma-api.rst.
@@ -24,11 +27,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, Self, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, NoReturn, Self, TypeAlias
 
 from guestio.errors import DeviceError, GuestioError, ProtocolError, QueueError
 from guestio.guest._load.load import LoadDriver
 from guestio.guest.dma import PAGE
+from guestio.guest.pci_frontend import PciFrontend, PciQueue
 from guestio.guest.plan import VERIFY_SPAN, LoadMemory, LoadPlan
 from guestio.vhost_user.channel import PeerGoneError
 from guestio.vhost_user.frontend import Frontend, NoAnswerError
@@ -119,12 +123,15 @@ class LoadResult:
         return self.moved / self.seconds if self.seconds else 0.0
 
 
+Transport: TypeAlias = Literal["vhost-user", "vfio-user", "vfio-user-doorbells"]
+"""What leads to the device."""
+
 Tick: TypeAlias = Callable[[float, LoadResult], None]
 """Called several times a second with what share is done, from 0 to 1, and the result so far."""
 
 
 class Load:
-    """A guest that keeps a vhost-user-blk device busy.
+    """A guest that keeps a virtio-blk device busy.
 
     For one thread; only :meth:`stop` may be called from others and from signal handlers.
 
@@ -133,11 +140,14 @@ class Load:
         plan: What to do.
         timeout: Seconds that the device may take for anything.
         connect_wait: Seconds to go on trying while the path has no listener yet.
+        transport: What leads to the device: vhost-user; vfio-user, to a PCI function that is
+            notified by posted writes, as a guest's is; or ``"vfio-user-doorbells"``, where it is
+            by eventfds as far as the server offers them.
 
     Attributes:
         plan: As given.
-        frontend: The connection. Its IOTLB is served by the compiled driver, not by
-            :attr:`Frontend.iotlb`.
+        frontend: The connection. With vhost-user its IOTLB is served by the compiled driver, not
+            by :attr:`Frontend.iotlb`.
         blocks: Blocks of the disk in use.
 
     Raises:
@@ -152,15 +162,25 @@ class Load:
         *,
         timeout: float = 10.0,
         connect_wait: float = 0.0,
+        transport: Transport = "vhost-user",
     ) -> None:
         self.plan = plan
         self._timeout = timeout
         self._stopped = False
         self._sound = False
         self._memory: LoadMemory | None = None
-        self.frontend = Frontend(
-            target, timeout=timeout, connect_wait=connect_wait, answer="caller"
-        )
+        self.frontend: Frontend | PciFrontend
+        if transport == "vhost-user":
+            self.frontend = Frontend(
+                target, timeout=timeout, connect_wait=connect_wait, answer="caller"
+            )
+        elif isinstance(target, str | os.PathLike):
+            bells = transport == "vfio-user-doorbells"
+            self.frontend = PciFrontend(
+                target, timeout=timeout, connect_wait=connect_wait, doorbells=bells
+            )
+        else:
+            raise TypeError("a vfio-user device is found by the path of its socket")
         try:
             self._negotiate()
             self._set_up()
@@ -211,15 +231,16 @@ class Load:
         has_indirect = bool(frontend.features >> VIRTIO_F_INDIRECT_DESC & 1)
         memory = self._memory = LoadMemory(plan)
         frontend.set_memory(memory.regions)
-        iotlb = None
-        if plan.iommu != "off":
-            iotlb = memory.open_window(frontend.fileno(), frontend.iotlb.fileno())
+        iotlb, back = None, -1
+        if plan.iommu != "off" and isinstance(frontend, Frontend):
+            back = frontend.iotlb.fileno()
+            iotlb = memory.open_window(frontend.fileno(), back)
         self._iotlb = iotlb
         self._driver = LoadDriver(
             plan.block_size,
             self.blocks,
             frontend.fileno(),
-            -1 if iotlb is None else frontend.iotlb.fileno(),
+            back,
             iotlb=iotlb,
             strict=plan.iommu == "strict",
             stride=memory.stride,
@@ -240,7 +261,7 @@ class Load:
                 f"{self._driver.most_descriptors - 2} segments, the device takes {most}; "
                 f"have the data contiguous, or use smaller blocks"
             )
-        if frontend.protocol_features & ProtocolFeature.STATUS:
+        if self._has_status:
             up = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
             frontend.set_status(up)
         self._sound = True
@@ -253,6 +274,7 @@ class Load:
         layout = RingLayout(size, desc[0][0], avail[0][0], used[0][0])
         handle = self.frontend.start_queue(index, layout)
         fds = handle.kick_fd, handle.call_fd, handle.err_fd
+        message = handle.message if isinstance(handle, PciQueue) else b""
         driver.add_queue(
             size,
             plan.depth,
@@ -261,6 +283,7 @@ class Load:
             used[1],
             *(-1 if fd is None else fd for fd in fds),
             event_idx=bool(self.frontend.features >> VIRTIO_F_EVENT_IDX & 1),
+            message=message,
         )
         if self._iotlb is not None:
             # As QEMU does, so that the device need not ask for the page it will surely write.
@@ -379,7 +402,8 @@ class Load:
                     self._shut_down()
         finally:
             self.frontend.close()
-            self.frontend.iotlb.memory = None
+            if isinstance(self.frontend, Frontend):
+                self.frontend.iotlb.memory = None
             # The driver works on the memory, so it goes first.
             self.__dict__.pop("_driver", None)
             self.__dict__.pop("_iotlb", None)
@@ -389,10 +413,19 @@ class Load:
 
     def _shut_down(self) -> None:
         self._drain()
-        for index in range(self.plan.queues):
-            self.frontend.stop_queue(index)
-        if self.frontend.protocol_features & ProtocolFeature.STATUS:
+        if isinstance(self.frontend, Frontend):
+            for index in range(self.plan.queues):
+                self.frontend.stop_queue(index)
+        if self._has_status:
             self.frontend.set_status(0)
+
+    @property
+    def _has_status(self) -> bool:
+        """Whether the device is told its status."""
+        frontend = self.frontend
+        if isinstance(frontend, Frontend):
+            return bool(frontend.protocol_features & ProtocolFeature.STATUS)
+        return True
 
     def __enter__(self) -> Self:
         return self

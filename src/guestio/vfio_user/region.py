@@ -16,11 +16,14 @@ from guestio.vfio_user.answers import NotifyArea, RegionFacts
 from guestio.vfio_user.life import Life
 from guestio.vfio_user.messages import (
     IO_FD,
+    MAX_DATA,
     MULTI_COUNT,
     MULTI_WRITE,
     REGION_ACCESS,
     REGION_IO_FDS,
     Command,
+    Header,
+    HeaderFlag,
     RefusalError,
 )
 
@@ -153,6 +156,23 @@ class ClientRegion(PciRegion):
         for at, part, life in self._parts(offset, data):
             head = REGION_ACCESS.pack(at, self.index, len(part))
             life.exchange.post(Command.REGION_WRITE, head + part)
+
+    def posted(self, offset: int, data: bytes) -> bytes:
+        """The message of a posted write, for a driver that sends it itself to `Client.fileno`.
+
+        It may be sent again and again, but not while another thread uses the client: messages
+        would be mixed.
+
+        Raises:
+            ValueError: Outside the region, or more than one message.
+        """
+        data = bytes(data)
+        self._check(offset, len(data))
+        if len(data) > MAX_DATA:
+            raise ValueError(f"{len(data)} bytes in one message, at most {MAX_DATA}")
+        payload = REGION_ACCESS.pack(offset, self.index, len(data)) + data
+        header = Header(0, Command.REGION_WRITE, len(payload), int(HeaderFlag.NO_REPLY))
+        return header.encode() + payload
 
     def post_many(self, writes: Sequence[tuple[int, bytes]]) -> None:
         """Post several writes of up to 8 bytes, as ``(offset, data)``, in few messages.

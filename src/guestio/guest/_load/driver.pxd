@@ -61,11 +61,14 @@ cdef struct Ring:
     u16 *counts
     u32 *owners
     int kick
+    u32 message_bytes      # 0 if it is an eventfd
+    unsigned char message[64]
     u64 kicks
 
 
 cdef int ring_open(
-    Ring *ring, u32 size, bint event_idx, object desc, object avail, object used, int kick
+    Ring *ring, u32 size, bint event_idx, object desc, object avail, object used, int kick,
+    bytes message=*
 ) except -1
 cdef void ring_close(Ring *ring) noexcept
 cdef void ring_add(Ring *ring, Desc *chain, u32 count, u32 token) noexcept nogil

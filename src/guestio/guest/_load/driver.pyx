@@ -28,6 +28,31 @@ cdef extern from * nogil:
     void ring_store16(void *p, u16 v)
     void ring_barrier()
 
+cdef extern from * nogil:
+    """
+    #include <errno.h>
+    #include <poll.h>
+    #include <sys/socket.h>
+    /* A device that does not read for a second counts as stalled later, for want of progress. */
+    static void send_all(int fd, const unsigned char *data, size_t left)
+    {
+        while (left) {
+            ssize_t sent = send(fd, data, left, MSG_NOSIGNAL | MSG_DONTWAIT);
+            if (sent > 0) {
+                data += sent;
+                left -= sent;
+            } else if (errno == EAGAIN) {
+                struct pollfd room = {fd, POLLOUT, 0};
+                if (poll(&room, 1, 1000) <= 0)
+                    return;
+            } else if (errno != EINTR) {
+                return;
+            }
+        }
+    }
+    """
+    void send_all(int fd, const unsigned char *data, size_t left)
+
 cdef enum:
     AVAIL_NO_INTERRUPT = 1
     USED_NO_NOTIFY = 1
@@ -35,14 +60,20 @@ cdef enum:
 
 
 cdef int ring_open(
-    Ring *ring, u32 size, bint event_idx, object desc, object avail, object used, int kick
+    Ring *ring, u32 size, bint event_idx, object desc, object avail, object used, int kick,
+    bytes message=b"",
 ) except -1:
     """Set a ring up whose three parts are on the given pages; `ring` must be zeroed.
 
     Raises:
-        ValueError: The size is not a power of two up to 32768, or pages are missing.
+        ValueError: The size is not a power of two up to 32768, pages are missing, or the message
+            is too long.
     """
     cdef u32 i
+    if len(message) > sizeof(ring.message):
+        raise ValueError(f"a message of {len(message)} bytes, at most {sizeof(ring.message)}")
+    memcpy(ring.message, <const unsigned char *>message, len(message))
+    ring.message_bytes = len(message)
     if not 0 < size <= MOST_ENTRIES or size & (size - 1):
         raise ValueError(f"a queue of {size} entries: must be a power of two up to {MOST_ENTRIES}")
     for name, pages, length in (
@@ -114,7 +145,10 @@ cdef bint ring_publish(Ring *ring) noexcept nogil:
         wanted = not ring_load16(page_at(ring.used, 0)) & USED_NO_NOTIFY
     if wanted:
         ring.kicks += 1
-        write(ring.kick, &one, sizeof(one))
+        if ring.message_bytes:
+            send_all(ring.kick, ring.message, ring.message_bytes)
+        else:
+            write(ring.kick, &one, sizeof(one))
     return True
 
 

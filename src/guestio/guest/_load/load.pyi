@@ -47,6 +47,7 @@ class LoadDriver:
         error: int,
         *,
         event_idx: bool = True,
+        message: bytes = b"",
     ) -> int: ...
     def add_slot(
         self,

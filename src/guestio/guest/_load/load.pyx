@@ -221,7 +221,8 @@ cdef class LoadDriver:
     # Setting up
 
     def add_queue(
-        self, size, depth, desc, avail, used, int kick, int call, int error, *, bint event_idx=True
+        self, size, depth, desc, avail, used, int kick, int call, int error, *,
+        bint event_idx=True, bytes message=b"",
     ):
         """Add a queue that was started, with its indices at 0.
 
@@ -231,10 +232,11 @@ cdef class LoadDriver:
             desc: Where each page of the descriptor table is in this process.
             avail: The same of the available ring.
             used: The same of the used ring.
-            kick: Eventfd to notify the device.
+            kick: Eventfd to notify the device; or with ``message`` the socket to send that to.
             call: Eventfd that it notifies us by.
-            error: Eventfd that tells that it found the ring broken.
+            error: Eventfd that tells that it found the ring broken; -1 for none.
             event_idx: Whether VIRTIO_RING_F_EVENT_IDX was negotiated.
+            message: What notifies the device, at most 64 bytes; nothing for an eventfd.
 
         Returns:
             The queue's number here.
@@ -250,9 +252,10 @@ cdef class LoadDriver:
             raise ValueError(f"depth {depth} in a queue of {size} entries")
         self.queue_count += 1
         queue.depth = depth
-        ring_open(&queue.ring, entries, event_idx, desc, avail, used, kick)
+        ring_open(&queue.ring, entries, event_idx, desc, avail, used, kick, message)
         self.watch(call, ON_CALL, self.queue_count - 1, EPOLLIN | EPOLLET)
-        self.watch(error, ON_ERROR, self.queue_count - 1, EPOLLIN)
+        if error >= 0:
+            self.watch(error, ON_ERROR, self.queue_count - 1, EPOLLIN)
         return self.queue_count - 1
 
     def add_slot(self, number, first, second, table):
