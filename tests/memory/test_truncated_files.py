@@ -213,6 +213,7 @@ SCENARIOS = {
     """,
     "the part of a ring that says which request is next": """
         # The index is left; the entries beyond it read as request 0, which is an old one.
+        from guestio._core.memory.image import ImageFile
         from guestio._core.virtio.block_server import BlockServer
         from guestio._core.virtio.split import SplitRing
         low, size = 0x100000, 8
@@ -244,7 +245,7 @@ SCENARIOS = {
             if touched:
                 vanishes(lambda: memory.read(GONE, 1), GONE)
             try:
-                queue.run_once(BlockServer(fd, 8192))
+                queue.run_once(BlockServer(ImageFile(fd, 8192)))
             except QueueError as error:
                 assert "truncated" in str(error), error
             else:

@@ -29,6 +29,7 @@ from guestio.vhost_user.memory import SharedMemory
 from guestio.vhost_user.messages import FrontendRequest, MemoryRegion, VringState, encode_message
 from guestio.virtio import blk
 from guestio.virtio.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, BlockDevice
+from guestio.virtio.image import Image
 from guestio.virtio.loop import EventLoop
 from tests.kit.disk_driver import MIB, DiskDriver
 from tests.kit.hostile import Raw
@@ -309,11 +310,11 @@ class TestDisk:
         monkeypatch.setattr(blk, "TRIM_SLICE_BYTES", MIB)
         entered, go = threading.Event(), threading.Event()
 
-        def zero(self: BlockDevice, offset: int, length: int) -> None:
+        def zero(self: Image, offset: int, length: int) -> None:
             entered.set()
             assert go.wait(WAIT)
 
-        monkeypatch.setattr(BlockDevice, "_zero", zero)
+        monkeypatch.setattr(Image, "zero", zero)
         device = BlockDevice(image)
         device.stopping(0)
         with Serving(device, tmp_path / "socket") as serving, DiskDriver(serving.path) as driver:
@@ -352,7 +353,7 @@ class TestDisk:
 
     def test_ranges_that_overlap_are_refused_as_a_whole(self, image: Path) -> None:
         device = BlockDevice(image)
-        os.pwrite(device._fd, b"x" * 4096, 0)
+        os.pwrite(device._image.fd, b"x" * 4096, 0)
         memory, rig = small_ring()
         for ranges, expected in (
             (((0, 8, 0), (7, 8, 0)), S_IOERR),
@@ -368,7 +369,7 @@ class TestDisk:
             assert not isinstance(answer, int)
             answer.result(WAIT)
             assert memory.read(0x5000, 1)[0] == expected, ranges
-            assert os.pread(device._fd, 4096, 0) == b"x" * 4096
+            assert os.pread(device._image.fd, 4096, 0) == b"x" * 4096
             rig.finish(chain, 1)
         device.close()
 
@@ -379,7 +380,7 @@ class TestDisk:
         caplog.set_level(logging.INFO)
         device = BlockDevice(image)
         full = os.open("/dev/full", os.O_RDWR)
-        os.dup2(full, device._fd)
+        os.dup2(full, device._image.fd)
         os.close(full)
         with (
             Serving(device, tmp_path / "socket") as serving,
@@ -439,7 +440,7 @@ class TestDisk:
         assert errors_of(caplog) == [f"{image}: the disk does not answer; the image stays open"]
         go.set()
         answer.result(WAIT)
-        until(lambda: device._fd < 0, "the image stays open")
+        until(lambda: device._image.fd < 0, "the image stays open")
 
 
 class TestOutstanding:

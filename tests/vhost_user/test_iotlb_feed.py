@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from guestio._core.iommu.intervals import IntervalMap
+from guestio._core.memory.image import ImageFile
 from guestio._core.vhost_user.iotlb_feed import IotlbFeed, IotlbUpdater
 from guestio._core.vhost_user.miss_table import PAGE, MissTable
 from guestio._core.virtio.block_server import BlockServer
@@ -200,7 +201,7 @@ class Queue(Rig):
         self.kick, self.call = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
         self.epoll.register(self.kick, select.EPOLLIN | select.EPOLLET)
         self.feed.back = self.back.fileno()
-        server = BlockServer(self.image, len(IMAGE))
+        server = BlockServer(ImageFile(self.image, len(IMAGE)))
         self.active = ActiveQueue(
             self.ring.ring,
             server,

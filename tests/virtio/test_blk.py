@@ -492,7 +492,7 @@ class TestImages:
     def test_a_closed_device_touches_no_other_file(self, image: Path, tmp_path: Path) -> None:
         device = BlockDevice(image)
         disk = Disk(device)
-        number = device._fd
+        number = device._image.fd
         device.close()
         other = tmp_path / "other"
         with other.open("w+b") as file:

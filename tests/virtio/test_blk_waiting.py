@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from guestio._core.virtio.chain import Chain
 from guestio.virtio import blk
+from guestio.virtio import image as images
 from guestio.virtio.blk import (
     S_IOERR,
     S_OK,
@@ -198,7 +199,7 @@ def make(image: Path) -> Iterator[Callable[..., Requests]]:
 class TestWhatIsNotCached:
     def test_it_is_left_where_the_ring_is_walked(self, image: Path, make) -> None:
         disk = make(io_threads=1).disk
-        assert not disk.device.server.waits
+        assert not disk.device.server.image.waits
         disk.rig.view.write(READ_AT, struct.pack("<IIQ", T_IN, 0, 8))
         for cached in (False, True):
             if not cached:
@@ -227,7 +228,7 @@ class TestWhatIsNotCached:
 
     def test_without_threads_everything_is_done_at_once(self, image: Path, make) -> None:
         requests = make(io_threads=0)
-        assert requests.device.server.waits
+        assert requests.device.server.image.waits
         forget(image)
         for kind, payload, reply in (
             (T_IN, b"", 4096),
@@ -276,10 +277,10 @@ class TestWhatIsNotCached:
         try:
             device = BlockDevice(shm, io_threads=2)
             disk = Disk(device)
-            assert not device.server.waits
+            assert not device.server.image.waits
             assert disk.read(8, 4096) == image.read_bytes()[4096:8192]
             # It is asked once, not for each read.
-            assert device.server.waits == _lacks_nowait(shm)
+            assert device.server.image.waits == _lacks_nowait(shm)
             assert isinstance(Requests(device).start(T_IN, 8, reply=4096), int)
             assert disk.device.errors == 0
             assert names() == []
@@ -372,7 +373,7 @@ class TestFlush:
         self, make, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         order: list[str] = []
-        real_sync, real_allocate = os.fdatasync, blk._fallocate
+        real_sync, real_allocate = os.fdatasync, images._fallocate
 
         def sync(fd: int) -> None:
             order.append("sync")
@@ -385,7 +386,7 @@ class TestFlush:
             return done
 
         monkeypatch.setattr(blk.os, "fdatasync", sync)
-        monkeypatch.setattr(blk, "_fallocate", allocate)
+        monkeypatch.setattr(images, "_fallocate", allocate)
         requests = make(io_threads=4)
         for _ in range(5):
             zeroes = requests.start(T_WRITE_ZEROES, 0, struct.pack("<QII", 0, 8, 0))
@@ -410,8 +411,8 @@ class TestFlush:
         monkeypatch.setattr(blk.os, "fdatasync", sync)
         first = requests.start(T_FLUSH)
         gate.await_entered()
-        begun = CountingLock(requests.device._flushing)
-        monkeypatch.setattr(requests.device, "_flushing", begun)
+        begun = CountingLock(requests.device._image._flushing)
+        monkeypatch.setattr(requests.device._image, "_flushing", begun)
         others = [requests.start(T_FLUSH) for _ in range(2)]
         until(lambda: begun.wanted == 2)
         gate.go.set()
@@ -505,7 +506,7 @@ class TestClosing:
         requests = make(io_threads=threads)
         device, look = requests.device, requests.device._work
 
-        def close_first(chain: Chain, patience: blk._Patience) -> blk.Work:
+        def close_first(chain: Chain, patience: blk.Patience) -> blk.Work:
             device.close()
             return look(chain, patience)
 
@@ -659,13 +660,13 @@ class TestStuck:
         go_on, begun = threading.Event(), threading.Event()
 
         class Stuck(BlockDevice):
-            def _work(self, chain: Chain, patience: blk._Patience) -> blk.Work:
+            def _work(self, chain: Chain, patience: blk.Patience) -> blk.Work:
                 begun.set()
                 assert go_on.wait(LIMIT)
                 return (yield from super()._work(chain, patience))
 
         device = Stuck(image)
-        fd = device._fd
+        fd = device._image.fd
         requests = Requests(device)
         promised = requests.start(T_FLUSH)
         assert begun.wait(LIMIT)
@@ -677,7 +678,7 @@ class TestStuck:
         assert isinstance(promised, Future)
         assert promised.result(LIMIT) == 1
         deadline = time.monotonic() + LIMIT
-        while device._fd >= 0:
+        while device._image.fd >= 0:
             assert time.monotonic() < deadline, "the image stays open"
             time.sleep(0.002)
 

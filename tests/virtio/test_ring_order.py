@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from guestio._core.memory.image import ImageFile
 from guestio._core.virtio.block_server import BlockServer
 from guestio._core.virtio.chain import Quota
 from guestio._core.virtio.split import SplitRing
@@ -428,7 +429,7 @@ class TestGoingOn:
         bench.ring = SplitRing(
             bench.space, 8, DESC, AVAIL, USED, inflight=bench.noted(), batch_bytes=work * ROOM
         )
-        server = BlockServer(-1, 512)
+        server = BlockServer(ImageFile(-1, 512))
         taken = 0
         for _ in range(5):
             chains, _, served, idle = bench.ring.run_once(server, 64, -1, True)
@@ -452,7 +453,7 @@ class TestGoingOn:
             noted.forget(7)
             noted.tell(7)
 
-        server = BlockServer(-1, 512, report=revoke)
+        server = BlockServer(ImageFile(-1, 512), report=revoke)
         done, batches = 0, 0
         idle = False
         while not idle:

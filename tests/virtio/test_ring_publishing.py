@@ -8,6 +8,7 @@ import pytest
 
 from guestio._core.base.variant import CAPACITIES
 from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.memory.image import ImageFile
 from guestio._core.virtio.block_server import BlockServer
 from guestio._core.virtio.split import SplitRing
 from guestio.addr import Permissions
@@ -60,7 +61,7 @@ class TestRevokedAmidATurn:
         image = os.memfd_create("empty")
         try:
             # The image is empty by now, so every read fails and is reported.
-            server = BlockServer(image, 0x10000, report=report)
+            server = BlockServer(ImageFile(image, 0x10000), report=report)
             chains, misses, served, _ = ring.run_once(server, size, -1, True)
             assert (chains, served, len(seen)) == ([], at, 1)
             assert memory.read(USED, PAGE) == seen[0], "written after it was taken away"

@@ -29,7 +29,8 @@ from guestio.addr import Permissions
 from guestio.errors import GuestioError
 from guestio.guest import BlkError, GuestBuffer, Request, ScriptedGuest
 from guestio.vhost_user import Backend, Statistics
-from guestio.virtio.blk import S_IOERR, SECTOR, T_IN, T_OUT, BlockDevice
+from guestio.virtio.blk import S_IOERR, T_IN, T_OUT, BlockDevice
+from guestio.virtio.image import SECTOR
 
 IMAGE_BYTES = 64 << 20
 BLOCK = 4096

@@ -37,7 +37,7 @@ from guestio.guest.plan import VERIFY_SPAN, LoadMemory, LoadPlan
 from guestio.vhost_user.channel import PeerGoneError
 from guestio.vhost_user.frontend import Frontend, NoAnswerError
 from guestio.vhost_user.messages import ProtocolFeature
-from guestio.virtio.blk import F_MQ, F_RO, F_SEG_MAX, SECTOR
+from guestio.virtio.blk import F_MQ, F_RO, F_SEG_MAX
 from guestio.virtio.device import (
     VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_EVENT_IDX,
@@ -45,6 +45,7 @@ from guestio.virtio.device import (
     VIRTIO_F_VERSION_1,
     Status,
 )
+from guestio.virtio.image import SECTOR
 from guestio.virtio.layout import RingLayout
 
 if TYPE_CHECKING:

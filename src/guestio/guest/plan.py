@@ -16,7 +16,7 @@ from guestio.guest._load.iotlb_front import IotlbFront
 from guestio.guest.dma import PAGE, IommuMode, PageAllocator
 from guestio.guest.driver import HIGH_MEMORY
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
-from guestio.virtio.blk import SECTOR
+from guestio.virtio.image import SECTOR
 from guestio.virtio.layout import RingLayout
 
 Workload: TypeAlias = Literal["randread", "randwrite", "read", "write", "randrw"]

@@ -14,19 +14,14 @@ whichever thread did which.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
-import functools
 import logging
-import math
 import os
-import stat
 import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
@@ -43,17 +38,15 @@ from guestio.budgets import (
     TRIM_SLICE_BYTES,
 )
 from guestio.errors import AccessError, DeviceError
-from guestio.memory.backing import close_fd
 from guestio.ratelog import LOG
 from guestio.virtio.device import Device, DeviceId
-from guestio.virtio.slices import SlicedThreads, Work
+from guestio.virtio.image import SECTOR, Image
+from guestio.virtio.slices import Patience, SlicedThreads, Work, ranges
 
 if TYPE_CHECKING:
     from guestio.virtio.host import DeviceHost
 
 log = logging.getLogger("guestio.virtio")
-
-SECTOR: Final = 512
 
 IO_THREADS: Final = 4
 """Threads for what may wait for the disk, unless told otherwise."""
@@ -94,14 +87,6 @@ _CONFIG: Final = struct.Struct("<QIIHBBIBBHIBxHIIIIIBxxx")
 
 _TRIMS: Final = frozenset({T_DISCARD, T_WRITE_ZEROES})
 _NAMES: Final = {T_FLUSH: "flush", T_DISCARD: "discard", T_WRITE_ZEROES: "write zeroes"}
-
-_FALLOC_KEEP_SIZE: Final = 1
-_FALLOC_PUNCH_HOLE: Final = 2
-_FALLOC_ZERO_RANGE: Final = 16
-_BLKGETSIZE64: Final = 0x80081272
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class BlockDevice(Device):
@@ -157,36 +142,27 @@ class BlockDevice(Device):
         if len(encoded) > ID_BYTES:
             raise ValueError(f"serial {text!r} is longer than {ID_BYTES} bytes")
         self.serial = encoded.ljust(ID_BYTES, b"\0")
-        self._fd = _open_image(self.path, read_only)
-        try:
-            self.size = _image_size(self._fd, self.path)
-        except BaseException:
-            os.close(self._fd)
-            raise
+        self._image = Image(self.path, read_only=read_only, waits=not io_threads)
+        self.size = self._image.size
         self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
         if num_queues > 1:
             self.features |= F_MQ
         self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
         self._server = BlockServer(
-            self._fd,
-            self.size,
+            self._image.file,
             writable=not read_only,
-            waits=not io_threads,
             inline_bytes=INLINE_BYTES,
-            report=functools.partial(_report, self.path),
+            report=self._image.report,
         )
         # What the core serves never reaches `process`: an overriding one must see all requests.
         self.server = self._server if type(self).process is _PROCESS else None
         self._hosts: weakref.WeakSet[DeviceHost] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._errors = self._image_errors = 0
-        self._flushing = threading.Lock()
-        self._failed_flushes = 0
         self._threads: SlicedThreads | None = None
-        self._patience = [_Patience() for _ in range(num_queues)]
+        self._patience = [Patience() for _ in range(num_queues)]
         self._closed = False
-        self._image_closed = threading.Event()
-        self._serve: dict[int, Callable[[int, Chain, _Patience], Work]] = {
+        self._serve: dict[int, Callable[[int, Chain, Patience], Work]] = {
             T_FLUSH: self._flush,
             T_GET_ID: self._get_id,
             T_DISCARD: self._discard,
@@ -222,13 +198,7 @@ class BlockDevice(Device):
         return self.size
 
     def _look_at_image(self) -> None:
-        fd = self._server.hold()
-        try:
-            if fd < 0:
-                raise DeviceError(f"the image {self.path} is closed: its size cannot change")
-            self.size = self._server.size = _image_size(fd, self.path)
-        finally:
-            self._server.let_go()
+        self.size = self._image.update_size()
 
     @property
     def capacity(self) -> int:
@@ -297,9 +267,9 @@ class BlockDevice(Device):
     def _serve_here(self, chain: Chain, work: Work) -> int:
         """Do work in one go, in this thread, with the image open meanwhile."""
         try:
-            return _all_of(work) if self._server.hold() >= 0 else self._refuse(chain)
+            return _all_of(work) if self._image.file.hold() >= 0 else self._refuse(chain)
         finally:
-            self._server.let_go()
+            self._image.file.let_go()
 
     def _refuse(self, chain: Chain) -> int:
         """Answer a request that a closed device is given."""
@@ -309,9 +279,9 @@ class BlockDevice(Device):
     def stopping(self, queue: int) -> None:
         """Give up what takes long of a queue that is to stop, if it is not done soon."""
         self._patience[queue].until = time.monotonic() + GIVE_UP_AFTER
-        self._patience[queue] = _Patience()
+        self._patience[queue] = Patience()
 
-    def _work(self, chain: Chain, patience: _Patience) -> Work:
+    def _work(self, chain: Chain, patience: Patience) -> Work:
         """Serve any request, in whichever thread has the time, slice by slice."""
         transfer = self._server.transfer(chain)
         if transfer is not None:
@@ -358,24 +328,14 @@ class BlockDevice(Device):
             raise _Refused(S_IOERR)
         return sector * SECTOR
 
-    def _flush(self, sector: int, chain: Chain, patience: _Patience) -> Work:
+    def _flush(self, sector: int, chain: Chain, patience: Patience) -> Work:
         yield from ()
         if self.read_only:
             return 0
-        failed = self._failed_flushes
-        with self._flushing:
-            try:
-                os.fdatasync(self._fd)
-            except OSError:
-                self._failed_flushes += 1
-                raise
-            # The kernel reports lost data once, to the first fsync; the other flushes that
-            # wait for it must not succeed.
-            if self._failed_flushes != failed:
-                raise OSError(errno.EIO, "another flush of the same data failed")
+        self._image.flush()
         return 0
 
-    def _get_id(self, sector: int, chain: Chain, patience: _Patience) -> Work:
+    def _get_id(self, sector: int, chain: Chain, patience: Patience) -> Work:
         yield from ()
         room = chain.writable.total - 1
         if room < ID_BYTES:
@@ -383,21 +343,21 @@ class BlockDevice(Device):
         chain.writable.write(self.serial)
         return ID_BYTES
 
-    def _discard(self, sector: int, chain: Chain, patience: _Patience) -> Work:
+    def _discard(self, sector: int, chain: Chain, patience: Patience) -> Work:
         for offset, length, _ in self._segments(chain, 0):
-            for at, size in _slices(offset, length):
-                self._deallocate(at, size)
+            for at, size in ranges(offset, length, TRIM_SLICE_BYTES):
+                self._image.deallocate(at, size)
                 yield
-                patience.check()
+                self._check(patience)
         return 0
 
-    def _write_zeroes(self, sector: int, chain: Chain, patience: _Patience) -> Work:
+    def _write_zeroes(self, sector: int, chain: Chain, patience: Patience) -> Work:
         for offset, length, flags in self._segments(chain, _FLAG_UNMAP):
-            for at, size in _slices(offset, length):
-                if not (flags and self._deallocate(at, size)):
-                    self._zero(at, size)
+            for at, size in ranges(offset, length, TRIM_SLICE_BYTES):
+                if not (flags and self._image.deallocate(at, size)):
+                    self._image.zero(at, size)
                 yield
-                patience.check()
+                self._check(patience)
         return 0
 
     def _segments(self, chain: Chain, known: int) -> list[tuple[int, int, int]]:
@@ -422,17 +382,10 @@ class BlockDevice(Device):
                 raise _Refused(S_IOERR)
         return found
 
-    def _deallocate(self, offset: int, length: int) -> bool:
-        """Give the range's space back if the file system can; it then reads as zeroes."""
-        return _fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
-
-    def _zero(self, offset: int, length: int) -> None:
-        if _fallocate(self._fd, _FALLOC_ZERO_RANGE | _FALLOC_KEEP_SIZE, offset, length):
-            return
-        zeroes = bytes(min(length, 1 << 20))
-        while length:
-            done = os.pwrite(self._fd, zeroes[:length], offset)
-            offset, length = offset + done, length - done
+    def _check(self, patience: Patience) -> None:
+        """Refuse to go on with what was given up."""
+        if patience.is_over:
+            raise _Refused(S_IOERR)
 
     def _check_writable(self) -> None:
         if self.read_only:
@@ -451,49 +404,14 @@ class BlockDevice(Device):
         self._server.retire()
         until = time.monotonic() + DEVICE_CLOSE_TIMEOUT
         if threads is None:
-            self._let_go_of_image()
+            self._image.close()
         else:
-            threads.close(DEVICE_CLOSE_TIMEOUT, self._let_go_of_image)
-        if not self._image_closed.wait(max(until - time.monotonic(), 0)):
+            threads.close(DEVICE_CLOSE_TIMEOUT, self._image.close)
+        if not self._image.closed.wait(max(until - time.monotonic(), 0)):
             log.error("%s: the disk does not answer; the image stays open", self.path)
-
-    def _let_go_of_image(self) -> None:
-        """Close the image once no thread is in a system call with it.
-
-        A thread that is about to make one would otherwise make it with whichever file is opened
-        next: that may have the same number.
-        """
-        self._server.close(self._close_image)
-
-    def _close_image(self) -> None:
-        fd, self._fd = self._fd, -1
-        # Called from the core, which an error of a late write must not stop in the middle.
-        close_fd(fd)
-        self._image_closed.set()
 
 
 _PROCESS: Final = BlockDevice.process
-
-
-class _Patience:
-    """Until when work that takes long may go on.
-
-    Attributes:
-        until: As `time.monotonic`.
-    """
-
-    def __init__(self) -> None:
-        self.until = math.inf
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the work is to be given up."""
-        return self.until != math.inf and time.monotonic() >= self.until
-
-    def check(self) -> None:
-        """Refuse to go on if it is over."""
-        if self.is_over:
-            raise _Refused(S_IOERR)
 
 
 class _Refused(Exception):  # noqa: N818 - not an error of ours but the driver's answer
@@ -502,20 +420,6 @@ class _Refused(Exception):  # noqa: N818 - not an error of ours but the driver's
     def __init__(self, status: int) -> None:
         self.status = status
         super().__init__(status)
-
-
-def _report(path: str, number: int, offset: int, length: int, reading: bool) -> None:
-    """Log a transfer that failed."""
-    LOG.report(
-        log,
-        logging.ERROR,
-        "%s: %s of %d bytes failed at sector %d: %s",
-        path,
-        "read" if reading else "write",
-        length,
-        offset // SECTOR,
-        os.strerror(number) if number else "the image is shorter than it was",
-    )
 
 
 def _kind(chain: Chain) -> int | None:
@@ -535,62 +439,8 @@ def _all_of(work: Work) -> int:
             return int(finished.value)
 
 
-def _slices(offset: int, length: int) -> Generator[tuple[int, int], None, None]:
-    end = offset + length
-    while offset < end:
-        size = min(TRIM_SLICE_BYTES, end - offset)
-        yield offset, size
-        offset += size
-
-
 def _answer(writable: IoVector, status: int, written: int) -> int:
     """Put the status into the last byte; the number of bytes written from the start on."""
     last = writable.total - 1
     writable.write(bytes([status]), last)
     return last + 1 if written == last else written
-
-
-def _open_image(path: str, read_only: bool) -> int:
-    try:
-        return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
-    except OSError as error:
-        hint = ""
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not read_only:
-            hint = " (a read-only image needs read_only=True, or --read-only)"
-        raise DeviceError(f"cannot open the image {path}: {error.strerror}{hint}") from error
-
-
-def _image_size(fd: int, path: str) -> int:
-    """Bytes of the image.
-
-    Raises:
-        DeviceError: It is no image, or does not end with a sector.
-    """
-    try:
-        status = os.fstat(fd)
-        if stat.S_ISREG(status.st_mode):
-            size = status.st_size
-        elif stat.S_ISBLK(status.st_mode):
-            size = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0]
-        else:
-            raise DeviceError(f"the image {path} is neither a file nor a block device")
-    except OSError as error:
-        raise DeviceError(f"the size of the image {path} is unknown: {error.strerror}") from error
-    if not size or size % SECTOR:
-        raise DeviceError(
-            f"the image {path} is {size} bytes long, which is not a positive multiple of {SECTOR}"
-        )
-    return size
-
-
-def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
-    """Call fallocate(2); False if the file system does not know the mode."""
-    if not length:
-        return True
-    while _libc.fallocate(fd, mode, offset, length):
-        number = ctypes.get_errno()
-        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
-            return False
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
-    return True

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import TypeAlias
 
 Work: TypeAlias = Generator[None, None, int]
 """Does a slice each time it is resumed, and returns the result in the end."""
+
+
+def ranges(offset: int, length: int, most: int) -> Iterator[tuple[int, int]]:
+    """A range in pieces of at most ``most`` bytes: ``(offset, length)`` each."""
+    end = offset + length
+    while offset < end:
+        size = min(most, end - offset)
+        yield offset, size
+        offset += size
+
+
+class Patience:
+    """Until when work that takes long may go on.
+
+    Attributes:
+        until: As `time.monotonic`.
+    """
+
+    def __init__(self) -> None:
+        self.until = math.inf
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the work is to be given up."""
+        return self.until != math.inf and time.monotonic() >= self.until
 
 
 class SlicedThreads:
