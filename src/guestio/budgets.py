@@ -261,6 +261,29 @@ CLOSE_TIMEOUT = 1.75
 """Seconds that a server command waits after SIGINT or SIGTERM for a device that is being made,
 attached or closed; then it does the same."""
 
+NVME_QUEUES = 63
+"""I/O queues of each kind that an NVMe controller has at most."""
+
+NVME_QUEUE_ENTRIES = 1024
+"""Entries of a queue of an NVMe controller; a larger one is refused (CAP.MQES)."""
+
+NVME_EVENTS = 4
+"""Asynchronous event requests of a driver that wait for an event; more are refused (AERL)."""
+
+NVME_SGL_DESCRIPTORS = 1024
+"""Descriptors of the SGL of one NVMe command; it fails beyond."""
+
+NVME_BUFFER_BYTES = 16 << 20
+"""Bytes of NVMe commands that are copied because they wait for the disk, are flushed, compared, or
+in memory that is not shared; further commands are begun when others have ended."""
+
+NVME_TURN_BYTES = 4 << 20
+"""Bytes that an NVMe controller moves before the loop serves others. The last command may exceed
+it, by 512 KiB at most."""
+
+NVME_TURN_SECONDS = 0.002
+"""Seconds that it serves its queues before the loop serves others, but for the last command."""
+
 NET_TURN_FRAMES = 128
 """Frames that a network device moves to its driver before control returns to the loop."""
 

@@ -13,6 +13,7 @@ from guestio.cli.blk import blk
 from guestio.cli.console import console
 from guestio.cli.input import input_
 from guestio.cli.net import net
+from guestio.cli.nvme import nvme
 from guestio.cli.rng import rng
 from guestio.cli.seconds import Seconds
 from guestio.cli.serve import serve
@@ -45,7 +46,7 @@ def demo(seconds: float) -> None:
     sys.exit(run(seconds))
 
 
-for _command in (bench, blk, console, input_, net, rng, serve):
+for _command in (bench, blk, console, input_, net, nvme, rng, serve):
     cli.add_command(_command)
 
 

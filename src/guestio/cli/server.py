@@ -6,15 +6,17 @@ import contextlib
 import functools
 import logging
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import click
 
-from guestio.budgets import LONGEST_TIMEOUT, STOP_TIMEOUT
+from guestio import vfio_user
+from guestio.budgets import DMA_REVOKE_AFTER, LONGEST_TIMEOUT, STOP_TIMEOUT
 from guestio.cli.seconds import Seconds
 from guestio.cli.stderr import StderrLog
 from guestio.errors import DeviceMethodError, GuestioError
@@ -22,7 +24,6 @@ from guestio.peer.endpoint import activation_sockets, adopt_socket, remove_socke
 from guestio.ratelog import LOG
 from guestio.vhost_user import Backend
 from guestio.vhost_user.serve import Signals, run_until_signaled
-from guestio.virtio.device import Device
 
 EXIT_GRACE = 0.2
 """Seconds that the end of a command waits for its log to be read."""
@@ -31,7 +32,16 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 _log = logging.getLogger("guestio.cli.server")
 
-_OPTIONS = (
+
+class Closable(Protocol):
+    """A device that is closed at the end."""
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+_PLACE_OPTIONS = (
     click.option(
         "--socket",
         metavar="PATH",
@@ -41,15 +51,17 @@ _OPTIONS = (
     click.option(
         "--connect",
         metavar="PATH",
-        help="Connect to a front-end that listens there, again whenever it is gone.",
+        help="Connect to a front-end or client that listens there, again whenever it is gone.",
     ),
     click.option(
         "--fd",
         type=click.IntRange(3),
         metavar="N",
-        help="Use a socket that the caller has opened: a listening one, or one that a front-end is "
-        "connected to, with which the service ends.",
+        help="Use a socket that the caller has opened: a listening one, or one that the other side "
+        "is connected to, with which the service ends.",
     ),
+)
+_OPTIONS = (
     click.option(
         "--iommu",
         type=click.Choice(["auto", "off"]),
@@ -117,6 +129,17 @@ _NAMES = (
     "poll_us",
     "queue_threads",
 )
+_PCI_OPTIONS = (
+    click.option(
+        "--revoke-after",
+        type=Seconds(0, LONGEST_TIMEOUT),
+        default=DMA_REVOKE_AFTER,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long an unmap of the driver waits for an access of the device to end, which is "
+        "cut off then. Less than QEMU's x-msg-timeout (5 s).",
+    ),
+)
 
 
 def num_queues_option(
@@ -134,18 +157,31 @@ def num_queues_option(
 
 def server_options(command: Command) -> Command:
     """Give a command the options of every server; it is called with them as ``server``."""
+    return _with_server(command, Server, _OPTIONS, _NAMES)
 
+
+def pci_server_options(command: Command) -> Command:
+    """Give a command the options of every server of a PCI device over vfio-user, as ``server``."""
+    return _with_server(command, PciServer, _PCI_OPTIONS, ("revoke_after",))
+
+
+def _with_server(
+    command: Command,
+    kind: type[Server],
+    more: Sequence[Callable[[Any], Any]],
+    names: Sequence[str],
+) -> Command:
     @functools.wraps(command)
     def collected(
         *, socket: str | None, connect: str | None, fd: int | None, **arguments: Any
     ) -> None:
         if sum(given is not None for given in (socket, connect, fd)) > 1:
             fail("give one of --socket, --connect and --fd")
-        options = {name: arguments.pop(name) for name in _NAMES}
-        command(server=Server(options, socket=socket, connect=connect, fd=fd), **arguments)
+        options = {name: arguments.pop(name) for name in names}
+        command(server=kind(options, socket=socket, connect=connect, fd=fd), **arguments)
 
     decorated: Any = collected
-    for option in reversed(_OPTIONS):
+    for option in reversed((*_PLACE_OPTIONS, *more)):
         decorated = option(decorated)
     result: Command = decorated
     return result
@@ -172,13 +208,18 @@ class Server:
         self.options = dict(options)
         self._socket, self._connect, self._fd = socket, connect, fd
 
-    def _backend(self, device: Device) -> Backend:
+    def _make(
+        self, device: Any, place: str | socket.socket, **more: Any
+    ) -> Backend | vfio_user.Server:
+        return Backend(device, place, **more, **self.options)
+
+    def _backend(self, device: Any) -> Backend | vfio_user.Server:
         if self._connect is not None:
-            return Backend(device, self._connect, connect=True, **self.options)
+            return self._make(device, self._connect, connect=True)
         if self._socket is not None:
-            return Backend(device, self._socket, **self.options)
+            return self._make(device, self._socket)
         if self._fd is not None:
-            return Backend(device, adopt_socket(self._fd), **self.options)
+            return self._make(device, adopt_socket(self._fd))
         handed = activation_sockets()
         if len(handed) != 1:
             for each in handed:
@@ -189,11 +230,11 @@ class Server:
                 else "say where to listen (--socket PATH) or to connect to (--connect PATH), or "
                 "which socket to use (--fd N)"
             )
-        return Backend(device, handed[0], **self.options)
+        return self._make(device, handed[0])
 
     def run(
         self,
-        make: Callable[[], Device],
+        make: Callable[[], Closable],
         what: str,
         *,
         signals: Mapping[int, Callable[[], object]] | None = None,
@@ -269,6 +310,15 @@ class Server:
             sys.exit(status)
 
 
+class PciServer(Server):
+    """Serves a PCI device over vfio-user; all else as `Server`."""
+
+    def _make(
+        self, device: Any, place: str | socket.socket, **more: Any
+    ) -> Backend | vfio_user.Server:
+        return vfio_user.Server(device, place, **more, **self.options)
+
+
 def _leave_within(seconds: float, log: StderrLog, status: int) -> None:
     """Limit the end of Python, which waits for threads and for what was registered for it."""
 
@@ -283,7 +333,7 @@ def _leave_within(seconds: float, log: StderrLog, status: int) -> None:
         threading.Thread(target=end, name="guestio-end", daemon=True).start()
 
 
-def _close(device: Device) -> None:
+def _close(device: Closable) -> None:
     """Close a device; what it raises is logged."""
     try:
         device.close()

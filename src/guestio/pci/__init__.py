@@ -3,7 +3,7 @@
 ``device`` says what a PCI device is, ``host`` is what a transport drives and a device uses.
 ``config`` is the configuration space, ``capabilities`` are what may be in it, ``interrupts`` says
 where an interrupt goes, and ``memory`` is what the device reaches by DMA. ``virtio_pci`` makes a
-virtio device one.
+virtio device one; ``nvme`` is an NVMe controller.
 """
 
 from guestio._core.pci.doorbell import CallbackDoorbell, Doorbell, EventfdDoorbell
@@ -19,6 +19,7 @@ from guestio.pci.capabilities import (
 )
 from guestio.pci.device import Bar, PciDevice
 from guestio.pci.host import PciHost
+from guestio.pci.nvme import NvmeController
 from guestio.pci.virtio_pci import VirtioPci
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "EventfdDoorbell",
     "Msi",
     "MsiX",
+    "NvmeController",
     "PciDevice",
     "PciExpress",
     "PciHost",

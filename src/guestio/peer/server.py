@@ -12,7 +12,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from guestio.budgets import FIRST_MESSAGE_TIMEOUT, MAX_WAITING, WAITING_LOOK
 from guestio.errors import DeviceError
@@ -58,6 +58,7 @@ class PeerServer(ABC):
     Attributes:
         path: Where the socket is; empty if it has no name in the file system.
         ready_line: One line that says where peers come from.
+        statistics: Counters over all peers so far.
 
     Threads: everything happens in the thread that calls :meth:`serve`; only :meth:`stop` may be
     called from others and from signal handlers.
@@ -65,6 +66,8 @@ class PeerServer(ABC):
 
     peer_name = "peer"
     """What the other side is called in log lines."""
+
+    statistics: Any
 
     def __init__(
         self,

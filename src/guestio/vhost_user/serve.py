@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 from guestio.budgets import CLOSE_TIMEOUT, EXIT_TIMEOUT
+from guestio.peer.server import PeerServer
 from guestio.ratelog import LOG
 from guestio.vhost_user.backend import Backend, log
 from guestio.virtio.device import Device
@@ -71,7 +72,8 @@ def serve(
                 type(device).__name__,
                 EXIT_TIMEOUT,
             )
-    return backend.statistics
+    statistics: Statistics = backend.statistics
+    return statistics
 
 
 _NO_SIGNAL = 255
@@ -199,7 +201,7 @@ class Signals:
 
 
 def run_until_signaled(
-    backend: Backend, signals: Signals, ready: Callable[[], object] = lambda: None
+    backend: PeerServer, signals: Signals, ready: Callable[[], object] = lambda: None
 ) -> bool:
     """Serve in a thread, so that a signal is obeyed whatever keeps that thread.
 
@@ -213,7 +215,7 @@ def run_until_signaled(
         in the device.
 
     Raises:
-        BaseException: What `Backend.serve` raised.
+        BaseException: What its ``serve`` raised.
     """
     errors: list[BaseException] = []
 

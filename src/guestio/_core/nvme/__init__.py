@@ -1,0 +1,1 @@
+"""NVMe queues: submission entries in, data moved, completion entries out."""
