@@ -31,7 +31,7 @@ from guestio.virtio.console import (
 )
 from tests.kit.hand_guest import EVENT_IDX, INDIRECT_DESC, VERSION_1, Remote, remote
 from tests.kit.rings import WRITE, Desc
-from tests.kit.serving import until
+from tests.kit.serving import Serving, until
 
 CONTROL = struct.Struct("<IHH")
 EVENT = struct.Struct("<HHi")
@@ -92,7 +92,7 @@ class TestConsole:
             named = driver.wait(buffers[2]).data
             assert named == CONTROL.pack(1, PORT_NAME, 1) + b"agent"
 
-    def test_messages_of_the_driver(self, console: ConsoleDevice) -> None:
+    def test_messages_of_the_driver(self, tmp_path: Path, console: ConsoleDevice) -> None:
         """From ``vhu_console.rs::test_virtio_console_ctrl_tx_request``.
 
         And ``vhu_console.rs::test_virtio_console_handle_control_msg``. One that makes no sense
@@ -104,13 +104,14 @@ class TestConsole:
             CONTROL.pack(9, PORT_OPEN, 1),
         ]
         with (
-            serving(console) as path,
-            Driver(path, features=F_MULTIPORT, queues=6) as driver,
+            Serving(console, tmp_path / "s") as served,
+            Driver(served.path, features=F_MULTIPORT, queues=6) as driver,
         ):
             assert driver.request(b"", 0x200, queue=CONTROL_TRANSMIT) == b""
             for message in nonsense:
                 assert driver.request(message, 0, queue=CONTROL_TRANSMIT) == b""
             assert not console.ports[0].ready
+            assert served.stats.failed_requests == 1 + len(nonsense)
             for event in (PORT_OPEN, DEVICE_READY, PORT_READY):
                 driver.request(CONTROL.pack(0, event, 1), 0, queue=CONTROL_TRANSMIT)
             assert console.ports[0].ready
