@@ -10,6 +10,10 @@ from __future__ import annotations
 STOP_TIMEOUT = 1.0
 """Seconds that a stop waits for requests that a device still holds; then they are disowned."""
 
+PERSIST_TIMEOUT = 60.0
+"""Seconds that the stop of the last queue waits for what its device has acknowledged to be on the
+medium; then the front-end is told that the queue has stopped, and the log that it is not."""
+
 COPY_GRACE = 0.25
 """Seconds beyond its limit that a stop waits for system calls that move a request's memory."""
 
@@ -212,6 +216,9 @@ sent again later."""
 
 MAX_GUEST_MEMORY = 1 << 45
 """Bytes of guest memory that one front-end may share; a table or region beyond is refused."""
+MAX_DIRTY_LOG = 1 << 37
+"""Bytes of a front-end's dirty log, enough for guest addresses of 52 bits; a larger one ends the
+connection."""
 
 DMA_MAPPINGS = 1 << 20
 """Mappings of one vfio-user client; one more is refused (ENOSPC). About 60 bytes each."""

@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING, Any
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.messages import FrontendRequest as F
 from guestio.vhost_user.messages import ProtocolFeature
-from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES
+from guestio.vhost_user.session import INFLIGHT_FEATURES, SUPPORTED_PROTOCOL_FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from guestio.errors import GuestioError
-    from guestio.vhost_user.messages import Inflight, IotlbMessage, MemoryRegion, VringAddr
+    from guestio.vhost_user.messages import Inflight, IotlbMessage, Log, MemoryRegion, VringAddr
 
 VIRTIO_F_VERSION_1 = 1 << 32
 ACCESS_PLATFORM = 1 << 33
 PROTOCOL_FEATURES = 1 << 30
 DEVICE_FEATURES = VIRTIO_F_VERSION_1 | ACCESS_PLATFORM | 0b101
-OFFERED_PROTOCOL_FEATURES = int(SUPPORTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD)
+LOG_ALL = 1 << 26
+OFFERED_PROTOCOL_FEATURES = int(
+    SUPPORTED_PROTOCOL_FEATURES | INFLIGHT_FEATURES | ProtocolFeature.LOG_SHMFD
+)
 
 # Requests that are answered whether or not an acknowledgement is asked for.
 OWN_REPLY = {
@@ -32,7 +35,9 @@ OWN_REPLY = {
     F.GET_MAX_MEM_SLOTS,
     F.GET_STATUS,
     F.GET_INFLIGHT_FD,
+    F.GET_VRING_BASE_SKIP_DRAIN,
     F.IOTLB_MSG,
+    F.SET_LOG_BASE,
 }
 
 
@@ -125,6 +130,12 @@ class RecordingHandler:
 
     def set_inflight(self, inflight: Inflight, fd: int) -> None:
         self._record("set_inflight", inflight, self._consume(fd))
+
+    def set_log(self, log: Log, fd: int) -> None:
+        self._record("set_log", log, self._consume(fd))
+
+    def set_logging(self, enable: bool) -> None:
+        self._record("set_logging", enable)
 
     def get_status(self) -> int:
         self._record("get_status")

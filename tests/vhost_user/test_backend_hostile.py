@@ -227,7 +227,7 @@ CASES: dict[str, tuple[Callable[[Raw], None], str]] = {
         plain(F.SET_VRING_ADDR, VringAddr(0, 0, TOP - 16, 0, TOP - 4)),
         r"pass 2\*\*64",
     ),
-    "logging": (plain(F.SET_VRING_ADDR, VringAddr(0, 1, 0, 0, 0)), "logging"),
+    "logging": (plain(F.SET_VRING_ADDR, VringAddr(0, 1, 0, 0, 0)), "ring flags 0x1"),
     "enabling without the feature": (
         after(plain(F.SET_FEATURES, U64(1 << 32)), plain(F.SET_VRING_ENABLE, VringState(0, 1))),
         "needs VHOST_USER_F_PROTOCOL_FEATURES",
@@ -307,7 +307,7 @@ def test_what_can_be_refused_is_survived(
 
 def test_unknown_messages_are_ignored_with_their_fds(served: Serving) -> None:
     with nothing_left(), Raw(served) as raw:
-        for request in (0, 45, 99, 1000, 2**32 - 1):
+        for request in (0, 46, 99, 1000, 2**32 - 1):
             raw.request(request, b"what" * 10, [raw.memfd(), raw.memfd()])
         raw.request(F.GET_FEATURES)
         assert len(raw.sock.recv(4096)) == 20

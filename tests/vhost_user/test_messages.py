@@ -137,9 +137,9 @@ def test_structure_sizes() -> None:
 
 
 def test_numbers_of_the_specification() -> None:
-    assert [request.value for request in FrontendRequest] == list(range(1, 45))
+    assert [request.value for request in FrontendRequest] == list(range(1, 46))
     assert [request.value for request in BackendRequest] == list(range(1, 11))
-    assert [feature.value for feature in ProtocolFeature] == [1 << bit for bit in range(23)]
+    assert [feature.value for feature in ProtocolFeature] == [1 << bit for bit in range(24)]
     assert FrontendRequest.SET_VRING_ENABLE == 18
     assert FrontendRequest.SET_BACKEND_REQ_FD == 21
     assert FrontendRequest.IOTLB_MSG == 22

@@ -19,6 +19,7 @@ from guestio.vhost_user.messages import (
     Header,
     Inflight,
     IotlbMessage,
+    Log,
     MemoryRegion,
     MemoryTable,
     Payload,
@@ -36,6 +37,7 @@ from tests.kit.closing import settled_closes
 from tests.kit.recording import (
     ACCESS_PLATFORM,
     DEVICE_FEATURES,
+    LOG_ALL,
     OFFERED_PROTOCOL_FEATURES,
     OWN_REPLY,
     PROTOCOL_FEATURES,
@@ -46,11 +48,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ALL_FEATURES = DEVICE_FEATURES | PROTOCOL_FEATURES
+OFFERED = ALL_FEATURES | LOG_ALL
 TOP = 2**64
 LOW = MemoryRegion(0, 0x1000_0000, 0x7F00_0000_0000, 0)
 HIGH = MemoryRegion(0x1_0000_0000, 0x2000_0000, 0x7F00_2000_0000, 0x1000_0000)
 ADDRESS = VringAddr(0, 0, 0x10000, 0x30000, 0x20000)
 REGION = Inflight(4224, 64, 2, 128)
+LOG = Log(0x2000, 3)
 ACK = "ack"
 NACK = "nack"
 
@@ -119,10 +123,19 @@ class Peer:
 
 # Request, payload, number of fds, what the handler was told, own reply.
 GOOD: list[tuple[int, Payload, int, list[tuple[Any, ...]], bytes | None]] = [
-    (F.GET_FEATURES, Empty(), 0, [], U64(ALL_FEATURES).encode()),
+    (F.GET_FEATURES, Empty(), 0, [], U64(OFFERED).encode()),
     (F.SET_FEATURES, U64(ALL_FEATURES), 0, [("set_features", DEVICE_FEATURES)], None),
     (F.GET_PROTOCOL_FEATURES, Empty(), 0, [], U64(OFFERED_PROTOCOL_FEATURES).encode()),
     (F.SET_PROTOCOL_FEATURES, U64(OFFERED_PROTOCOL_FEATURES), 0, [], None),
+    (
+        F.SET_FEATURES,
+        U64(OFFERED),
+        0,
+        [("set_features", DEVICE_FEATURES), ("set_logging", True)],
+        None,
+    ),
+    (F.SET_LOG_BASE, LOG, 1, [("set_log", LOG, "fd")], U64(0).encode()),
+    (F.SET_LOG_FD, Empty(), 1, [], None),
     (F.SET_OWNER, Empty(), 0, [], None),
     (F.RESET_OWNER, Empty(), 0, [], None),
     (F.SET_MEM_TABLE, MemoryTable(()), 0, [("set_memory_table", [])], None),
@@ -140,8 +153,22 @@ GOOD: list[tuple[int, Payload, int, list[tuple[Any, ...]], bytes | None]] = [
     (F.SET_VRING_NUM, VringState(1, 1), 0, [("set_vring_num", 1, 1)], None),
     (F.SET_VRING_NUM, VringState(1, 32768), 0, [("set_vring_num", 1, 32768)], None),
     (F.SET_VRING_ADDR, ADDRESS, 0, [("set_vring_addr", 0, ADDRESS)], None),
+    (
+        F.SET_VRING_ADDR,
+        replace(ADDRESS, flags=1, log=0x30000),
+        0,
+        [("set_vring_addr", 0, replace(ADDRESS, flags=1, log=0x30000))],
+        None,
+    ),
     (F.SET_VRING_BASE, VringState(1, 65535), 0, [("set_vring_base", 1, 65535)], None),
     (F.GET_VRING_BASE, VringState(1, 99), 0, [("get_vring_base", 1)], VringState(1, 7).encode()),
+    (
+        F.GET_VRING_BASE_SKIP_DRAIN,
+        VringState(1, 0),
+        0,
+        [("get_vring_base", 1)],
+        VringState(1, 7).encode(),
+    ),
     (F.SET_VRING_KICK, VringFd(1, True), 1, [("set_vring_kick", 1, "fd")], None),
     (F.SET_VRING_KICK, VringFd(1, False), 0, [("set_vring_kick", 1, None)], None),
     (F.SET_VRING_CALL, VringFd(0, True), 1, [("set_vring_call", 0, "fd")], None),
@@ -247,7 +274,7 @@ def test_a_reply_where_a_request_belongs_closes(
 REFUSED: list[tuple[int, Payload, int]] = [
     (F.SET_FEATURES, U64(ALL_FEATURES | 1 << 34), 0),
     (F.SET_FEATURES, U64(1 << 63), 0),
-    (F.SET_PROTOCOL_FEATURES, U64(int(ProtocolFeature.LOG_SHMFD)), 0),
+    (F.SET_PROTOCOL_FEATURES, U64(int(ProtocolFeature.RARP)), 0),
     (F.SET_PROTOCOL_FEATURES, U64(1 << 63), 0),
     (F.SET_MEM_TABLE, MemoryTable((replace(LOW, size=0),)), 1),
     (F.SET_MEM_TABLE, MemoryTable((LOW, LOW)), 2),
@@ -270,7 +297,7 @@ REFUSED: list[tuple[int, Payload, int]] = [
     (F.SET_VRING_NUM, VringState(2, 256), 0),
     (F.SET_VRING_ADDR, replace(ADDRESS, index=2), 0),
     (F.SET_VRING_ADDR, replace(ADDRESS, index=2**32 - 1), 0),
-    (F.SET_VRING_ADDR, replace(ADDRESS, flags=1), 0),
+    (F.SET_VRING_ADDR, replace(ADDRESS, flags=2), 0),
     (F.SET_VRING_ADDR, replace(ADDRESS, desc=8), 0),
     (F.SET_VRING_ADDR, replace(ADDRESS, avail=1), 0),
     (F.SET_VRING_ADDR, replace(ADDRESS, used=2), 0),
@@ -389,7 +416,7 @@ def test_a_memory_table_with_room_for_more_regions_is_read_as_far_as_it_counts(c
     assert (peer.calls, peer.session.regions) == ([], ())
 
 
-@pytest.mark.parametrize("request_", [0, 6, 7, 19, 20, 23, 29, 33, 35, 45, 1000, 2**32 - 1])
+@pytest.mark.parametrize("request_", [0, 19, 20, 23, 29, 33, 35, 46, 1000, 2**32 - 1])
 def test_unknown_message_is_refused_or_ignored(request_: int) -> None:
     peer = Peer()
     assert peer.send(request_, bytes(100), count=3, need_reply=True) == NACK
@@ -500,7 +527,7 @@ def test_a_handler_without_the_methods_cannot_offer_regions() -> None:
     class Plain(RecordingHandler):
         get_inflight = None  # type: ignore[assignment]
 
-    with pytest.raises(ValueError, match="0x1000 are not supported"):
+    with pytest.raises(ValueError, match="0x901000 are not supported"):
         Session(Plain())
 
 
@@ -715,14 +742,14 @@ def test_qemu_boot_with_a_boot_loader_and_then_a_kernel() -> None:
     """QEMU 10 with vhost-user-blk behind an IOMMU: the order and the repetitions it sends."""
     peer = Peer(negotiated=False)
     wanted = OFFERED_PROTOCOL_FEATURES
-    assert peer.send(F.GET_FEATURES) == U64(ALL_FEATURES).encode()
+    assert peer.send(F.GET_FEATURES) == U64(OFFERED).encode()
     assert peer.send(F.GET_PROTOCOL_FEATURES) == U64(wanted).encode()
     assert peer.send(F.SET_PROTOCOL_FEATURES, U64(wanted)) is None
     assert peer.send(F.GET_QUEUE_NUM) == U64(2).encode()
     assert peer.send(F.GET_MAX_MEM_SLOTS) == U64(4).encode()
     assert peer.send(F.SET_BACKEND_REQ_FD, count=1, need_reply=True) == ACK
     assert peer.send(F.SET_OWNER) is None
-    assert peer.send(F.GET_FEATURES) == U64(ALL_FEATURES).encode()
+    assert peer.send(F.GET_FEATURES) == U64(OFFERED).encode()
     assert peer.send(F.SET_VRING_CALL, VringFd(0, True), count=1) is None
     assert peer.send(F.SET_VRING_ERR, VringFd(0, True), count=1) is None
     assert len(peer.send(F.GET_CONFIG, Config(0, bytes(57)))) == 69
@@ -807,7 +834,7 @@ def test_iotlb_update_needs_an_iommu_but_invalidation_never_hurts() -> None:
         ("num_queues", 0),
         ("num_queues", MAX_QUEUES + 1),
         ("max_mem_slots", 0),
-        ("protocol_features", int(ProtocolFeature.LOG_SHMFD)),
+        ("protocol_features", int(ProtocolFeature.RARP)),
         ("features", PROTOCOL_FEATURES),
         ("features", 1 << 26),
         ("features", TOP),
@@ -825,3 +852,101 @@ def test_protocol_features_may_change_later() -> None:
     peer = Peer()
     peer.send(F.SET_PROTOCOL_FEATURES, U64(int(ProtocolFeature.MQ)))
     assert peer.session.protocol_features == ProtocolFeature.MQ
+
+
+def logging(*, rings: bool) -> Peer:
+    """A peer with a started ring, and logging on if asked for."""
+    peer = Peer()
+    peer.send(F.SET_VRING_NUM, VringState(0, 256))
+    peer.send(F.SET_VRING_ADDR, ADDRESS)
+    peer.send(F.SET_VRING_KICK, VringFd(0, True), count=1)
+    assert peer.session.vrings[0].started
+    if rings:
+        peer.send(F.SET_LOG_BASE, LOG, count=1)
+        peer.send(F.SET_FEATURES, U64(OFFERED))
+        peer.send(F.SET_VRING_ADDR, replace(ADDRESS, flags=1, log=ADDRESS.used))
+    peer.calls.clear()
+    return peer
+
+
+def test_logging_is_switched_while_a_ring_is_started() -> None:
+    peer = logging(rings=False)
+    for enable in (True, False, True):
+        assert peer.send(F.SET_FEATURES, U64(OFFERED if enable else ALL_FEATURES)) is None
+        assert peer.session.logging == enable
+        peer.send(F.SET_FEATURES, U64(OFFERED if enable else ALL_FEATURES))
+    assert [call for call in peer.calls if call[0] == "set_logging"] == [
+        ("set_logging", True),
+        ("set_logging", False),
+        ("set_logging", True),
+    ]
+    assert peer.session.features == DEVICE_FEATURES
+    with pytest.raises(ProtocolError, match="while a ring is started"):
+        peer.send(F.SET_FEATURES, U64(OFFERED & ~ACCESS_PLATFORM))
+
+
+def test_logging_may_be_switched_without_protocol_features_in_between() -> None:
+    peer = Peer(negotiated=False)
+    peer.send(F.SET_FEATURES, U64(DEVICE_FEATURES))
+    peer.calls.clear()
+    peer.send(F.SET_FEATURES, U64(DEVICE_FEATURES | LOG_ALL))
+    assert peer.session.logging
+    assert all(ring.enabled for ring in peer.session.vrings)
+
+
+def test_a_started_ring_whose_writes_are_logged_stays_where_it_is() -> None:
+    peer = logging(rings=False)
+    logged = replace(ADDRESS, flags=1, log=ADDRESS.used)
+    for address in (logged, ADDRESS, logged):
+        peer.send(F.SET_VRING_ADDR, address)
+        assert peer.session.vrings[0].address == address
+    assert peer.calls == []
+    moved = replace(logged, flags=0, used=ADDRESS.used + 0x1000)
+    peer.send(F.SET_VRING_ADDR, moved)
+    assert peer.calls == [("set_vring_addr", 0, moved)]
+
+
+def test_a_ring_is_not_logged_without_the_feature() -> None:
+    peer = Peer()
+    peer.send(F.SET_PROTOCOL_FEATURES, U64(OFFERED_PROTOCOL_FEATURES & ~ProtocolFeature.LOG_SHMFD))
+    with pytest.raises(ProtocolError, match="not negotiated"):
+        peer.send(F.SET_VRING_ADDR, replace(ADDRESS, flags=1))
+    with pytest.raises(ProtocolError, match="LOG_SHMFD"):
+        peer.send(F.SET_LOG_BASE, LOG, count=1)
+
+
+@pytest.mark.parametrize("log", [Log(0, 0), Log(1, TOP - 1), Log(TOP - 1, TOP - 1)])
+def test_a_log_that_cannot_be_closes(log: Log) -> None:
+    peer = Peer()
+    if log.size + log.offset == TOP:
+        peer.send(F.SET_LOG_BASE, log, count=1)  # whether it can be mapped is not the session's
+        return
+    with pytest.raises(ProtocolError, match="empty or passes"):
+        peer.send(F.SET_LOG_BASE, log, count=1)
+    assert peer.calls == []
+
+
+def test_a_log_outlasts_resets_and_logging_goes_on() -> None:
+    peer = logging(rings=True)
+    peer.send(F.RESET_DEVICE)
+    peer.send(F.SET_STATUS, U64(0))
+    assert peer.session.logging
+    # The firmware's driver, with other features than the system's.
+    peer.send(F.SET_FEATURES, U64(OFFERED & ~ACCESS_PLATFORM))
+    assert peer.session.logging
+    assert ("set_logging", False) not in peer.calls
+
+
+def test_a_handler_without_a_log_offers_none() -> None:
+    class Plain(RecordingHandler):
+        set_log = set_logging = None  # type: ignore[assignment] - it has no such method
+
+    handler = Plain()
+    with pytest.raises(ValueError, match="protocol features 0x2 are not"):
+        Session(handler)
+    handler.protocol_features &= ~ProtocolFeature.LOG_SHMFD
+    peer = Peer(negotiated=False)
+    peer.handler, peer.session = handler, Session(handler)
+    assert peer.send(F.GET_FEATURES) == U64(ALL_FEATURES).encode()
+    with pytest.raises(ProtocolError, match="never offered"):
+        peer.send(F.SET_FEATURES, U64(OFFERED))

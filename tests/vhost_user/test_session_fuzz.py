@@ -30,6 +30,7 @@ from guestio.vhost_user.messages import (
     Inflight,
     IotlbMessage,
     IotlbType,
+    Log,
     MemoryRegion,
     MemoryTable,
     Payload,
@@ -45,6 +46,7 @@ from tests.kit.closing import settled_closes
 from tests.kit.recording import (
     ACCESS_PLATFORM,
     DEVICE_FEATURES,
+    LOG_ALL,
     OFFERED_PROTOCOL_FEATURES,
     OWN_REPLY,
     PROTOCOL_FEATURES,
@@ -58,7 +60,13 @@ F = FrontendRequest
 TOP = 2**64
 # Understood without being offered, as QEMU wants it.
 RING_FEATURES = 0b11 << 28
-WITH_FD = {F.ADD_MEM_REG, F.SET_BACKEND_REQ_FD, F.SET_INFLIGHT_FD}
+WITH_FD = {
+    F.ADD_MEM_REG,
+    F.SET_BACKEND_REQ_FD,
+    F.SET_INFLIGHT_FD,
+    F.SET_LOG_BASE,
+    F.SET_LOG_FD,
+}
 QUEUES = 3
 SLOTS = 4
 EDGES = (0, 1, 2, 8, 255, 256, 4095, 4096, 65535, 65536, 2**31, 2**32 - 1, 2**63, TOP - 1)
@@ -76,6 +84,7 @@ class CheckingHandler:
         self._rng = rng
         self.tracked: InflightRegion | None = None
         self.acked: int | None = None
+        self.logging = False
         self.regions: list[MemoryRegion] = []
         self.num = [0] * QUEUES
         self.address: list[VringAddr | None] = [None] * QUEUES
@@ -191,6 +200,14 @@ class CheckingHandler:
         self._consume(fd)
         self._check_tracked(inflight.num_queues, inflight.queue_size)
 
+    def set_log(self, log: Log, fd: int) -> None:
+        self._consume(fd)
+        assert 0 < log.size <= TOP - log.offset
+
+    def set_logging(self, enable: bool) -> None:
+        assert enable != self.logging
+        self.logging = enable
+
     def get_status(self) -> int:
         self._may_refuse()
         return 15
@@ -207,9 +224,9 @@ class CheckingHandler:
 
     def _reset(self) -> None:
         self.close()
-        regions, acked = self.regions, self.acked
+        regions, acked, logging = self.regions, self.acked, self.logging
         self.__init__(self._rng)
-        self.regions, self.acked = regions, acked
+        self.regions, self.acked, self.logging = regions, acked, logging
 
     def close(self) -> None:
         """Close the region, which a refusal's traceback may keep."""
@@ -222,7 +239,10 @@ class CheckingHandler:
         assert session.features == self.acked
         assert list(session.regions) == sorted(self.regions, key=lambda region: region.guest_addr)
         assert [ring.num for ring in rings] == self.num
-        assert [ring.address for ring in rings] == self.address
+        assert [ring.address and ring.address.parts for ring in rings] == [
+            address and address.parts for address in self.address
+        ]
+        assert session.logging == self.logging
         assert [ring.base for ring in rings] == self.base
         assert [ring.kicked for ring in rings] == self.kicked
         assert [ring.enabled for ring in rings] == self.enabled
@@ -276,7 +296,8 @@ def sensible(rng: random.Random, session: Session) -> tuple[int, Payload, int]:
 def _features(rng: random.Random) -> U64:
     common = DEVICE_FEATURES | PROTOCOL_FEATURES
     choices = (common, common & ~ACCESS_PLATFORM, VIRTIO_F_VERSION_1, number(rng))
-    return U64(rng.choices(choices, (6, 3, 2, 1))[0])
+    log = LOG_ALL if rng.random() < 0.3 else 0
+    return U64(rng.choices(choices, (6, 3, 2, 1))[0] | log)
 
 
 def _protocol_features(rng: random.Random) -> U64:
@@ -290,7 +311,7 @@ def _address(rng: random.Random) -> VringAddr:
         return VringAddr(
             ring(rng), number(rng, 32) & 1, number(rng) & ~15, number(rng) & ~3, number(rng) & ~1
         )
-    return VringAddr(ring(rng), 0, 0x1000, 0x3000, 0x2000)
+    return VringAddr(ring(rng), rng.choice((0, 0, 1)), 0x1000, 0x3000, 0x2000)
 
 
 def _iotlb(rng: random.Random) -> IotlbMessage:
@@ -340,6 +361,9 @@ REQUESTS = {
     F.RESET_DEVICE: lambda _: Empty(),
     F.SET_STATUS: lambda rng: U64(rng.choice((0, 8, 15, number(rng)))),
     F.GET_STATUS: lambda _: Empty(),
+    F.SET_LOG_BASE: lambda rng: Log(number(rng), number(rng)),
+    F.SET_LOG_FD: lambda _: Empty(),
+    F.GET_VRING_BASE_SKIP_DRAIN: lambda rng: VringState(ring(rng), 0),
     F.GET_INFLIGHT_FD: _inflight,
     F.SET_INFLIGHT_FD: _inflight,
 }
@@ -402,7 +426,11 @@ def step(rng: random.Random, session: Session, handler: CheckingHandler, hostili
             assert [os.fstat(fd).st_size for fd in session.reply_fds] == [size] * bool(size)
         else:
             assert not session.reply_fds
-            if header.request not in {F.GET_VRING_BASE, F.GET_CONFIG}:
+            if header.request not in {
+                F.GET_VRING_BASE,
+                F.GET_VRING_BASE_SKIP_DRAIN,
+                F.GET_CONFIG,
+            }:
                 U64.decode(reply[12:])
     return alive
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from typing import Literal
 
 import click
 
@@ -60,6 +61,15 @@ everything after num-queues. With intel-iommu, boot with intel_iommu=on, put the
     "discards. Other requests are served meanwhile. 0: every request waits for each, which takes "
     "least CPU time. Cached reads, and writes, never need them.",
 )
+@click.option(
+    "--migration",
+    type=click.Choice(["hosts", "local"]),
+    default="hosts",
+    show_default=True,
+    help="Where a guest goes when it migrates. hosts: what was acknowledged is on the medium "
+    "(fdatasync) when the last queue has stopped. local: to another process on this host, with the "
+    "same page cache; a stop is faster then.",
+)
 @click.option("--serial", metavar="TEXT", help="Serial number, up to 20 ASCII characters.")
 @server_options
 def blk(
@@ -67,6 +77,7 @@ def blk(
     read_only: bool,
     num_queues: int,
     io_threads: int,
+    migration: Literal["hosts", "local"],
     serial: str | None,
     server: Server,
 ) -> None:
@@ -80,6 +91,7 @@ def blk(
             num_queues=num_queues,
             serial=serial,
             io_threads=io_threads,
+            migration=migration,
         )
         made.append(device)
         return device

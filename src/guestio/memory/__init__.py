@@ -6,6 +6,7 @@ whole maps. Copying itself is done by the compiled core.
 """
 
 from guestio._core.memory.bitmap import AtomicBitmap, BitmapSlice
+from guestio._core.memory.dirty_log import DirtyLog
 from guestio._core.memory.slices import VolatileSlice
 from guestio._core.memory.vector import IoVector
 from guestio.memory.access import GuestMemory, SliceMemory
@@ -17,6 +18,7 @@ __all__ = [
     "AtomicBitmap",
     "Backing",
     "BitmapSlice",
+    "DirtyLog",
     "FileOffset",
     "GuestMemory",
     "GuestMemoryAtomic",

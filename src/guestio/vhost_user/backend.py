@@ -129,6 +129,7 @@ class Backend(PeerServer):
             queue_threads=self._queue_threads,
             failed=self._thread_failed,
         )
+        self._host.ending = self._stopping.is_set
         undo.callback(self._host.close)
         self.statistics.device_holds = lambda: self._host.outstanding
 

@@ -19,6 +19,7 @@ from guestio.peer.foreign import Eventfd, close_foreign
 from guestio.ratelog import LOG
 from guestio.vhost_user.backend_channel import BackendChannel
 from guestio.vhost_user.channel import Channel, Message
+from guestio.vhost_user.dirty_log import SharedLog
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.memory import SharedMemory
 from guestio.vhost_user.messages import (
@@ -26,11 +27,16 @@ from guestio.vhost_user.messages import (
     Header,
     Inflight,
     IotlbMessage,
+    Log,
     MemoryRegion,
     ProtocolFeature,
     VringAddr,
 )
-from guestio.vhost_user.session import SUPPORTED_PROTOCOL_FEATURES, Session
+from guestio.vhost_user.session import (
+    INFLIGHT_FEATURES,
+    SUPPORTED_PROTOCOL_FEATURES,
+    Session,
+)
 from guestio.vhost_user.translator import VhostUserTranslator
 from guestio.virtio.device import VIRTIO_F_ACCESS_PLATFORM
 from guestio.virtio.host import DeviceHost
@@ -46,7 +52,7 @@ MAX_MEM_SLOTS = 509
 class Connection(PeerConnection[Header]):
     """A front-end from its connection to its disconnection.
 
-    A :class:`SessionHandler`, an :class:`InflightHandler` and a
+    A :class:`SessionHandler`, an :class:`InflightHandler`, a :class:`LogHandler` and a
     :class:`~guestio.virtio.host.Transport`.
 
     Args:
@@ -74,10 +80,13 @@ class Connection(PeerConnection[Header]):
         super().__init__(channel, loop, log)
         self._host = host
         self._stats = host.statistics
-        self._shared = SharedMemory(track_dirty=track_dirty)
+        self._dirty_log = SharedLog()
+        self._shared = SharedMemory(track_dirty=track_dirty, log=self._dirty_log.marks)
         self._inflight: InflightRegion | None = None
         self.features = host.device.offered_features | offered
-        self.protocol_features = int(SUPPORTED_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD)
+        self.protocol_features = int(
+            SUPPORTED_PROTOCOL_FEATURES | INFLIGHT_FEATURES | ProtocolFeature.LOG_SHMFD
+        )
         self.num_queues = len(host.queues)
         self.max_mem_slots = MAX_MEM_SLOTS
         self._session = Session(self)
@@ -129,6 +138,7 @@ class Connection(PeerConnection[Header]):
             self._count,
             forget,
             self._let_go_of_memory,
+            self._dirty_log.close,
             reset_device,
         ]
         try:
@@ -210,6 +220,49 @@ class Connection(PeerConnection[Header]):
             self._translator._change_memory(shared)
             known = self._translator.iotlb._map if self.translating else None
             self._host.change_memory(AddressSpace(shared.table, known))
+        self._check_log()
+
+    def set_log(self, log: Log, fd: int) -> None:
+        """See :class:`LogHandler`."""
+        complete = self._dirty_log.complete
+        self._report_log()
+        try:
+            self._dirty_log.replace(log, fd)
+        finally:
+            close_foreign([fd])
+        if not complete:
+            # Some pages were written that the front-end was not told of; which, is not known.
+            for region in self._shared.memory:
+                self._dirty_log.marks.mark(region.start, region.size)
+        self._check_log()
+
+    def set_logging(self, enable: bool) -> None:
+        """See :class:`LogHandler`."""
+        if enable != self._dirty_log.marks.enabled:
+            self._dirty_log.switch(enable=enable)
+            state = "on" if enable else "off"
+            LOG.report(
+                log, logging.INFO, "front-end %d: dirty log %s", self._stats.connections, state
+            )
+            self._check_log()
+
+    def _check_log(self) -> None:
+        """Report a log that is too small; what does not fit is not marked."""
+        log, end = self._dirty_log, self._shared.end
+        if log.marks.enabled and log.mapped and log.end < end:
+            self._host.log.report(
+                "the front-end's dirty log ends at guest address %#x, its memory at %#x: pages "
+                "behind the log are not marked when they are written",
+                log.end,
+                end,
+            )
+
+    def _report_log(self) -> None:
+        """Report a log that is gone."""
+        if self._dirty_log.marks.vanished:
+            self._host.log.report(
+                "the front-end truncated its dirty log: it does not learn of pages that are written"
+            )
 
     def get_inflight(self, num_queues: int, queue_size: int) -> tuple[Inflight, int]:
         """See :class:`InflightHandler`."""
@@ -247,6 +300,7 @@ class Connection(PeerConnection[Header]):
         """See :class:`SessionHandler`."""
         base = self._host.stop(index)
         self._forget_translations()
+        self._report_log()
         return base
 
     def set_vring_enable(self, index: int, enable: bool) -> None:

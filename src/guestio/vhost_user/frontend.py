@@ -17,23 +17,28 @@ import select
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, Self, SupportsIndex
 
 from guestio.addr import check_int, check_seconds
 from guestio.dma import Journal
 from guestio.errors import GuestioError, InvalidAddressError, ProtocolError
-from guestio.memory import GuestRegionCollection, MmapRegion
+from guestio.memory import Backing, DirtyLog, GuestRegionCollection, MmapRegion
 from guestio.vhost_user.iotlb_service import IotlbService
 from guestio.vhost_user.messages import (
+    LOG_PAGE,
     MAX_PAYLOAD_SIZE,
     MAX_TABLE_REGIONS,
     U64,
+    VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES,
+    VHOST_VRING_F_LOG,
     VIRTIO_F_ACCESS_PLATFORM,
     Config,
     FrontendRequest,
     Inflight,
+    Log,
     MemoryRegion,
     MemoryTable,
     Payload,
@@ -58,6 +63,7 @@ PROTOCOL_FEATURES: Final = (
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | ProtocolFeature.LOG_SHMFD
 )
 """Protocol features a :class:`Frontend` uses unless told otherwise.
 
@@ -75,6 +81,7 @@ __all__ = [
 
 _F = FrontendRequest
 _USABLE: Final = PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD
+_LOG_BIT: Final = 1 << VHOST_F_LOG_ALL
 _PROTOCOL_BIT: Final = 1 << VHOST_USER_F_PROTOCOL_FEATURES
 _PLATFORM_BIT: Final = 1 << VIRTIO_F_ACCESS_PLATFORM
 _LAST_INDEX: Final = 0xFFFF
@@ -184,6 +191,9 @@ class Frontend:
         self.features = 0
         self.protocol_features = 0
         self._protocol_bit = 0
+        self._offers_log = self._logging = False
+        self._log: tuple[DirtyLog, Backing] | None = None
+        self._addresses: dict[int, VringAddr] = {}
         self._queues: dict[int, FrontendQueue] = {}
 
     def __repr__(self) -> str:
@@ -252,6 +262,9 @@ class Frontend:
         for queue in self._queues.values():
             queue.close()
         self._queues.clear()
+        log, self._log = self._log, None
+        if log is not None:
+            self._drop_log(log)
 
     def __enter__(self) -> Self:
         return self
@@ -280,7 +293,8 @@ class Frontend:
         if extra := protocol & ~_USABLE:
             raise ValueError(f"protocol features {extra:#x} cannot be used by this front-end")
         offered = self._ask(_F.GET_FEATURES)
-        self.offered = offered & ~_PROTOCOL_BIT
+        self.offered = offered & ~(_PROTOCOL_BIT | _LOG_BIT)
+        self._offers_log = bool(offered & _LOG_BIT)
         self._protocol_bit = offered & _PROTOCOL_BIT
         if self._protocol_bit:
             usable = self._ask(_F.GET_PROTOCOL_FEATURES) & protocol
@@ -299,8 +313,12 @@ class Frontend:
     def set_features(self, features: int) -> None:
         """Tell the back-end which virtio features are in use, as after a reset of the guest."""
         chosen = _checked(features, "features", _U64_MAX)
-        self.request(_F.SET_FEATURES, U64(chosen | self._protocol_bit))
+        self._tell_features(chosen)
         self.features = chosen
+
+    def _tell_features(self, features: int) -> None:
+        log = _LOG_BIT if self._logging else 0
+        self.request(_F.SET_FEATURES, U64(features | self._protocol_bit | log))
 
     @property
     def iommu(self) -> bool:
@@ -391,6 +409,7 @@ class Frontend:
         for queue in self._queues.values():
             queue.close()
         self._queues.clear()
+        self._addresses.clear()
 
     # Requests in flight
 
@@ -438,6 +457,70 @@ class Frontend:
             RefusedError: The back-end does not take it.
         """
         self.request(_F.SET_INFLIGHT_FD, inflight, [fd])
+
+    # The dirty log
+
+    def start_logging(self, size: int | None = None) -> DirtyLog:
+        """Have the back-end mark the pages of guest memory that it writes; needs LOG_SHMFD.
+
+        In the order in which QEMU does it when a migration begins; queues go on meanwhile. When it
+        is logging already it goes on in a new log, which then has what the old one still had.
+
+        Args:
+            size: Bytes of the log; None for as many as the shared memory needs.
+
+        Returns:
+            The log: its :meth:`~guestio.memory.DirtyLog.take` tells which pages were written.
+
+        Raises:
+            ProtocolError: The back-end does not offer it, or it was not negotiated.
+        """
+        if not self._offers_log or not self.protocol_features & ProtocolFeature.LOG_SHMFD:
+            raise ProtocolError("a dirty log needs protocol feature LOG_SHMFD, and VHOST_F_LOG_ALL")
+        if size is None:
+            ends = [region.last_addr for region in self.iotlb.memory or ()]
+            size = max(ends, default=0) // (8 * LOG_PAGE) + 1
+        backing = Backing.memfd(size, "guestio-log", seal=True)
+        assert backing.fd is not None  # a memfd has one
+        self.request(_F.SET_LOG_BASE, Log(size, 0), [backing.fd], has_reply=True)
+        made = DirtyLog()
+        made.use(backing._mapping, 0, size)
+        before, self._log = self._log, (made, backing)
+        made.enabled = True
+        if before is not None:
+            for page in before[0].take().tolist():
+                made.mark(page * LOG_PAGE, 1)
+            self._drop_log(before)
+        self._switch_logging(enable=True)
+        return made
+
+    def stop_logging(self) -> None:
+        """Have the back-end mark no pages any more, as QEMU does when a migration is canceled.
+
+        The log keeps what was marked, until another one takes its place.
+        """
+        if self._logging:
+            self._switch_logging(enable=False)
+
+    def _switch_logging(self, *, enable: bool) -> None:
+        if enable != self._logging:
+            self._logging = enable
+            self._tell_features(self.features)
+            for address in list(self._addresses.values()):
+                self._set_addresses(address)
+
+    def _set_addresses(self, address: VringAddr) -> None:
+        """Say where a ring is, and whether writes to it are logged."""
+        flags, log = (1 << VHOST_VRING_F_LOG, address.used) if self._logging else (0, 0)
+        told = replace(address, flags=flags, log=log)
+        self.request(_F.SET_VRING_ADDR, told)
+        self._addresses[address.index] = told
+
+    @staticmethod
+    def _drop_log(log: tuple[DirtyLog, Backing]) -> None:
+        marks, backing = log
+        marks.clear()
+        backing.close()
 
     # Memory
 
@@ -530,7 +613,7 @@ class Frontend:
         try:
             self.request(_F.SET_VRING_NUM, VringState(index, layout.size))
             self.request(_F.SET_VRING_BASE, VringState(index, base))
-            self.request(_F.SET_VRING_ADDR, VringAddr(index, 0, *addresses))
+            self._set_addresses(VringAddr(index, 0, *addresses))
             for request, fd in (
                 (_F.SET_VRING_ERR, queue.err_fd),
                 (_F.SET_VRING_CALL, queue.call_fd),
@@ -562,6 +645,7 @@ class Frontend:
             raise ProtocolError(f"GET_VRING_BASE of ring {index} answered for {state.index}")
         if state.num > _LAST_INDEX:
             raise ProtocolError(f"ring {index} stopped at {state.num:#x}, which is no 16-bit index")
+        self._addresses.pop(index, None)
         queue = self._queues.pop(index, None)
         if queue is not None:
             queue.close()

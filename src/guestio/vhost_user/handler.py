@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from guestio.vhost_user.messages import Inflight, IotlbMessage, MemoryRegion, VringAddr
+    from guestio.vhost_user.messages import Inflight, IotlbMessage, Log, MemoryRegion, VringAddr
 
 
 class SessionHandler(Protocol):
@@ -174,4 +174,25 @@ class InflightHandler(Protocol):
         The numbers of queues and entries are as for `get_inflight`. Whether the file has
         what is described is for the handler to find out.
         """
+        ...
+
+
+@runtime_checkable
+class LogHandler(Protocol):
+    """What a `SessionHandler` has if it offers LOG_SHMFD, and with it VHOST_F_LOG_ALL.
+
+    Both methods may be called while rings are running, and do not stop them. Pages are marked while
+    logging is on and there is a log. A log stays until another one takes its place, also over a
+    reset and while logging is off.
+    """
+
+    def set_log(self, log: Log, fd: int) -> None:
+        """Mark in another log, from the end of the call on in that one alone.
+
+        Whether the file has what is described is for the handler to find out.
+        """
+        ...
+
+    def set_logging(self, enable: bool) -> None:
+        """Switch logging on or off; it begins off."""
         ...

@@ -10,7 +10,7 @@ from guestio._core.memory.vector import RegionTable
 from guestio.addr import Permissions
 from guestio.budgets import MAX_GUEST_MEMORY
 from guestio.errors import BackingError, InvalidAddressError
-from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
+from guestio.memory import AtomicBitmap, Backing, DirtyLog, GuestRegionCollection, MmapRegion
 from guestio.peer.foreign import check_memory
 from guestio.vhost_user.messages import MemoryRegion
 
@@ -23,7 +23,8 @@ class SharedMemory:
 
     Args:
         regions: As the front-end described them, and as they were mapped.
-        track_dirty: Whether regions that are added later mark the pages that are written.
+        track_dirty: Whether regions that are added later keep the pages that are written.
+        log: Where they mark them as well; None for nowhere.
 
     Attributes:
         memory: It by guest physical address.
@@ -34,8 +35,9 @@ class SharedMemory:
         regions: Sequence[tuple[MemoryRegion, MmapRegion]] = (),
         *,
         track_dirty: bool = False,
+        log: DirtyLog | None = None,
     ) -> None:
-        self._track_dirty = track_dirty
+        self._track_dirty, self._log = track_dirty, log
         self._regions = sorted(regions, key=lambda pair: pair[0].user_addr)
         self._starts = [description.user_addr for description, _ in self._regions]
         placed = sorted((region for _, region in regions), key=lambda region: region.start)
@@ -85,7 +87,7 @@ class SharedMemory:
         return self._with([pair for pair in self._regions if pair[0] != description])
 
     def _with(self, regions: Sequence[tuple[MemoryRegion, MmapRegion]]) -> SharedMemory:
-        return SharedMemory(regions, track_dirty=self._track_dirty)
+        return SharedMemory(regions, track_dirty=self._track_dirty, log=self._log)
 
     def _map(self, description: MemoryRegion, fd: int) -> MmapRegion:
         if description.size + description.mmap_offset >= MAX_FILE:
@@ -95,8 +97,20 @@ class SharedMemory:
             )
         check_memory(fd)
         backing = Backing.from_fd(fd, description.size, description.mmap_offset)
-        bitmap = AtomicBitmap(description.size) if self._track_dirty else None
+        bitmap = None
+        if self._track_dirty or self._log is not None:
+            bitmap = AtomicBitmap(
+                description.size,
+                log=self._log,
+                log_start=description.guest_addr,
+                own=self._track_dirty,
+            )
         return MmapRegion(description.guest_addr, backing, bitmap=bitmap)
+
+    @property
+    def end(self) -> int:
+        """The first guest physical address behind all of it; 0 if there is none."""
+        return max((region.last_addr + 1 for region in self.memory), default=0)
 
     def guest_ranges(self, user_addr: int, size: int) -> list[tuple[int, int]]:
         """Guest physical ranges behind a range of the front-end's addresses.

@@ -66,6 +66,9 @@ VHOST_F_LOG_ALL: Final = 26
 VHOST_VRING_F_LOG: Final = 0
 """Bit number in `VringAddr.flags` that makes `VringAddr.log` valid (linux/vhost_types.h)."""
 
+LOG_PAGE: Final = 4096
+"""Bytes of guest memory to a bit of the dirty log (VHOST_LOG_PAGE, "Migration")."""
+
 _REPLY: Final = 1 << 2
 _NEED_REPLY: Final = 1 << 3
 _NO_FD: Final = 1 << 8
@@ -119,6 +122,7 @@ class FrontendRequest(IntEnum):
     SET_DEVICE_STATE_FD = 42
     CHECK_DEVICE_STATE = 43
     GET_SHMEM_CONFIG = 44
+    GET_VRING_BASE_SKIP_DRAIN = 45
 
 
 class BackendRequest(IntEnum):
@@ -172,6 +176,7 @@ class ProtocolFeature(IntFlag):
     GET_VRING_BASE_INFLIGHT = 1 << 20
     GPA_ADDRESSES = 1 << 21
     SHMEM = 1 << 22
+    GET_VRING_BASE_SKIP_DRAIN = 1 << 23
 
 
 class IotlbType(IntEnum):
@@ -369,6 +374,11 @@ class VringAddr(_Fixed):
     log: int = 0
 
     LAYOUT: ClassVar = struct.Struct("=IIQQQQ")
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Where the descriptor table, the available and the used ring are."""
+        return self.desc, self.avail, self.used
 
 
 @dataclass(frozen=True, slots=True)
@@ -592,7 +602,7 @@ class Log(_Fixed):
     """Where the dirty log is in its fd ("Log description"), for SET_LOG_BASE.
 
     Attributes:
-        size: bytes.
+        size: Bytes, one bit for each `LOG_PAGE` bytes of guest memory from address 0 on.
         offset: Of the log in the fd, bytes.
     """
 

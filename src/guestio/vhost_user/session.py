@@ -42,11 +42,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from guestio.addr import ADDRESS_SPACE
 from guestio.errors import GuestioError, ProtocolError
 from guestio.ratelog import one_line
-from guestio.vhost_user.handler import InflightHandler, SessionHandler
+from guestio.vhost_user.handler import InflightHandler, LogHandler, SessionHandler
 from guestio.vhost_user.messages import (
     U64,
     VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES,
+    VHOST_VRING_F_LOG,
     VIRTIO_F_ACCESS_PLATFORM,
     Config,
     Empty,
@@ -54,6 +55,7 @@ from guestio.vhost_user.messages import (
     Inflight,
     IotlbMessage,
     IotlbType,
+    Log,
     MemoryRegion,
     MemoryTable,
     Payload,
@@ -84,7 +86,20 @@ SUPPORTED_PROTOCOL_FEATURES: Final = (
 )
 """Protocol features every handler may offer.
 
-One that is an `InflightHandler` as well may offer INFLIGHT_SHMFD besides.
+One that is an `InflightHandler` as well may offer `INFLIGHT_FEATURES` besides, one that is a
+`LogHandler` LOG_SHMFD.
+"""
+
+INFLIGHT_FEATURES: Final = (
+    ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.GET_VRING_BASE_INFLIGHT
+    | ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN
+)
+"""Protocol features about the region for requests in flight.
+
+With the last two a ring may be stopped with requests in flight, if they are noted in the region,
+which then goes with the guest. None has to be: rings are stopped as they are without these
+features, so that the region has what no index could tell, and nothing else.
 """
 
 MAX_QUEUES: Final = 256
@@ -95,6 +110,10 @@ MAX_QUEUE_SIZE: Final = 32768
 
 _PROTOCOL_FEATURES_BIT: Final = 1 << VHOST_USER_F_PROTOCOL_FEATURES
 _ACCESS_PLATFORM_BIT: Final = 1 << VIRTIO_F_ACCESS_PLATFORM
+_LOG_ALL_BIT: Final = 1 << VHOST_F_LOG_ALL
+_RING_LOG_BIT: Final = 1 << VHOST_VRING_F_LOG
+# The bits that say how this connection works, not what the driver may use.
+_WIRE_BITS: Final = _PROTOCOL_FEATURES_BIT | _LOG_ALL_BIT
 # QEMU's simple devices settle the rings' features with the driver whatever the back-end offers
 # (hw/virtio/vhost-user-rng.c, `vu_rng_get_features`), so these are understood in any case.
 _GRANTED_BITS: Final = 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX
@@ -171,6 +190,7 @@ class Session:
 
     Attributes:
         features: Virtio features negotiated last, None before the first SET_FEATURES.
+        logging: Whether pages that are written are to be marked in the dirty log (VHOST_F_LOG_ALL).
         protocol_features: `ProtocolFeature` bits negotiated last.
         regions: Guest memory as told by the front-end, ascending by guest address.
         vrings: Every ring's state.
@@ -190,6 +210,7 @@ class Session:
         _check_handler(handler)
         self._handler = handler
         self.features: int | None = None
+        self.logging = False
         self.protocol_features = 0
         self.regions: tuple[MemoryRegion, ...] = ()
         self.vrings = tuple(Vring() for _ in range(handler.num_queues))
@@ -261,22 +282,48 @@ class Session:
                 f"{ProtocolFeature(feature).name}, which was not negotiated"
             )
 
+    @property
+    def _offered(self) -> int:
+        """Every bit that SET_FEATURES may have because it was offered."""
+        log = self._handler.protocol_features & ProtocolFeature.LOG_SHMFD
+        return self._handler.features | _PROTOCOL_FEATURES_BIT | (_LOG_ALL_BIT if log else 0)
+
     def _get_features(self, _: Empty, __: Message) -> bytes:
-        return encode_ack(_F.GET_FEATURES, self._handler.features | _PROTOCOL_FEATURES_BIT)
+        return encode_ack(_F.GET_FEATURES, self._offered)
 
     def _set_features(self, payload: U64, _: Message) -> None:
-        offered = self._handler.features | _PROTOCOL_FEATURES_BIT
-        if extra := payload.value & ~(offered | _GRANTED_BITS):
+        if extra := payload.value & ~(self._offered | _GRANTED_BITS):
             raise ProtocolError(f"features {extra:#x} were never offered")
-        features = payload.value & ~_PROTOCOL_FEATURES_BIT
+        features = payload.value & ~_WIRE_BITS
         if features != self.features and any(ring.started for ring in self.vrings):
             raise ProtocolError("features cannot change while a ring is started")
         self._handler.set_features(features)
         self.features = features
-        self._may_enable = payload.value != features
+        self._set_logging(bool(payload.value & _LOG_ALL_BIT))
+        self._may_enable = bool(payload.value & _PROTOCOL_FEATURES_BIT)
         if not self._may_enable:
             # "the back-end must enable all rings immediately" (section "Ring states")
             self._enable_all(enable=True)
+
+    def _set_logging(self, enable: bool) -> None:
+        if enable != self.logging:
+            assert isinstance(self._handler, LogHandler)  # the bit was offered
+            self._handler.set_logging(enable)
+            self.logging = enable
+
+    def _set_log_base(self, payload: Log, message: Message) -> bytes:
+        assert isinstance(self._handler, LogHandler)  # _check_handler has seen to it
+        if not payload.size or payload.offset + payload.size > ADDRESS_SPACE:
+            raise ProtocolError(
+                f"a dirty log of {payload.size:#x} bytes at offset {payload.offset:#x} is empty or "
+                "passes 2**64"
+            )
+        self._handler.set_log(payload, message.take_fd())
+        # QEMU takes any reply for a success; a log that is refused ends the connection.
+        return encode_ack(_F.SET_LOG_BASE, 0)
+
+    def _set_log_fd(self, _: Empty, __: Message) -> None:
+        """Close the eventfd: a front-end that has it signaled for each mark finds out sooner."""
 
     def _get_protocol_features(self, _: Empty, __: Message) -> bytes:
         return encode_ack(_F.GET_PROTOCOL_FEATURES, self._handler.protocol_features)
@@ -361,10 +408,15 @@ class Session:
 
     def _set_vring_addr(self, payload: VringAddr, _: Message) -> None:
         ring = self._vring(payload.index)
-        if payload.flags:
-            raise ProtocolError(f"ring flags {payload.flags:#x}: logging was not negotiated")
+        logs = self.protocol_features & ProtocolFeature.LOG_SHMFD
+        if extra := payload.flags & ~(_RING_LOG_BIT if logs else 0):
+            raise ProtocolError(f"ring flags {extra:#x}: that was not negotiated")
         _check_address(payload, ring.num or 1)
         before, ring.address = ring.address, payload
+        if before is not None and before.flags != payload.flags and before.parts == payload.parts:
+            # Logging is switched, which needs no ring to be stopped: with VHOST_F_LOG_ALL the used
+            # ring is marked in any case, where it was found.
+            return
         try:
             self._handler.set_vring_addr(payload.index, payload)
         except BaseException:
@@ -380,11 +432,11 @@ class Session:
         self._handler.set_vring_base(payload.index, payload.num)
         ring.base = payload.num
 
-    def _get_vring_base(self, payload: VringState, _: Message) -> bytes:
+    def _get_vring_base(self, payload: VringState, message: Message) -> bytes:
         ring = self._vring(payload.index)
         base = self._handler.get_vring_base(payload.index)
         ring.base, ring.kicked = base, False
-        return encode_message(_F.GET_VRING_BASE, VringState(payload.index, base), reply=True)
+        return encode_message(message.request, VringState(payload.index, base), reply=True)
 
     def _set_vring_kick(self, payload: VringFd, message: Message) -> None:
         ring = self._vring(payload.index)
@@ -510,9 +562,19 @@ class Session:
         _F.SET_VRING_ADDR: _Rule(VringAddr, _set_vring_addr),
         _F.SET_VRING_BASE: _Rule(VringState, _set_vring_base),
         _F.GET_VRING_BASE: _Rule(VringState, _get_vring_base, replies=True),
+        _F.GET_VRING_BASE_SKIP_DRAIN: _Rule(
+            VringState,
+            _get_vring_base,
+            feature=ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN,
+            replies=True,
+        ),
         _F.SET_VRING_KICK: _Rule(VringFd, _set_vring_kick, fds=_ring_fds),
         _F.SET_VRING_CALL: _Rule(VringFd, _set_vring_call, fds=_ring_fds),
         _F.SET_VRING_ERR: _Rule(VringFd, _set_vring_err, fds=_ring_fds),
+        _F.SET_LOG_BASE: _Rule(
+            Log, _set_log_base, fds=(1,), feature=ProtocolFeature.LOG_SHMFD, replies=True
+        ),
+        _F.SET_LOG_FD: _Rule(Empty, _set_log_fd, fds=(1,)),
         _F.GET_PROTOCOL_FEATURES: _Rule(Empty, _get_protocol_features, replies=True),
         _F.SET_PROTOCOL_FEATURES: _Rule(U64, _set_protocol_features),
         _F.GET_QUEUE_NUM: _Rule(Empty, _get_queue_num, replies=True),
@@ -555,11 +617,12 @@ def _check_handler(handler: SessionHandler) -> None:
         raise ValueError(f"max_mem_slots {handler.max_mem_slots} must be at least 1")
     supported = int(SUPPORTED_PROTOCOL_FEATURES)
     if isinstance(handler, InflightHandler):
-        supported |= ProtocolFeature.INFLIGHT_SHMFD
+        supported |= INFLIGHT_FEATURES
+    if isinstance(handler, LogHandler):
+        supported |= ProtocolFeature.LOG_SHMFD
     if extra := handler.protocol_features & ~supported:
         raise ValueError(f"protocol features {extra:#x} are not supported by the session")
-    forbidden = _PROTOCOL_FEATURES_BIT | 1 << VHOST_F_LOG_ALL
-    if handler.features & forbidden or not 0 <= handler.features < ADDRESS_SPACE:
+    if handler.features & _WIRE_BITS or not 0 <= handler.features < ADDRESS_SPACE:
         raise ValueError(f"features {handler.features:#x} contain bits a device cannot offer")
 
 

@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from guestio._core.memory.vector import IoVector
 from guestio._core.virtio.block_server import BlockServer
@@ -38,6 +38,7 @@ from guestio.budgets import (
     TRIM_SLICE_BYTES,
 )
 from guestio.errors import AccessError, DeviceError
+from guestio.iommu.events import Event
 from guestio.ratelog import LOG
 from guestio.virtio.device import Device, DeviceId
 from guestio.virtio.image import SECTOR, Image
@@ -103,6 +104,10 @@ class BlockDevice(Device):
         io_threads: Threads that wait for the disk, up to 64, instead of the loop: started
             when there is something to wait for. 0: :meth:`process` waits itself; one is started
             all the same for what is large, discards and write-zeroes.
+        migration: Where a guest that migrates goes: ``"hosts"``, where the image is reached in
+            another way, so that all that was acknowledged is on the medium (fdatasync(2)) before
+            the last queue has stopped; or ``"local"``, to another process that shares this host's
+            page cache, which spares that.
 
     Attributes:
         size: Bytes of the disk: what the image had when it was opened, or when :meth:`update_size`
@@ -128,15 +133,19 @@ class BlockDevice(Device):
         num_queues: int = 1,
         serial: str | None = None,
         io_threads: int = IO_THREADS,
+        migration: Literal["hosts", "local"] = "hosts",
     ) -> None:
         if not 1 <= num_queues <= 64:
             raise ValueError(f"num_queues {num_queues} is not in 1..64")
         if not 0 <= io_threads <= MAX_IO_THREADS:
             raise ValueError(f"io_threads {io_threads} is not in 0..{MAX_IO_THREADS}")
+        if migration not in ("hosts", "local"):
+            raise ValueError(f"migration {migration!r} is neither 'hosts' nor 'local'")
         self.path = os.fspath(path)
         self.read_only = read_only
         self.num_queues = num_queues
         self.io_threads = io_threads
+        self.migration = migration
         text = os.path.basename(self.path)[:ID_BYTES] if serial is None else serial  # noqa: PTH119
         encoded = text.encode("ascii", "replace")
         if len(encoded) > ID_BYTES:
@@ -200,6 +209,13 @@ class BlockDevice(Device):
     def _look_at_image(self) -> None:
         self.size = self._image.update_size()
 
+    def _refresh_size(self) -> None:
+        if not self._closed:
+            try:
+                self._look_at_image()
+            except DeviceError as error:
+                LOG.report(log, logging.ERROR, "%s; the disk keeps its size", error)
+
     @property
     def capacity(self) -> int:
         """Sectors of 512 bytes."""
@@ -217,11 +233,7 @@ class BlockDevice(Device):
 
     def config(self) -> bytes:
         """The configuration space (section 5.2.4), with the size that the image has now."""
-        if not self._closed:
-            try:
-                self._look_at_image()
-            except DeviceError as error:
-                LOG.report(log, logging.ERROR, "%s; the disk keeps its size", error)
+        self._refresh_size()
         trims = (0, 0) if self.read_only else (MAX_TRIM_SECTORS, MAX_TRIM_SEGMENTS)
         return _CONFIG.pack(
             self.capacity,
@@ -280,6 +292,41 @@ class BlockDevice(Device):
         """Give up what takes long of a queue that is to stop, if it is not done soon."""
         self._patience[queue].until = time.monotonic() + GIVE_UP_AFTER
         self._patience[queue] = Patience()
+
+    def stopped(self) -> Event | None:
+        """Write out what is only in the page cache, for another host; see ``migration``."""
+        if self.read_only or self.migration == "local" or self._closed:
+            return None
+        written = Event()
+        # In a thread, because a disk may take as long as it likes.
+        thread = threading.Thread(
+            target=self._write_out, args=(written,), name="guestio-blk-sync", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            # There is none to be had.
+            self._write_out(written)
+        return written
+
+    def _write_out(self, written: Event) -> None:
+        file = self._image.file
+        try:
+            if file.hold() >= 0:
+                self._image.flush()
+        except OSError as error:
+            self._count_image_error(error.errno or errno.EIO, "writing out at a stop")
+        finally:
+            file.let_go()
+            written.set()
+
+    def negotiated(self, features: int) -> None:
+        """Look at the image's size: its guest may have made it another one at another host."""
+        before = self.size
+        self._refresh_size()
+        if self.size != before:
+            for host in list(self._hosts):
+                host.config_changed()
 
     def _work(self, chain: Chain, patience: Patience) -> Work:
         """Serve any request, in whichever thread has the time, slice by slice."""

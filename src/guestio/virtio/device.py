@@ -159,6 +159,21 @@ class Device(ABC):
         once; futures may be completed or cancelled in it. The default does nothing.
         """
 
+    def stopped(self) -> Event | None:
+        """Make what was acknowledged visible to another host: no queue runs any more.
+
+        Called after the last queue has stopped, before its front-end is told, which may have the
+        guest go on elsewhere: a disk writes out what is only in its host's page cache. In the
+        loop's thread. What is raised is logged, and the queue stops all the same. The default does
+        nothing.
+
+        Returns:
+            None, or what is to happen before the front-end is told. That is waited for up to
+            `PERSIST_TIMEOUT` of `guestio.budgets`, unless the server is stopped meanwhile. Whatever
+            else a device returns is ignored.
+        """
+        return None
+
     def config(self) -> bytes:
         """The device's configuration space, whole."""
         return b""

@@ -21,7 +21,7 @@ from guestio._core.virtio.chain import Quota
 from guestio._core.virtio.inflight import InflightQueue
 from guestio._core.virtio.split import SplitRing
 from guestio.addr import check_address, check_int, shown
-from guestio.budgets import COPY_GRACE, OUTSTANDING_PIECES, TURN_BYTES
+from guestio.budgets import COPY_GRACE, OUTSTANDING_PIECES, PERSIST_TIMEOUT, TURN_BYTES
 from guestio.errors import DeviceError, GuestioError, naming
 from guestio.iommu.events import Event
 from guestio.memory import GuestRegionCollection
@@ -44,6 +44,9 @@ from guestio.virtio.statistics import Statistics
 from guestio.virtio.translator import PhysicalTranslator, Translator
 
 log = logging.getLogger("guestio.virtio")
+
+PERSIST_LOOK = 0.1
+"""Seconds between looks whether the server is to stop, while a device writes out what it has."""
 
 
 class Transport(Protocol):
@@ -132,6 +135,8 @@ class DeviceHost(LoopCalls):
         has_successor: Whether another device may go on with the queues after a crash: requests that
             are not noted are published in the order of the ring then, so that the used index says
             where to go on. For the transport to set.
+        ending: Whether the server is to stop, which ends a wait for the device's medium. For the
+            transport to set.
     """
 
     def __init__(
@@ -156,11 +161,14 @@ class DeviceHost(LoopCalls):
         self._told: int | None = None
         self.status = 0
         self.has_successor = True
+        self.ending: Callable[[], bool] = bool
         super().__init__(type(device).__name__, loop)
         self._transport: Transport = _NoTransport()
         self._space = AddressSpace(RegionTable([]))
         self._quota = Quota(OUTSTANDING_PIECES)
         self._out_of_time = False
+        # Whether a queue was started since the device was last told that all have stopped.
+        self._ran = False
         self._config_told = False
         self._changes: list[None] = []
         self._threads: list[LoopThread] = []
@@ -228,7 +236,7 @@ class DeviceHost(LoopCalls):
             self._transport, self.translator = _NoTransport(), PhysicalTranslator()
             self._space = AddressSpace(RegionTable([]))
             self.features = self.status = 0
-            self._out_of_time = False
+            self._out_of_time = self._ran = False
 
         def stop(queue: DeviceQueue) -> Callable[[], object]:
             return lambda: queue.reset(until)
@@ -318,9 +326,37 @@ class DeviceHost(LoopCalls):
         return bool(self._changes)
 
     def stop(self, index: int) -> int:
-        """Stop a queue; where to begin when it is started again, by whichever device."""
+        """Stop a queue; where to begin when it is started again, by whichever device.
+
+        With the last one, also if it was reset before, the device makes what it acknowledged
+        visible to another host.
+        """
         queue = self.queues[index]
-        return queue.stop(self.announce_stop([queue]))
+        base = queue.stop(self.announce_stop([queue]))
+        if self._ran and not self.live:
+            self._ran = False
+            self._persist()
+        return base
+
+    def _persist(self) -> None:
+        """Have the device make what it acknowledged visible to another host."""
+        try:
+            over = self.call_device("stopped")
+        except GuestioError as error:
+            # The queues have stopped all the same.
+            self.log.report("%s.stopped: %s", type(self.device).__name__, error)
+            return
+        if not isinstance(over, Event):
+            return
+        until = time.monotonic() + PERSIST_TIMEOUT
+        while not over.wait(PERSIST_LOOK):
+            if self.ending() or time.monotonic() >= until:
+                self.log.report(
+                    "%s: what it acknowledged is not on the medium yet; its guest must not go on "
+                    "at another host",
+                    type(self.device).__name__,
+                )
+                return
 
     def move(self, index: int) -> None:
         """Make a queue's ring anew before its next use: the transport has another layout."""
@@ -373,6 +409,7 @@ class DeviceHost(LoopCalls):
             GuestioError: The device refuses them.
         """
         self._out_of_time = False
+        self._ran = True
         if self._told is None and self.features:
             self.set_features(self.features)
 

@@ -1,6 +1,7 @@
 """C view of dirty bitmaps."""
 
 from guestio._core.base.checks cimport u64
+from guestio._core.memory.dirty_log cimport DirtyLog, LogTarget
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_rwlock_t:
@@ -18,6 +19,10 @@ cdef class AtomicBitmap:
     cdef readonly u64 byte_size
     cdef readonly u64 page_size
     cdef pthread_rwlock_t lock
+    cdef bint own          # whether it has bits itself
+    cdef readonly DirtyLog log
+    cdef LogTarget *target # where the log is, or `no_log`
+    cdef u64 log_start
 
     cdef void mark(self, u64 start, u64 length) noexcept nogil
     cdef void clear_pages(self, u64 first, u64 last) noexcept nogil
@@ -28,6 +33,11 @@ cdef class AtomicBitmap:
     cdef void take_chunk(
         self, u64 at, size_t words, u64 first, u64 last, bint clear, u64 *taken
     ) noexcept nogil
+
+
+cdef inline bint takes_marks(void *bitmap) noexcept nogil:
+    """Whether a bitmap, as fragments of memory refer to it, has anywhere to mark in now."""
+    return (<AtomicBitmap>bitmap).pages or (<AtomicBitmap>bitmap).target.enabled
 
 
 cdef class BitmapSlice:

@@ -4,9 +4,21 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import disjoint_base
 
+from guestio._core.memory.dirty_log import DirtyLog
+
 @disjoint_base
 class AtomicBitmap:
-    def __new__(cls, size: int, page_size: int = 4096) -> Self: ...
+    def __new__(
+        cls,
+        size: int,
+        page_size: int = 4096,
+        *,
+        log: DirtyLog | None = None,
+        log_start: int = 0,
+        own: bool = True,
+    ) -> Self: ...
+    @property
+    def log(self) -> DirtyLog | None: ...
     @property
     def pages(self) -> int: ...
     @property

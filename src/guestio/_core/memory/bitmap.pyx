@@ -2,6 +2,7 @@
 
 import numpy as np
 
+cimport cython
 from cpython.exc cimport PyErr_NoMemory
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
@@ -9,6 +10,7 @@ from libc.string cimport memcpy
 from guestio._core.base.naming cimport publish_type
 from guestio._core.base.checks cimport Span, as_address, as_span, u64
 from guestio._core.base.capacity cimport GUESTIO_ASSERT, HARVEST_WORDS
+from guestio._core.memory.dirty_log cimport DirtyLog, mark_log, no_log
 
 from guestio.errors import InvalidAddressError
 
@@ -146,12 +148,17 @@ cdef inline bint is_dirty(AtomicBitmap bitmap, u64 page) noexcept:
     return page < bitmap.pages and peek_word(&bitmap.word[page >> 6]) >> (page & 63) & 1
 
 
+# What it marks in must still be there for whatever is written while it goes.
+@cython.no_gc_clear
 cdef class AtomicBitmap:
     """Dirty pages of a range of addresses that begins at 0.
 
     Args:
         size: Bytes that the bitmap covers; a last, partial page counts as one.
         page_size: Bytes to a bit; greater than 0, not necessarily a power of two.
+        log: A dirty log that everything that is marked is marked in as well, while it is on.
+        log_start: Address in the log of the bitmap's first byte.
+        own: False to keep no bits here: nothing is ever dirty in this bitmap, only in the log.
 
     Addresses beyond the range are never dirty, and marking them does nothing. Threads: marking,
     testing and harvesting may be done from any thread at any time. A page that is written before
@@ -161,16 +168,27 @@ cdef class AtomicBitmap:
         pages: Number of pages, also ``len()``.
         byte_size: Bytes covered.
         page_size: Bytes to a page.
+        log: The dirty log, or None.
+
+    Raises:
+        InvalidAddressError: The bitmap would end beyond ``2**64`` in the log.
     """
 
-    def __cinit__(self, size, page_size=4096):
+    def __cinit__(
+        self, size, page_size=4096, *, DirtyLog log=None, log_start=0, bint own=True
+    ):
         cdef u64 unit = as_address(page_size, "page_size")
+        cdef u64 covered = as_address(size, "size")
+        cdef Span span
         if not unit:
             raise ValueError("page_size must be greater than 0")
+        as_span(log_start, covered, &span, True)
+        self.own, self.log, self.log_start = own, log, span.first
+        self.target = &no_log if log is None else &log.target
         if pthread_rwlock_init(&self.lock, NULL):
             raise MemoryError
         self.page_size = unit
-        self.grow(as_address(size, "size"))
+        self.grow(covered)
 
     def __dealloc__(self):
         free(self.word)
@@ -178,7 +196,11 @@ cdef class AtomicBitmap:
 
     cdef int grow(self, u64 byte_size) except -1:
         cdef u64 pages = byte_size // self.page_size + (byte_size % self.page_size != 0)
-        cdef u64 *word = <u64 *>calloc((pages >> 6) + 1, sizeof(u64))
+        cdef u64 *word
+        if not self.own:
+            self.byte_size = byte_size
+            return 0
+        word = <u64 *>calloc((pages >> 6) + 1, sizeof(u64))
         if word is NULL:
             PyErr_NoMemory()
         # A harvest reads the words without the GIL; it needs no GIL to finish.
@@ -193,6 +215,8 @@ cdef class AtomicBitmap:
     cdef void mark(self, u64 start, u64 length) noexcept nogil:
         """Mark a byte range. The caller holds the GIL, which keeps :meth:`grow` away."""
         cdef u64 first, last, i
+        if self.target.enabled and start < self.byte_size:
+            mark_log(self.target, self.log_start + start, min(length, self.byte_size - start))
         if not length or not self.pages:
             return
         first = start // self.page_size
@@ -221,9 +245,12 @@ cdef class AtomicBitmap:
 
     def set_range(self, start, length):
         """Mark every page that ``[start, start + length)`` touches. O(pages / 64)."""
-        cdef u64 first, last
-        if self.pages_of(start, length, &first, &last):
-            self.mark(first * self.page_size, (last - first) * self.page_size + 1)
+        cdef Span span
+        as_span(start, length, &span, True)
+        if not span.empty and span.first < self.byte_size:
+            # As much of it as is covered, so that its length fits.
+            span.last = min(span.last, self.byte_size - 1)
+            self.mark(span.first, span.last - span.first + 1)
 
     def reset_range(self, start, length):
         """Clear every page that ``[start, start + length)`` touches. O(pages / 64)."""
@@ -238,7 +265,7 @@ cdef class AtomicBitmap:
     def set_bit(self, page):
         """Mark page number ``page``; beyond the end nothing happens."""
         cdef u64 number = as_address(page, "page")
-        if number < self.pages:
+        if self.byte_size and number <= (self.byte_size - 1) // self.page_size:
             self.mark(number * self.page_size, 1)
 
     def reset_bit(self, page):
@@ -266,7 +293,8 @@ cdef class AtomicBitmap:
                 raise InvalidAddressError(
                     self.byte_size, extra, None, "a bitmap covers less than 2**64 bytes"
                 )
-            self.grow(span.last + 1)
+            as_span(self.log_start, span.last + 1, &span, True)
+            self.grow(span.last - self.log_start + 1)
 
     def get_and_reset(self):
         """Take all bits and leave the bitmap clean.
@@ -412,7 +440,7 @@ cdef class AtomicBitmap:
     def copy(self):
         """A snapshot that lives on its own."""
         cdef AtomicBitmap twin = AtomicBitmap(self.byte_size, self.page_size)
-        peek_words(self.word, twin.word, (twin.pages + 63) >> 6)
+        peek_words(self.word, twin.word, (self.pages + 63) >> 6)
         return twin
 
     def __len__(self):
@@ -476,5 +504,5 @@ cdef class BitmapSlice:
         return self.offset + span.first
 
 
-publish_type(AtomicBitmap, "guestio.memory.AtomicBitmap", "AtomicBitmap(size, page_size=4096)\n--\n\n")
+publish_type(AtomicBitmap, "guestio.memory.AtomicBitmap", "AtomicBitmap(size, page_size=4096, *, log=None, log_start=0, own=True)\n--\n\n")
 publish_type(BitmapSlice, "guestio.memory.BitmapSlice", "BitmapSlice(*args, **kwargs)\n--\n\n")

@@ -472,7 +472,7 @@ cdef class IoVector:
                 start -= self.vec[i].iov_len
             else:
                 n = min(self.vec[i].iov_len - start, count)
-                if self.origin[i].bitmap is not NULL:
+                if self.origin[i].bitmap is not NULL and takes_marks(self.origin[i].bitmap):
                     (<AtomicBitmap>self.origin[i].bitmap).mark(self.origin[i].offset + start, n)
                 if self.origin[i].second is not NULL:
                     (<AtomicBitmap>self.origin[i].second).mark(
