@@ -67,14 +67,47 @@ class Trigger:
         pass
 
 
+class Remote:
+    """The driver's memory, for a device that cannot map it: each access is a request.
+
+    Attributes:
+        requests: How many there were.
+        meanwhile: Called during the next one, which may do what a client does before it answers.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.requests = 0
+        self.meanwhile: Callable[[], object] | None = None
+
+    def _count(self) -> None:
+        self.requests += 1
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+
+    def read(self, addr: int, length: int) -> bytearray:
+        self._count()
+        return bytearray(os.pread(self._fd, length, addr - BASE))
+
+    def write(self, addr: int, data: memoryview) -> None:
+        self._count()
+        os.pwrite(self._fd, data, addr - BASE)
+
+
 class NvmeDriver:
     """A controller, its host and a driver, in one thread.
+
+    Args:
+        device: The controller.
+        pages: Of the driver's memory.
+        shared: Whether the device maps it.
 
     Attributes:
         memory: The driver's memory; page n is at ``BASE + n * PAGE``, unless it is unmapped.
     """
 
-    def __init__(self, device: NvmeController, *, pages: int = 2048) -> None:
+    def __init__(self, device: NvmeController, *, pages: int = 2048, shared: bool = True) -> None:
         self.device = device
         self.loop = EventLoop()
         self.host = PciHost(device, self.loop)
@@ -82,6 +115,7 @@ class NvmeDriver:
         self.pages = pages
         self.fd = os.memfd_create("driver")
         os.ftruncate(self.fd, pages * PAGE)
+        self.remote = None if shared else Remote(self.fd)
         self.triggers = [Trigger() for _ in range(device.interrupts)]
         self.connect()
 
@@ -89,7 +123,7 @@ class NvmeDriver:
         """Be a new client with the same memory, all of it mapped."""
         self.dma = DmaSpace()
         self._free = 0
-        self.host.connect(self.dma.space)
+        self.host.connect(self.dma.space, self.remote)
         self.map(0, self.pages)
         self.host.write_config(4, b"\x06\0")
         for number, trigger in enumerate(self.triggers):
@@ -113,8 +147,9 @@ class NvmeDriver:
     # Memory.
 
     def map(self, page: int, count: int = 1, perm: Permissions = Permissions.READ_WRITE) -> None:
-        if self.dma.map(BASE + page * PAGE, count * PAGE, perm, self.fd, page * PAGE):
-            self.host.connect(self.dma.space)
+        fd = self.fd if self.remote is None else None
+        if self.dma.map(BASE + page * PAGE, count * PAGE, perm, fd, page * PAGE):
+            self.host.connect(self.dma.space, self.remote)
 
     def map_each(self, page: int, count: int) -> None:
         """Map pages one by one, in another order than they are in memory, as a vIOMMU would."""
@@ -146,10 +181,15 @@ class NvmeDriver:
         return BASE + at * PAGE
 
     def put(self, address: int, data: bytes) -> None:
-        self.host.memory.write(address, data)
+        if self.remote is None:
+            self.host.memory.write(address, data)
+        else:
+            os.pwrite(self.fd, data, address - BASE)
 
     def get(self, address: int, length: int) -> bytes:
-        return self.host.memory.read(address, length)
+        if self.remote is None:
+            return self.host.memory.read(address, length)
+        return os.pread(self.fd, length, address - BASE)
 
     # Registers.
 

@@ -263,6 +263,8 @@ cdef class NvmeQueues(Doorbell):
         cdef u32 index = self.check_number(number)
         if not self.sq[index].live or self.broken:
             return True
+        if counted and not self.sq[index].outstanding:
+            raise ValueError(f"no command of submission queue {number} is outstanding")
         if not counted:
             if not self.room(self.sq[index].completions):
                 return False

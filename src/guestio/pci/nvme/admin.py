@@ -200,10 +200,11 @@ class AdminCommands:
         queue, cid = command.word(10) & 0xFFFF, command.word(10) >> 16
         for each in list(self._requests):
             if (each.queue, each.cid) == (queue, cid):
-                if not self._post_event(each, Status.ABORTED, 0):
-                    return 1
                 self._requests.remove(each)
-                return 0
+                if self._post_event(each, Status.ABORTED, 0):
+                    return 0
+                self._requests.append(each)
+                return 1
         # What a thread has begun ends soon, but not at once: it is not aborted by this command.
         self._io.give_up(Status.ABORTED, lambda each: (each.queue, each.cid) == (queue, cid))
         return 1
@@ -294,11 +295,15 @@ class AdminCommands:
             if not self._requests:
                 return
             if event.kind not in self._reported:
-                if not self._post_event(self._requests[0], Status.SUCCESS, event.result):
-                    return
-                self._requests.popleft()
+                # First: the client may be asked for memory, and a reset may come in between.
+                request = self._requests.popleft()
                 self._events.remove(event)
                 self._reported.add(event.kind)
+                if not self._post_event(request, Status.SUCCESS, event.result):
+                    self._requests.appendleft(request)
+                    self._events.appendleft(event)
+                    self._reported.discard(event.kind)
+                    return
 
     def try_again(self) -> None:
         """Report what there was no room for."""

@@ -334,7 +334,7 @@ class NvmeController(PciDevice):
     # Commands.
 
     def _command(self, queue: int, data: bytes) -> None:
-        command = Command(queue, data)
+        command = Command(queue, data, self._life)
         try:
             (self._io if queue else self._admin).begin(command)
         except Failed as failed:
@@ -350,6 +350,9 @@ class NvmeController(PciDevice):
             self._end(command, status, 0, place)
 
     def _end(self, command: Command, status: int, result: int, place: int | None = None) -> None:
+        if command.life != self._life:
+            # A reset came while the client was asked for memory: nothing is completed any more.
+            return
         if status:
             self._logs.note_error(command, status, place)
         self._queues.complete(command.queue, command.cid, _final(status), result)

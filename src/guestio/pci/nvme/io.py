@@ -124,8 +124,13 @@ class IoCommands:
             raise Failed(Status.INVALID_OPCODE, 0)
         if command.flags & 0x3F:
             raise Failed(Status.INVALID_FIELD, 1)  # fused, or reserved
+        life = self._life
         job = handler(command, self._namespace(command))
-        if job is None:
+        if life != self._life:
+            # A reset came while the client was asked for the data.
+            if job is not None:
+                job.work.close()
+        elif job is None:
             self._ended(command, Status.SUCCESS, None)
         else:
             self._waiting.append(job)

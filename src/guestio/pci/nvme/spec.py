@@ -176,11 +176,13 @@ class Command:
     Attributes:
         queue: Its submission queue.
         data: Its 64 bytes.
+        life: Of the controller, which begins anew with each reset.
     """
 
-    def __init__(self, queue: int, data: bytes) -> None:
+    def __init__(self, queue: int, data: bytes, life: int = 0) -> None:
         self.queue = queue
         self.data = data
+        self.life = life
         self.opcode = data[0]
         self.flags = data[1]
         self.cid = int.from_bytes(data[2:4], "little")
