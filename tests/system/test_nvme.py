@@ -66,3 +66,47 @@ def test_a_guest_uses_the_disk(viommu: Viommu, image: Path, tmp_path: Path) -> N
     if viommu.present:
         # Each request of the load maps its page and unmaps it.
         assert numbers["dma_maps"] >= 300
+
+
+def test_resets_under_load_with_msi_and_two_namespaces(image: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.img"
+    other.write_bytes(os.urandom(4 * MIB))
+    options = ["--block-size", "4096", "--interrupts", "msi", "--serial", "S1"]
+    with served([image, other], tmp_path, *options) as (socket, log):
+        result = (
+            nvme_guest(
+                socket,
+                Viommu.VIRTIO,
+                scripts=["nvme", "sha256"],
+                environment={
+                    "NVME_LOAD": "2 300 256",
+                    "NVME_RESETS": "2",
+                    "NVME_FLRS": "2",
+                },
+                files={"/lab/files/nvme_load": build_load(tmp_path)},
+            )
+            .run(tmp_path / "guest")
+            .check()
+        )
+    # Linux names namespaces in the order in which it comes to know them.
+    read = image if result.facts["size"] == str(SIZE) else other
+    assert result.facts["sha256"] == hashlib.sha256(read.read_bytes()).hexdigest()
+    assert result.facts["load_requests"] == "600"
+    assert (result.facts["nvme_resets"], result.facts["nvme_flrs"]) == ("2", "2")
+    assert (result.facts["nvme_block"], result.facts["nvme_disks"]) == ("4096", "2")
+    assert result.facts["nvme_serial"].strip() == "S1"
+    checked(log)
+
+
+def test_a_read_only_disk_with_the_interrupt_pin(image: Path, tmp_path: Path) -> None:
+    before = image.read_bytes()
+    image.chmod(0o444)
+    with served([image], tmp_path, "--read-only") as (socket, log):
+        guest = nvme_guest(
+            socket, Viommu.NONE, ["nvme", "sha256"], environment={}, files={}, append="pci=nomsi"
+        )
+        result = guest.run(tmp_path / "guest").check()
+    assert result.facts["sha256"] == hashlib.sha256(before).hexdigest()
+    assert result.facts["nvme_read_only"] == "1"
+    assert result.facts["nvme_interrupts"] == "0"
+    checked(log)
