@@ -3,9 +3,10 @@
 Packages, each importing only from those before it: ``errors``, ``addr``, ``_core`` (compiled),
 ``memory`` (what memory the guest has), ``dma`` (mapping changes go out), ``iommu`` (which of it a
 device may touch), ``virtio`` (queues and devices), ``pci`` (PCI functions), ``peer`` (processes at
-the other end of a socket), ``vhost_user`` and ``vfio_user`` (transports), ``guest`` (a guest
-without a VM), ``cli``. ``testing`` is a kit for users' own tests. This module only re-exports; the
-packages are its attributes, imported when they are first used.
+the other end of a socket), ``vhost_user`` and ``vfio_user`` (transports), ``serving`` (a device,
+served until a signal), ``guest`` (a guest without a VM), ``cli``. ``testing`` is a kit for users'
+own tests. This module only re-exports; the packages are its attributes, imported when they are
+first used.
 """
 
 import importlib
@@ -69,7 +70,7 @@ from guestio.memory import (
 )
 
 if TYPE_CHECKING:
-    from guestio.vhost_user.serve import serve
+    from guestio.serving import serve
 
 __version__ = "0.1.0"
 
@@ -149,7 +150,7 @@ def __getattr__(name: str) -> object:
     if name in _PACKAGES:
         return importlib.import_module(f"guestio.{name}")
     if name == "serve":
-        from guestio.vhost_user.serve import serve
+        from guestio.serving import serve
 
         return serve
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,9 +29,16 @@ class Command:
         directory: For its socket and its log.
         words: The command and its arguments.
         terminal: The terminal that it controls.
+        transport: What it speaks.
     """
 
-    def __init__(self, directory: Path, *words: str, terminal: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *words: str,
+        terminal: int | None = None,
+        transport: str = "vhost-user",
+    ) -> None:
         self.path = directory / f"{words[0]}.sock"
         self._log = directory / f"{words[0]}.log"
 
@@ -39,7 +47,10 @@ class Command:
 
         with self._log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "guestio", *words, "--socket", self.path],
+                [
+                    *(sys.executable, "-m", "guestio", *words),
+                    *("--socket", self.path, "--transport", transport),
+                ],
                 stdin=subprocess.DEVNULL if terminal is None else terminal,
                 stdout=terminal,
                 stderr=stderr,
@@ -65,7 +76,7 @@ class Command:
         Args:
             in_use: Its first front-end must still be there.
         """
-        assert not in_use or "front-end 1 gone" not in self.log, self.log
+        assert not in_use or not re.search("(front-end|client) 1 gone", self.log), self.log
         started = time.monotonic()
         with contextlib.nullcontext() if STRICT else promptly(ENDS_WITHIN):
             self.process.send_signal(signal.SIGTERM)
@@ -78,9 +89,10 @@ class Command:
         return seconds
 
     @property
-    def has_missed(self) -> bool:
-        """Whether it had to request translations, by its counters at the end."""
-        return "iotlb_misses=0" not in self.log.split(" ended: ")[1]
+    def counts(self) -> dict[str, int]:
+        """Its counters at the end."""
+        said = self.log.split(" ended: ")[1]
+        return {name: int(number) for name, number in re.findall(r"(\w+)=(\d+)", said)}
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import select
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import closing
@@ -487,6 +489,51 @@ class TestRings:
             driver.submit(b"abc", 3)
             t.wait(lambda: readable(front(driver).events[2]))
 
+    def served(self, driver: Driver) -> None:
+        """Have a request served whose interrupt nobody waits for."""
+        assert not driver._queues[0].ring.enable_interrupts()
+        driver.submit(b"abc", 3)
+        until(driver.poll)
+        assert not driver._queues[0].ring.enable_interrupts()
+
+    def test_interrupts_go_where_the_client_wants_them(self) -> None:
+        with driven(Toy()) as driver:
+            plug = front(driver)
+            first, client = plug.events[1], plug.client
+            while readable(first):
+                pass
+            self.served(driver)
+            assert readable(first)
+            # Another eventfd.
+            other = os.eventfd(0, os.EFD_NONBLOCK)
+            assert client.triggers(2, 1, [other]) == 0
+            self.served(driver)
+            assert readable(other)
+            assert not readable(first)
+            # None: it is pending until there is one, and reaches that once.
+            assert client.set_irqs(IrqSet.DATA_EVENTFD | IrqSet.TRIGGER, 2, 1, 1) == 0
+            self.served(driver)
+            plug.transport.get("status")
+            assert not readable(other)
+            assert client.triggers(2, 1, [first]) == 0
+            assert readable(first)
+            self.served(driver)
+            assert readable(first)
+            # Masked.
+            assert client.set_irqs(IrqSet.DATA_NONE | IrqSet.MASK, 2, 1, 1) == 0
+            self.served(driver)
+            plug.transport.get("status")
+            assert not readable(first)
+            assert client.set_irqs(IrqSet.DATA_NONE | IrqSet.UNMASK, 2, 1, 1) == 0
+            assert readable(first)
+            # No interrupt while it is no bus master.
+            plug.transport.write_config(4, 2, 2)
+            assert plug.function._rings[0].trigger is None
+            plug.transport.write_config(4, 2, 6)
+            self.served(driver)
+            assert readable(first)
+            os.close(other)
+
     @pytest.mark.parametrize("iommu", ["off", "strict"])
     def test_bus_mastering_off_stops_it(self, iommu: IommuMode) -> None:
         with driven(Toy(), iommu) as driver:
@@ -609,6 +656,36 @@ class TestRings:
             assert plug.serving.stats.delayed_unmaps >= 1
             assert plug.serving.stats.cut_off == 0
             assert driver.receive().written == 0
+
+    def test_a_system_call_that_goes_on_is_cut_off_and_others_are_not(self) -> None:
+        device = Toy()
+        with driven(device, "strict", revoke_after=0.2, stop_timeout=0.1) as driver:
+            plug = front(driver)
+            source, sink = os.pipe()
+            device.later = Future()
+            # More than a pipe holds.
+            buffer = driver.submit(b"abc" * 60000, 3)
+            until(lambda: device.held)
+            device.later = None
+            moving = threading.Thread(target=lambda: device.held[0].readable.to_file(sink))
+            moving.start()
+            until(lambda: select.select([source], [], [], 0)[0])
+            assert buffer.placement is not None
+            space = plug.function._space
+            plug.iotlb.unmap(*buffer.placement.mapped)
+            assert plug.serving.stats.cut_off >= 1
+            assert plug.function._space is not space
+            # The ring is in the memory that was mapped anew.
+            assert driver.request(b"def", 3) == b"fed"
+            os.set_blocking(source, False)
+            while moving.is_alive():
+                with contextlib.suppress(BlockingIOError):
+                    os.read(source, 1 << 16)
+            moving.join()
+            os.close(source)
+            os.close(sink)
+            until(lambda: driver.poll() or buffer.done)
+            assert buffer.written == 0
 
     def test_a_queue_is_reset_while_the_device_holds_its_request(self) -> None:
         device = Toy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import socket
@@ -25,6 +26,7 @@ from lab.guest import (
     Guest,
     RunningGuest,
     Script,
+    VfioUserDevice,
     VhostUserDevice,
     VhostUserDisk,
     VhostUserNet,
@@ -79,16 +81,16 @@ def terminal() -> Iterator[Terminal]:
     made.close()
 
 
-def rng(directory: Path) -> Command:
+def rng(directory: Path, transport: str) -> Command:
     source = directory / "source"
     source.write_bytes(PATTERN * 512)
-    return Command(directory, "rng", "--source", str(source))
+    return Command(directory, "rng", "--source", str(source), transport=transport)
 
 
-def keyboard(directory: Path) -> Command:
+def keyboard(directory: Path, transport: str) -> Command:
     script = directory / "keys"
     script.write_text(KEYS)
-    return Command(directory, "input", "keyboard", "--script", str(script))
+    return Command(directory, "input", "keyboard", "--script", str(script), transport=transport)
 
 
 def use_console(guest: RunningGuest, terminal: Terminal, life: int) -> None:
@@ -108,16 +110,23 @@ class Lab:
         commands: By the device's name in `lab/scripts/devices.sh`.
     """
 
-    def __init__(self, directory: Path, names: list[str], terminal: Terminal) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        names: list[str],
+        terminal: Terminal,
+        transport: str = "vhost-user",
+    ) -> None:
         self.image = directory / "disk.img"
         self.image.write_bytes(os.urandom(2 * MIB))
         self.terminal = terminal
+        command = functools.partial(Command, directory, transport=transport)
         start: dict[str, Callable[[], Command]] = {
-            "net": lambda: Command(directory, "net", "--responder", "10.0.2.1/24"),
-            "disk": lambda: Command(directory, "blk", str(self.image)),
-            "rng": lambda: rng(directory),
-            "keyboard": lambda: keyboard(directory),
-            "console": lambda: Command(directory, "console", "--stdio", terminal=terminal.slave),
+            "net": lambda: command("net", "--responder", "10.0.2.1/24"),
+            "disk": lambda: command("blk", str(self.image)),
+            "rng": lambda: rng(directory, transport),
+            "keyboard": lambda: keyboard(directory, transport),
+            "console": lambda: command("console", "--stdio", terminal=terminal.slave),
         }
         self.commands = {name: start[name]() for name in names}
 
@@ -136,6 +145,18 @@ class Lab:
             "console": lambda path: VhostUserDevice(path, CONSOLE, num_queues=2, config_size=12),
         }
         return [make[name](each.path) for name, each in self.commands.items() if name in make]
+
+    def use(self, guest: Guest, directory: Path) -> tuple[Mapping[str, str], dict[str, float]]:
+        """Have a guest use all of them, and end each in use; its facts, and the seconds of each."""
+        with guest.boot(directory) as running:
+            if "console" in self.commands:
+                for life in range(RELOADS + 1):
+                    use_console(running, self.terminal, life)
+            running.wait_for("FACT done=yes\n", LIMIT)
+            seconds = {
+                name: end_in_use(running, name, each) for name, each in self.commands.items()
+            }
+            return running.kill().facts, seconds
 
     def check(self, facts: Mapping[str, str], name: str) -> str:
         """Compare what the guest saw with what was to be seen; says what that is."""
@@ -170,6 +191,10 @@ class Lab:
 ALL = ["net", "disk", "rng", "keyboard", "console"]
 OLDER = ["net", "disk", "rng"]
 VIOMMUS = [Viommu.NONE, Viommu.VIRTIO, Viommu.INTEL_STRICT]
+VFIO_USER_VIOMMUS = [
+    Viommu.VIRTIO,
+    *([Viommu.NONE, Viommu.INTEL_CACHING] if "GUESTIO_DEVICE_RELOADS" in os.environ else []),
+]
 
 
 @pytest.mark.parametrize("viommu", VIOMMUS, ids=lambda viommu: viommu.name.lower())
@@ -207,17 +232,50 @@ def test_linux_uses_all_of_them(
             append="i8042.nokbd i8042.noaux",  # The PC's own keyboard would be event0.
             timeout=LIMIT,
         )
-        with guest.boot(tmp_path / "guest") as running:
-            if "console" in commands:
-                for life in range(RELOADS + 1):
-                    use_console(running, terminal, life)
-            running.wait_for("FACT done=yes\n", LIMIT)
-            seconds = {name: end_in_use(running, name, each) for name, each in commands.items()}
-            facts = running.kill().facts
+        facts, seconds = lab.use(guest, tmp_path / "guest")
     for name, each in commands.items():
         seen = lab.check(facts, name)
-        assert each.has_missed is viommu.present
+        assert bool(each.counts["iotlb_misses"]) is viommu.present
         figures(name, viommu, program, RELOADS, seen, seconds[name])
+
+
+@pytest.mark.parametrize("viommu", VFIO_USER_VIOMMUS, ids=lambda viommu: viommu.name.lower())
+def test_linux_uses_all_of_them_over_vfio_user(
+    viommu: Viommu,
+    tmp_path: Path,
+    terminal: Terminal,
+    monkeypatch: pytest.MonkeyPatch,
+    figures: Callable[..., None],
+) -> None:
+    """One guest behind a virtio-iommu; `./run lab-devices` has it behind the others, too."""
+    program = str(new_qemu())
+    monkeypatch.setenv("GUESTIO_LAB_QEMU", program)
+    lab = Lab(tmp_path, ALL, terminal, "vfio-user")
+    commands = lab.commands
+    with ready(*commands.values()):
+        guest = Guest(
+            viommu=viommu,
+            disks=[VfioUserDevice(commands["disk"].path)],
+            devices=[
+                VfioUserDevice(each.path) for name, each in commands.items() if name != "disk"
+            ],
+            scripts=[Script.named("net"), Script.named("devices")],
+            environment={
+                "DEVICES": " ".join(commands),
+                "RELOADS": str(RELOADS),
+                "PINGS": str(PINGS),
+            },
+            append="i8042.nokbd i8042.noaux",  # The PC's own keyboard would be event0.
+            timeout=LIMIT,
+        )
+        facts, seconds = lab.use(guest, tmp_path / "guest")
+    for name, each in commands.items():
+        seen = lab.check(facts, name)
+        counts = each.counts
+        assert counts["connections"] == 1
+        assert counts["protocol_errors"] == counts["refused"] == counts["failed_calls"] == 0
+        assert counts["queue_errors"] == counts["failed_requests"] == counts["cut_off"] == 0
+        figures(f"{name}, vfio-user", viommu, program, RELOADS, seen, seconds[name])
 
 
 def end_in_use(guest: RunningGuest, name: str, command: Command) -> float:

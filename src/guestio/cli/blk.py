@@ -9,13 +9,13 @@ from typing import Literal
 
 import click
 
-from guestio.cli.server import Server, num_queues_option, server_options
+from guestio.cli.server import Server, num_queues_option, server_options, vfio_user_help
 from guestio.errors import GuestioError
 from guestio.virtio.blk import IO_THREADS, MAX_IO_THREADS, BlockDevice
 
 _log = logging.getLogger("guestio.cli.blk")
 
-HELP = """Serve IMAGE as a disk over vhost-user.
+HELP = """Serve IMAGE as a disk over vhost-user or vfio-user.
 
 The socket is ready when one line on standard error says so. One front-end is served at a time;
 when it goes away the next one may come. SIGINT and SIGTERM end the service with status 0 and remove
@@ -45,6 +45,7 @@ everything after num-queues. With intel-iommu, boot with intel_iommu=on, put the
 \b
   -device intel-iommu,intremap=off,device-iotlb=on
 """
+HELP += vfio_user_help("blk", "blk disk.img", what="the disk")
 
 
 @click.command(help=HELP)

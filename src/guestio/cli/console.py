@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
-from guestio.cli.server import Server, fail, server_options
+from guestio.cli.server import Server, fail, server_options, vfio_user_help
 from guestio.peer.endpoint import listen_on
 from guestio.virtio.console import ConsoleDevice, open_again
 
-HELP = """Serve a console over vhost-user: a guest's terminal, and named ports beside it.
+HELP = """Serve a console over vhost-user or vfio-user: a guest's terminal, and named ports.
 
 The terminal is that of this command (--stdio, left by typing Ctrl-]), a new pseudoterminal whose
 path is printed (--pty), or a client of a Unix socket, one at a time (--listen).
@@ -41,6 +41,7 @@ virtio-id=3,num_vqs=2,vq_size=64,config_size=12 \\
 Guest memory must be shared (share=on). Behind a virtual IOMMU add "-device virtio-iommu-pci" before
 the device, and iommu_platform=on,ats=on to it. With N more ports (--port) num_vqs is 4 + 2 * N.
 """
+HELP += vfio_user_help("console", "console --listen /tmp/tty.sock", what="the console")
 
 HANG_UP = 0x1D
 """What ends ``--stdio``: Ctrl-]."""

@@ -6,10 +6,10 @@ from typing import IO, Literal
 
 import click
 
-from guestio.cli.server import Server, server_options
+from guestio.cli.server import Server, server_options, vfio_user_help
 from guestio.virtio.input import InputDevice
 
-HELP = """Serve an input device over vhost-user: a keyboard, a pointer (mouse) or a tablet.
+HELP = """Serve a keyboard, a pointer (mouse) or a tablet over vhost-user or vfio-user.
 
 Its events come from a script. The clock of a script starts when a guest's driver first takes
 events. A line is a time in seconds (+ counts from the line before) and the events of one report,
@@ -44,6 +44,7 @@ Guest memory must be shared (share=on). In a Linux guest the device is /dev/inpu
   -device vhost-user-test-device-pci,chardev=c0,virtio-id=18,num_vqs=2,\\
 vq_size=64,config_size=136,iommu_platform=on,ats=on
 """
+HELP += vfio_user_help("input", "input keyboard --script keys.txt", what="the device")
 
 
 @click.command("input", help=HELP)

@@ -7,14 +7,16 @@ import signal
 
 import click
 
-from guestio.cli.server import Server, fail, server_options
+from guestio.cli.server import Server, fail, server_options, vfio_user_help
 from guestio.virtio.net import CaptureFile, NetDevice, Port, Responder, TapPort
 from guestio.virtio.net.device import MAX_PAIRS
 from guestio.virtio.net.features import MAX_MTU, MIN_MTU
 
 log = logging.getLogger("guestio.cli.net")
 
-HELP = """Serve a network card over vhost-user, connected to a tap of the host or to a responder.
+HELP = """Serve a network card over vhost-user or vfio-user.
+
+It is connected to a tap of the host or to a responder.
 
 The socket is ready when one line on standard error says so. SIGINT, SIGTERM and SIGHUP end the
 service with status 0 and remove the socket. SIGUSR1 takes the card's link down, and up again.
@@ -36,6 +38,7 @@ Guest memory must be shared (share=on). Without an IOMMU leave out the virtio-io
 everything after netdev=n0. With N queue pairs, add queues=N to -netdev, and mq=on to -device. QEMU
 shows the guest an address of its own (mac=... at -device), and answers its control commands.
 """
+HELP += vfio_user_help("net", "net --responder 10.0.2.1/24", what="the card")
 
 
 @click.command(help=HELP)

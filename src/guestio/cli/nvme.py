@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from guestio.budgets import NVME_QUEUES
-from guestio.cli.server import PciServer, pci_server_options
+from guestio.cli.server import Server, pci_server_options
 from guestio.errors import GuestioError
 from guestio.pci.nvme.controller import (
     IO_QUEUES,
@@ -99,7 +99,7 @@ def nvme(
     interrupts: str,
     io_threads: int,
     serial: str | None,
-    server: PciServer,
+    server: Server,
 ) -> None:
     """Serve images; the help text is ``HELP``."""
     made: list[NvmeController] = []

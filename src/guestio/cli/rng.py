@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from guestio.cli.server import Server, server_options
+from guestio.cli.server import Server, server_options, vfio_user_help
 from guestio.virtio.rng import EntropyDevice
 
-HELP = """Serve random bytes over vhost-user.
+HELP = """Serve random bytes over vhost-user or vfio-user.
 
 The socket is ready when one line on standard error says so. SIGINT, SIGTERM and SIGHUP end the
 service with status 0 and remove the socket.
@@ -31,6 +31,7 @@ vq_size=64,iommu_platform=on,ats=on
 
 With a regular file as --source, the guest gets the same bytes each time.
 """
+HELP += vfio_user_help("rng", "rng", what="the device")
 
 
 @click.command(help=HELP)

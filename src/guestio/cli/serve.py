@@ -12,14 +12,16 @@ from typing import Any
 
 import click
 
-from guestio.cli.server import Server, fail, num_queues_option, server_options
+from guestio.cli.server import Server, fail, num_queues_option, server_options, vfio_user_help
+from guestio.pci import PciDevice
 from guestio.virtio.device import Device
 
-HELP = """Serve a device of your own over vhost-user: CLASS of the Python module MODULE.
+HELP = """Serve a device of your own over vhost-user or vfio-user: CLASS of MODULE.
 
-MODULE is found as `python -m` finds it, the current directory first. CLASS is a subclass of
-guestio.virtio.Device, or a function that returns one. Each --arg is an argument of its call: a
-VALUE that is a Python literal (1, 0x10, 2.5, True, [1, 2]) is that, any other is text.
+MODULE is a Python module, found as `python -m` finds it, the current directory first. CLASS is a
+subclass of guestio.virtio.Device or guestio.pci.PciDevice, or a function that returns one. Each
+--arg is an argument of its call: a VALUE that is a Python literal (1, 0x10, 2.5, True, [1, 2]) is
+that, any other is text.
 
 The socket is ready when one line on standard error says so. SIGINT, SIGTERM and SIGHUP end the
 service with status 0 and remove the socket, whatever the device does.
@@ -40,6 +42,7 @@ virtio-id=61,num_vqs=1,vq_size=64,config_size=0 \\
 Guest memory must be shared (share=on). Behind a virtual IOMMU add "-device virtio-iommu-pci" before
 the device, and iommu_platform=on,ats=on to it.
 """
+HELP += vfio_user_help("dice", "serve dice:Dice --arg sides=6")
 
 
 @click.command(help=HELP)
@@ -58,7 +61,7 @@ def serve(device: str, arguments: Sequence[str], num_queues: int | None, server:
     made = _parse(arguments)
     call = _find(device)
 
-    def make() -> Device:
+    def make() -> Device | PciDevice:
         try:
             result = call(**made)
             if num_queues is not None and isinstance(result, Device):
@@ -67,8 +70,13 @@ def serve(device: str, arguments: Sequence[str], num_queues: int | None, server:
             raise
         except BaseException as error:
             fail(f"{device} cannot be made: {_said(error)}")
-        if not isinstance(result, Device):
-            fail(f"{device} made {result!r}, which is no guestio.virtio.Device")
+        if num_queues is not None and isinstance(result, PciDevice):
+            fail("there is no --num-queues of a PCI device")
+        if not isinstance(result, (Device, PciDevice)):
+            fail(
+                f"{device} made {result!r}, which is no guestio.virtio.Device and no "
+                "guestio.pci.PciDevice"
+            )
         return result
 
     server.run(make, device)

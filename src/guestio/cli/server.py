@@ -10,20 +10,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, Protocol, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import click
 
-from guestio import vfio_user
 from guestio.budgets import DMA_REVOKE_AFTER, LONGEST_TIMEOUT, STOP_TIMEOUT
 from guestio.cli.seconds import Seconds
 from guestio.cli.stderr import StderrLog
 from guestio.errors import DeviceMethodError, GuestioError
+from guestio.pci import PciDevice
 from guestio.peer.endpoint import activation_sockets, adopt_socket, remove_sockets
 from guestio.ratelog import LOG
-from guestio.vhost_user import Backend
-from guestio.vhost_user.serve import Signals, run_until_signaled
+from guestio.serving import AnyServer, Signals, Transport, make_server, run_until_signaled
+from guestio.virtio.device import Device
 
 EXIT_GRACE = 0.2
 """Seconds that the end of a command waits for its log to be read."""
@@ -31,14 +31,6 @@ EXIT_GRACE = 0.2
 Command = TypeVar("Command", bound=Callable[..., None])
 
 _log = logging.getLogger("guestio.cli.server")
-
-
-class Closable(Protocol):
-    """A device that is closed at the end."""
-
-    def close(self) -> None:
-        """Give everything back."""
-        ...
 
 
 _PLACE_OPTIONS = (
@@ -61,7 +53,22 @@ _PLACE_OPTIONS = (
         "is connected to, with which the service ends.",
     ),
 )
+_REVOKE_AFTER = click.option(
+    "--revoke-after",
+    type=Seconds(0, LONGEST_TIMEOUT),
+    default=DMA_REVOKE_AFTER,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long, over vfio-user, an unmap of the driver waits for an access of the device to "
+    "end, which is cut off then. Less than QEMU's x-msg-timeout (5 s).",
+)
 _OPTIONS = (
+    click.option(
+        "--transport",
+        type=click.Choice(["vhost-user", "vfio-user"]),
+        help="What is spoken at the socket. vfio-user makes a virtio device a PCI function.  "
+        "[default: vhost-user; for a PCI device vfio-user]",
+    ),
     click.option(
         "--iommu",
         type=click.Choice(["auto", "off"]),
@@ -97,12 +104,13 @@ _OPTIONS = (
         default=5.0,
         show_default=True,
         metavar="SECONDS",
-        help="How long a front-end may take to translate an address.",
+        help="How long a front-end may take to translate an address, over vhost-user.",
     ),
+    _REVOKE_AFTER,
     click.option(
         "--track-dirty",
         is_flag=True,
-        help="Count the pages of guest memory that the device writes.",
+        help="Count the pages of guest memory that the device writes, over vhost-user.",
     ),
     click.option(
         "--poll-us",
@@ -115,31 +123,38 @@ _OPTIONS = (
     click.option(
         "--queue-threads",
         is_flag=True,
-        help="Serve each queue in a thread of its own. For large requests and several CPUs; small "
-        "ones are served faster by one thread.",
+        help="Serve each queue in a thread of its own, over vhost-user. For large requests and "
+        "several CPUs; small ones are served faster by one thread.",
     ),
 )
-_NAMES = (
-    "iommu",
-    "indirect",
-    "in_order",
-    "stop_timeout",
-    "miss_timeout",
-    "track_dirty",
-    "poll_us",
-    "queue_threads",
-)
-_PCI_OPTIONS = (
-    click.option(
-        "--revoke-after",
-        type=Seconds(0, LONGEST_TIMEOUT),
-        default=DMA_REVOKE_AFTER,
-        show_default=True,
-        metavar="SECONDS",
-        help="How long an unmap of the driver waits for an access of the device to end, which is "
-        "cut off then. Less than QEMU's x-msg-timeout (5 s).",
-    ),
-)
+_VHOST_USER = ("miss_timeout", "track_dirty", "queue_threads")
+_VFIO_USER = ("revoke_after",)
+_VIRTIO = ("iommu", "indirect", "in_order", "stop_timeout", "poll_us")
+_NAMES = (*_VIRTIO, *_VHOST_USER, *_VFIO_USER)
+
+
+def vfio_user_help(name: str, words: str, *, what: str = "the device") -> str:
+    """What a command's help says about vfio-user.
+
+    Args:
+        name: Of the socket in its example.
+        words: The command and its arguments.
+        what: What it serves.
+    """
+    path = f"/tmp/{name}.sock"  # noqa: S108 - an example
+    return f"""
+Over vfio-user {what} is a PCI function, which QEMU 10.1 or later takes over as it is. Behind a
+virtio-iommu, or an intel-iommu with caching-mode=on, it reaches what the guest has mapped:
+
+\b
+  guestio {words} \\
+    --transport vfio-user --socket {path} &
+  qemu-system-x86_64 -machine q35,memory-backend=mem -m 1G \\
+    -object memory-backend-memfd,id=mem,size=1G,share=on \\
+    -device virtio-iommu-pci \\
+    -device '{{"driver":"vfio-user-pci","socket":{{"type":"unix","path":"{path}"}}}}' \\
+    -kernel vmlinuz -initrd initrd -append "console=ttyS0"
+"""
 
 
 def num_queues_option(
@@ -157,28 +172,39 @@ def num_queues_option(
 
 def server_options(command: Command) -> Command:
     """Give a command the options of every server; it is called with them as ``server``."""
-    return _with_server(command, Server, _OPTIONS, _NAMES)
+    return _with_server(command, _OPTIONS, _NAMES)
 
 
 def pci_server_options(command: Command) -> Command:
     """Give a command the options of every server of a PCI device over vfio-user, as ``server``."""
-    return _with_server(command, PciServer, _PCI_OPTIONS, ("revoke_after",))
+    return _with_server(command, (_REVOKE_AFTER,), _VFIO_USER)
 
 
 def _with_server(
-    command: Command,
-    kind: type[Server],
-    more: Sequence[Callable[[Any], Any]],
-    names: Sequence[str],
+    command: Command, more: Sequence[Callable[[Any], Any]], names: Sequence[str]
 ) -> Command:
     @functools.wraps(command)
     def collected(
-        *, socket: str | None, connect: str | None, fd: int | None, **arguments: Any
+        *,
+        socket: str | None,
+        connect: str | None,
+        fd: int | None,
+        transport: Transport | None = None,
+        **arguments: Any,
     ) -> None:
         if sum(given is not None for given in (socket, connect, fd)) > 1:
             fail("give one of --socket, --connect and --fd")
+        context = click.get_current_context()
         options = {name: arguments.pop(name) for name in names}
-        command(server=kind(options, socket=socket, connect=connect, fd=fd), **arguments)
+        given = {
+            name
+            for name in names
+            if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+        }
+        server = Server(
+            options, given=given, transport=transport, socket=socket, connect=connect, fd=fd
+        )
+        command(server=server, **arguments)
 
     decorated: Any = collected
     for option in reversed((*_PLACE_OPTIONS, *more)):
@@ -191,7 +217,9 @@ class Server:
     """Serves one device as its command was told to, and ends the process properly.
 
     Args:
-        options: For :class:`~guestio.vhost_user.Backend`.
+        options: For what serves, whichever the transport is.
+        given: Those of them that the user has set.
+        transport: What is spoken at the socket; None for what suits the device.
         socket: Where to listen.
         connect: Where to connect to.
         fd: A socket to use. With none of the three it is systemd's.
@@ -201,19 +229,45 @@ class Server:
         self,
         options: Mapping[str, Any],
         *,
+        given: Collection[str] = (),
+        transport: Transport | None = None,
         socket: str | None = None,
         connect: str | None = None,
         fd: int | None = None,
     ) -> None:
         self.options = dict(options)
+        self._given = given
+        self._transport = transport
         self._socket, self._connect, self._fd = socket, connect, fd
 
-    def _make(
-        self, device: Any, place: str | socket.socket, **more: Any
-    ) -> Backend | vfio_user.Server:
-        return Backend(device, place, **more, **self.options)
+    def _options_for(self, device: Device | PciDevice) -> dict[str, Any]:
+        """The options that apply; ends the process for one that the user has set and that do not.
 
-    def _backend(self, device: Any) -> Backend | vfio_user.Server:
+        A PCI device has no rings, and each transport has options of its own.
+        """
+        if isinstance(device, PciDevice):
+            names: tuple[str, ...] = _VFIO_USER
+        elif self._transport == "vfio-user":
+            names = (*_VIRTIO, *_VFIO_USER)
+        else:
+            names = (*_VIRTIO, *_VHOST_USER)
+        for name in sorted(self._given):
+            if name not in names:
+                where = (
+                    "of a PCI device"
+                    if isinstance(device, PciDevice)
+                    else (f"over {self._transport or 'vhost-user'}")
+                )
+                fail(f"there is no --{name.replace('_', '-')} {where}")
+        return {name: value for name, value in self.options.items() if name in names}
+
+    def _make(
+        self, device: Device | PciDevice, place: str | socket.socket, **more: Any
+    ) -> AnyServer:
+        options = self._options_for(device)
+        return make_server(device, place, transport=self._transport, **options, **more)
+
+    def _backend(self, device: Device | PciDevice) -> AnyServer:
         if self._connect is not None:
             return self._make(device, self._connect, connect=True)
         if self._socket is not None:
@@ -234,7 +288,7 @@ class Server:
 
     def run(
         self,
-        make: Callable[[], Closable],
+        make: Callable[[], Device | PciDevice],
         what: str,
         *,
         signals: Mapping[int, Callable[[], object]] | None = None,
@@ -274,7 +328,8 @@ class Server:
                 with stop.limiting(give_up), _refusals():
                     device = make()
                     stack.callback(_close, device)
-                    backend = stack.enter_context(self._backend(device))
+                    backend = self._backend(device)
+                    stack.callback(backend.close)
 
                 def ready() -> None:
                     for line in (backend.ready_line, *more()):
@@ -310,15 +365,6 @@ class Server:
             sys.exit(status)
 
 
-class PciServer(Server):
-    """Serves a PCI device over vfio-user; all else as `Server`."""
-
-    def _make(
-        self, device: Any, place: str | socket.socket, **more: Any
-    ) -> Backend | vfio_user.Server:
-        return vfio_user.Server(device, place, **more, **self.options)
-
-
 def _leave_within(seconds: float, log: StderrLog, status: int) -> None:
     """Limit the end of Python, which waits for threads and for what was registered for it."""
 
@@ -333,10 +379,12 @@ def _leave_within(seconds: float, log: StderrLog, status: int) -> None:
         threading.Thread(target=end, name="guestio-end", daemon=True).start()
 
 
-def _close(device: Closable) -> None:
-    """Close a device; what it raises is logged."""
+def _close(device: Device | PciDevice) -> None:
+    """Close a device, if it can be closed; what it raises is logged."""
     try:
-        device.close()
+        close = getattr(device, "close", None)
+        if close is not None:
+            close()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:

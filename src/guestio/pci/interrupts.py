@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -16,7 +17,11 @@ class InterruptKind(enum.IntEnum):
 
 
 class Trigger(Protocol):
-    """Something that makes an interrupt."""
+    """Something that makes an interrupt, an eventfd."""
+
+    def fileno(self) -> int:
+        """The eventfd, open until :meth:`close`."""
+        ...
 
     def notify(self) -> None:
         """Make it. From any thread; never waits."""
@@ -37,6 +42,12 @@ class Interrupts:
     Args:
         counts: Vectors of each kind.
 
+    Attributes:
+        counts: As given.
+        delivered: Interrupts delivered, but for those that a device has the core signal by itself
+            (:meth:`direct`).
+        changed: Called when :meth:`direct` may say something else now.
+
     Threads: :meth:`raise_interrupt` may be called from any; the rest is for the loop's. Triggers
     are notified under a lock, so that none is closed meanwhile; that never waits.
     """
@@ -44,6 +55,7 @@ class Interrupts:
     def __init__(self, counts: dict[InterruptKind, int]) -> None:
         self.counts = counts
         self.delivered = 0
+        self.changed: Callable[[], object] = _do_nothing
         self._lock = threading.Lock()
         self._triggers: dict[InterruptKind, dict[int, Trigger]] = {kind: {} for kind in counts}
         self._masked: dict[InterruptKind, set[int]] = {kind: set() for kind in counts}
@@ -74,6 +86,19 @@ class Interrupts:
         with self._lock:
             self._messages_allowed, self._pin_allowed = messages, pin
             self._deliver()
+        self.changed()
+
+    def direct(self, vector: int) -> Trigger | None:
+        """Where an interrupt of MSI-X goes at this moment, with nothing in between; or None.
+
+        It may be signalled instead of calling :meth:`raise_interrupt`, until :attr:`changed` is
+        called.
+        """
+        kind = InterruptKind.MSIX
+        with self._lock:
+            if not self._messages_allowed or vector in self._masked.get(kind, ()):
+                return None
+            return self._triggers.get(kind, {}).get(vector)
 
     def set_trigger(self, kind: InterruptKind, vector: int, trigger: Trigger | None) -> None:
         """Have a vector's interrupts go to ``trigger``, which belongs to this from here on."""
@@ -82,6 +107,7 @@ class Interrupts:
             if trigger is not None:
                 self._triggers[kind][vector] = trigger
             self._deliver()
+        self.changed()
         if old is not None:
             old.close()
 
@@ -90,6 +116,7 @@ class Interrupts:
         with self._lock:
             gone, self._triggers[kind] = list(self._triggers[kind].values()), {}
             self._masked[kind].clear()
+        self.changed()
         for trigger in gone:
             trigger.close()
 
@@ -104,12 +131,14 @@ class Interrupts:
         """Keep a vector's interrupts pending."""
         with self._lock:
             self._masked[kind].add(vector)
+        self.changed()
 
     def unmask(self, kind: InterruptKind, vector: int) -> None:
         """Deliver a vector's interrupts again; the pending one at once."""
         with self._lock:
             self._masked[kind].discard(vector)
             self._deliver()
+        self.changed()
 
     def forget_pending(self) -> None:
         """Forget what has not been delivered, as a reset does."""
@@ -160,3 +189,7 @@ class Interrupts:
                 self._pending.discard(vector)
                 trigger.notify()
                 self.delivered += 1
+
+
+def _do_nothing() -> None:
+    """What is called if there is nothing else."""

@@ -5,6 +5,7 @@ Source: virtio 1.4 section 4.1 "Virtio Over PCI Bus"; linux/virtio_pci.h.
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from guestio.addr import IovaRange, check_int, check_seconds
 from guestio.budgets import BUS_LOOK, BUS_PATIENCE, LONGEST_TIMEOUT, STOP_TIMEOUT
 from guestio.errors import GuestioError, QueueError, naming
 from guestio.iommu import Iotlb
+from guestio.memory.backing import close_fd
 from guestio.pci.capabilities import BarWindow, Capability, Layout, PciExpress, PowerManagement
 from guestio.pci.device import Bar, PciDevice
 from guestio.virtio.device import VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1, Device, DeviceId, Status
@@ -30,6 +32,7 @@ from guestio.virtio.translator import Miss, Page
 if TYPE_CHECKING:
     from guestio._core.virtio.inflight import InflightQueue
     from guestio.pci.host import PciHost
+    from guestio.pci.interrupts import Trigger
     from guestio.virtio.loop import EventLoop
 
 VENDOR: Final = 0x1AF4
@@ -113,6 +116,21 @@ class _Call(Bell):
         super().close()
 
 
+class _Forward:
+    """A client's eventfd that a queue signals: an interrupt with nothing in between."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = os.dup(fd)
+
+    def fileno(self) -> int:
+        """See :class:`~guestio.virtio.queue.Doorbell`."""
+        return self._fd
+
+    def close(self) -> None:
+        """See :class:`~guestio.virtio.queue.Doorbell`."""
+        close_fd(self._fd)
+
+
 class BusTranslator:
     """Translations of a bus: what the client has mapped is all there is.
 
@@ -177,6 +195,8 @@ class _Ring:
         enabled: Whether it may be used.
         parts: Addresses of descriptor table, available ring and used ring, in 32-bit halves.
         kick: What has the queue served, while it is started.
+        call: What the queue signals then, if the event loop reads it.
+        trigger: What it signals, if that is the client's.
     """
 
     size: int
@@ -184,6 +204,8 @@ class _Ring:
     enabled: bool = False
     parts: list[int] | None = None
     kick: Bell | None = None
+    call: _Call | None = None
+    trigger: Trigger | None = None
 
     def addresses(self) -> tuple[int, int, int]:
         halves = self.parts or [0] * 6
@@ -310,6 +332,7 @@ class VirtioPci(PciDevice):
         self._host.has_successor = False
         self.statistics.device_holds = lambda: self._host.outstanding
         self._host.connect(self, self._translator(None))
+        host.interrupts.changed = self._route_all
         with naming(self.device, "attached"):
             self.device.attached(self._host)
 
@@ -400,7 +423,7 @@ class VirtioPci(PciDevice):
         """Take the notifications of a queue that is to stop; its kick is closed then."""
         ring = self._rings[index]
         if ring.kick is not None:
-            ring.kick = None
+            ring.kick = ring.call = ring.trigger = None
             self._pci.remove_doorbell(0, self._notify + NOTIFY_STEP * index)
 
     # The common configuration (section 4.1.4.3).
@@ -517,6 +540,7 @@ class VirtioPci(PciDevice):
             self._ignore(f"sets the vector of queue {self._selected}, which there is not")
         else:
             ring.vector = value if value < self.interrupts else NO_VECTOR
+            self._route_all()
 
     def _set_address(self, half: int, value: int) -> None:
         ring = self._changeable("address")
@@ -597,12 +621,12 @@ class VirtioPci(PciDevice):
             loop.call_soon_threadsafe(self._tell_broken)
             return
         queue.set_base(0)
-        queue.set_call(_Call(loop, lambda: self._interrupt(ISR_QUEUE, ring.vector)))
         queue.set_err(_Call(loop, lambda: loop.call_soon_threadsafe(self._tell_broken)))
         kick = Bell()
         queue.set_kick(kick)
         ring.kick = kick
         self._notify_by(index, kick)
+        self._route(index)
         queue.enable(True)
         # The driver may have made buffers available before it was ready, and not notify again.
         kick.ring()
@@ -638,6 +662,31 @@ class VirtioPci(PciDevice):
         """Tell the driver that the device needs a reset (section 2.1.2)."""
         if self._host.status & Status.DRIVER_OK:
             self._interrupt(ISR_CONFIG, self._config_vector)
+
+    def _route_all(self) -> None:
+        for index, ring in enumerate(self._rings):
+            if ring.kick is not None:
+                self._route(index)
+
+    def _route(self, index: int) -> None:
+        """Have a queue that runs signal the client itself if it may, and the event loop if not."""
+        queue, ring = self._host.queue(index), self._rings[index]
+        trigger = None
+        if self._pci.config.msix_enabled and ring.vector != NO_VECTOR:
+            trigger = self._pci.interrupts.direct(ring.vector)
+        if trigger is None:
+            if ring.call is None:
+                ring.trigger = None
+                ring.call = _Call(self._pci.loop, lambda: self._interrupt(ISR_QUEUE, ring.vector))
+                queue.set_call(ring.call)
+        elif trigger is not ring.trigger:
+            before, ring.call, ring.trigger = ring.call, None, trigger
+            # Threads of the device signal with the lock held.
+            with queue.lock:
+                due = before is not None and before.has_rung()
+                queue.set_call(_Forward(trigger.fileno()))
+            if due:
+                trigger.notify()
 
     def _interrupt(self, cause: int, vector: int) -> None:
         if not self._pci.config.msix_enabled:

@@ -12,6 +12,7 @@ from guestio.budgets import DMA_REVOKE_AFTER, LONGEST_TIMEOUT
 from guestio.errors import naming
 from guestio.pci.device import PciDevice, check_device
 from guestio.pci.host import PciHost
+from guestio.pci.virtio_pci import VirtioPci
 from guestio.peer.server import PeerServer
 from guestio.vfio_user.channel import Channel
 from guestio.vfio_user.connection import Connection
@@ -66,6 +67,8 @@ class Server(PeerServer):
     ) -> None:
         self.device = check_device(device)
         self.statistics = Statistics()
+        if isinstance(device, VirtioPci):
+            self.statistics.virtio = device.statistics
         self._revoke_after = check_seconds(revoke_after, "revoke_after", LONGEST_TIMEOUT)
         super().__init__(path, connect=connect, log=log)
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from guestio.virtio.statistics import Statistics as VirtioStatistics
+
+_VIRTIO = ("requests", "failed_requests", "queue_errors", "config_changes", "outstanding")
+"""What is shown of a virtio device."""
+
 
 @dataclass
 class Statistics:
@@ -22,6 +27,7 @@ class Statistics:
         region_reads: Reads of BARs and of the configuration space.
         region_writes: Writes to them.
         resets: Resets that clients asked for by message.
+        virtio: What is counted of requests and queues, if the device is a `VirtioPci`.
         device_failures: Tells how many calls of the device failed.
         interrupts_sent: Tells how many interrupts were delivered.
     """
@@ -37,14 +43,18 @@ class Statistics:
     region_reads: int = 0
     region_writes: int = 0
     resets: int = 0
+    virtio: VirtioStatistics | None = None
     device_failures: Callable[[], int] = field(default=lambda: 0, repr=False)
     interrupts_sent: Callable[[], int] = field(default=lambda: 0, repr=False)
 
     def __str__(self) -> str:
         """All counters, for people."""
-        hidden = ("device_failures", "interrupts_sent")
+        hidden = ("virtio", "device_failures", "interrupts_sent")
         names = [name for name in vars(self) if name not in hidden]
-        return " ".join(f"{name}={getattr(self, name)}" for name in [*names, "failed_calls"])
+        shown = [f"{name}={getattr(self, name)}" for name in [*names, "failed_calls"]]
+        if self.virtio is not None:
+            shown += [f"{name}={getattr(self.virtio, name)}" for name in _VIRTIO]
+        return " ".join(shown)
 
     @property
     def failed_calls(self) -> int:

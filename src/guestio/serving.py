@@ -12,19 +12,72 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any, Final, Literal, Self, TypeAlias
 
+from guestio import vfio_user
 from guestio.budgets import CLOSE_TIMEOUT, EXIT_TIMEOUT
-from guestio.peer.server import PeerServer
+from guestio.pci import PciDevice, VirtioPci
 from guestio.ratelog import LOG
-from guestio.vhost_user.backend import Backend, log
+from guestio.vhost_user import Backend
 from guestio.virtio.device import Device
 from guestio.virtio.statistics import Statistics
 
+log = logging.getLogger("guestio.serving")
+
+Transport: TypeAlias = Literal["vhost-user", "vfio-user"]
+"""What a front-end or client speaks at the socket."""
+
+AnyServer: TypeAlias = Backend | vfio_user.Server
+"""What serves a device over one of them."""
+
+_SERVER_OPTIONS: Final = frozenset({"connect", "revoke_after"})
+
+
+def make_server(
+    device: Device | PciDevice,
+    path: str | os.PathLike[str] | socket.socket,
+    *,
+    transport: Transport | None = None,
+    **options: Any,
+) -> AnyServer:
+    """What serves a device at a Unix socket.
+
+    Args:
+        device: What to serve; it is the caller's to close.
+        path: Where to listen, or a socket.
+        transport: ``"vhost-user"``; or ``"vfio-user"``, which makes a virtio device a PCI function
+            (`VirtioPci`). None for the first, and for the other one if the device is a PCI device.
+        options: As for `Backend`; over vfio-user as for `VirtioPci` and
+            :class:`vfio_user.Server <guestio.vfio_user.Server>`.
+
+    Raises:
+        DeviceError, TypeError, ValueError: As from these; or a PCI device is to be served over
+            vhost-user.
+    """
+    function = isinstance(device, PciDevice)
+    if transport is None:
+        transport = "vfio-user" if function else "vhost-user"
+    if transport == "vhost-user":
+        if function:
+            raise ValueError("transport 'vhost-user' is for virtio devices, and this is a PCI one")
+        return Backend(device, path, **options)  # type: ignore[arg-type] # checked there
+    if transport != "vfio-user":
+        raise ValueError(f"transport {transport!r} is neither 'vhost-user' nor 'vfio-user'")
+    outer = {name: options.pop(name) for name in _SERVER_OPTIONS & options.keys()}
+    if not isinstance(device, PciDevice):
+        return vfio_user.Server(VirtioPci(device, **options), path, **outer)
+    if options:
+        raise TypeError(f"a PCI device has no {', '.join(sorted(options))}")
+    return vfio_user.Server(device, path, **outer)
+
 
 def serve(
-    device: Device, path: str | os.PathLike[str] | socket.socket, **options: Any
-) -> Statistics:
+    device: Device | PciDevice,
+    path: str | os.PathLike[str] | socket.socket,
+    *,
+    transport: Transport | None = None,
+    **options: Any,
+) -> Statistics | vfio_user.Statistics:
     """Serve a device at a Unix socket until SIGINT, SIGTERM or SIGHUP.
 
     One line on standard error, ``listening on PATH``, says that a front-end may connect; with other
@@ -35,13 +88,16 @@ def serve(
     Args:
         device: What to serve; it is the caller's to close.
         path: Where to listen, or a socket, as for :class:`~guestio.vhost_user.Backend`.
-        options: As for `Backend`.
+        transport: ``"vhost-user"`` or ``"vfio-user"``, see :func:`make_server`. None for the one
+            that suits the device.
+        options: As for `Backend`; over vfio-user as for `VirtioPci` and
+            :class:`vfio_user.Server <guestio.vfio_user.Server>`.
 
     Returns:
-        Counters over all front-ends.
+        Counters over all front-ends or clients.
 
     Raises:
-        DeviceError, TypeError, ValueError: As from `Backend`; nothing was served.
+        DeviceError, TypeError, ValueError: As from these; nothing was served.
         RuntimeError: This is not the main thread, to which alone Python gives signals; use
             `Backend` in others.
         SystemExit, KeyboardInterrupt: The device raised it.
@@ -56,7 +112,7 @@ def serve(
             "use guestio.vhost_user.Backend"
         )
     with Signals() as signals, contextlib.ExitStack() as stack:
-        backend = Backend(device, path, **options)
+        backend = make_server(device, path, transport=transport, **options)
         stack.callback(backend.close)
 
         def ready() -> None:
@@ -72,8 +128,7 @@ def serve(
                 type(device).__name__,
                 EXIT_TIMEOUT,
             )
-    statistics: Statistics = backend.statistics
-    return statistics
+    return backend.statistics
 
 
 _NO_SIGNAL = 255
@@ -201,7 +256,7 @@ class Signals:
 
 
 def run_until_signaled(
-    backend: PeerServer, signals: Signals, ready: Callable[[], object] = lambda: None
+    backend: AnyServer, signals: Signals, ready: Callable[[], object] = lambda: None
 ) -> bool:
     """Serve in a thread, so that a signal is obeyed whatever keeps that thread.
 
