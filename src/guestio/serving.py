@@ -128,7 +128,8 @@ def serve(
                 type(device).__name__,
                 EXIT_TIMEOUT,
             )
-    return backend.statistics
+    counted: Statistics | vfio_user.Statistics = backend.statistics
+    return counted
 
 
 _NO_SIGNAL = 255
