@@ -274,6 +274,9 @@ NVME_QUEUES = 63
 NVME_QUEUE_ENTRIES = 1024
 """Entries of a queue of an NVMe controller; a larger one is refused (CAP.MQES)."""
 
+NVME_TRANSFER_BYTES = 512 << 10
+"""Bytes that an NVMe command moves at most, a power of two of pages; more is refused (MDTS)."""
+
 NVME_EVENTS = 4
 """Asynchronous event requests of a driver that wait for an event; more are refused (AERL)."""
 

@@ -95,3 +95,30 @@ def test_a_reset_comes_meanwhile(far: NvmeDriver, image: Path, skip: int, how: s
     far.good(1, READ, **move(1, 0, 8, prp1=page))
     assert far.get(page, PAGE) == image.read_bytes()[:PAGE]
     assert far.write(DOORBELLS + 8, far.queues[1].tail) is None
+
+
+def test_a_write_is_not_done_after_a_reset(far: NvmeDriver, image: Path) -> None:
+    before = image.read_bytes()
+    page = far.take()
+    far.put(page, b"w" * PAGE)
+    # Its entry is fetched first, then its data.
+    meanwhile(far, 1, lambda: far.write(CC, 0))
+    far.submit(1, far.command(WRITE, **move(1, 0, 8, prp1=page)))
+    far.run(lambda: not far.status & READY, "a reset")
+    far.settle()
+    far.run(lambda: not far.device._io.busy, "its end")
+    assert image.read_bytes() == before
+
+
+def test_events_amid_a_reset(far: NvmeDriver) -> None:
+    far.submit(0, far.command(0x0C))
+    far.settle()
+    meanwhile(far, 0, lambda: far.write(CC, 0))
+    far.write(DOORBELLS + 8 * 5, 1)  # belongs to no queue, which is an event
+    far.run(lambda: not far.status & READY, "a reset")
+    far.enable().ready()
+    far.submit(0, far.command(0x0C))
+    far.settle()
+    assert far.next(0) is None
+    far.write(DOORBELLS + 8 * 5, 1)
+    assert far.wait(0).result == 0x010000

@@ -353,6 +353,8 @@ cdef class NvmeQueues(Doorbell):
         cdef u32 value
         if not self.fetch(self.shadow + 8 * number, <u8 *>&value, 4, True):
             return self.break_down(f"the shadow doorbell of submission queue {number}")
+        # Entries are read after the tail that says they are there.
+        NVME_FENCE()
         value = le32toh(value)
         if value >= sq.size:
             self.fail(INVALID_VALUE, f"shadow tail {value} of submission queue {number}")
@@ -398,7 +400,7 @@ cdef class NvmeQueues(Doorbell):
         self.running, self.moved, until = True, 0, now_ns() + self.turn_ns
         try:
             while self.ready:
-                for i in range(MAX_QUEUES):
+                for i in range(<u32>MAX_QUEUES):
                     number = (self.next_queue + i) % MAX_QUEUES
                     if self.ready >> number & 1:
                         break

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from guestio._core.nvme.queues import NvmeQueues
-from guestio.budgets import NVME_EVENTS, NVME_QUEUE_ENTRIES
+from guestio.budgets import NVME_EVENTS, NVME_QUEUE_ENTRIES, NVME_TRANSFER_BYTES
 from guestio.memory import GuestMemory
 from guestio.pci.nvme import identify
 from guestio.pci.nvme.data import Data
 from guestio.pci.nvme.features import Features
-from guestio.pci.nvme.identify import MAX_TRANSFER, Identity
+from guestio.pci.nvme.identify import Identity
 from guestio.pci.nvme.io import IoCommands
 from guestio.pci.nvme.logs import Logs
 from guestio.pci.nvme.namespace import Namespace
@@ -233,7 +233,7 @@ class AdminCommands:
         number = command.word(10) & 0xFF
         length = 4 * (((command.word(11) & 0xFFFF) << 16 | command.word(10) >> 16) + 1)
         offset = command.quad(12)
-        if length > MAX_TRANSFER:
+        if length > NVME_TRANSFER_BYTES:
             raise Failed(Status.INVALID_FIELD, 42)
         data = self._logs.page(number, command.nsid)
         if offset % 4 or offset > len(data):

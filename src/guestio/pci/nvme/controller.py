@@ -10,6 +10,7 @@ from guestio._core.nvme.queues import BROKEN, INVALID_REGISTER, NvmeQueues
 from guestio.budgets import (
     NVME_QUEUE_ENTRIES,
     NVME_QUEUES,
+    NVME_TRANSFER_BYTES,
     NVME_TURN_BYTES,
     NVME_TURN_SECONDS,
 )
@@ -24,7 +25,7 @@ from guestio.pci.capabilities import (
 from guestio.pci.device import Bar, PciDevice
 from guestio.pci.host import PciHost
 from guestio.pci.nvme.admin import AdminCommands
-from guestio.pci.nvme.identify import MAX_TRANSFER, Identity
+from guestio.pci.nvme.identify import Identity
 from guestio.pci.nvme.io import IoCommands
 from guestio.pci.nvme.logs import Logs
 from guestio.pci.nvme.namespace import BLOCK_SIZES, Namespace
@@ -166,7 +167,7 @@ class NvmeController(PciDevice):
             command=self._command,
             interrupt=host.interrupts.raise_interrupt,
             fault=self._fault,
-            max_transfer=MAX_TRANSFER,
+            max_transfer=NVME_TRANSFER_BYTES,
             turn_bytes=NVME_TURN_BYTES,
             turn_seconds=NVME_TURN_SECONDS,
         )

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from guestio.budgets import NVME_EVENTS, NVME_SGL_DESCRIPTORS
+from guestio.budgets import NVME_EVENTS, NVME_TRANSFER_BYTES
 from guestio.pci.nvme.namespace import Namespace
 from guestio.pci.nvme.spec import COMPLETION_BITS, ENTRY_BITS, PAGE, VERSION
 
 SIZE: Final = 4096
 ERROR_ENTRIES: Final = 16
 """Entries of the error log."""
-MAX_TRANSFER: Final = 512 << 10
-"""Bytes of a command's data at most; a power of two of pages (MDTS)."""
 ABORTS: Final = 4
 TEMPERATURE: Final = 303
 """Kelvin: what a drive without a sensor reports."""
@@ -53,7 +51,7 @@ def controller(identity: Identity, namespaces: Sequence[Namespace]) -> bytes:
     struct.pack_into("<HH", data, 0, identity.vendor_id, identity.vendor_id)
     data[4:24], data[24:64], data[64:72] = serial, _MODEL.ljust(40), _FIRMWARE.ljust(8)
     data[72] = 4  # recommended arbitration burst
-    data[77] = (MAX_TRANSFER // PAGE).bit_length() - 1
+    data[77] = (NVME_TRANSFER_BYTES // PAGE).bit_length() - 1
     struct.pack_into("<I", data, 80, VERSION)
     struct.pack_into("<I", data, 92, _NAMESPACE_EVENTS)
     data[111] = 1  # an I/O controller
@@ -104,6 +102,3 @@ def active_list(namespaces: Sequence[Namespace], after: int) -> bytes:
 def descriptors(each: Namespace) -> bytes:
     """A namespace's identification descriptors."""
     return (b"\x02\x10\0\0" + each.guid).ljust(SIZE, b"\0")
-
-
-assert NVME_SGL_DESCRIPTORS >= MAX_TRANSFER // PAGE + 1

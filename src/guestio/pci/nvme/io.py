@@ -23,12 +23,12 @@ from typing import Final
 from guestio.budgets import (
     DEVICE_CLOSE_TIMEOUT,
     NVME_BUFFER_BYTES,
+    NVME_TRANSFER_BYTES,
     SLICE_BYTES,
     TRIM_SLICE_BYTES,
 )
 from guestio.memory import GuestMemory
 from guestio.pci.nvme.data import Data
-from guestio.pci.nvme.identify import MAX_TRANSFER
 from guestio.pci.nvme.logs import Counters
 from guestio.pci.nvme.namespace import Namespace
 from guestio.pci.nvme.spec import ALL_NAMESPACES, Command, Failed, Io, Status
@@ -252,7 +252,7 @@ class IoCommands:
         return Job(command, work())
 
     def _read(self, command: Command, namespace: Namespace) -> Job:
-        offset, length = self._extent(command, namespace, MAX_TRANSFER)
+        offset, length = self._extent(command, namespace, NVME_TRANSFER_BYTES)
         data = Data(self._memory, command, length, to_driver=True)
         found: list[bytes] = []
 
@@ -272,7 +272,7 @@ class IoCommands:
 
     def _write(self, command: Command, namespace: Namespace) -> Job:
         self._check_writable(namespace)
-        offset, length = self._extent(command, namespace, MAX_TRANSFER)
+        offset, length = self._extent(command, namespace, NVME_TRANSFER_BYTES)
         data = Data(self._memory, command, length, to_driver=False)
         through = self.write_through or bool(command.word(12) & _FORCE_UNIT_ACCESS)
 
@@ -293,7 +293,7 @@ class IoCommands:
         return Job(command, work(), length)
 
     def _compare(self, command: Command, namespace: Namespace) -> Job:
-        offset, length = self._extent(command, namespace, MAX_TRANSFER)
+        offset, length = self._extent(command, namespace, NVME_TRANSFER_BYTES)
         data = Data(self._memory, command, length, to_driver=False).read()
 
         def work() -> Work:
@@ -310,12 +310,12 @@ class IoCommands:
         offset, length = self._extent(command, namespace, 1 << 32)
 
         def work() -> Work:
-            for at, size in ranges(offset, length, MAX_TRANSFER):
+            for at, size in ranges(offset, length, NVME_TRANSFER_BYTES):
                 self._pread(namespace, at, size)
                 yield
             return Status.SUCCESS
 
-        return Job(command, work(), MAX_TRANSFER)
+        return Job(command, work(), NVME_TRANSFER_BYTES)
 
     def _write_zeroes(self, command: Command, namespace: Namespace) -> Job:
         self._check_writable(namespace)
