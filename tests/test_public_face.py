@@ -28,7 +28,7 @@ from guestio import (
     RegionManager,
 )
 
-PACKAGES = ("cli", "dma", "guest", "iommu", "memory", "testing", "vhost_user", "virtio")
+PACKAGES = ("cli", "dma", "faults", "guest", "iommu", "memory", "testing", "vhost_user", "virtio")
 PUBLIC = [
     (module, name)
     for module in ("", ".memory", ".dma", ".iommu", ".virtio", ".vhost_user", ".guest", ".testing")

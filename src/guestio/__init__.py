@@ -78,6 +78,7 @@ _PACKAGES = frozenset(
     {
         "cli",
         "dma",
+        "faults",
         "guest",
         "iommu",
         "memory",

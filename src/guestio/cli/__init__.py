@@ -10,6 +10,7 @@ import click
 import guestio
 from guestio.cli.bench import bench
 from guestio.cli.blk import blk
+from guestio.cli.check import check
 from guestio.cli.console import console
 from guestio.cli.input import input_
 from guestio.cli.net import net
@@ -46,7 +47,7 @@ def demo(seconds: float) -> None:
     sys.exit(run(seconds))
 
 
-for _command in (bench, blk, console, input_, net, nvme, rng, serve):
+for _command in (bench, blk, check, console, input_, net, nvme, rng, serve):
     cli.add_command(_command)
 
 
