@@ -277,6 +277,10 @@ class _Run:
     def _ending(self) -> tuple[Verdict, str] | None:
         """CRASH or WEDGED, if the back-end does not serve any more."""
         complaint = self.serves()
+        if isinstance(complaint, HungUpError) and self._target.replaceable:
+            # It may have been about to end, as some do with their front-end.
+            self._target.ended(self._patience)
+            complaint = self.serves()
         if death := self._target.take_death():
             return Verdict.CRASH, death
         if complaint is None:

@@ -323,7 +323,7 @@ class Trial:
         allowed: Iterable[tuple[int, int]] = (),
         heads: Sequence[int] = (),
         *,
-        seconds: float = QUIET,
+        seconds: float | None = None,
     ) -> None:
         """Look at what a device made of a broken ring, which was kicked, and that it can stop.
 
@@ -331,14 +331,14 @@ class Trial:
             queue: The ring. What the driver writes itself, the available ring, is not compared.
             allowed: Addresses and lengths, besides the used ring, that it may have written.
             heads: What it may have used.
-            seconds: How long it may take.
+            seconds: How long it may take; half of the patience, at most 2, by default.
 
         Raises:
             FailError: It wrote elsewhere, used what was not offered, or cannot be stopped.
             RejectError: It refused: by its error descriptor, by hanging up, or by doing nothing.
         """
         before = self._before
-        outcome = queue.outcome(seconds)
+        outcome = queue.outcome(self.reaction if seconds is None else seconds)
         entries = queue.take_used() if outcome == "used" else []
         for entry in entries:
             if entry.id not in heads:
@@ -358,6 +358,11 @@ class Trial:
             self.reject("signaled an error for the ring")
         if outcome == "quiet":
             self.reject("does not serve the ring any more")
+
+    @property
+    def reaction(self) -> float:
+        """Seconds that a back-end may take to react to something wrong, if it does at all."""
+        return min(self.patience / 2, 2.0)
 
     def remember(self) -> None:
         """Note what memory is like, for :meth:`aftermath` to find out what was written since."""

@@ -579,7 +579,7 @@ def _short_header(t: Trial) -> None:
         queue.publish(queue.offered)
         t.remember()
         queue.kick()
-        outcome = queue.outcome(QUIET)
+        outcome = queue.outcome(t.reaction)
         if outcome == "used":
             (done,) = queue.wait(1, t.patience)
             status = t.answer(queue, done)[-1]

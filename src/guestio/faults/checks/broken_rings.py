@@ -31,7 +31,7 @@ def _honest(t: Trial, queue: Queue) -> list[Desc]:
     return linked(pieces)
 
 
-def _offer(t: Trial, queue: Queue, descriptors: list[Desc], *, settle: float = QUIET) -> None:
+def _offer(t: Trial, queue: Queue, descriptors: list[Desc]) -> None:
     """Make a chain that begins with entry 0 available, and look at what comes of it."""
     for at, each in enumerate(descriptors[: queue.size]):
         queue.put(at, each)
@@ -46,7 +46,7 @@ def _offer(t: Trial, queue: Queue, descriptors: list[Desc], *, settle: float = Q
     t.remember()
     queue.offer(0)
     queue.kick()
-    t.aftermath(queue, allowed, [0], seconds=settle)
+    t.aftermath(queue, allowed, [0])
 
 
 def _chain(make: Make, features: int, t: Trial) -> None:
@@ -431,7 +431,7 @@ def _random_requests(t: Trial) -> None:
         t.remember()
         before = t.ram.snapshot()
         queue.kick()
-        if queue.outcome(QUIET) != "used":
+        if queue.outcome(t.reaction) != "used":
             t.aftermath(queue, buffer.writable, [buffer.head], seconds=0)
         for entry in queue.take_used():
             queue.settle(entry)
@@ -478,14 +478,11 @@ def _memory_away(t: Trial) -> None:
     t.serves(queue)
     other = t.new_ram(start=1 << 34, size=1 << 20)
     t.link.refuses(_F.SET_MEM_TABLE, MemoryTable((other.region,)), [other.fd])
+    t.post(queue, kick=False)
     before = t.ram.snapshot()
-    request = t.request()
-    del request
-    t.post(queue)
-    posted = t.ram.snapshot()
-    del before
+    queue.kick()
     outcome = queue.outcome(QUIET)
-    at = t.ram.stray(posted, ())
+    at = t.ram.stray(before, ())
     t.expect(at is None, f"wrote to {at or 0:#x}, which is not in the memory table any more")
     if outcome == "closed":
         t.reject("closed the connection")

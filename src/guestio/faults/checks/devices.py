@@ -122,7 +122,7 @@ def _transmit_short(t: Trial) -> None:
         queue.publish(queue.offered)
         t.remember()
         queue.kick()
-        if queue.outcome(QUIET) != "used":
+        if queue.outcome(t.reaction) != "used":
             t.aftermath(queue, [], [buffer.head], seconds=0)
         for entry in queue.take_used():
             queue.settle(entry)
@@ -337,7 +337,7 @@ def _control_short(t: Trial) -> None:
     for data in (b"", b"\0", b"\0\0", b"\1\1\2"):
         buffer = queue.post([data] if data else [], [1])
         queue.kick()
-        if queue.outcome(QUIET) != "used":
+        if queue.outcome(t.reaction) != "used":
             t.aftermath(queue, buffer.writable, [buffer.head], seconds=0)
         for entry in queue.take_used():
             done = queue.settle(entry)

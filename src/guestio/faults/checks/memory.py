@@ -237,7 +237,6 @@ def _bad_table(what: str, t: Trial) -> None:
     }[what]
     link.refuses(_F.SET_MEM_TABLE, MemoryTable(table), [t.ram.fd] * len(table))
     queue = t.new_queue()
-    before = t.ram.snapshot()
     try:
         queue.start()
         t.post(queue)
@@ -245,7 +244,6 @@ def _bad_table(what: str, t: Trial) -> None:
         queue.stop()
     except HungUpError:
         t.reject("closed the connection when a ring was started")
-    del before
 
 
 for _what in (
@@ -430,7 +428,7 @@ def _slot_removed(t: Trial) -> None:
     queue.start()
     t.serves(queue)
     t.link.do(_F.REM_MEM_REG, SingleMemoryRegion(t.ram.region))
-    t.post(queue)
+    t.post(queue, kick=False)
     before = t.ram.snapshot()
     queue.kick()
     queue.outcome(QUIET)

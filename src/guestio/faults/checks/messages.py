@@ -11,7 +11,7 @@ from typing import Final
 
 from guestio.faults.catalogue import hostile, register, user
 from guestio.faults.link import Link
-from guestio.faults.outcomes import HungUpError, SilentError
+from guestio.faults.outcomes import AbsentError, HungUpError, SilentError
 from guestio.faults.report import Severity
 from guestio.faults.ring import Queue
 from guestio.faults.trial import PROTOCOL_BIT, QUIET, VERSION_1, Trial
@@ -742,7 +742,11 @@ def _storm(t: Trial) -> None:
 def _second(t: Trial) -> None:
     queue = t.ready()
     t.serves(queue)
-    other = t.connect()
+    try:
+        other = t.connect()
+    except AbsentError:
+        t.serves(queue)
+        t.reject("accepts no second connection")
     with contextlib.suppress(HungUpError):
         other.send(encode_message(_F.GET_FEATURES))
     t.serves(queue)
@@ -773,12 +777,11 @@ def _left_alone(t: Trial) -> None:
     t.reconnect()
     # A round trip on the new connection shows that the old one is over.
     t.link.ask(_F.GET_FEATURES)
+    t.post(old, kick=False)
     before = t.ram.snapshot()
-    t.post(old)
-    kicked = t.ram.snapshot()
-    del before
+    old.kick()
     t.link.quiet(QUIET)
-    at = t.ram.stray(kicked, ())
+    at = t.ram.stray(before, ())
     t.expect(at is None, f"wrote to the memory of a front-end that is gone, at {at or 0:#x}")
 
 
