@@ -15,6 +15,7 @@ from guestio.addr import Permissions
 from guestio.dma import ERR, INTX, MSI, MSIX, DmaError, DmaMapRequest, MmapArea, PciFunction
 from guestio.errors import AccessError, BackingError, DeviceError
 from guestio.pci import Bar
+from guestio.pci.interrupts import InterruptKind
 from guestio.vfio_user import Client, ServerGoneError, VfioUserTarget
 from guestio.vfio_user.client import _set_triggers
 from guestio.vfio_user.messages import RefusalError
@@ -242,6 +243,48 @@ def test_a_pin_is_masked_until_it_is_unmasked(device: Client) -> None:
     assert raised(pin) == 1
     device.unmask_interrupt(INTX)
     assert raised(pin) == 1
+
+
+def test_eventfds_that_mask_and_unmask(device: Client, serving: ServingPci) -> None:
+    with nothing_left():
+        pin, resample = events(2)
+        device.enable_interrupts(INTX, [pin])
+        device.unmask_by(INTX, resample)
+        interrupt(device, 0)
+        interrupt(device, 1)
+        assert raised(pin) == 1
+        # As KVM does when the guest has handled it: no message is sent.
+        os.eventfd_write(resample, 1)
+        until(lambda: raised(pin) == 1)
+        device.disable_interrupts(INTX)
+        vectors, (mask, unmask) = events(2), events(2)
+        device.enable_interrupts(MSIX, vectors)
+        device.mask_by(MSIX, mask, 1)
+        device.unmask_by(MSIX, unmask, 1)
+        os.eventfd_write(mask, 1)
+        until(lambda: 1 in masked(serving))
+        interrupt(device, 1)
+        assert raised(vectors[1]) == 0
+        os.eventfd_write(unmask, 5)
+        until(lambda: raised(vectors[1]) == 1)
+        # Once taken away they are not listened to.
+        device.mask_by(MSIX, -1, 1)
+        os.eventfd_write(mask, 1)
+        interrupt(device, 1)
+        assert raised(vectors[1]) == 1
+        pipe = os.pipe()
+        with pytest.raises(DeviceError, match="cannot be masked"):
+            device.mask_by(MSIX, pipe[0])
+        with pytest.raises(DeviceError, match="no interrupt"):
+            device.mask_by(MSI, mask)
+        device.disable_interrupts(MSIX)
+        for fd in (pin, resample, *vectors, mask, unmask, *pipe):
+            os.close(fd)
+
+
+def masked(serving: ServingPci) -> set[int]:
+    """Vectors of MSI-X that the server has masked."""
+    return serving.server._host.interrupts._masked[InterruptKind.MSIX]
 
 
 def test_interrupts_that_there_are_not(device: Client) -> None:

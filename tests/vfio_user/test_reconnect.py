@@ -349,11 +349,15 @@ def test_a_region_manager_over_deaths(tmp_path: Path) -> None:
 
 def test_the_pin_is_brought_back(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    (pin,) = events(1)
+    pin, resample = events(2)
     with ServerProcess(path) as first, Client(path) as client:
         client.enable_interrupts(INTX, [pin])
+        client.unmask_by(INTX, resample)
         first.kill()
         with ServerProcess(path):
             assert client.reconnect(WAIT) == Restored(0, 1)
-            client.bar(0).store(0x30, 0, 4)
+            for vector in (0, 1):
+                client.bar(0).store(0x30, vector, 4)
+            assert wait_for(pin) == 1
+            os.eventfd_write(resample, 1)
             assert wait_for(pin) == 1

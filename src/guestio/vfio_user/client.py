@@ -111,6 +111,7 @@ class Client(PciFunction):
         self._mapped = MappedMemory()
         self._events: dict[int, list[int]] = {}
         self._masked: dict[int, set[int]] = {}
+        self._mask_events: dict[tuple[int, int, int], int] = {}
         self._operations = threading.Lock()
         self._changed = threading.Condition()
         self._restored: Restored | None = None
@@ -310,6 +311,8 @@ class Client(PciFunction):
             for kind, events in self._events.items():
                 _set_triggers(life, kind, events)
                 restored += sum(event >= 0 for event in events)
+            for (kind, vector, action), event in self._mask_events.items():
+                _set_irqs(life, IrqSet.DATA_EVENTFD | action, kind, vector, 1, [event])
             for kind, vectors in self._masked.items():
                 for vector in vectors:
                     _set_irqs(life, IrqSet.DATA_NONE | IrqSet.MASK, kind, vector, 1)
@@ -406,6 +409,8 @@ class Client(PciFunction):
             for events in self._events.values():
                 _close_all(events)
             self._events.clear()
+            _close_all(list(self._mask_events.values()))
+            self._mask_events.clear()
         close_fd(self._state_fd)
 
     def __del__(self) -> None:
@@ -548,6 +553,8 @@ class Client(PciFunction):
             self._act(life, IrqSet.TRIGGER, kind, 0, 0)
             _close_all(self._events.pop(kind, []))
             self._masked.pop(kind, None)
+            for key in [key for key in self._mask_events if key[0] == kind]:
+                close_fd(self._mask_events.pop(key))
 
     def mask_interrupt(self, kind: int, vector: int = 0) -> None:
         """Keep an interrupt pending until it is unmasked.
@@ -570,6 +577,49 @@ class Client(PciFunction):
         with self._operation() as life:
             self._act(life, IrqSet.UNMASK, kind, vector, 1)
             self._masked.get(kind, set()).discard(vector)
+
+    def unmask_by(self, kind: int, eventfd: int, vector: int = 0) -> None:
+        """Have an interrupt unmasked each time that an eventfd is signalled.
+
+        That is what KVM's resample eventfd of ``INTX`` is for.
+
+        Args:
+            kind: Which kind.
+            eventfd: The eventfd, which stays the caller's and is read by the server; -1 for none.
+            vector: Which interrupt of the kind.
+
+        Raises: as :meth:`mask_interrupt`.
+        """
+        self._mask_by(int(IrqSet.UNMASK), kind, eventfd, vector)
+
+    def mask_by(self, kind: int, eventfd: int, vector: int = 0) -> None:
+        """Have an interrupt masked each time that an eventfd is signalled; see :meth:`unmask_by`.
+
+        After a restart of the server the interrupt is not masked.
+        """
+        self._mask_by(int(IrqSet.MASK), kind, eventfd, vector)
+
+    def _mask_by(self, action: int, kind: int, eventfd: int, vector: int) -> None:
+        self._check_vector(kind, vector)
+        event = -1 if eventfd < 0 else os.dup(eventfd)
+        try:
+            with self._operation() as life:
+                fds = [event] if event >= 0 else []
+                try:
+                    _set_irqs(life, IrqSet.DATA_EVENTFD | action, kind, vector, 1, fds)
+                except RefusalError as error:
+                    raise DeviceError(
+                        f"interrupt {vector} of kind {kind} of {self.address} cannot be masked by "
+                        f"an eventfd: {error}"
+                    ) from None
+                key = kind, vector, action
+                before = self._mask_events.pop(key, -1)
+                if event >= 0:
+                    self._mask_events[key] = event
+                _close_all([before])
+        except BaseException:
+            _close_all([event])
+            raise
 
     def trigger_interrupt(self, kind: int, vector: int = 0) -> None:
         """Have an interrupt's eventfd signalled as if by the device, as a test does.

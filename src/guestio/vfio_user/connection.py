@@ -7,8 +7,9 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from guestio._core.base.syscalls import notify_eventfd
+from guestio._core.base.syscalls import drain_eventfd, notify_eventfd
 from guestio.addr import ADDRESS_SPACE, Permissions
 from guestio.budgets import DMA_ANSWER_TIMEOUT, DMA_LOOK
 from guestio.errors import ProtocolError
@@ -98,6 +99,7 @@ class Connection(PeerConnection[Header]):
         self._remote = ClientMemory(self)
         self._asked = 0
         self._busy = False
+        self._mask_events: dict[tuple[int, int, bool], Eventfd] = {}
         self._session = Session(self)
         self._handled: Header | None = None
         self._revocation: _Revocation | None = None
@@ -194,7 +196,7 @@ class Connection(PeerConnection[Header]):
             return
         self.closed = True
         self._release(
-            [self._hang_up, self._host.disconnect, self._dma.close],
+            [self._hang_up, self._forget_mask_events, self._host.disconnect, self._dma.close],
             f"client {self._stats.connections}",
         )
         LOG.report(
@@ -322,8 +324,51 @@ class Connection(PeerConnection[Header]):
         for number, trigger in enumerate(made):
             self._host.interrupts.set_trigger(kind, start + number, trigger)
 
+    def set_mask_events(
+        self, index: int, start: int, fds: list[int | None], *, unmask: bool
+    ) -> None:
+        """See :class:`SessionHandler`."""
+        made: list[Eventfd | None] = []
+        try:
+            for number, fd in enumerate(fds):
+                what = f"descriptor that masks interrupt {start + number} of kind {index}"
+                made.append(None if fd is None else Eventfd(fd, what))
+        except ProtocolError as error:
+            close_foreign([fd for fd in fds[len(made) + 1 :] if fd is not None])
+            for event in made:
+                if event is not None:
+                    event.close()
+            raise RefusalError(errno.EINVAL, str(error)) from None
+        for vector, event in enumerate(made, start):
+            key = index, vector, unmask
+            self._forget_mask_event(key)
+            if event is not None:
+                self._mask_events[key] = event
+                self._loop.add_reader(event.fileno(), partial(self._mask_event, key))
+
+    def _mask_event(self, key: tuple[int, int, bool]) -> None:
+        """The client has signalled one: KVM does so at the end of a level-triggered interrupt."""
+        index, vector, unmask = key
+        drain_eventfd(self._mask_events[key].fileno())
+        if unmask:
+            self.unmask_interrupt(index, vector)
+        else:
+            self.mask_interrupt(index, vector)
+
+    def _forget_mask_event(self, key: tuple[int, int, bool]) -> None:
+        event = self._mask_events.pop(key, None)
+        if event is not None:
+            self._loop.remove_reader(event.fileno())
+            event.close()
+
+    def _forget_mask_events(self, index: int | None = None) -> None:
+        for key in list(self._mask_events):
+            if index in (None, key[0]):
+                self._forget_mask_event(key)
+
     def disable_interrupts(self, index: int) -> None:
         """See :class:`SessionHandler`."""
+        self._forget_mask_events(index)
         if index in self._host.interrupts.counts:
             self._host.interrupts.disable(InterruptKind(index))
 

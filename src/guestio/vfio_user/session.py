@@ -107,6 +107,12 @@ class SessionHandler(Protocol):
         """Have interrupts signalled to eventfds, or not at all. Takes the descriptors over."""
         ...
 
+    def set_mask_events(
+        self, index: int, start: int, fds: list[int | None], *, unmask: bool
+    ) -> None:
+        """Mask or unmask interrupts when the client signals eventfds. Takes them over."""
+        ...
+
     def disable_interrupts(self, index: int) -> None:
         """Signal no interrupt of a kind any more."""
         ...
@@ -295,14 +301,18 @@ class Session:
         return b""
 
     def _set_triggers(self, request: SetIrqs, action: int, message: Message) -> None:
-        if action != IrqSet.TRIGGER:
-            raise RefusalError(errno.ENOTSUP, "eventfds that mask and unmask")
+        if action not in (IrqSet.TRIGGER, IrqSet.MASK, IrqSet.UNMASK):
+            raise RefusalError(errno.EINVAL, f"DEVICE_SET_IRQS with flags {request.flags:#x}")
         if message.fd_count not in (0, request.number):
             raise RefusalError(
                 errno.EINVAL, f"{message.fd_count} eventfds for {request.number} interrupts"
             )
         fds: list[int | None] = [*message.take_fds()] or [None] * request.number
-        self._handler.set_triggers(request.kind, request.start, fds)
+        if action == IrqSet.TRIGGER:
+            self._handler.set_triggers(request.kind, request.start, fds)
+        else:
+            unmask = action == IrqSet.UNMASK
+            self._handler.set_mask_events(request.kind, request.start, fds, unmask=unmask)
 
     def _act(self, request: SetIrqs, action: int, values: bytes | None) -> None:
         do = {
