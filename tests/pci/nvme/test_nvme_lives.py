@@ -186,6 +186,13 @@ class TestReset:
             driver.good(1, READ, **move(1, 8 * round_, 8, prp1=page))
             assert driver.get(page, PAGE) == data[PAGE * round_ : PAGE * (round_ + 1)]
 
+    def test_nothing_of_a_client_is_kept(self, driver: NvmeDriver) -> None:
+        driver.good(1, READ, **move(1, 0, 8, prp1=driver.take()))
+        assert "/memfd:driver" in Path("/proc/self/maps").read_text()
+        driver.disconnect()
+        assert "/memfd:driver" not in Path("/proc/self/maps").read_text()
+        driver.connect()
+
 
 class TestShutdown:
     @pytest.mark.parametrize("how", [1, 2])

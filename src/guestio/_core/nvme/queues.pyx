@@ -137,6 +137,9 @@ cdef class NvmeQueues(Doorbell):
         self.broken = self.write_through = False
         self.interrupt_mask = 0
         self.faults.clear()
+        # They refer to the memory that they were last filled from, which may go now.
+        self.scratch.close()
+        self.data.close()
 
     def set_namespaces(self, namespaces):
         """Serve reads and writes of these from now on; the first has the number 1."""
