@@ -33,7 +33,7 @@ GUESTS = {
     "intel-strict": Viommu.INTEL_STRICT,
 }
 DISK_SIZE = 8 * MIB
-START_LIMIT = 30.0
+START_LIMIT = 90.0
 SECONDS_PER_LIFE = 20.0
 
 
