@@ -223,6 +223,9 @@ connection."""
 DMA_MAPPINGS = 1 << 20
 """Mappings of one vfio-user client; one more is refused (ENOSPC). About 60 bytes each."""
 
+DMA_UNMAP_STEP = 1 << 15
+"""Mappings that an unmap of very many removes before the loop serves others; about 5 ms."""
+
 DMA_FILES = 64
 """Files that mappings of a vfio-user client lead to; a mapping of one more is refused (ENOSPC)."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from guestio.addr import ADDRESS_SPACE, Permissions
+from guestio.budgets import DMA_UNMAP_STEP
 from guestio.errors import CannotResolveError, PermissionDeniedError
 from guestio.vfio_user.memory import DmaSpace
 from guestio.vfio_user.messages import Command, HeaderFlag, RefusalError
@@ -259,6 +260,14 @@ def test_what_the_driver_unmapped_is_not_reached_by_other_threads(client: Client
     assert memory.read(BASE, 0) == b""
 
 
+def unmapped(space: DmaSpace, address: int, size: int) -> int:
+    """Unmap a range; how many mappings were removed."""
+    unmapping = space.unmap(address, size)
+    while not unmapping.proceed():
+        pass
+    return unmapping.removed
+
+
 def test_files_are_mapped_once_and_let_go_of() -> None:
     space = DmaSpace()
     fd, other = memory_file(), memory_file()
@@ -268,7 +277,7 @@ def test_files_are_mapped_once_and_let_go_of() -> None:
             assert not space.map(n * PAGE, PAGE, RW, fd, n * PAGE)
         assert space.map(1 << 40, PAGE, RW, other, 0)
         assert len(space) == 201
-        assert len(space.unmap(1 << 40, PAGE)) == 1
+        assert unmapped(space, 1 << 40, PAGE) == 1
         space.close()
         space.map(0, PAGE, RW, fd, 0)
     space.close()
@@ -282,7 +291,7 @@ def test_the_budget_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RefusalError) as refused:
         space.map(3 * PAGE, PAGE, RW, memory_file(PAGE), 0)
     assert refused.value.number == errno.ENOSPC
-    space.unmap(PAGE, PAGE)
+    assert unmapped(space, PAGE, PAGE) == 1
     assert space.map(3 * PAGE, PAGE, RW, memory_file(PAGE), 0)
     space.close()
 
@@ -327,12 +336,12 @@ def test_against_a_model_of_pages() -> None:
             hit = [s for s, c in mappings.items() if s < first + count and first < s + c]
             whole = all(s >= first and s + mappings[s] <= first + count for s in hit)
             try:
-                removed = space.unmap(first * PAGE, count * PAGE)
+                removed = unmapped(space, first * PAGE, count * PAGE)
             except RefusalError:
                 assert not whole
                 continue
             assert whole
-            assert len(removed) == len(hit)
+            assert removed == len(hit)
             for start in hit:
                 for page in range(start, start + mappings.pop(start)):
                     del pages[page]
@@ -345,3 +354,44 @@ def test_against_a_model_of_pages() -> None:
             found = space.space.read(page * PAGE, 1)
             assert found == bytes([pages[page][0]])
     space.close()
+
+
+def test_very_many_mappings_of_very_many_pieces() -> None:
+    """A hundred thousand: each map and unmap in little memory, and all of them step by step."""
+    space, fd = DmaSpace(), memory_file()
+    space.map(0, PAGE, RW, fd, 0)
+    count = 100_000
+    for n in range(1, count):
+        assert space.table.add(2 * n * PAGE, PAGE, (1 << 48) + n % 256 * PAGE, 3)
+    assert space.table.mappings(1) == len(space) == count
+    unmapping, steps = space.unmap(0, ADDRESS_SPACE), 1
+    while not unmapping.proceed():
+        steps += 1
+        assert len(space) == count - unmapping.removed
+    # None of them keeps the loop for long, and nothing is noted of what nothing uses.
+    assert (steps, unmapping.removed, unmapping.used) == (-(-count // DMA_UNMAP_STEP), count, [])
+    assert space.table.mappings(1) == 0
+    assert unmapped(space, 0, ADDRESS_SPACE) == 0
+    space.close()
+
+
+def test_an_unmap_of_very_many_is_answered_when_all_are_gone(
+    client: Client, serving: ServingPci, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guestio.vfio_user.memory.DMA_UNMAP_STEP", 7)
+    fd = memory_file()
+    os.pwrite(fd, b"\x11" * 64 * PAGE, 0)
+    for n in range(64):
+        client.map(BASE + n * PAGE, PAGE, fd, n * PAGE)
+    # The core removes up to 32768 by itself; an access that is under way leaves it to Python.
+    client.write(0, 8, number(BASE + 40 * PAGE))
+    client.write(0, 0x20, number(1))
+    sent = client.send(Command.DMA_UNMAP, client.unmap_payload(0, 0, 2))
+    until(lambda: serving.stats.delayed_unmaps == 1)
+    assert len(toy.host.memory._space._map) == 0
+    assert client.receive()[0] == sent
+    assert serving.stats.cut_off == 1
+    toy.held.write(b"\x99" * PAGE)
+    assert os.pread(fd, 64 * PAGE, 0) == b"\x11" * 64 * PAGE
+    assert client.map(BASE, 64 * PAGE, fd) == 0
+    toy.held.close()

@@ -143,7 +143,7 @@ class PciHost(LoopCalls):
     def _doorbell_failed(self, method: str) -> None:
         self._count_failure(f"{method} of a doorbell of {self._owner} raised", trace=True)
 
-    def _serve_doorbells(self) -> None:
+    def serve_doorbells(self) -> None:
         """Serve what was rung for, once what is being done is done."""
         if not self._serving_doorbells:
             self._serving_doorbells = True
@@ -152,7 +152,7 @@ class PciHost(LoopCalls):
     def _serve_rung(self) -> None:
         self._serving_doorbells = False
         if self.doorbells.serve_rung():
-            self._serve_doorbells()
+            self.serve_doorbells()
 
     def set_pin(self, asserted: bool) -> None:
         """Assert or deassert the pin INTA, for a device with a level of its own. From any thread.
@@ -284,7 +284,7 @@ class PciHost(LoopCalls):
         elif self._msix_bytes(index, at, len(data)) is None:
             value = int.from_bytes(data, "little")
             if self.doorbells.write(index, at, len(data), value):
-                self._serve_doorbells()
+                self.serve_doorbells()
             else:
                 self._call_device("write", index, at, len(data), value)
         elif self._msix is not None and at < self._msix.table + self._msix.table_size:

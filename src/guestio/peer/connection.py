@@ -68,6 +68,10 @@ class PeerConnection(ABC, Generic[H]):
         """Whether the next message may be read now; if not, reading goes on by :meth:`_resume`."""
         return True
 
+    def _next(self) -> Message[H] | None:
+        """The next message to handle, or None if it has not arrived; raises as `Channel.recv`."""
+        return self._channel.recv()
+
     def _start(self) -> None:
         """Read from now on. The last step of a constructor: nothing calls back what failed."""
         self._loop.add_reader(self._channel.fileno(), self._receive)
@@ -80,7 +84,7 @@ class PeerConnection(ABC, Generic[H]):
             for _ in range(MESSAGES_AT_A_TIME):
                 if not self._may_read():
                     return
-                message = self._channel.recv()
+                message = self._next()
                 if message is None:
                     self._watch_half_message()
                     return

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from guestio._core.base.syscalls import drain_eventfd, notify_eventfd
+from guestio._core.vfio_user.feed import ClientFeed
 from guestio.addr import ADDRESS_SPACE, Permissions
-from guestio.budgets import DMA_ANSWER_TIMEOUT, DMA_LOOK
+from guestio.budgets import DMA_ANSWER_TIMEOUT, DMA_LOOK, TURN_SECONDS
 from guestio.errors import ProtocolError
 from guestio.pci.host import PciHost
 from guestio.pci.interrupts import InterruptKind
@@ -20,7 +21,7 @@ from guestio.peer.connection import PeerConnection
 from guestio.peer.foreign import Eventfd, close_foreign
 from guestio.ratelog import LOG
 from guestio.vfio_user.channel import Channel, Message
-from guestio.vfio_user.memory import DmaSpace, Piece
+from guestio.vfio_user.memory import DmaSpace, Unmapping
 from guestio.vfio_user.messages import (
     CONFIG_REGION,
     MAX_DATA,
@@ -51,21 +52,17 @@ class EventfdTrigger(Eventfd):
 
 @dataclass
 class _Revocation:
-    """An unmap that waits for accesses to end.
+    """An unmap that goes on: mappings are to be removed, or accesses must end.
 
     Attributes:
         header: Of the request, which is answered then.
-        address: The range.
-        size: Its bytes.
-        removed: The mappings that were removed.
-        until: When the accesses are cut off.
+        unmapping: What is removed.
+        until: When the accesses are cut off; None until all mappings are removed.
     """
 
     header: Header
-    address: int
-    size: int
-    removed: list[Piece]
-    until: float
+    unmapping: Unmapping
+    until: float | None = None
 
 
 class Connection(PeerConnection[Header]):
@@ -96,6 +93,15 @@ class Connection(PeerConnection[Header]):
         self._stats = statistics
         self._revoke_after = revoke_after
         self._dma = DmaSpace()
+        self._feed = ClientFeed(
+            self._fed,
+            TURN_SECONDS,
+            inbox=channel.inbox,
+            table=self._dma.table,
+            doorbells=host.doorbells,
+            counters=statistics.messages,
+        )
+        self._half_at = -1
         self._remote = ClientMemory(self)
         self._asked = 0
         self._busy = False
@@ -104,11 +110,78 @@ class Connection(PeerConnection[Header]):
         self._handled: Header | None = None
         self._revocation: _Revocation | None = None
         host.connect(self._dma.space, self._remote)
+        loop.core.add_feed(self._feed)
         self._start()
 
     def _may_read(self) -> bool:
         # Messages are obeyed in their order: what follows an unmap that waits, waits, too.
         return self._revocation is None and not self._channel.backlog
+
+    def _receive(self) -> None:
+        # What the core does not handle has come, or what it has not handled yet is there.
+        self._feed.main = -1
+        super()._receive()
+        self._feed_core()
+
+    def _feed_core(self) -> None:
+        """Have the core handle plain messages from now on, if messages are read at all."""
+        if not self.closed and self._session.client is not None and self._may_read():
+            self._feed.main = self._channel.fileno()
+
+    def _next(self) -> Message | None:
+        if self._session.client is not None and not self._handle_plain():
+            return None
+        return self._channel.recv()
+
+    def _handle_plain(self) -> bool:
+        """Have the core handle what was read already; False if nothing may be read any more."""
+        unsent, more = self._feed.run(self._channel.fileno())
+        if more:
+            self._host.serve_doorbells()
+        return not (unsent and not self._send(unsent)) and not self.closed and self._may_read()
+
+    def _fed(self) -> None:
+        """Do what the core has left to do."""
+        unsent = self._feed.take_unsent()
+        if self.closed:
+            return
+        try:
+            if unsent:
+                self._send(unsent)
+        except PeerGoneError:
+            self.close()
+            return
+        except ProtocolError as error:
+            self.disconnect(str(error))
+            return
+        self._host.serve_doorbells()
+        if self._channel.unfinished:
+            self._loop.call_soon_threadsafe(self._receive)
+
+    def _send(self, reply: bytes, fds: Sequence[int] = ()) -> bool:
+        sent = super()._send(reply, fds)
+        if not sent:
+            self._feed.main = -1
+        return sent
+
+    def _resume(self) -> None:
+        super()._resume()
+        self._feed_core()
+
+    def _watch_half_message(self) -> None:
+        at = self._channel.inbox.position
+        if at != self._half_at:
+            self._half_at, self._half_since = at, None
+        super()._watch_half_message()
+
+    def _give_up_half(self) -> None:
+        # The core may have handled the message that was waited for.
+        if self._channel.inbox.position != self._half_at or not self._channel.unfinished:
+            self._half_since = None
+            if self._channel.unfinished and not self.closed:
+                self._watch_half_message()
+            return
+        super()._give_up_half()
 
     def _handle(self, message: Message) -> tuple[bytes | None, Sequence[int]]:
         self._handled = message.header
@@ -177,6 +250,10 @@ class Connection(PeerConnection[Header]):
         except ProtocolError as error:
             self._give_up(str(error))
             raise RefusalError(errno.EPROTO, "the client broke the protocol") from None
+        finally:
+            if self._channel.unfinished:
+                # What was read behind the answer: no descriptor tells of it any more.
+                self._loop.call_soon_threadsafe(self._receive)
 
     def _give_up(self, reason: str) -> None:
         """Disconnect the client once the device has returned."""
@@ -204,6 +281,8 @@ class Connection(PeerConnection[Header]):
         )
 
     def _hang_up(self) -> None:
+        self._feed.main = -1
+        self._loop.core.remove_feed(self._feed)
         super()._hang_up()
         self._loop.clear_timer((self, "revocation"))
         self._revocation = None
@@ -234,7 +313,7 @@ class Connection(PeerConnection[Header]):
         perm = Permissions(request.flags)
         if self._dma.map(request.address, request.size, perm, fd, request.offset):
             self._host.connect(self._dma.space, self._remote)
-        self._stats.dma_maps += 1
+        self._stats.messages.dma_maps += 1
 
     def dma_unmap(self, request: DmaUnmap) -> bool:
         """See :class:`SessionHandler`."""
@@ -245,30 +324,36 @@ class Connection(PeerConnection[Header]):
             if address or size:
                 raise RefusalError(errno.EINVAL, "DMA_UNMAP of everything, with a range")
             size = ADDRESS_SPACE
-        removed = self._dma.unmap(address, size)
-        self._stats.dma_unmaps += 1
-        if not removed or not self._dma.in_use(address, size):
+        unmapping = self._dma.unmap(address, size)
+        self._stats.messages.dma_unmaps += 1
+        if unmapping.proceed() and not (unmapping.used and self._dma.in_use(address, size)):
             return True
-        self._stats.delayed_unmaps += 1
         assert self._handled is not None
-        until = time.monotonic() + self._revoke_after
-        self._revocation = _Revocation(self._handled, address, size, removed, until)
+        self._revocation = _Revocation(self._handled, unmapping)
+        self._feed.main = -1
         self._loop.remove_reader(self._channel.fileno())
         self._look()
         return False
 
     def _look(self) -> None:
-        """Answer the unmap that waits, once no access is under way or its time is over."""
+        """Go on with the unmap that waits, and answer it once no access is under way."""
         waiting, now = self._revocation, time.monotonic()
         if waiting is None:
             return
-        if self._dma.in_use(waiting.address, waiting.size):
+        unmapping = waiting.unmapping
+        if not unmapping.proceed():
+            self._loop.set_timer((self, "revocation"), now, self._look)
+            return
+        if unmapping.used and self._dma.in_use(unmapping.address, unmapping.size):
+            if waiting.until is None:
+                self._stats.delayed_unmaps += 1
+                waiting.until = now + self._revoke_after
             if now < waiting.until:
                 self._loop.set_timer((self, "revocation"), now + DMA_LOOK, self._look)
                 return
-            self._host.revoke(waiting.address, waiting.size)
-            if self._dma.in_use(waiting.address, waiting.size):
-                self._cut_off(waiting)
+            self._host.revoke(unmapping.address, unmapping.size)
+            if self._dma.in_use(unmapping.address, unmapping.size):
+                self._cut_off(unmapping)
         self._revocation = None
         try:
             if not waiting.header.wants_reply or self._send(waiting.header.reply()):
@@ -278,29 +363,29 @@ class Connection(PeerConnection[Header]):
         except ProtocolError as error:
             self.disconnect(str(error))
 
-    def _cut_off(self, waiting: _Revocation) -> None:
+    def _cut_off(self, unmapping: Unmapping) -> None:
         self._stats.cut_off += 1
         self._host.log.report(
             "%s still accesses %#x+%#x, which its driver unmapped %g s ago: it reads zeroes there "
             "from now on, and what it writes is lost",
             type(self._host.device).__name__,
-            waiting.address,
-            waiting.size,
+            unmapping.address,
+            unmapping.size,
             self._revoke_after,
         )
-        if self._dma.cut_off(waiting.address, waiting.size, waiting.removed):
+        if self._dma.cut_off(unmapping.address, unmapping.size, unmapping.used):
             self._host.connect(self._dma.space, self._remote)
 
     def read_region(self, index: int, offset: int, size: int) -> bytes:
         """See :class:`SessionHandler`."""
-        self._stats.region_reads += 1
+        self._stats.messages.region_reads += 1
         if index == CONFIG_REGION:
             return self._host.read_config(offset, size)
         return self._host.read_bar(index, offset, size) if size else b""
 
     def write_region(self, index: int, offset: int, data: bytes) -> None:
         """See :class:`SessionHandler`."""
-        self._stats.region_writes += 1
+        self._stats.messages.region_writes += 1
         if index == CONFIG_REGION:
             self._host.write_config(offset, data)
         elif data:

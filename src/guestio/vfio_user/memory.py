@@ -9,13 +9,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.iommu.intervals import IntervalMap, users_of
+from guestio._core.vfio_user.dma_table import DmaTable
 from guestio.addr import ADDRESS_SPACE, Permissions
-from guestio.budgets import DMA_FILES, DMA_IDLE_FILES, DMA_MAPPINGS, MAX_GUEST_MEMORY
+from guestio.budgets import (
+    DMA_FILES,
+    DMA_IDLE_FILES,
+    DMA_MAPPINGS,
+    DMA_UNMAP_STEP,
+    MAX_GUEST_MEMORY,
+)
 from guestio.errors import BackingError
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.peer.foreign import check_memory
@@ -31,32 +37,20 @@ Piece: TypeAlias = tuple[int, int, int, Permissions]
 """A mapping: address, bytes, where it leads to, what is allowed."""
 
 
-@dataclass
-class _File:
-    """A file of the client that is mapped here.
-
-    Attributes:
-        key: Which file it is, and whether it may be written.
-        region: All of it, in its window.
-        mappings: How many lead to it.
-    """
-
-    key: tuple[int, int, bool]
-    region: MmapRegion
-    mappings: int = 0
-
-
 class DmaSpace:
     """What a client has mapped for DMA. For one thread; lookups may come from any.
 
     Attributes:
+        table: The mappings, and the files that they lead to.
         space: The addresses of the device; another one after :meth:`map` or :meth:`cut_off`
             returned True.
     """
 
     def __init__(self) -> None:
         self._iotlb = IntervalMap(merge=False)
-        self._files: dict[int, _File] = {}
+        self.table = DmaTable(self._iotlb, DMA_FILES, DMA_MAPPINGS)
+        self._limits = DMA_FILES, DMA_MAPPINGS
+        self._regions: dict[int, MmapRegion] = {}
         self.space = AddressSpace(GuestRegionCollection()._space.regions, self._iotlb)
 
     def __len__(self) -> int:
@@ -84,18 +78,17 @@ class DmaSpace:
             raise RefusalError(errno.EINVAL, "a mapping that allows nothing")
         if self._iotlb.overlapping(address, size):
             raise RefusalError(errno.EEXIST, f"{address:#x}+{size:#x} overlaps what is mapped")
-        if len(self._iotlb) >= DMA_MAPPINGS:
-            raise RefusalError(errno.ENOSPC, f"more than {DMA_MAPPINGS} mappings")
+        if len(self._iotlb) >= self._limits[1]:
+            raise RefusalError(errno.ENOSPC, f"more than {self._limits[1]} mappings")
         if fd is None:
             if size > 1 << WINDOW - 1:
                 raise RefusalError(errno.EINVAL, f"{size:#x} bytes without a file are too many")
-            self._iotlb.add(address, size, address % (1 << WINDOW - 1), perm)
+            self.table.add(address, size, address % (1 << WINDOW - 1), perm)
             return False
         if offset % PAGE:
             raise RefusalError(errno.EINVAL, f"offset {offset:#x} in the file is not a page's")
         window, changed = self._window(fd, offset + size, Permissions.WRITE in perm)
-        self._iotlb.add(address, size, (window << WINDOW) + offset, perm)
-        self._files[window].mappings += 1
+        self.table.add(address, size, (window << WINDOW) + offset, perm)
         return changed
 
     def _window(self, fd: int, end: int, write: bool) -> tuple[int, bool]:
@@ -113,25 +106,27 @@ class DmaSpace:
                 errno.EINVAL, f"a file of {status.st_size:#x} bytes ends before {end:#x}"
             )
         key = status.st_dev, status.st_ino, mode == os.O_RDWR
-        for window, file in self._files.items():
-            if file.key == key and end <= file.region.size:
-                return window, False
-            if file.key == key:
-                self._replace(window, self._open(window, fd, status.st_size, key[2]))
-                return window, True
-        self._let_go_of_idle(DMA_IDLE_FILES)
-        if len(self._files) >= DMA_FILES:
-            self._let_go_of_idle(0)
-        if len(self._files) >= DMA_FILES:
-            raise RefusalError(errno.ENOSPC, f"mappings of more than {DMA_FILES} files")
-        window = next(n for n in range(1, DMA_FILES + 1) if n not in self._files)
-        region = self._open(window, fd, status.st_size, key[2])
-        self._files[window] = _File(key, region)
+        window = self.table.file(*key)
+        if window and end <= self._regions[window].size:
+            return window, False
+        if not window:
+            window = self._free_window()
+        # The file is new, or has grown.
+        self._regions[window] = self._open(window, fd, status.st_size, key[2])
+        self.table.know(window, *key, status.st_size)
         self._renew()
         return window, True
 
+    def _free_window(self) -> int:
+        self._let_go_of_idle(DMA_IDLE_FILES)
+        if len(self._regions) >= self._limits[0]:
+            self._let_go_of_idle(0)
+        if len(self._regions) >= self._limits[0]:
+            raise RefusalError(errno.ENOSPC, f"mappings of more than {self._limits[0]} files")
+        return next(n for n in range(1, self._limits[0] + 1) if n not in self._regions)
+
     def _open(self, window: int, fd: int, size: int, writable: bool) -> MmapRegion:
-        if size + sum(file.region.size for file in self._files.values()) > MAX_GUEST_MEMORY:
+        if size + sum(region.size for region in self._regions.values()) > MAX_GUEST_MEMORY:
             raise RefusalError(errno.ENOMEM, f"more than {MAX_GUEST_MEMORY:#x} bytes of memory")
         try:
             return MmapRegion(window << WINDOW, Backing.from_fd(fd, size, writable=writable))
@@ -140,36 +135,30 @@ class DmaSpace:
 
     def _let_go_of_idle(self, keep: int) -> None:
         """Let go of files that no mapping leads to, but for the latest."""
-        idle = [window for window, file in self._files.items() if not file.mappings]
+        idle = [window for window in self._regions if not self.table.mappings(window)]
         for window in idle[: max(len(idle) - keep, 0)]:
-            del self._files[window]
-
-    def _replace(self, window: int, region: MmapRegion) -> None:
-        self._files[window].region = region
-        self._renew()
+            self.table.forget_file(window)
+            del self._regions[window]
 
     def _renew(self) -> None:
-        regions = [self._files[window].region for window in sorted(self._files)]
+        regions = [self._regions[window] for window in sorted(self._regions)]
         memory = GuestRegionCollection.from_regions(regions) if regions else GuestRegionCollection()
         self.space = AddressSpace(memory._space.regions, self._iotlb)
 
-    def unmap(self, address: int, size: int) -> list[Piece]:
-        """Remove all mappings of a range; accesses that began before may still be under way.
+    def unmap(self, address: int, size: int) -> Unmapping:
+        """Begin to remove all mappings of a range; accesses that began before may be under way.
 
         Returns:
-            What was removed, which may be nothing. Cost: O((k + 1) log n) for k mappings removed.
+            What is to be done: :meth:`Unmapping.proceed` until that is True, for which nothing else
+            may be mapped or unmapped. Nothing is removed before.
 
         Raises:
             RefusalError: The range would cut a mapping; nothing changed.
         """
         check_pages(address, size)
-        taken = self._iotlb.take(address, size)
-        if taken is None:
+        if self.table.check_cut(address, size):
             raise RefusalError(errno.EINVAL, f"{address:#x}+{size:#x} would cut a mapping")
-        for _, _, target, _ in taken:
-            if target >> WINDOW:
-                self._files[target >> WINDOW].mappings -= 1
-        return taken
+        return Unmapping(self.table, address, size)
 
     def in_use(self, address: int, size: int) -> bool:
         """Whether an access to a range is under way that has not been cut off."""
@@ -185,7 +174,7 @@ class DmaSpace:
         Args:
             address: The range, which :meth:`unmap` has emptied.
             size: Its bytes.
-            removed: What that returned.
+            removed: What was mapped there: :attr:`Unmapping.used`.
 
         Returns:
             Whether :attr:`space` is another one now.
@@ -201,13 +190,13 @@ class DmaSpace:
         old: dict[int, MmapRegion] = {}
         for target, _ in condemned:
             window = target >> WINDOW
-            if window in self._files and window not in old:
-                old[window] = self._files[window].region
+            if window in self._regions and window not in old:
+                old[window] = self._regions[window]
         for window, region in old.items():
             backing = region.backing
             assert backing.fd is not None
             fresh = Backing.from_fd(backing.fd, backing.size, writable=backing.writable)
-            self._files[window].region = MmapRegion(region.start, fresh)
+            self._regions[window] = MmapRegion(region.start, fresh)
         self._renew()
         for target, length in condemned:
             if target >> WINDOW in old:
@@ -217,11 +206,44 @@ class DmaSpace:
 
     def close(self) -> None:
         """Take everything away from every access."""
-        removed = self.unmap(0, ADDRESS_SPACE)
+        unmapping = self.unmap(0, ADDRESS_SPACE)
+        while not unmapping.proceed():
+            pass
         if self.in_use(0, ADDRESS_SPACE):
-            self.cut_off(0, ADDRESS_SPACE, removed)
-        self._files.clear()
+            self.cut_off(0, ADDRESS_SPACE, unmapping.used)
+        for window in list(self._regions):
+            self.table.forget_file(window)
+        self._regions.clear()
         self._renew()
+
+
+class Unmapping:
+    """The removal of all mappings of a range, of which there may be a million, step by step.
+
+    Attributes:
+        address: The range.
+        size: Its bytes.
+        used: Those removed so far that an access under way led through.
+        removed: How many mappings were removed.
+    """
+
+    def __init__(self, table: DmaTable, address: int, size: int) -> None:
+        self.address, self.size = address, size
+        self.used: list[Piece] = []
+        self.removed = 0
+        self._table, self._at = table, address
+
+    def proceed(self) -> bool:
+        """Remove up to DMA_UNMAP_STEP mappings; whether all are removed.
+
+        Cost: O((k + 1) log n) for k mappings removed.
+        """
+        end = self.address + self.size
+        if self._at < end:
+            count, self._at, used = self._table.forget(self._at, end - self._at, DMA_UNMAP_STEP)
+            self.removed += count
+            self.used += used
+        return self._at == end
 
 
 def check_pages(address: int, size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from guestio._core.vfio_user.feed import DmaCounters
 from guestio.virtio.statistics import Statistics as VirtioStatistics
 
 _VIRTIO = ("requests", "failed_requests", "queue_errors", "config_changes", "outstanding")
@@ -19,15 +20,12 @@ class Statistics:
         connections: Clients accepted.
         protocol_errors: Clients disconnected because they broke the protocol.
         refused: Requests answered with an error.
-        dma_maps: Mappings made.
-        dma_unmaps: Requests to remove mappings.
         delayed_unmaps: Those of them that had to wait for an access to end.
         cut_off: Those of them that did not wait any longer: the memory was taken from the access.
         dma_messages: Accesses to memory that a client does not share: messages to it.
-        region_reads: Reads of BARs and of the configuration space.
-        region_writes: Writes to them.
         resets: Resets that clients asked for by message.
         virtio: What is counted of requests and queues, if the device is a `VirtioPci`.
+        messages: What the core counts: mappings and accesses.
         device_failures: Tells how many calls of the device failed.
         interrupts_sent: Tells how many interrupts were delivered.
     """
@@ -35,26 +33,49 @@ class Statistics:
     connections: int = 0
     protocol_errors: int = 0
     refused: int = 0
-    dma_maps: int = 0
-    dma_unmaps: int = 0
     delayed_unmaps: int = 0
     cut_off: int = 0
     dma_messages: int = 0
-    region_reads: int = 0
-    region_writes: int = 0
     resets: int = 0
     virtio: VirtioStatistics | None = None
+    messages: DmaCounters = field(default_factory=DmaCounters, repr=False)
     device_failures: Callable[[], int] = field(default=lambda: 0, repr=False)
     interrupts_sent: Callable[[], int] = field(default=lambda: 0, repr=False)
 
     def __str__(self) -> str:
         """All counters, for people."""
-        hidden = ("virtio", "device_failures", "interrupts_sent")
+        hidden = ("messages", "virtio", "device_failures", "interrupts_sent")
         names = [name for name in vars(self) if name not in hidden]
-        shown = [f"{name}={getattr(self, name)}" for name in [*names, "failed_calls"]]
+        names += ["dma_maps", "dma_unmaps", "region_reads", "region_writes", "failed_calls"]
+        shown = [f"{name}={getattr(self, name)}" for name in names]
         if self.virtio is not None:
             shown += [f"{name}={getattr(self.virtio, name)}" for name in _VIRTIO]
         return " ".join(shown)
+
+    @property
+    def dma_maps(self) -> int:
+        """Mappings made."""
+        return self.messages.dma_maps
+
+    @property
+    def dma_unmaps(self) -> int:
+        """Requests to remove mappings."""
+        return self.messages.dma_unmaps
+
+    @property
+    def region_reads(self) -> int:
+        """Reads of BARs and of the configuration space."""
+        return self.messages.region_reads
+
+    @property
+    def region_writes(self) -> int:
+        """Writes to BARs and to the configuration space."""
+        return self.messages.region_writes
+
+    @property
+    def plain(self) -> int:
+        """Messages that were handled without entering Python."""
+        return self.messages.plain
 
     @property
     def failed_calls(self) -> int:

@@ -6,6 +6,7 @@ from guestio._core.base.checks cimport u64
 cdef class Doorbell:
     cdef bint rung            # in the list of those to serve
     cdef int registered       # how often
+    cdef bint in_python       # it calls Python, and serves from the loop's callbacks only
 
     cdef bint ring(self, u64 offset, u64 value, int size) except -1
     cdef bint serve(self) except -1
@@ -25,7 +26,10 @@ cdef class Doorbells:
     cdef list doorbells
     cdef list rung
     cdef object failed
+    cdef bint reported
 
     cdef int find(self, u64 bar, u64 offset, u64 size) noexcept
     cdef bint ring(self, int place, u64 offset, u64 value, int size) except -1
-    cdef bint serve(self) except -1
+    cdef int report(self, str method) except -1
+    cdef bint serve(self, bint may_call_python) except -1
+    cdef bint rung_any(self) noexcept

@@ -41,8 +41,9 @@ cdef class Doorbell:
     cdef bint serve(self) except -1:
         """Do what was asked for since the last time.
 
-        It is called after the writes of one turn, in a time that other descriptors may be kept
-        waiting for: a millisecond or some MiB.
+        It is called after the writes of one turn, from within the event loop's wait, in a time that
+        others may be kept waiting for: a millisecond or some MiB. What it asks of the loop (a
+        timer, a callback) is seen at once only if it returns True.
 
         Returns:
             Whether there is more to do: it is called again when others had their turn.
@@ -89,6 +90,9 @@ cdef class CallbackDoorbell(Doorbell):
 
     cdef readonly object callback
     cdef dict written
+
+    def __cinit__(self, *_, **__):
+        self.in_python = True
 
     def __init__(self, callback):
         if not callable(callback):
@@ -238,7 +242,7 @@ cdef class Doorbells:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:
-            self.failed("ring")
+            self.report("ring")
             return True
         if not doorbell.rung:
             self.rung.append(doorbell)
@@ -257,16 +261,30 @@ cdef class Doorbells:
             place = self.find(as_address(bar, "bar"), at, size)
         return place >= 0 and self.ring(place, at, as_address(value, "value"), size)
 
+    cdef int report(self, str method) except -1:
+        self.failed(method)
+        self.reported = True
+        return 0
+
     def serve_rung(self):
         """Have the doorbells that were rung serve; whether there is more to do."""
-        return self.serve()
+        return self.serve(True)
 
-    cdef bint serve(self) except -1:
+    cdef bint serve(self, bint may_call_python) except -1:
+        """Have the doorbells that were rung serve.
+
+        Args:
+            may_call_python: Whether those may that call Python; they are left rung otherwise.
+
+        Returns:
+            Whether there is something for Python: more to serve, or an error was reported.
+        """
         cdef list rung = self.rung
         cdef Doorbell doorbell
-        cdef bint more
+        cdef bint more, reported = self.reported
         if not rung:
-            return False
+            self.reported = False
+            return reported
         self.rung = []
         for doorbell in rung:
             # It may be rung while it serves, and is served again then.
@@ -275,17 +293,23 @@ cdef class Doorbells:
             if not doorbell.registered:
                 # One before it has removed it.
                 continue
-            more = False
-            try:
-                more = doorbell.serve()
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException:
-                self.failed("serve")
+            more = doorbell.in_python and not may_call_python
+            if not more:
+                try:
+                    more = doorbell.serve()
+                except (KeyboardInterrupt, SystemExit):
+                    raise
+                except BaseException:
+                    self.report("serve")
             if more and not doorbell.rung and doorbell.registered:
                 self.rung.append(doorbell)
                 doorbell.rung = True
-        return bool(self.rung)
+        reported, self.reported = self.reported, False
+        return reported or bool(self.rung)
+
+    cdef bint rung_any(self) noexcept:
+        """Whether doorbells are to serve. A look at a list: it cannot raise."""
+        return len(self.rung) > 0
 
     def forget_rung(self):
         """Serve nothing of what was rung for so far: the device is reset, or its driver is gone."""

@@ -1,0 +1,1 @@
+"""vfio-user's messages in bulk, and those of a client that need no Python: a feed of the loop."""
