@@ -18,6 +18,7 @@ TARGETS = {
     "iotlb": "runs of vhost-user's IOTLB messages, against one at a time",
     "session": "vhost-user messages of a lying front-end",
     "virtio_iommu": "requests to a virtio-iommu, against a model",
+    "vfio_user": "messages of a vfio-user client, against a model of mapped pages",
 }
 SEEDS = 10
 OPTIONS = (

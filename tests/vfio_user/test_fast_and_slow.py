@@ -228,7 +228,8 @@ def test_against_a_model_of_pages_for_longer() -> None:
 def streams(choose: random.Random, fds: list[int]) -> Iterator[tuple[bytes, tuple[int, ...]]]:
     """What one call of sendmsg each sends: some messages, whole or not, and descriptors."""
     for _ in range(choose.randrange(1, 60)):
-        data, passed = b"", ()
+        data = b""
+        passed: tuple[int, ...] = ()
         for _ in range(choose.choice((1, 1, 2, 5))):
             kind = choose.randrange(8)
             flags = choose.choice((0, 0, 0, POSTED, POSTED, 0x21, 1, 2, 0x40))

@@ -1,0 +1,23 @@
+"""Messages of a vfio-user client: against a model of mapped pages, or one way against the other."""
+
+from __future__ import annotations
+
+from tests.fuzz.choices import Choices
+from tests.kit.vfio_model import Campaign, Side
+from tests.vfio_user.test_fast_and_slow import compare_streams
+
+
+def fuzz(data: bytes) -> None:
+    """One connection: messages whose answers are known, or any at all."""
+    choose = Choices(data)
+    if choose.randrange(4) == 0:
+        compare_streams(choose)
+        return
+    side = Side(fast=choose.randrange(4) > 0)
+    campaign = Campaign(choose, side)
+    try:
+        while choose.left:
+            campaign.run(1)
+    finally:
+        side.close()
+        campaign.close()
