@@ -469,7 +469,7 @@ class Campaign:
     def _answer_write(self, value: bytes) -> None:
         """Answer the DMA_WRITE that the last message leads to, after other messages perhaps."""
         self.asked = (self.asked + 1) & 0xFFFF
-        place = struct.pack("<QQ", self.registers[ADDRESS], len(value))
+        place = struct.pack("<QQ", self.registers.get(ADDRESS, 0), len(value))
         size = 32 + len(value)
         self.expected += _HEADER.pack(self.asked, Command.DMA_WRITE, size, 0, 0) + place + value
         # The mapping that is written to stays until then: the client answers as it likes.

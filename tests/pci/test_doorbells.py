@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from guestio._core.pci.doorbell import Doorbells
 from guestio.errors import DeviceError
 from guestio.pci import Bar, CallbackDoorbell, Doorbell, EventfdDoorbell, MsiX, PciDevice, PciHost
 from guestio.virtio.loop import EventLoop
+from tests.kit.vfio_model import Side
 
 
 class Function(PciDevice):
@@ -186,3 +188,31 @@ def test_the_ends_of_the_address_space() -> None:
         assert not table.write(bar, at, size, 1)
     assert not table.serve_rung()
     assert rings == [(0, 1, 1)]  # one doorbell, whose offsets are those of each range
+
+
+def test_what_a_doorbell_asks_of_the_loop_is_not_slept_over() -> None:
+    """Doorbells serve while the loop waits in the core, which knows nothing of callbacks."""
+    side = Side()
+    called: list[str] = []
+    woken: list[bool] = []
+    loop = side.loop
+
+    class Waits:
+        """Calls back from within the core's wait, as a doorbell does that enters Python."""
+
+        def wait(self, epfd: int, seconds: float) -> tuple[list[int], list[Any], list[Any]]:
+            if not woken:
+                loop.call_soon_threadsafe(lambda: called.append("soon"))
+                loop.set_timer("timer", 0, lambda: called.append("timer"))
+            found = core.wait(epfd, seconds)
+            woken.append(bool(found[0]))
+            return found
+
+    core, loop.core = loop.core, Waits()  # type: ignore[assignment]  # that is the test
+    loop.run_once(5)
+    for _ in range(2):
+        loop.run_once(0)
+    assert woken[0]
+    assert called == ["soon", "timer"]
+    loop.core = core
+    side.close()

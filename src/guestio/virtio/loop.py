@@ -57,6 +57,7 @@ class EventLoop:
         self._due = math.inf
         self._soon: deque[Callback] = deque()
         self._thread: int | None = None
+        self._in_core = False
         self._wake = -1
         try:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -109,7 +110,7 @@ class EventLoop:
     def call_soon_threadsafe(self, callback: Callback) -> None:
         """Call back once, after what is ready now has been handled."""
         self._soon.append(callback)
-        if threading.get_ident() != self._thread:
+        if self._in_core or threading.get_ident() != self._thread:
             self.wake()
 
     def call_later(self, seconds: float, callback: Callback) -> Timer:
@@ -131,7 +132,7 @@ class EventLoop:
     def set_timer(self, key: Hashable, when: float, callback: Callback) -> None:
         """Call back once at ``when`` (``time.monotonic``); replaces a timer of the same key."""
         self._timers[key] = (when, callback)
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self._thread and not self._in_core:
             self._due = min(self._due, when)
         else:
             # The loop's thread may be computing when the next one is due.
@@ -200,7 +201,10 @@ class EventLoop:
         seconds = 0 if soon else self._patience()
         if longest != math.inf and not 0 <= seconds <= longest:
             seconds = longest
+        # What the core calls meanwhile may ask for callbacks, which its wait knows nothing of.
+        self._in_core = True
         fds, feeds, outcomes = self.core.wait(self._epoll.fileno(), seconds)
+        self._in_core = False
         for feed in feeds:
             feed.callback()
         for queue, outcome in outcomes:

@@ -42,8 +42,7 @@ cdef class Doorbell:
         """Do what was asked for since the last time.
 
         It is called after the writes of one turn, from within the event loop's wait, in a time that
-        others may be kept waiting for: a millisecond or some MiB. What it asks of the loop (a
-        timer, a callback) is seen at once only if it returns True.
+        others may be kept waiting for: a millisecond or some MiB.
 
         Returns:
             Whether there is more to do: it is called again when others had their turn.
