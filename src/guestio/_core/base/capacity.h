@@ -94,11 +94,6 @@ enum {
        least a message of 44 bytes; the odd rest of a tiny one cuts the next. */
     READ_AHEAD = GUESTIO_CAPACITY_OF(32768, 100),
 
-    /* Bytes that one call reads of a vfio-user socket: hundreds of messages. */
-    INBOX_READ = GUESTIO_CAPACITY_OF(32768, 100),
-    /* Mappings that one of its messages removes before others have their turn; about 5 ms. */
-    DMA_UNMAP_AT_ONCE = GUESTIO_CAPACITY_OF(1 << 15, 2),
-
     /* Rings: descriptors and pieces of memory after which a look ends, looks at a ring between two
        looks elsewhere, and requests served in the core that are published at a time. */
     RING_LOOK_WORK = GUESTIO_CAPACITY_OF(1 << 16, 4),

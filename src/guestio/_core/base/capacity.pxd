@@ -27,8 +27,6 @@ cdef extern from "capacity.h" nogil:
         MISS_SLOTS
         MISS_BATCH
         READ_AHEAD
-        INBOX_READ
-        DMA_UNMAP_AT_ONCE
         RING_LOOK_WORK
         RING_LOOKS
         RING_PUBLISH_EACH

@@ -8,7 +8,7 @@ judges new files and waits for accesses.
 
 from libc.stdlib cimport calloc, free
 
-from guestio._core.base.capacity cimport DMA_UNMAP_AT_ONCE, GUESTIO_ASSERT
+from guestio._core.base.capacity cimport GUESTIO_ASSERT
 from guestio._core.base.checks cimport Span, as_access, as_address, as_size, as_span, u64
 from guestio._core.iommu.intervals cimport IntervalMap
 from guestio._core.iommu.pieces cimport Pieces, close_pieces, open_pieces
@@ -16,7 +16,9 @@ from guestio._core.iommu.tree cimport Cursor, Entry, ceiling_of, floor_of, step
 from guestio._core.memory.leases cimport (
     Lease, Leases, pthread_mutex_lock, pthread_mutex_unlock,
 )
-from guestio._core.vfio_user.wire cimport O_RDWR, O_WRONLY, PAGE, describe_memory
+from guestio._core.vfio_user.wire cimport (
+    DMA_UNMAP_AT_ONCE, O_RDWR, O_WRONLY, PAGE, describe_memory,
+)
 
 from guestio.addr import Permissions
 

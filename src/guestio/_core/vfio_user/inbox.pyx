@@ -8,10 +8,10 @@ own, as clients do, they belong to the last message that begins in the read that
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
 
-from guestio._core.base.capacity cimport GUESTIO_ASSERT, INBOX_READ
+from guestio._core.base.capacity cimport GUESTIO_ASSERT
 from guestio._core.base.checks cimport as_size, u8, u64
 from guestio._core.vfio_user.wire cimport (
-    EAGAIN, HEADER_BYTES, ODD_BESIDE, PASSED_AT_ONCE, Header, receive_with_fds,
+    HEADER_BYTES, INBOX_READ, ODD_BESIDE, PASSED_AT_ONCE, Header, receive_with_fds,
 )
 
 import os
