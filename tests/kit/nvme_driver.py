@@ -166,7 +166,7 @@ class NvmeDriver:
     def unmap(self, page: int, count: int = 1) -> None:
         """Unmap pages; whatever was mapped with them is unmapped, too, and mapped again."""
         whole = [(at, end) for at, end in ((0, page), (page + count, self.pages)) if at < end]
-        self.dma.unmap(0, 1 << 64)
+        self.dma.unmap(0, 1 << 64).finish()
         for at, end in whole:
             self.map(at, end - at)
 

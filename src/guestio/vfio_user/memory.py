@@ -207,8 +207,7 @@ class DmaSpace:
     def close(self) -> None:
         """Take everything away from every access."""
         unmapping = self.unmap(0, ADDRESS_SPACE)
-        while not unmapping.proceed():
-            pass
+        unmapping.finish()
         if self.in_use(0, ADDRESS_SPACE):
             self.cut_off(0, ADDRESS_SPACE, unmapping.used)
         for window in list(self._regions):
@@ -244,6 +243,12 @@ class Unmapping:
             self.removed += count
             self.used += used
         return self._at == end
+
+    def finish(self) -> int:
+        """Remove all that is left; how many were removed altogether. Cost: as :meth:`proceed`."""
+        while not self.proceed():
+            pass
+        return self.removed
 
 
 def check_pages(address: int, size: int) -> None:
