@@ -18,7 +18,7 @@ import guestio
 from guestio.cli import cli
 from guestio.pci import PciDevice, VirtioPci
 from guestio.testing import Driver
-from tests.kit.serving import Mirror, promptly, until
+from tests.kit.serving import WAIT, Mirror, promptly, until
 from tests.kit.vfio_client import Client
 from tests.kit.virtio_pci import PciFront, Transport
 
@@ -98,7 +98,7 @@ def start(directory: Path) -> Iterator[Callable[..., Program]]:
 
 def test_a_users_virtio_device(start: Callable[..., Program]) -> None:
     program = start("serve", "toys:Echo", "--transport", "vfio-user", "--indirect", "on")
-    with Driver(PciFront(program.path)) as driver:  # type: ignore[arg-type]
+    with Driver(PciFront(program.path), timeout=WAIT) as driver:  # type: ignore[arg-type]
         assert driver.features & 1 << 28
         assert driver.request(b"over PCI", 8) == b"over PCI"
         logged = program.end()
@@ -125,7 +125,7 @@ def test_a_disk(start: Callable[..., Program], directory: Path) -> None:
 
 def test_a_device_that_hangs_is_ended_in_time(start: Callable[..., Program]) -> None:
     program = start("serve", "toys:Echo", "--transport", "vfio-user")
-    with Driver(PciFront(program.path)) as driver:  # type: ignore[arg-type]
+    with Driver(PciFront(program.path), timeout=WAIT) as driver:  # type: ignore[arg-type]
         driver.submit(b"HANG", 4)
         until(lambda: driver._queues[0].ring.outstanding == 1)
         time.sleep(0.1)
