@@ -451,7 +451,7 @@ class Guest:
             for argument in disk.arguments(index, self.viommu)
         ]
         size = f"{self.memory // MIB}M"
-        append = f"console=ttyS0 quiet panic=-1 {self.viommu.append} {self.append}"
+        append = f"console=ttyS0 quiet panic=-1 no_timer_check {self.viommu.append} {self.append}"
         qemu = os.environ.get("GUESTIO_LAB_QEMU") or require_program(
             "qemu-system-x86_64", "qemu-system-x86"
         )

@@ -15,6 +15,7 @@ import pytest
 from tests.kit.disks import storage_daemon
 
 SCHEMA: dict[str, Any] = {
+    "transport": str,
     "workload": str,
     "block_size": int,
     "depth": int,
