@@ -216,7 +216,8 @@ def socket(tmp_path: Path) -> str:
 
 
 def verdict(socket: str, name: str, *, patience: float = PATIENCE) -> tuple[Verdict, str]:
-    (result,) = check(socket, only=[name], writable=True, patience=patience).results
+    report = check(socket, only=[name], writable=True, patience=patience, recovery=1.0)
+    (result,) = report.results
     return result.verdict, result.reason
 
 

@@ -281,6 +281,11 @@ class _Run:
             # It may have been about to end, as some do with their front-end.
             self._target.ended(self._patience)
             complaint = self.serves()
+        deadline = time.monotonic() + self._patience
+        while isinstance(complaint, HungUpError) and time.monotonic() < deadline:
+            # A process that ends takes connections for a moment more.
+            time.sleep(_PAUSE)
+            complaint = self.serves()
         if death := self._target.take_death():
             return Verdict.CRASH, death
         if complaint is None:
