@@ -126,7 +126,7 @@ def serve(script: Callable[[Client], None], standing: int, *, slow: bool) -> flo
         os._exit(0)
     theirs.close()
     kind = SlowConnection if slow else Connection
-    connection = kind(Channel(ours), host, loop, Statistics(), revoke_after=1)
+    connection = kind(Channel(ours), host, loop, Statistics(), revoke_after=1, ending=lambda: False)
     # What comes before the script: VERSION, the standing mappings, the last one, and a read.
     while not connection._stats.region_reads:
         loop.run_once()

@@ -253,6 +253,9 @@ DMA_ANSWER_TIMEOUT = 5.0
 DMA_LOOK = 0.001
 """Seconds between looks whether such an access has ended."""
 
+DMA_STOP_LOOK = 0.05
+"""Seconds between looks whether the server is to stop, while a client is waited for."""
+
 CLIENT_TIMEOUT = 10.0
 """Seconds that a vfio-user server may take to answer, unless a `Client` is told otherwise; then its
 connection is ended."""

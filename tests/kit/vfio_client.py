@@ -217,6 +217,11 @@ class ServingPci:
         except BaseException as error:
             self.error = error
 
+    @property
+    def serving(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._thread.is_alive()
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self

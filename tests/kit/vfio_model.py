@@ -133,7 +133,12 @@ class Side:
         self.peer.setblocking(False)
         kind = Connection if fast else SlowConnection
         self.connection = kind(
-            Channel(ours), self.host, self.loop, self.stats, revoke_after=revoke_after
+            Channel(ours),
+            self.host,
+            self.loop,
+            self.stats,
+            revoke_after=revoke_after,
+            ending=lambda: False,
         )
 
     def send(self, data: bytes, fds: tuple[int, ...] = ()) -> None:

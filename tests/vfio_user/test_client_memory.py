@@ -11,7 +11,7 @@ import pytest
 from guestio.addr import Permissions
 from guestio.errors import AccessError
 from guestio.vfio_user.messages import Command
-from tests.kit.serving import until
+from tests.kit.serving import promptly, until
 from tests.kit.vfio_client import PAGE, Client, ServingPci, Toy, memory_file, number
 
 BASE = 0x7000_0000
@@ -164,3 +164,14 @@ def test_too_much_at_once(client: Client, toy: Toy) -> None:
     assert client.map(1 << 50, 1 << 48, None) == errno.EINVAL
     copy(client, (1 << 24) + 1)
     until(lambda: isinstance(toy.copied, AccessError))
+
+
+def test_a_server_that_stops_does_not_wait_for_an_answer(
+    client: Client, toy: Toy, serving: ServingPci
+) -> None:
+    client.map(BASE, PAGE, None)
+    copy(client, 4)
+    client.asked()
+    with promptly(1.0):
+        serving.server.stop()
+        until(lambda: not serving.serving)

@@ -89,3 +89,11 @@ def test_descriptors_stay_the_devices(client: Client) -> None:
                 os.close(fd)
     assert WHOLE.fd is not None
     assert SPARSE.fd is not None
+
+
+@pytest.mark.parametrize("size", [0, PAGE, 4 * PAGE])
+def test_no_client_resizes_what_the_next_one_maps(client: Client, size: int) -> None:
+    _, _, (fd,) = region(client, 0, 32)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, size)
+    os.close(fd)

@@ -218,7 +218,7 @@ def test_no_server_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with nothing_left(), ServerProcess(path) as server, Client(path, reconnect_for=0.1) as client:
         server.kill()
-        with pytest.raises(DeviceError, match="no vfio-user server"):
+        with pytest.raises(ServerGoneError, match="no vfio-user server"):
             client.wait_restart(WAIT)
         with pytest.raises(ServerGoneError):
             client.config.read(0, 4)

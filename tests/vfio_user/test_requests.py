@@ -10,7 +10,7 @@ import struct
 
 import pytest
 
-from guestio.vfio_user.messages import Command, HeaderFlag, IrqSet
+from guestio.vfio_user.messages import HEADER_SIZE, Command, HeaderFlag, IrqSet
 from tests.kit.serving import nothing_left, until
 from tests.kit.vfio_client import PAGE, Client, ServingPci, Toy, memory_file, number
 
@@ -30,14 +30,18 @@ def test_version(serving: ServingPci) -> None:
         assert client.version().error == errno.EINVAL
 
 
+QEMU_VERSION_BYTES = 214
+"""Of QEMU's request with its header; it has no more room for the answer."""
+
+
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"capabilities":{}}'])
-def test_an_answer_to_version_is_not_longer_than_the_request(
-    serving: ServingPci, data: bytes
-) -> None:
+def test_a_client_that_proposes_nothing_learns_the_limits(serving: ServingPci, data: bytes) -> None:
+    """They are lower than what holds for a server that names none."""
     with serving.connect() as client:
         reply = client.version(data=data)
         assert not reply.error
-        assert len(reply.payload) <= 4 + len(data) + 1
+        assert json.loads(reply.payload[4:-1])["capabilities"]["max_data_xfer_size"] == 65536
+        assert HEADER_SIZE + len(reply.payload) <= QEMU_VERSION_BYTES
 
 
 @pytest.mark.parametrize(

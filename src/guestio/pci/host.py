@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 from collections.abc import Iterator
 from operator import index as as_index
 from typing import TYPE_CHECKING, Final
@@ -324,6 +326,11 @@ class PciHost(LoopCalls):
 
 
 def _view(memory: Backing) -> VolatileSlice:
+    if memory.fd is not None:
+        # A client gets the descriptor, and must not resize what the next one uses. Other files
+        # than memfds have no seals.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(memory.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     return VolatileSlice.over(memory._mapping)
 
 

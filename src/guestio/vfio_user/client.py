@@ -37,6 +37,10 @@ from guestio.vfio_user.region import ClientRegion
 _CONNECT_PAUSE: Final = 0.01
 
 
+class _AbsentError(DeviceError):
+    """No server listens."""
+
+
 class DeviceRestartedError(DeviceError):
     """The server is another one, and its device as after power-on: set it up again.
 
@@ -166,7 +170,7 @@ class Client(PciFunction):
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
                 made.close()
                 if time.monotonic() >= until or self._stopping.is_set():
-                    raise DeviceError(
+                    raise _AbsentError(
                         f"no vfio-user server listens on {self._path}: {error.strerror}"
                     ) from None
                 self._stopping.wait(_CONNECT_PAUSE)
@@ -222,6 +226,9 @@ class Client(PciFunction):
     def _restart(self) -> None:
         try:
             self._reconnect(self._reconnect_for, automatic=True)
+        except _AbsentError as error:
+            with self._changed:
+                self._restart_error = ServerGoneError(str(error))
         except (GuestioError, ValueError, OSError) as error:
             with self._changed:
                 self._restart_error = error

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from guestio._core.base.syscalls import drain_eventfd, notify_eventfd
 from guestio._core.vfio_user.feed import ClientFeed
 from guestio.addr import ADDRESS_SPACE, Permissions
-from guestio.budgets import DMA_ANSWER_TIMEOUT, DMA_LOOK, TURN_SECONDS
+from guestio.budgets import DMA_ANSWER_TIMEOUT, DMA_LOOK, DMA_STOP_LOOK, TURN_SECONDS
 from guestio.errors import ProtocolError
 from guestio.pci.host import PciHost
 from guestio.pci.interrupts import InterruptKind
@@ -74,6 +74,7 @@ class Connection(PeerConnection[Header]):
         loop: Calls back when there is something to do.
         statistics: Where to count.
         revoke_after: Seconds that an unmap waits for accesses to end.
+        ending: Whether the server is to stop: then the client is not waited for.
     """
 
     peer_name = "client"
@@ -87,8 +88,10 @@ class Connection(PeerConnection[Header]):
         statistics: Statistics,
         *,
         revoke_after: float,
+        ending: Callable[[], bool],
     ) -> None:
         super().__init__(channel, loop, log)
+        self._ending = ending
         self._host = host
         self._stats = statistics
         self._revoke_after = revoke_after
@@ -229,7 +232,13 @@ class Connection(PeerConnection[Header]):
                     time.sleep(DMA_LOOK)
                     self._look()
                     continue
-                message = self._channel.recv(max(until - time.monotonic(), 0))
+                left = max(until - time.monotonic(), 0)
+                message = self._channel.recv(min(left, DMA_STOP_LOOK))
+                if message is None and self._ending():
+                    self._give_up("the server stops")
+                    raise RefusalError(errno.ECANCELED, "the server stops")
+                if message is None and left > DMA_STOP_LOOK:
+                    continue
                 if message is None:
                     # Its answer may still come, and would be taken for another one's.
                     self._give_up(f"{command_name(command)} was not answered in time")

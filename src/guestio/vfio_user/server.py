@@ -99,6 +99,7 @@ class Server(PeerServer):
                 self._loop,
                 self.statistics,
                 revoke_after=self._revoke_after,
+                ending=self._stopping.is_set,
             )
         except BaseException:
             channel.close()
