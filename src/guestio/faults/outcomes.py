@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from guestio.errors import GuestioError
 
-
-class OutcomeError(GuestioError):
-    """Ends a check with a verdict; the message is the reason."""
+class OutcomeError(Exception):
+    """Ends a check with a verdict; the message is the reason. No caller of ours sees it."""
 
 
 class FailError(OutcomeError):

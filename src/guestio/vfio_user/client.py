@@ -37,10 +37,6 @@ from guestio.vfio_user.region import ClientRegion
 _CONNECT_PAUSE: Final = 0.01
 
 
-class _AbsentError(DeviceError):
-    """No server listens."""
-
-
 class DeviceRestartedError(DeviceError):
     """The server is another one, and its device as after power-on: set it up again.
 
@@ -170,7 +166,7 @@ class Client(PciFunction):
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
                 made.close()
                 if time.monotonic() >= until or self._stopping.is_set():
-                    raise _AbsentError(
+                    raise DeviceError(
                         f"no vfio-user server listens on {self._path}: {error.strerror}"
                     ) from None
                 self._stopping.wait(_CONNECT_PAUSE)
@@ -226,9 +222,6 @@ class Client(PciFunction):
     def _restart(self) -> None:
         try:
             self._reconnect(self._reconnect_for, automatic=True)
-        except _AbsentError as error:
-            with self._changed:
-                self._restart_error = ServerGoneError(str(error))
         except (GuestioError, ValueError, OSError) as error:
             with self._changed:
                 self._restart_error = error
@@ -276,7 +269,13 @@ class Client(PciFunction):
             try:
                 if not old.wait_hang_up(max(until - time.monotonic(), 0)):
                     raise ServerGoneError(f"{failure}, and holds memory: end its process")
-                return self._resume(self._connect(until), automatic=automatic)
+                try:
+                    connected = self._connect(until)
+                except DeviceError as error:
+                    if automatic:
+                        raise ServerGoneError(str(error)) from None
+                    raise
+                return self._resume(connected, automatic=automatic)
             except ServerGoneError:
                 # It died again; the next one may be better.
                 if time.monotonic() >= until or self._stopping.wait(_CONNECT_PAUSE):
