@@ -52,6 +52,7 @@ def test_what_is_written_is_read_back(disk: ServingPci, transport: str) -> None:
 def test_notifications_are_posted_writes(disk: ServingPci) -> None:
     plan = LoadPlan(workload="randread", depth=1)
     with Load(disk.server.path, plan, transport="vfio-user") as load:
+        load.frontend.queue_count()  # what set it up has been done
         before = disk.stats.region_writes
         result = load.run_requests(50)
         load.frontend.queue_count()  # all of them have been served

@@ -268,7 +268,7 @@ WITH_A_SHIM = {
                 with open(path, "wb") as file:
                     file.write(path[-1:].encode() * 4096)
             device = BlockDevice(image, io_threads=threads)
-            number = device._fd
+            number = device._image.fd
             memory = collection(0x10000)
             memory.write(0x4000, struct.pack("<IIQ", kind, 0, 0))
             memory.fill(0x8000, 4096, 7)
@@ -297,7 +297,7 @@ WITH_A_SHIM = {
                 for answer in answers:
                     if not isinstance(answer, int):
                         answer.result(30)
-                wait_for(lambda: device._fd < 0)
+                wait_for(lambda: device._image.fd < 0)
                 assert os.pread(file.fileno(), 4096, 0) == b"r" * 4096
             assert memory.read(0x4100, 1) == bytes(1)
             assert memory.read(0x8000, 1) == (b"e" if kind == 0 else bytes([7]))
