@@ -66,6 +66,7 @@ def main() -> None:
     from guestio.vfio_user import Server
     from guestio.vfio_user.session import Session
     from tests.kit.vfio_client import PAGE, Toy
+    from tests.kit.vfio_model import SlowConnection
 
     path, die_at, when, kind = sys.argv[1:]
     left = int(die_at)
@@ -88,8 +89,11 @@ def main() -> None:
 
     if left:
         import guestio.vfio_user.connection
+        import guestio.vfio_user.server
 
         guestio.vfio_user.connection.Session = Deadly  # type: ignore[misc]  # for this process
+        # Each message is to be seen: what the core handles by itself depends on when it comes.
+        guestio.vfio_user.server.Connection = SlowConnection  # type: ignore[misc]  # the same
     device = Toy()
     if kind == "other":
         device.bars = {0: Bar(2 * PAGE, width=8)}

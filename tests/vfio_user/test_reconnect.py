@@ -23,6 +23,7 @@ from guestio.vfio_user import (
 from guestio.vfio_user.messages import Command
 from tests.kit.serving import WAIT, nothing_left, until
 from tests.kit.vfio_client import PAGE, ServingPci, Toy, number
+from tests.kit.vfio_model import SlowConnection
 from tests.kit.vfio_process import ServerProcess
 from tests.kit.vfio_server import Answer, Asked, HandServer
 from tests.kit.waiting import Waiting
@@ -118,9 +119,10 @@ def test_kill_restart_replay_go_on(tmp_path: Path) -> None:
             assert wait_for(driver.fds[3]) == 1
 
 
-def messages_of_a_life(tmp_path: Path) -> int:
+def messages_of_a_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many messages a client sends in a driver's whole life."""
     path = tmp_path / "count"
+    monkeypatch.setattr("guestio.vfio_user.server.Connection", SlowConnection)
     with ServingPci(Toy(), path) as serving, Client(path) as client:
         handled = []
         connection = serving.server._connection
@@ -137,9 +139,11 @@ def messages_of_a_life(tmp_path: Path) -> int:
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_killed_at_every_message(tmp_path: Path, after: bool) -> None:
+def test_killed_at_every_message(
+    tmp_path: Path, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever was lost, the driver goes on with the next server, and nothing is left behind."""
-    total = messages_of_a_life(tmp_path)
+    total = messages_of_a_life(tmp_path, monkeypatch)
     path = tmp_path / "s"
     # During the first 16 the client is being made. Both ways each message is met once.
     for at in range(2 if after else 1, total + 1, 2):
