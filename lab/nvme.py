@@ -95,7 +95,7 @@ def nvme_guest(
         "timeout": 300.0,
         **more,
     }
-    return Guest(**description)  # type: ignore[arg-type]  # fields by name, as in the tests' kit
+    return Guest(**description)  # type: ignore[arg-type]  # a dict has one type for all fields
 
 
 def whole_disk(guest: str, directory: Path, arguments: argparse.Namespace) -> dict[str, str]:

@@ -74,6 +74,8 @@ cdef class ImageFile:
             released()
         return 0
 
+    # The data has been moved whatever comes after: what closing the image raises, in Python, is
+    # printed and does not become the request's error. All else that it calls is plain C here.
     cdef int move(self, IoVector data, Move *plan, u64 most, bint wait) noexcept:
         """Move data from or to the file, from where it stands; fewer bytes than requested are an
         error of either.
