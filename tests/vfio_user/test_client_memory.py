@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import socket
 import struct
+import threading
 
 import pytest
 
+from guestio import budgets
 from guestio.addr import Permissions
 from guestio.errors import AccessError
-from guestio.vfio_user.messages import Command
-from tests.kit.serving import promptly, until
+from guestio.vfio_user.messages import Command, HeaderFlag
+from tests.kit.serving import WAIT, promptly, until
 from tests.kit.vfio_client import PAGE, Client, ServingPci, Toy, memory_file, number
 
 BASE = 0x7000_0000
@@ -175,3 +179,123 @@ def test_a_server_that_stops_does_not_wait_for_an_answer(
     with promptly(1.0):
         serving.server.stop()
         until(lambda: not serving.serving)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_a_client_that_is_asked_again_answers_in_any_order(
+    client: Client, toy: Toy, serving: ServingPci, order: tuple[int, ...]
+) -> None:
+    """Another of its processors writes to a register before the first one's write has its memory.
+
+    QEMU answers in the order in which it was asked.
+    """
+    client.map(BASE, PAGE, None)
+    copy(client, 4)
+    asked = [client.asked()]
+    for length in (5, 6):
+        client.post(0, 0x28, number(length))
+        asked.append(client.asked())
+    assert len({sent for sent, _, _ in asked}) == 3
+    for place in order:
+        sent, command, payload = asked[place]
+        client.answer(sent, command, payload + b"abcdef"[: 4 + place])
+    # The first one asked is the last one to go on.
+    until(lambda: toy.copied == b"abcd")
+    assert client.read(7, 0, 2) == b"\x34\x12"
+    assert serving.stats.protocol_errors == 0
+
+
+def test_how_often_a_client_is_asked_at_a_time(
+    client: Client, toy: Toy, serving: ServingPci
+) -> None:
+    client.map(BASE, PAGE, None)
+    client.write(0, 8, number(BASE))
+    asked = []
+    for _ in range(budgets.DMA_NESTED):
+        client.post(0, 0x28, number(4))
+        asked.append(client.asked())
+    for _ in range(50):
+        client.post(0, 0x28, number(4))
+    until(lambda: isinstance(toy.copied, AccessError))
+    for sent, command, payload in asked:
+        client.answer(sent, command, payload + b"abcd")
+    until(lambda: toy.copied == b"abcd")
+    assert client.read(7, 0, 2) == b"\x34\x12"
+    assert serving.stats.dma_messages == budgets.DMA_NESTED
+
+
+class Flood:
+    """Posted writes without end, in place of an answer."""
+
+    def __init__(self, client: Client) -> None:
+        self._socket = client.socket
+        payload = struct.pack("<QII", 16, 0, 4) + b"abcd"
+        head = struct.pack("<HHIII", 1, Command.REGION_WRITE, 36, HeaderFlag.NO_REPLY, 0)
+        self._data = 100 * (head + payload)
+        self._thread = threading.Thread(target=self._run, name="flood")
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self._socket.sendall(self._data)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(WAIT)
+        assert not self._thread.is_alive()
+
+
+def test_messages_without_end_are_no_answer(
+    serving: ServingPci, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guestio.vfio_user.connection.DMA_ANSWER_TIMEOUT", 0.2)
+    with serving.connect() as client:
+        client.begin()
+        client.map(BASE, PAGE, None)
+        copy(client, 4)
+        client.asked()
+        with Flood(client):
+            until(lambda: isinstance(toy.copied, AccessError))
+            # It is disconnected.
+            with serving.connect() as following:
+                assert not following.version().error
+
+
+def test_messages_without_end_do_not_keep_a_server_from_stopping(
+    client: Client, toy: Toy, serving: ServingPci
+) -> None:
+    client.map(BASE, PAGE, None)
+    copy(client, 4)
+    client.asked()
+    with Flood(client), promptly(1.0):
+        serving.server.stop()
+        until(lambda: not serving.serving)
+
+
+def test_a_device_that_goes_on_asking_is_refused_at_once(
+    serving: ServingPci, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its accesses would wait as long as the first one."""
+    monkeypatch.setattr("guestio.vfio_user.connection.DMA_ANSWER_TIMEOUT", 0.2)
+    refused: list[str] = []
+
+    def write(bar: int, offset: int, size: int, value: int) -> None:
+        for _ in range(1000):
+            with pytest.raises(AccessError) as error:
+                toy.host.memory.read(BASE, 4)
+            refused.append(str(error.value))
+
+    with serving.connect() as client:
+        client.begin()
+        client.map(BASE, PAGE, None)
+        monkeypatch.setattr(toy, "write", write)
+        client.post(0, 0x28, b"\4")
+        client.asked()
+        until(lambda: len(refused) == 1000)
+        assert "does not answer" in refused[0]
+        assert all("the client is gone" in each for each in refused[1:])
+    assert serving.stats.dma_messages == 1

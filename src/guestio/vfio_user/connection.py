@@ -12,12 +12,18 @@ from functools import partial
 from guestio._core.base.syscalls import drain_eventfd, notify_eventfd
 from guestio._core.vfio_user.feed import ClientFeed
 from guestio.addr import ADDRESS_SPACE, Permissions
-from guestio.budgets import DMA_ANSWER_TIMEOUT, DMA_LOOK, DMA_STOP_LOOK, TURN_SECONDS
+from guestio.budgets import (
+    DMA_ANSWER_TIMEOUT,
+    DMA_LOOK,
+    DMA_NESTED,
+    DMA_STOP_LOOK,
+    TURN_SECONDS,
+)
 from guestio.errors import ProtocolError
 from guestio.pci.host import PciHost
 from guestio.pci.interrupts import InterruptKind
 from guestio.peer.channel import PeerGoneError
-from guestio.peer.connection import PeerConnection
+from guestio.peer.connection import MESSAGES_AT_A_TIME, PeerConnection
 from guestio.peer.foreign import Eventfd, close_foreign
 from guestio.ratelog import LOG
 from guestio.vfio_user.channel import Channel, Message
@@ -65,6 +71,19 @@ class _Revocation:
     until: float | None = None
 
 
+@dataclass
+class _Question:
+    """What the client is asked for.
+
+    Attributes:
+        command: The message's command.
+        answer: The client's answer, once it has come.
+    """
+
+    command: int
+    answer: Message | None = None
+
+
 class Connection(PeerConnection[Header]):
     """A client from its connection to its disconnection; a :class:`SessionHandler`.
 
@@ -107,6 +126,8 @@ class Connection(PeerConnection[Header]):
         self._half_at = -1
         self._remote = ClientMemory(self)
         self._asked = 0
+        self._questions: dict[int, _Question] = {}
+        self._given_up = False
         self._busy = False
         self._mask_events: dict[tuple[int, int, bool], Eventfd] = {}
         self._session = Session(self)
@@ -211,7 +232,7 @@ class Connection(PeerConnection[Header]):
     def ask(self, command: int, payload: bytes) -> bytes:
         """Ask the client for something, and obey what it sends before it answers.
 
-        The device may be called meanwhile.
+        The device may be called meanwhile, and may ask for more; the client answers in any order.
 
         Raises:
             RefusalError: It refuses or does not answer; or it cannot be asked here and now.
@@ -220,38 +241,16 @@ class Connection(PeerConnection[Header]):
             raise RefusalError(errno.EDEADLK, "the client is asked in the event loop's thread only")
         if self._busy:
             raise RefusalError(errno.EDEADLK, "the client waits for an answer itself")
-        if self.closed:
+        if self.closed or self._given_up:
             raise RefusalError(errno.ENOTCONN, "the client is gone")
-        self._asked = number = (self._asked + 1) % 2**16
+        if len(self._questions) >= DMA_NESTED:
+            raise RefusalError(errno.EDEADLK, f"{DMA_NESTED} answers of the client are waited for")
+        number = self._free_number()
+        question = self._questions[number] = _Question(command)
         self._stats.dma_messages += 1
-        until = time.monotonic() + DMA_ANSWER_TIMEOUT
         try:
             self._channel.send(Header(number, command, len(payload)).encode() + payload)
-            while True:
-                if self._revocation is not None:
-                    time.sleep(DMA_LOOK)
-                    self._look()
-                    continue
-                left = max(until - time.monotonic(), 0)
-                message = self._channel.recv(min(left, DMA_STOP_LOOK))
-                if message is None and self._ending():
-                    self._give_up("the server stops")
-                    raise RefusalError(errno.ECANCELED, "the server stops")
-                if message is None and left > DMA_STOP_LOOK:
-                    continue
-                if message is None:
-                    # Its answer may still come, and would be taken for another one's.
-                    self._give_up(f"{command_name(command)} was not answered in time")
-                    raise RefusalError(errno.ETIMEDOUT, "the client does not answer")
-                header = message.header
-                if header.is_reply and (header.number, header.request) == (number, command):
-                    message.close()
-                    if header.flags & HeaderFlag.ERROR:
-                        raise RefusalError(header.error or errno.EIO, "the client refuses")
-                    return message.payload
-                reply, fds = self._handle(message)
-                if reply is not None:
-                    self._channel.send(reply, fds)
+            answer = self._await_answer(question)
         except PeerGoneError:
             # The loop finds out as well, once the device has returned.
             self._loop.call_soon_threadsafe(self._receive)
@@ -260,12 +259,68 @@ class Connection(PeerConnection[Header]):
             self._give_up(str(error))
             raise RefusalError(errno.EPROTO, "the client broke the protocol") from None
         finally:
+            del self._questions[number]
             if self._channel.unfinished:
                 # What was read behind the answer: no descriptor tells of it any more.
                 self._loop.call_soon_threadsafe(self._receive)
+        if answer.header.flags & HeaderFlag.ERROR:
+            raise RefusalError(answer.header.error or errno.EIO, "the client refuses")
+        return answer.payload
+
+    def _free_number(self) -> int:
+        """A number that no question has whose answer may still come."""
+        while True:
+            self._asked = (self._asked + 1) % 2**16
+            if self._asked not in self._questions:
+                return self._asked
+
+    def _await_answer(self, question: _Question) -> Message:
+        """Obey what the client sends until it has answered a question, for a limited time.
+
+        Raises:
+            RefusalError: There is no answer; the client is given up.
+            PeerGoneError, ProtocolError: As from `Channel.recv` and `Channel.send`.
+        """
+        until, late = time.monotonic() + DMA_ANSWER_TIMEOUT, 0
+        while question.answer is None:
+            if self.closed:
+                raise RefusalError(errno.ENOTCONN, "the client is gone")
+            if self._ending():
+                self._give_up("the server stops")
+                raise RefusalError(errno.ECANCELED, "the server stops")
+            if self._revocation is not None:
+                time.sleep(DMA_LOOK)
+                self._look()
+                continue
+            left = max(until - time.monotonic(), 0)
+            message = self._channel.recv(min(left, DMA_STOP_LOOK))
+            # The answer may have come in time, behind other messages: some are read on for it.
+            late += not left
+            if late > MESSAGES_AT_A_TIME or (message is None and not left):
+                if message is not None:
+                    message.close()
+                # Its answer may still come, and would be taken for another one's.
+                self._give_up(f"{command_name(question.command)} was not answered in time")
+                raise RefusalError(errno.ETIMEDOUT, "the client does not answer")
+            if message is not None and not self._take_answer(message):
+                reply, fds = self._handle(message)
+                if reply is not None:
+                    self._channel.send(reply, fds)
+        return question.answer
+
+    def _take_answer(self, message: Message) -> bool:
+        """Keep a message for the question that it answers; False if it answers none."""
+        header = message.header
+        question = self._questions.get(header.number) if header.is_reply else None
+        if question is None or question.command != header.request or question.answer is not None:
+            return False
+        message.close()
+        question.answer = message
+        return True
 
     def _give_up(self, reason: str) -> None:
         """Disconnect the client once the device has returned."""
+        self._given_up = True
 
         def disconnect() -> None:
             if not self.closed:
