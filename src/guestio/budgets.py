@@ -251,8 +251,8 @@ DMA_ANSWER_TIMEOUT = 5.0
 """Seconds that a client may take to answer a DMA_READ or DMA_WRITE; then the access fails."""
 
 DMA_NESTED = 16
-"""Answers of a client that are waited for at a time: its writes to registers may have the device ask
-again before it has answered. One more access fails."""
+"""Answers of a client that are waited for at a time: what it writes to registers meanwhile may have
+the device ask again. One more access fails."""
 
 DMA_LOOK = 0.001
 """Seconds between looks whether such an access has ended."""

@@ -13,8 +13,10 @@ def fuzz(data: bytes) -> None:
     if choose.randrange(4) == 0:
         compare_streams(choose)
         return
-    side = Side(fast=choose.randrange(4) > 0)
-    campaign = Campaign(choose, side)
+    fast, waits = choose.randrange(4) > 0, choose.randrange(2) == 0
+    side = Side(fast=fast, revoke_after=3600.0 if waits else 0.0)
+    side.device.lets_go = choose.randrange(2) == 0
+    campaign = Campaign(choose, side, waits=waits)
     try:
         while choose.left:
             campaign.run(1)

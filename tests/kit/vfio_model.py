@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import struct
+import time
 from typing import Any, Final
 
 from guestio.addr import Permissions
@@ -22,6 +23,7 @@ from guestio.vfio_user.messages import Command, HeaderFlag
 from guestio.vfio_user.statistics import Statistics
 from guestio.virtio.loop import EventLoop
 from guestio.virtio.statistics import RateLimitedLog
+from tests.kit.serving import WAIT
 from tests.kit.vfio_client import PAGE, memory_file
 
 PAGES: Final = 48
@@ -47,7 +49,11 @@ class Probe(PciDevice):
     """Reads and writes memory as its registers say, and notes how its doorbells are rung.
 
     Register ADDRESS is where; a read of DATA reads as many bytes as are asked for, a write to STORE
-    writes as many. HOLD takes a lease on the page, HELD writes a byte of it, RELEASE ends it.
+    writes as many. HOLD takes a lease on the page and on as many behind it as are written there;
+    HELD reads or writes a byte of its last page, RELEASE ends it.
+
+    Attributes:
+        lets_go: Whether it lets go of memory that was unmapped too long ago.
     """
 
     vendor_id, device_id = 0x1234, 0x5678
@@ -58,6 +64,7 @@ class Probe(PciDevice):
         self.registers: dict[int, int] = {}
         self.tails: dict[int, int] = {}
         self.held: Any = None
+        self.lets_go = False
         self.counter = os.eventfd(0, os.EFD_NONBLOCK)
 
     def attached(self, host: PciHost) -> None:
@@ -72,6 +79,10 @@ class Probe(PciDevice):
         self.registers.clear()
         self.release()
 
+    def revoked(self, address: int, size: int) -> None:
+        if self.lets_go:
+            self.release()
+
     def release(self) -> None:
         held, self.held = self.held, None
         if held is not None:
@@ -81,6 +92,8 @@ class Probe(PciDevice):
         if offset == DATA:
             found = self.host.memory.read(self.registers.get(ADDRESS, 0), size)
             return int.from_bytes(found, "little")
+        if offset == HELD:
+            return -1 if self.held is None else self.held.read(self.held.total - PAGE, 1)[0]
         return self.registers.get(offset, 0)
 
     def write(self, bar: int, offset: int, size: int, value: int) -> None:
@@ -89,10 +102,10 @@ class Probe(PciDevice):
         elif offset == HOLD:
             self.release()
             address = self.registers.get(ADDRESS, 0) // PAGE * PAGE
-            self.held = self.host.memory.gather(address, PAGE, Permissions.WRITE)
+            self.held = self.host.memory.gather(address, (1 + value) * PAGE, Permissions.READ_WRITE)
         elif offset == HELD:
             if self.held is not None:
-                self.held.write(bytes([value & 255]))
+                self.held.write(bytes([value & 255]), self.held.total - PAGE)
         elif offset == RELEASE:
             self.release()
         else:
@@ -149,16 +162,24 @@ class Side:
             else:
                 self.peer.sendall(data)
 
-    def settle(self) -> bytes:
-        """Have all that arrived be handled; what was answered, without the descriptors."""
+    def settle(self, least: int = 0) -> bytes:
+        """Have all that arrived be handled; what was answered, without the descriptors.
+
+        Args:
+            least: Bytes of answers that are waited for.
+        """
         answer = bytearray()
+        until = time.monotonic() + WAIT
         while True:
             while self.loop.pending:
                 self.loop.run_once(0)
             more = self.answers()
             answer += more
-            if not more:
+            if more:
+                continue
+            if len(answer) >= least or self.connection.closed or time.monotonic() > until:
                 return bytes(answer)
+            self.loop.run_once(0.05)
 
     def answers(self) -> bytes:
         """What was sent back so far."""
@@ -187,6 +208,8 @@ class Campaign:
     Args:
         choose: Where choices come from.
         side: What is driven; it is negotiated with here.
+        waits: Whether an unmap waits until the device lets go of the memory, for longer than that
+            takes here. Otherwise it is cut off at once.
 
     Attributes:
         messages: How many were sent.
@@ -194,8 +217,8 @@ class Campaign:
 
     BATCH = 96
 
-    def __init__(self, choose: random.Random, side: Side) -> None:
-        self.choose, self.side = choose, side
+    def __init__(self, choose: random.Random, side: Side, *, waits: bool = False) -> None:
+        self.choose, self.side, self.waits = choose, side, waits
         self.files = [memory_file(FILE_PAGES * PAGE) for _ in range(FILES)]
         self.read_only = os.open(f"/proc/self/fd/{self.files[0]}", os.O_RDONLY)
         self.contents = [bytearray(FILE_PAGES * PAGE) for _ in range(FILES)]
@@ -208,9 +231,12 @@ class Campaign:
         self.starts: dict[int, int] = {}
         self.registers: dict[int, int] = {}
         self.tails: dict[int, int] = {}
-        self.held: tuple[int, int] | None = None
-        self.held_at: int | None = None
-        self.holding = False
+        # The pages that the device holds, and where the last one leads to; None once cut off, when
+        # it has a page of its own there, which is empty at first.
+        self.held: list[int] = []
+        self.own = 0
+        self.held_place: tuple[int, int] | None = None
+        self.asking = False
         self.master = False
         self.asked = 0
         self.number = 0
@@ -275,7 +301,7 @@ class Campaign:
     def check(self) -> None:
         """Have all be handled, and compare."""
         self._flush()
-        got = bytearray(self.side.settle())
+        got = bytearray(self.side.settle(len(self.expected)))
         at = 0
         while at + 16 <= len(got):
             number, command, size, flags, error = _HEADER.unpack_from(got, at)
@@ -304,7 +330,7 @@ class Campaign:
 
     def step(self) -> None:
         """Send one message, or a few that belong together."""
-        what = self.choose.randrange(48)
+        what = self.choose.randrange(52)
         if what < 10:
             self._map()
         elif what < 18:
@@ -317,7 +343,7 @@ class Campaign:
             self._load()
         elif what < 46:
             self._store()
-        elif what == 46:
+        elif what < 51:
             self._hold()
         else:
             self._rare()
@@ -370,7 +396,11 @@ class Campaign:
     def _unmap(self) -> None:
         choose = self.choose
         flags = 0
-        if self.starts and choose.randrange(4):
+        if self.held_place is not None and not choose.randrange(4):
+            page = self.held[choose.randrange(len(self.held))]
+            first = max(start for start in self.starts if start <= page)
+            address, size = address_of(first), self.starts[first] * PAGE
+        elif self.starts and choose.randrange(4):
             first = list(self.starts)[choose.randrange(len(self.starts))]
             count = self.starts[first]
             if not choose.randrange(8):
@@ -395,14 +425,47 @@ class Campaign:
                 bad = bad or begin < address or begin + length * PAGE > end
         posted = choose.randrange(8) == 0
         payload = _UNMAP.pack(24, flags, address, size % 2**64)
-        self._send(Command.DMA_UNMAP, payload, error=bad, posted=posted)
+        gone = [page for start in hit for page in range(start, start + self.starts[start])]
+        used = not bad and self.held_place is not None and not set(gone).isdisjoint(self.held)
+        if used and self.waits:
+            if self.asking:
+                return  # what comes later is sent already
+            self._unmap_late(payload, posted=posted)
+        else:
+            self._send(Command.DMA_UNMAP, payload, error=bad, posted=posted)
         if not bad:
             for start in hit:
-                for page in range(start, start + self.starts.pop(start)):
-                    del self.pages[page]
-                    if page == self.held_at:
-                        # The device is cut off: what it holds leads nowhere.
-                        self.held = self.held_at = None
+                del self.starts[start]
+            for page in gone:
+                del self.pages[page]
+        if used:
+            # The device is cut off: what it holds leads nowhere.
+            self.held_place, self.own = None, 0
+            if self.waits or self.side.device.lets_go:
+                self.held = []
+        if used and self.waits:
+            self.check()
+
+    def _unmap_late(self, payload: bytes, *, posted: bool) -> None:
+        """Unmap what the device holds: that is answered when it lets go, and so is what follows."""
+        self.check()
+        self._send(Command.DMA_UNMAP, payload, posted=posted)
+        value = self.choose.getrandbits(8)
+        before = dict(self.tails)
+        self._write(BELLS, bytes([value]), posted=False)
+        self._flush()
+        early = self.side.settle()
+        assert not early, f"answered while an access is under way: {early.hex()}"
+        assert self.side.device.tails == before, "a message was obeyed before an unmap that waits"
+        self.tails[0] = value
+        # What it does until then is done.
+        held, value = self.side.device.held, self.choose.getrandbits(8)
+        assert self.held_place is not None
+        file, page = self.held_place
+        held.write(bytes([value]), held.total - PAGE)
+        self.contents[file][page * PAGE] = value
+        assert held.read(0, held.total)[-PAGE:] == self.contents[file][page * PAGE :][:PAGE]
+        self.side.device.release()
 
     def _write(self, offset: int, data: bytes, *, posted: bool) -> None:
         payload = _ACCESS.pack(offset, 0, len(data)) + data
@@ -478,34 +541,56 @@ class Campaign:
         size = 32 + len(value)
         self.expected += _HEADER.pack(self.asked, Command.DMA_WRITE, size, 0, 0) + place + value
         # The mapping that is written to stays until then: the client answers as it likes.
+        self.asking = True
         for _ in range(self.choose.randrange(3)):
             (self._ring, self._map, self._unmap)[self.choose.randrange(3)]()
+        self.asking = False
         self.messages += 1
         self.out += _HEADER.pack(self.asked, Command.DMA_WRITE, 32, 1, 0) + place
 
     def _hold(self) -> None:
-        what = self.choose.randrange(3)
+        what = self.choose.randrange(4)
         if what == 0:
-            address = self.registers.get(ADDRESS, 0)
-            page = address // PAGE if address < TOP else PAGES - 16 + (address - TOP) // PAGE
-            known = self.pages.get(page)
-            if known is not None and known[0] is None:
-                return  # would be asked for
-            if TOP > address >= (PAGES - 16) * PAGE:
-                known = None
-            self._write(HOLD, b"\1", posted=True)
-            self.held = self.held_at = None
-            if known is not None and self.master and known[2] & 2:
-                assert known[0] is not None
-                self.held, self.held_at = (known[0], known[1]), page
+            self._take_lease(self.choose.randrange(3))
         elif what == 1:
             value = self.choose.getrandbits(8)
             self._write(HELD, bytes([value]), posted=True)
-            if self.held is not None:
-                self.contents[self.held[0]][self.held[1] * PAGE] = value
+            if self.held_place is not None:
+                file, page = self.held_place
+                self.contents[file][page * PAGE] = value
+            self.own = value
+        elif what == 2:
+            asked = _ACCESS.pack(HELD, 0, 1)
+            if self.held_place is not None:
+                file, page = self.held_place
+                data = self.contents[file][page * PAGE : page * PAGE + 1]
+            else:
+                data = bytearray([self.own if self.held else 0xFF])
+            self._send(Command.REGION_READ, asked, answer=asked + data)
         else:
             self._write(RELEASE, b"\1", posted=True)
-            self.held = self.held_at = None
+            self.held, self.held_place = [], None
+
+    def _take_lease(self, more: int) -> None:
+        """Have the device hold the page that it is pointed at, and some behind it."""
+        start = self.registers.get(ADDRESS, 0) // PAGE * PAGE
+        held = []
+        known = []
+        for address in range(start, start + (1 + more) * PAGE, PAGE):
+            page = address // PAGE if address < TOP else PAGES - 16 + (address - TOP) // PAGE
+            if TOP > address >= (PAGES - 16) * PAGE:
+                page = -1
+            held.append(page)
+            known.append(self.pages.get(page, (None, 0, 0)))
+        reached = self.master and all(perm == 3 for _, _, perm in known)
+        if reached and any(file is None for file, _, _ in known):
+            return  # would be asked for
+        self._write(HOLD, bytes([more]), posted=True)
+        self.held, self.held_place = [], None
+        if reached:
+            file, at, _ = known[-1]
+            assert file is not None
+            self.held, self.held_place = held, (file, at)
 
     def _rare(self) -> None:
         what = self.choose.randrange(8)
@@ -515,7 +600,7 @@ class Campaign:
             self._send(Command.DEVICE_RESET, b"")
             self.master = False
             self.registers.clear()
-            self.held = self.held_at = None
+            self.held, self.held_place = [], None
             if self.choose.randrange(4):
                 self._switch(True)
         else:
@@ -527,14 +612,17 @@ class Campaign:
         self._send(Command.REGION_WRITE, payload)
 
 
-def run_campaign(choose: random.Random, batches: int, *, fast: bool = True) -> int:
+def run_campaign(
+    choose: random.Random, batches: int, *, fast: bool = True, waits: bool = False
+) -> int:
     """Drive a new side with so many batches; the messages that were sent.
 
     Raises:
         AssertionError: Something is not as the model says.
     """
-    side = Side(fast=fast)
-    campaign = Campaign(choose, side)
+    side = Side(fast=fast, revoke_after=3600.0 if waits else 0.0)
+    side.device.lets_go = choose.randrange(2) == 0
+    campaign = Campaign(choose, side, waits=waits)
     try:
         campaign.run(batches)
         return campaign.messages

@@ -212,11 +212,12 @@ def test_a_client_that_does_not_read(side: Side) -> None:
     assert len(got) == 16 * sent
 
 
+@pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_against_a_model_of_pages(seed: int, fast: bool) -> None:
+def test_against_a_model_of_pages(seed: int, fast: bool, waits: bool) -> None:
     with nothing_left():
-        assert run_campaign(random.Random(seed), 100, fast=fast) > 1000
+        assert run_campaign(random.Random(seed), 100, fast=fast, waits=waits) > 1000
 
 
 @pytest.mark.slow
