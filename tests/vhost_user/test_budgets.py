@@ -601,21 +601,50 @@ class TestMessages:
                     raw.sock.recv(100)
                 raw.sock.shutdown(socket.SHUT_RDWR)
 
+    def test_one_that_speaks_is_served_before_those_that_are_silent(
+        self, survivor: Serving, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # As long as none makes way.
+        monkeypatch.setattr("guestio.peer.server.FIRST_MESSAGE_TIMEOUT", WAIT)
+        with contextlib.ExitStack() as stack:
+            served, *_, speaking = (stack.enter_context(Raw(survivor)) for _ in range(14))
+            until(lambda: len(survivor.backend._waiting) == 13)
+            speaking.request(F.GET_FEATURES)
+            served.sock.shutdown(socket.SHUT_RDWR)
+            assert len(speaking.sock.recv(100)) == 20
+
     def test_more_than_may_wait(self, survivor: Serving, caplog: pytest.LogCaptureFixture) -> None:
         with contextlib.ExitStack() as stack:
             first, *others = (
                 stack.enter_context(Raw(survivor)) for _ in range(budgets.MAX_WAITING + 1)
             )
-            first.request(F.GET_FEATURES)
+            for each in (first, *others):
+                each.request(F.GET_FEATURES)
             assert len(first.sock.recv(100)) == 20
             until(lambda: len(survivor.backend._waiting) == budgets.MAX_WAITING)
             with Raw(survivor) as raw:
                 assert raw.closed()
-            others[0].request(F.GET_FEATURES)
             first.sock.shutdown(socket.SHUT_RDWR)
             assert len(others[0].sock.recv(100)) == 20
         (line,) = errors_of(caplog)
         assert line.endswith("front-end refused: 16 others wait")
+
+    def test_one_too_many_gets_the_place_of_one_that_is_silent(self, survivor: Serving) -> None:
+        with contextlib.ExitStack() as stack:
+            first, *others = (
+                stack.enter_context(Raw(survivor)) for _ in range(budgets.MAX_WAITING + 1)
+            )
+            for each in (first, others[0]):
+                each.request(F.GET_FEATURES)
+            assert len(first.sock.recv(100)) == 20
+            until(lambda: len(survivor.backend._waiting) == budgets.MAX_WAITING)
+            with Raw(survivor) as late:
+                assert others[1].closed()
+                late.request(F.GET_FEATURES)
+                first.sock.shutdown(socket.SHUT_RDWR)
+                assert len(others[0].sock.recv(100)) == 20
+                others[0].sock.shutdown(socket.SHUT_RDWR)
+                assert len(late.sock.recv(100)) == 20
 
     def test_one_that_leaves_its_end_with_another_that_waits(
         self, survivor: Serving, caplog: pytest.LogCaptureFixture

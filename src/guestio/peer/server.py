@@ -154,7 +154,7 @@ class PeerServer(ABC):
         while not self._stopping.is_set():
             try:
                 if self._waiting and self._connection is None and not self._endpoint.paused:
-                    self._begin(self._waiting.popleft())
+                    self._begin(self._next_waiting())
                 self._loop.run_once()
             except (KeyboardInterrupt, SystemExit):
                 raise
@@ -193,11 +193,16 @@ class PeerServer(ABC):
         then never ends.
         """
         if len(self._waiting) >= MAX_WAITING:
+            silent = next((each for each in self._waiting if not _has_spoken(each)), None)
             LOG.report(
                 self._log, logging.ERROR, "%s refused: %d others wait", self.peer_name, MAX_WAITING
             )
-            close_socket(connected)
-            return
+            if silent is None:
+                close_socket(connected)
+                return
+            # It has said nothing, although it is its turn to: one that does gets its place.
+            self._waiting.remove(silent)
+            close_socket(silent)
         first = not self._waiting
         try:
             self._waiting.append(connected)
@@ -209,6 +214,15 @@ class PeerServer(ABC):
         else:
             self._drop_waiting(connected)
         self._limit_silence()
+
+    def _next_waiting(self) -> socket.socket:
+        """Take the peer that is served next: the first that has said something, if any has.
+
+        Both protocols have the peer speak first, so those that only connect keep no other waiting.
+        """
+        chosen = next((each for each in self._waiting if _has_spoken(each)), self._waiting[0])
+        self._waiting.remove(chosen)
+        return chosen
 
     def _look_at_waiting(self) -> None:
         """Let go of peers that wait no more, or should not, as long as any waits."""
@@ -320,3 +334,10 @@ class PeerServer(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _has_spoken(peer: socket.socket) -> bool:
+    """Whether something that a peer has sent can be read."""
+    poll = select.poll()
+    poll.register(peer, select.POLLIN)
+    return any(events & select.POLLIN for _, events in poll.poll(0))
