@@ -109,9 +109,10 @@ class Case:
 CASES = (
     ("blk, vhost-user", "vhost-user"),
     ("blk, vfio-user, posted writes", "vfio-user"),
+    ("blk, vfio-user, ioeventfds", "vfio-user-doorbells"),
     ("nvme", "nvme"),
 )
-GOALS = {"vfio-user": 1.2, "nvme": 1.3}
+GOALS = {"vfio-user": 1.2, "vfio-user-doorbells": 1.2, "nvme": 1.3}
 """CPU time per request to that of ``blk`` over vhost-user, at most, at depth 32."""
 
 
@@ -141,7 +142,7 @@ def serving(kind: str, socket: Path, image: Path) -> Iterator[int]:
 def measure(case: Case, directory: Path, seconds: float, depth: int) -> None:
     """One way, with a fresh server."""
     socket, image = directory / "bench.sock", directory / "disk.img"
-    kind = "blk" if case.transport == "vfio-user" else case.transport
+    kind = "blk" if case.transport.startswith("vfio-user") else case.transport
     with serving(kind, socket, image) as pid:
         drive = [
             *("-m", "guestio", "bench", str(socket)),

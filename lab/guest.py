@@ -260,6 +260,26 @@ class QemuDisk:
 
 
 @dataclass(frozen=True, slots=True)
+class QemuNvme:
+    """QEMU's own NVMe controller on a raw image, for comparison.
+
+    Attributes:
+        image: Raw image file.
+        serial: What the guest sees.
+    """
+
+    image: Path
+    serial: str = "qemu"
+
+    def arguments(self, index: int, viommu: Viommu) -> list[str]:
+        """QEMU arguments; see `Disk`."""
+        return [
+            *("-drive", f"if=none,id=drive{index},format=raw,file={_escaped(self.image)}"),
+            *("-device", f"nvme,drive=drive{index},serial={self.serial}"),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class Script:
     """A shell script to run in the guest, by busybox sh, as root.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import time
@@ -55,16 +56,37 @@ class Queue:
 
 
 class Trigger:
-    """Counts a vector's interrupts."""
+    """Counts a vector's interrupts, whether Python or the core signals it.
+
+    Attributes:
+        direct: How many did not go through Python.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._noted = self._direct = 0
+
+    @property
+    def direct(self) -> int:
+        with contextlib.suppress(BlockingIOError):
+            self._direct += os.eventfd_read(self._fd)
+        return self._direct
+
+    @property
+    def count(self) -> int:
+        return self._noted + self.direct
+
+    def fileno(self) -> int:
+        return self._fd
 
     def notify(self) -> None:
-        self.count += 1
+        self._noted += 1
 
     def close(self) -> None:
-        pass
+        """Do nothing: the driver counts on, and connects again with it."""
+
+    def discard(self) -> None:
+        os.close(self._fd)
 
 
 class Remote:
@@ -143,6 +165,8 @@ class NvmeDriver:
         self.device.close()
         self.loop.close()
         os.close(self.fd)
+        for trigger in self.triggers:
+            trigger.discard()
 
     # Memory.
 

@@ -29,6 +29,14 @@ class Reply(NamedTuple):
     fds: tuple[int, ...] = ()
 
 
+class IoFds(NamedTuple):
+    """What a region has of descriptors: bytes needed, offset, size, index, type, flags, value."""
+
+    argsz: int
+    entries: list[tuple[int, ...]]
+    fds: tuple[int, ...]
+
+
 class Client:
     """A client whose messages are put together by hand."""
 
@@ -118,6 +126,21 @@ class Client:
     def post(self, region: int, offset: int, data: bytes) -> None:
         payload = struct.pack("<QII", offset, region, len(data)) + data
         self.send(Command.REGION_WRITE, payload, flags=HeaderFlag.NO_REPLY)
+
+    def io_fds(self, region: int, argsz: int = 1 << 12) -> IoFds:
+        """Ask for the descriptors of a region; they are the caller's."""
+        asked = struct.pack("<IIII", argsz, 0, region, 0)
+        reply = self.request(Command.DEVICE_GET_REGION_IO_FDS, asked)
+        assert not reply.error, os.strerror(reply.error)
+        needed, flags, index, count = struct.unpack_from("<IIII", reply.payload)
+        assert (flags, index) == (0, region)
+        entries = [
+            (*values, value)
+            for *values, padding, value in struct.iter_unpack("<QQIIIIQ", reply.payload[16:])
+            if not padding
+        ]
+        assert len(entries) == count
+        return IoFds(needed, entries, reply.fds)
 
     def set_irqs(
         self,

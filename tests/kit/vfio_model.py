@@ -71,6 +71,7 @@ class Probe(PciDevice):
         self.host = host
         host.add_doorbell(0, BELLS, BELL_BYTES, CallbackDoorbell(self._rung))
         host.add_doorbell(0, COUNTER, 4, EventfdDoorbell(self.counter))
+        host.offer_ioeventfd(0, COUNTER)
 
     def _rung(self, offset: int, size: int, value: int) -> None:
         self.tails[offset] = value

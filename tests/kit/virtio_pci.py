@@ -179,7 +179,7 @@ class Transport:
 
 
 class PciQueue(FrontendQueue):
-    """A queue that is notified by a write to a BAR, and notifies by its MSI-X vector."""
+    """A queue that is notified by a write to a BAR or by an eventfd, and notifies by MSI-X."""
 
     def __init__(self, front: PciFront, index: int, event: int) -> None:
         super().__init__(index, kick=False, call=False)
@@ -187,7 +187,11 @@ class PciQueue(FrontendQueue):
         self.call_fd = os.dup(event)
 
     def kick(self) -> None:
-        self._front.transport.notify(self.index)
+        bell = self._front.bells.get(self.index)
+        if bell is None:
+            self._front.transport.notify(self.index)
+        else:
+            os.eventfd_write(bell, 1)
 
 
 class PciMappings:
@@ -226,6 +230,9 @@ class PciFront:
 
     Args:
         path: Where the server listens.
+
+    Attributes:
+        bells: Eventfds that queues are notified by instead of by messages, by number.
     """
 
     protocol_features = ProtocolFeature.STATUS
@@ -241,10 +248,19 @@ class PciFront:
             self.iotlb = PciMappings(self.client, self.transport.lock)
             self.offered = self.transport.offered
             self.features = 0
+            self.bells: dict[int, int] = {}
             self._changes = 0
             self._queues: dict[int, PciQueue] = {}
             self._mapped: list[tuple[int, int]] = []
             undo.pop_all()
+
+    def take_bells(self) -> None:
+        """Ask for the eventfds that stand for notifications, and use them from now on."""
+        part = self.transport.parts[NOTIFY]
+        with self.transport.lock:
+            found = self.client.io_fds(part.bar)
+        for (offset, *_), fd in zip(found.entries, found.fds, strict=True):
+            self.bells[(offset - part.offset) // self.transport.multiplier] = fd
 
     @property
     def iommu(self) -> bool:
@@ -339,6 +355,8 @@ class PciFront:
         self.client.socket.close()
         while self._queues:
             self._queues.popitem()[1].close()
+        while self.bells:
+            os.close(self.bells.popitem()[1])
         while self.events:
             os.close(self.events.pop())
         self.iotlb.memory = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from operator import index as as_index
 from typing import TYPE_CHECKING, Final
@@ -13,6 +14,7 @@ from guestio._core.pci.doorbell import Doorbell, Doorbells
 from guestio.addr import check_int
 from guestio.errors import DeviceError
 from guestio.memory import Backing
+from guestio.memory.backing import close_fd
 from guestio.pci.capabilities import Msi, MsiX
 from guestio.pci.config import COMMAND_INTX_DISABLE, ConfigSpace
 from guestio.pci.device import Bar, PciDevice, check_device, complete
@@ -29,8 +31,9 @@ class PciHost(LoopCalls):
     """A PCI device and what a transport drives of it.
 
     A device is handed its host by `PciDevice.attached`, and uses :attr:`memory`,
-    :meth:`interrupt`, :meth:`add_doorbell`, ``add_reader``, ``remove_reader``, ``call_later`` and
-    ``call_soon_threadsafe``. The rest is for transports, in the loop's thread.
+    :meth:`interrupt`, :meth:`add_doorbell`, :meth:`offer_ioeventfd`, :meth:`ioeventfd`,
+    ``add_reader``, ``remove_reader``, ``call_later`` and ``call_soon_threadsafe``. The rest is for
+    transports, in the loop's thread.
 
     Args:
         device: What is hosted.
@@ -70,6 +73,9 @@ class PciHost(LoopCalls):
         )
         self.doorbells: Final = Doorbells(self._doorbell_failed)
         self._serving_doorbells = False
+        # -1 as long as nothing has asked for it.
+        self._ioeventfds: dict[tuple[int, int], int] = {}
+        self._connected = False
         self.failures = 0
         self._views: dict[int, VolatileSlice] = {
             number: _view(bar.memory) for number, bar in self.bars.items() if bar.memory is not None
@@ -115,7 +121,19 @@ class PciHost(LoopCalls):
         """
         if not isinstance(doorbell, Doorbell):
             raise TypeError(f"doorbell must be a guestio Doorbell, not {doorbell!r}")
-        where = f"a doorbell at {check_int(offset, 'offset'):#x}+{check_int(size, 'size'):#x}"
+        place = self._check_place(bar, offset, size, "a doorbell")
+        try:
+            self.doorbells.add(bar, offset, size, place.width, doorbell)
+        except ValueError as error:
+            raise DeviceError(f"{self._owner}: {error}") from None
+
+    def _check_place(self, bar: int, offset: int, size: int, what: str) -> Bar:
+        """A BAR with a range whose accesses reach the device.
+
+        Raises:
+            DeviceError: There is no such one.
+        """
+        where = f"{what} at {check_int(offset, 'offset'):#x}+{check_int(size, 'size'):#x}"
         place = self.bars.get(check_int(bar, "bar"))
         if place is None or offset < 0 or size < 1 or offset + size > place.size:
             raise DeviceError(f"{self._owner} has no room for {where} of BAR {bar}")
@@ -126,10 +144,7 @@ class PciHost(LoopCalls):
             raise DeviceError(f"{where} of BAR {bar} is in memory that the driver maps")
         if any(self._msix_bytes(bar, at, 1) is not None for at in range(offset, offset + size)):
             raise DeviceError(f"{where} of BAR {bar} is in the table or pending bits of MSI-X")
-        try:
-            self.doorbells.add(bar, offset, size, place.width, doorbell)
-        except ValueError as error:
-            raise DeviceError(f"{self._owner}: {error}") from None
+        return place
 
     def remove_doorbell(self, bar: int, offset: int) -> None:
         """Remove the doorbell whose range begins at ``offset``: it is rung and served no more.
@@ -141,6 +156,52 @@ class PciHost(LoopCalls):
             self.doorbells.remove(bar, offset)
         except ValueError as error:
             raise DeviceError(f"{self._owner}: {error}") from None
+
+    def offer_ioeventfd(self, bar: int, offset: int) -> None:
+        """Let clients signal an eventfd instead of writing to a register: an ioeventfd.
+
+        That is for registers whose writes say nothing but "look": neither the value nor the width
+        of a write is learned. A client gets the eventfd when it asks for it, and may have a
+        hypervisor signal it, so that a write of the driver takes no message. Writes that come as
+        messages reach the register as ever. To be called in `PciDevice.attached`.
+
+        Args:
+            bar: The BAR.
+            offset: Where writes begin that the eventfd stands for.
+
+        Raises:
+            DeviceError: The device has no such register, or it is offered already.
+        """
+        self._check_place(bar, offset, 1, "an ioeventfd")
+        if (bar, offset) in self._ioeventfds:
+            raise DeviceError(
+                f"{self._owner} offers an ioeventfd at {offset:#x} of BAR {bar} twice"
+            )
+        self._ioeventfds[bar, offset] = -1
+
+    def ioeventfd(self, bar: int, offset: int) -> int:
+        """The eventfd that the client which is there signals instead of writing.
+
+        It is made when it is first asked for, outlives resets, and is closed when the client goes,
+        once the device was reset. The client shares its file description, and may make it block,
+        and as large as it likes: `guestio` reads and signals such eventfds without waiting, and
+        waiting for one does no harm.
+
+        Returns:
+            The descriptor, the host's; to be duplicated by what uses it after a reset.
+
+        Raises:
+            DeviceError: It was not offered, or no client is there.
+            OSError: There is no descriptor left.
+        """
+        fd = self._ioeventfds.get((bar, offset))
+        if fd is None:
+            raise DeviceError(f"{self._owner} offers no ioeventfd at {offset:#x} of BAR {bar}")
+        if not self._connected:
+            raise DeviceError(f"{self._owner} has no client that would signal an ioeventfd")
+        if fd < 0:
+            fd = self._ioeventfds[bar, offset] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        return fd
 
     def _doorbell_failed(self, method: str) -> None:
         self._count_failure(f"{method} of a doorbell of {self._owner} raised", trace=True)
@@ -173,6 +234,7 @@ class PciHost(LoopCalls):
 
     def connect(self, space: AddressSpace, remote: RemoteMemory | None = None) -> None:
         """Let the device reach a driver's memory; again when that has changed."""
+        self._connected = True
         self.memory.connect(space, remote)
         self._call_device("memory_changed")
 
@@ -187,6 +249,21 @@ class PciHost(LoopCalls):
         self.interrupts.close()
         self.doorbells.forget_rung()
         self.reset()
+        self._connected = False
+        for place, fd in self._ioeventfds.items():
+            if fd >= 0:
+                # The client may go on signalling it: the next one has others.
+                self._ioeventfds[place] = -1
+                close_fd(fd)
+
+    def ioeventfds(self, bar: int, most: int) -> list[tuple[int, int]]:
+        """The ioeventfds of a BAR for a client, as ``(offset, descriptor)``, the first ``most``.
+
+        Raises:
+            OSError: There is no descriptor left.
+        """
+        places = [place for place in self._ioeventfds if place[0] == bar]
+        return [(offset, self.ioeventfd(bar, offset)) for _, offset in places[:most]]
 
     def reset(self) -> None:
         """Reset the function. Triggers of interrupts stay."""

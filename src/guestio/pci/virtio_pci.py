@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
+from guestio._core.base.syscalls import notify_eventfd
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.memory.vector import RegionTable
 from guestio._core.pci.doorbell import EventfdDoorbell
@@ -116,8 +117,8 @@ class _Call(Bell):
         super().close()
 
 
-class _Forward:
-    """A client's eventfd that a queue signals: an interrupt with nothing in between."""
+class _Shared:
+    """An eventfd that the client has, too: an interrupt or a notification, nothing in between."""
 
     def __init__(self, fd: int) -> None:
         self._fd = os.dup(fd)
@@ -203,7 +204,7 @@ class _Ring:
     vector: int = NO_VECTOR
     enabled: bool = False
     parts: list[int] | None = None
-    kick: Bell | None = None
+    kick: _Shared | None = None
     call: _Call | None = None
     trigger: Trigger | None = None
 
@@ -333,6 +334,8 @@ class VirtioPci(PciDevice):
         self.statistics.device_holds = lambda: self._host.outstanding
         self._host.connect(self, self._translator(None))
         host.interrupts.changed = self._route_all
+        for index in range(len(self._rings)):
+            host.offer_ioeventfd(0, self._place(index))
         with naming(self.device, "attached"):
             self.device.attached(self._host)
 
@@ -415,16 +418,20 @@ class VirtioPci(PciDevice):
 
     # Notifications of the driver: a doorbell of the core, while the queue runs.
 
-    def _notify_by(self, index: int, kick: Bell) -> None:
+    def _place(self, index: int) -> int:
+        """Where in BAR 0 a queue is notified."""
+        return self._notify + NOTIFY_STEP * index
+
+    def _notify_by(self, index: int, kick: _Shared) -> None:
         doorbell = EventfdDoorbell(kick.fileno())
-        self._pci.add_doorbell(0, self._notify + NOTIFY_STEP * index, NOTIFY_STEP, doorbell)
+        self._pci.add_doorbell(0, self._place(index), NOTIFY_STEP, doorbell)
 
     def _silence(self, index: int) -> None:
         """Take the notifications of a queue that is to stop; its kick is closed then."""
         ring = self._rings[index]
         if ring.kick is not None:
             ring.kick = ring.call = ring.trigger = None
-            self._pci.remove_doorbell(0, self._notify + NOTIFY_STEP * index)
+            self._pci.remove_doorbell(0, self._place(index))
 
     # The common configuration (section 4.1.4.3).
 
@@ -622,14 +629,14 @@ class VirtioPci(PciDevice):
             return
         queue.set_base(0)
         queue.set_err(_Call(loop, lambda: loop.call_soon_threadsafe(self._tell_broken)))
-        kick = Bell()
+        kick = _Shared(self._pci.ioeventfd(0, self._place(index)))
         queue.set_kick(kick)
         ring.kick = kick
         self._notify_by(index, kick)
         self._route(index)
         queue.enable(True)
         # The driver may have made buffers available before it was ready, and not notify again.
-        kick.ring()
+        notify_eventfd(kick.fileno())
 
     @property
     def tracked(self) -> bool:
@@ -684,7 +691,7 @@ class VirtioPci(PciDevice):
             # Threads of the device signal with the lock held.
             with queue.lock:
                 due = before is not None and before.has_rung()
-                queue.set_call(_Forward(trigger.fileno()))
+                queue.set_call(_Shared(trigger.fileno()))
             if due:
                 trigger.notify()
 

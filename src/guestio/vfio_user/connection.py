@@ -362,6 +362,13 @@ class Connection(PeerConnection[Header]):
             return Region(bar.size)
         return Region(bar.size, bar.memory.fd, bar.memory.file_offset or 0, bar.areas)
 
+    def ioeventfds(self, index: int, most: int) -> list[tuple[int, int]]:
+        """See :class:`SessionHandler`."""
+        try:
+            return self._host.ioeventfds(index, most)
+        except OSError as error:
+            raise RefusalError(error.errno or errno.EMFILE, "an ioeventfd cannot be made") from None
+
     def interrupts(self, index: int) -> tuple[int, int]:
         """See :class:`SessionHandler`."""
         flags = IrqFlag.EVENTFD | IrqFlag.MASKABLE

@@ -242,6 +242,12 @@ class Version(NamedTuple):
         said = self.capabilities.get("max_data_xfer_size")
         return said if isinstance(said, int) and said > 0 else 1 << 20
 
+    @property
+    def max_fds(self) -> int:
+        """Descriptors that the sender takes with one message (``max_msg_fds``)."""
+        said = self.capabilities.get("max_msg_fds")
+        return said if isinstance(said, int) and said >= 0 else 1
+
     def encode(self) -> bytes:
         """The payload."""
         text = json.dumps({"capabilities": dict(self.capabilities)}, separators=(",", ":"))

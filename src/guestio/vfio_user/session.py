@@ -22,6 +22,7 @@ from guestio.vfio_user.messages import (
     DMA_MAP,
     DMA_UNMAP,
     FEATURE,
+    IO_FD,
     IRQ_INDICES,
     IRQ_INFO,
     MAX_DATA,
@@ -40,6 +41,7 @@ from guestio.vfio_user.messages import (
     DeviceInfo,
     DmaMap,
     DmaUnmap,
+    IoFdType,
     IrqInfo,
     IrqSet,
     RefusalError,
@@ -81,6 +83,13 @@ class SessionHandler(Protocol):
 
     def region(self, index: int) -> Region:
         """A region of the device."""
+        ...
+
+    def ioeventfds(self, index: int, most: int) -> list[tuple[int, int]]:
+        """Eventfds that stand for writes to a region, as ``(offset, descriptor)``, which stay its.
+
+        At most ``most``.
+        """
         ...
 
     def interrupts(self, index: int) -> tuple[int, int]:
@@ -258,9 +267,22 @@ class Session:
     def _region_io_fds(self, message: Message) -> bytes:
         request = RegionIoFds._make(_unpack(REGION_IO_FDS, message))
         _check_argsz(request.argsz, REGION_IO_FDS)
-        self._region(request.region)
-        # None: each access is a message.
-        return REGION_IO_FDS.pack(REGION_IO_FDS.size, 0, request.region, 0)
+        if request.flags:
+            raise RefusalError(errno.EINVAL, f"{message.header.name} with flags {request.flags:#x}")
+        region = self._region(request.region)
+        assert self.client is not None
+        most = min(MAX_FDS, self.client.max_fds) if region.size else 0
+        offered = self._handler.ioeventfds(request.region, most)
+        argsz = REGION_IO_FDS.size + len(offered) * IO_FD.size
+        if request.argsz < argsz:
+            # The client asks again, with room for all of it.
+            return REGION_IO_FDS.pack(argsz, 0, request.region, 0)
+        self.reply_fds = [fd for _, fd in offered]
+        # The width of a write does not matter, which is size 0, nor does its value.
+        return REGION_IO_FDS.pack(argsz, 0, request.region, len(offered)) + b"".join(
+            IO_FD.pack(offset, 0, number, IoFdType.IOEVENTFD, 0, 0, 0)
+            for number, (offset, _) in enumerate(offered)
+        )
 
     def _irq_info(self, message: Message) -> bytes:
         request = IrqInfo._make(_unpack(IRQ_INFO, message))

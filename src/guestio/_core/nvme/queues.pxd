@@ -46,6 +46,7 @@ cdef class NvmeQueues(Doorbell):
     cdef object memory
     cdef object command
     cdef object interrupt
+    cdef int call[MAX_QUEUES]    # eventfds of the vectors that are signalled here; -1: none
     cdef object fault
     cdef list faults             # wrong doorbells, to be reported
     cdef list namespaces

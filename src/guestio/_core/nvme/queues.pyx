@@ -21,6 +21,7 @@ from guestio._core.base.atomics cimport READ, WRITE, store_atomic
 from guestio._core.base.capacity cimport GUESTIO_ASSERT, LOOP_REQUESTS
 from guestio._core.base.checks cimport as_address, as_size
 from guestio._core.base.clock cimport now_ns
+from guestio._core.base.syscalls cimport notify
 from guestio._core.memory.image cimport MOVED, Move
 
 from guestio.errors import AccessError
@@ -91,7 +92,8 @@ cdef class NvmeQueues(Doorbell):
         most: Queues of each kind, that of the admin commands included; 2 to 64.
         command: Called with the queue's number and the entry's 64 bytes for each command that is
             not served here. It ends with :meth:`complete` or :meth:`forget`, at once or later.
-        interrupt: Called with a vector when completions were posted.
+        interrupt: Called with a vector when completions were posted, if it has no eventfd; see
+            :meth:`set_calls`.
         fault: Called with INVALID_REGISTER, INVALID_VALUE or BROKEN and what happened, when a
             doorbell is wrong, or a queue cannot be accessed: then all queues stand still.
         max_transfer: Bytes of a command's data at most.
@@ -123,6 +125,7 @@ cdef class NvmeQueues(Doorbell):
         self.turn_bytes = as_size(turn_bytes, "turn_bytes")
         self.turn_ns = <u64>(turn_seconds * 1e9)
         self.namespaces = []
+        self.set_calls(())
         self.scratch, self.data, self.failed = IoVector(), IoVector(), Misses()
 
     # What the controller does with queues.
@@ -234,6 +237,15 @@ cdef class NvmeQueues(Doorbell):
                 if self.cq[i].head != self.cq[i].tail:
                     self.due |= <u64>1 << i
         self.signal()
+
+    def set_calls(self, fds):
+        """Signal eventfds for completions of the first vectors, -1 for one that has none.
+
+        They stay the caller's, and are open until others are set.
+        """
+        cdef int i
+        for i in range(MAX_QUEUES):
+            self.call[i] = fds[i] if i < len(fds) else -1
 
     @property
     def masked(self):
@@ -714,7 +726,11 @@ cdef class NvmeQueues(Doorbell):
             if due & 1 and self.cq[i].live:
                 vector = self.cq[i].vector
                 if vector >= 0 and not (vector < 32 and self.interrupt_mask >> vector & 1):
-                    self.interrupt(vector)
+                    if vector < MAX_QUEUES and self.call[vector] >= 0:
+                        with nogil:
+                            notify(self.call[vector])
+                    else:
+                        self.interrupt(vector)
             due >>= 1
         return 0
 

@@ -195,6 +195,13 @@ class NvmeController(PciDevice):
             post_event=self._post_event,
         )
         host.add_doorbell(0, DOORBELLS, 8 * (self._num_queues + 1), self._queues)
+        host.interrupts.changed = self._route
+
+    def _route(self) -> None:
+        """Have the core signal the client itself for every vector for which it may."""
+        assert self._host is not None
+        triggers = map(self._host.interrupts.direct, range(self.interrupts))
+        self._queues.set_calls([-1 if each is None else each.fileno() for each in triggers])
 
     # Registers.
 
