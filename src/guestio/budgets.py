@@ -14,6 +14,14 @@ PERSIST_TIMEOUT = 60.0
 """Seconds that the stop of the last queue waits for what its device has acknowledged to be on the
 medium; then the front-end is told that the queue has stopped, and the log that it is not."""
 
+DEVICE_STATE = 1 << 20
+"""Bytes of a device's state that it takes at most from a front-end, unless its class says otherwise
+(`Device.max_state`); more is refused. A console takes what may wait for its guest besides, a
+virtio-iommu all the mappings that it may have."""
+
+FRONTEND_STATE = 1 << 28
+"""Bytes of a device's state that a `Frontend` takes from a back-end, unless told otherwise."""
+
 COPY_GRACE = 0.25
 """Seconds beyond its limit that a stop waits for system calls that move a request's memory."""
 

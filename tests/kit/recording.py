@@ -22,7 +22,11 @@ PROTOCOL_FEATURES = 1 << 30
 DEVICE_FEATURES = VIRTIO_F_VERSION_1 | ACCESS_PLATFORM | 0b101
 LOG_ALL = 1 << 26
 OFFERED_PROTOCOL_FEATURES = int(
-    SUPPORTED_PROTOCOL_FEATURES | INFLIGHT_FEATURES | ProtocolFeature.LOG_SHMFD
+    SUPPORTED_PROTOCOL_FEATURES
+    | INFLIGHT_FEATURES
+    | ProtocolFeature.LOG_SHMFD
+    | ProtocolFeature.DEVICE_STATE
+    | ProtocolFeature.RARP
 )
 
 # Requests that are answered whether or not an acknowledgement is asked for.
@@ -38,7 +42,12 @@ OWN_REPLY = {
     F.GET_VRING_BASE_SKIP_DRAIN,
     F.IOTLB_MSG,
     F.SET_LOG_BASE,
+    F.SET_DEVICE_STATE_FD,
+    F.CHECK_DEVICE_STATE,
 }
+
+STATE_FD = 2
+"""What a device's state travels through: any descriptor that is always there."""
 
 
 class RecordingHandler:
@@ -136,6 +145,20 @@ class RecordingHandler:
 
     def set_logging(self, enable: bool) -> None:
         self._record("set_logging", enable)
+
+    def save_state(self) -> int:
+        self._record("save_state")
+        return STATE_FD
+
+    def load_state(self) -> int:
+        self._record("load_state")
+        return STATE_FD
+
+    def check_state(self) -> None:
+        self._record("check_state")
+
+    def send_rarp(self, address: bytes) -> None:
+        self._record("send_rarp", address)
 
     def get_status(self) -> int:
         self._record("get_status")

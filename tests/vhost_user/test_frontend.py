@@ -141,7 +141,7 @@ class TestNegotiation:
 
     def test_features_that_it_cannot_use(self, link: Link) -> None:
         with pytest.raises(ValueError, match="cannot be used"):
-            link.frontend.negotiate(ALL, ProtocolFeature.RARP)
+            link.frontend.negotiate(ALL, ProtocolFeature.PAGEFAULT)
 
     def test_other_features_later_as_after_a_boot_loader(self, link: Link) -> None:
         link.frontend.negotiate(ALL)

@@ -22,6 +22,7 @@ from guestio.vhost_user.channel import Channel, Message, PeerGoneError
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.messages import (
     MAX_PAYLOAD_SIZE,
+    STATE_NO_FD,
     U64,
     Config,
     Empty,
@@ -36,6 +37,7 @@ from guestio.vhost_user.messages import (
     Payload,
     ProtocolFeature,
     SingleMemoryRegion,
+    StateTransfer,
     VringAddr,
     VringFd,
     VringState,
@@ -50,6 +52,7 @@ from tests.kit.recording import (
     OFFERED_PROTOCOL_FEATURES,
     OWN_REPLY,
     PROTOCOL_FEATURES,
+    STATE_FD,
     VIRTIO_F_VERSION_1,
 )
 
@@ -66,6 +69,7 @@ WITH_FD = {
     F.SET_INFLIGHT_FD,
     F.SET_LOG_BASE,
     F.SET_LOG_FD,
+    F.SET_DEVICE_STATE_FD,
 }
 QUEUES = 3
 SLOTS = 4
@@ -207,6 +211,20 @@ class CheckingHandler:
     def set_logging(self, enable: bool) -> None:
         assert enable != self.logging
         self.logging = enable
+
+    def save_state(self) -> int:
+        self._may_refuse()
+        assert not any(self._started(index) for index in range(QUEUES))
+        return STATE_FD
+
+    load_state = save_state
+
+    def check_state(self) -> None:
+        self.save_state()
+
+    def send_rarp(self, address: bytes) -> None:
+        self._may_refuse()
+        assert len(address) == 6
 
     def get_status(self) -> int:
         self._may_refuse()
@@ -366,6 +384,9 @@ REQUESTS = {
     F.GET_VRING_BASE_SKIP_DRAIN: lambda rng: VringState(ring(rng), 0),
     F.GET_INFLIGHT_FD: _inflight,
     F.SET_INFLIGHT_FD: _inflight,
+    F.SET_DEVICE_STATE_FD: lambda rng: StateTransfer(rng.choice((0, 1, number(rng, 32))), 0),
+    F.CHECK_DEVICE_STATE: lambda _: Empty(),
+    F.SEND_RARP: lambda rng: U64(number(rng)),
 }
 
 
@@ -424,6 +445,10 @@ def step(rng: random.Random, session: Session, handler: CheckingHandler, hostili
         if header.request == F.GET_INFLIGHT_FD:
             size = Inflight.decode(reply[12:]).mmap_size
             assert [os.fstat(fd).st_size for fd in session.reply_fds] == [size] * bool(size)
+        elif header.request == F.SET_DEVICE_STATE_FD:
+            refused = U64.decode(reply[12:]).value
+            assert refused in {0, 1 | STATE_NO_FD}
+            assert session.reply_fds == (() if refused else (STATE_FD,))
         else:
             assert not session.reply_fds
             if header.request not in {

@@ -19,6 +19,7 @@ from guestio.peer.foreign import Eventfd, close_foreign
 from guestio.ratelog import LOG
 from guestio.vhost_user.backend_channel import BackendChannel
 from guestio.vhost_user.channel import Channel, Message
+from guestio.vhost_user.device_state import StateFile
 from guestio.vhost_user.dirty_log import SharedLog
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.memory import SharedMemory
@@ -38,10 +39,11 @@ from guestio.vhost_user.session import (
     Session,
 )
 from guestio.vhost_user.translator import VhostUserTranslator
-from guestio.virtio.device import VIRTIO_F_ACCESS_PLATFORM
+from guestio.virtio.device import VIRTIO_F_ACCESS_PLATFORM, Announcing
 from guestio.virtio.host import DeviceHost
 from guestio.virtio.layout import RingLayout
 from guestio.virtio.loop import EventLoop
+from guestio.virtio.saved import HEAD_SIZE, size_of
 
 log = logging.getLogger("guestio.vhost_user")
 
@@ -52,7 +54,8 @@ MAX_MEM_SLOTS = 509
 class Connection(PeerConnection[Header]):
     """A front-end from its connection to its disconnection.
 
-    A :class:`SessionHandler`, an :class:`InflightHandler`, a :class:`LogHandler` and a
+    A :class:`SessionHandler`, an :class:`InflightHandler`, a :class:`LogHandler`, a
+    :class:`StateHandler`, an :class:`AnnounceHandler` and a
     :class:`~guestio.virtio.host.Transport`.
 
     Args:
@@ -83,9 +86,14 @@ class Connection(PeerConnection[Header]):
         self._dirty_log = SharedLog()
         self._shared = SharedMemory(track_dirty=track_dirty, log=self._dirty_log.marks)
         self._inflight: InflightRegion | None = None
+        self._state: StateFile | None = None
         self.features = host.device.offered_features | offered
         self.protocol_features = int(
-            SUPPORTED_PROTOCOL_FEATURES | INFLIGHT_FEATURES | ProtocolFeature.LOG_SHMFD
+            SUPPORTED_PROTOCOL_FEATURES
+            | INFLIGHT_FEATURES
+            | ProtocolFeature.LOG_SHMFD
+            | ProtocolFeature.DEVICE_STATE
+            | (ProtocolFeature.RARP if isinstance(host.device, Announcing) else 0)
         )
         self.num_queues = len(host.queues)
         self.max_mem_slots = MAX_MEM_SLOTS
@@ -139,6 +147,7 @@ class Connection(PeerConnection[Header]):
             forget,
             self._let_go_of_memory,
             self._dirty_log.close,
+            lambda: self._begin_transfer(None),
             reset_device,
         ]
         try:
@@ -284,6 +293,44 @@ class Connection(PeerConnection[Header]):
             if old is not None:
                 old.close()
 
+    def save_state(self) -> int:
+        """See :class:`StateHandler`."""
+        return self._begin_transfer(StateFile.to_read(self._host.save()))
+
+    def load_state(self) -> int:
+        """See :class:`StateHandler`."""
+        return self._begin_transfer(StateFile.to_write(HEAD_SIZE + self._host.device.max_state))
+
+    def _begin_transfer(self, state: StateFile | None) -> int:
+        """Use another file from now on; its descriptor."""
+        before, self._state = self._state, state
+        if before is not None:
+            before.close()
+        return -1 if state is None else state.fd
+
+    def check_state(self) -> None:
+        """See :class:`StateHandler`."""
+        state = self._state
+        if state is None:
+            raise ProtocolError("no transfer of the device's state has begun")
+        try:
+            if state.writable:
+                device = self._host.device
+                self._host.restore(state.content(lambda head: size_of(device, head)))
+                LOG.report(
+                    log,
+                    logging.INFO,
+                    "front-end %d: %s goes on with a state that was saved",
+                    self._stats.connections,
+                    type(device).__name__,
+                )
+        finally:
+            self._begin_transfer(None)
+
+    def send_rarp(self, address: bytes) -> None:
+        """See :class:`AnnounceHandler`."""
+        self._host.call_device("send_rarp", address)
+
     def set_vring_num(self, index: int, num: int) -> None:
         """See :class:`SessionHandler`."""
         self._host.queues[index].wake()
@@ -294,7 +341,7 @@ class Connection(PeerConnection[Header]):
 
     def set_vring_base(self, index: int, base: int) -> None:
         """See :class:`SessionHandler`."""
-        self._host.queues[index].set_base(base)
+        self._host.begin_at(index, base)
 
     def get_vring_base(self, index: int) -> int:
         """See :class:`SessionHandler`."""

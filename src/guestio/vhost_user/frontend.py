@@ -12,6 +12,7 @@ hw/virtio/vhost-user.c and vhost.c.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -22,14 +23,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, Self, SupportsIndex
 
 from guestio.addr import check_int, check_seconds
+from guestio.budgets import FRONTEND_STATE
 from guestio.dma import Journal
 from guestio.errors import GuestioError, InvalidAddressError, ProtocolError
 from guestio.memory import Backing, DirtyLog, GuestRegionCollection, MmapRegion
+from guestio.vhost_user.device_state import StatePipe, read_state, write_state
 from guestio.vhost_user.iotlb_service import IotlbService
 from guestio.vhost_user.messages import (
     LOG_PAGE,
     MAX_PAYLOAD_SIZE,
     MAX_TABLE_REGIONS,
+    STATE_NO_FD,
     U64,
     VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES,
@@ -44,6 +48,9 @@ from guestio.vhost_user.messages import (
     Payload,
     ProtocolFeature,
     SingleMemoryRegion,
+    StateDirection,
+    StatePhase,
+    StateTransfer,
     VringAddr,
     VringFd,
     VringState,
@@ -64,6 +71,8 @@ PROTOCOL_FEATURES: Final = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
     | ProtocolFeature.LOG_SHMFD
+    | ProtocolFeature.DEVICE_STATE
+    | ProtocolFeature.RARP
 )
 """Protocol features a :class:`Frontend` uses unless told otherwise.
 
@@ -457,6 +466,90 @@ class Frontend:
             RefusedError: The back-end does not take it.
         """
         self.request(_F.SET_INFLIGHT_FD, inflight, [fd])
+
+    # A device's state
+
+    def save_state(self, most: int = FRONTEND_STATE) -> bytes:
+        """Take the device's state, for another back-end to go on with; needs DEVICE_STATE.
+
+        To be called once all queues have stopped. The back-end stays as it is and may be gone on
+        with instead.
+
+        Args:
+            most: Bytes that it may have.
+
+        Raises:
+            RefusedError: The back-end does not tell it.
+            ProtocolError: It is longer, or the back-end broke the protocol.
+            NoAnswerError: It did not come within ``timeout`` seconds.
+        """
+        most = check_int(most, "most")
+        with contextlib.closing(self._begin_transfer(StateDirection.SAVE)) as pipe:
+            state = read_state(pipe.ours, most, time.monotonic() + self._exchange.timeout)
+        self._check_state()
+        return state
+
+    def load_state(self, state: bytes) -> None:
+        """Have the device go on with what :meth:`save_state` returned elsewhere.
+
+        To be called before a queue is started; needs DEVICE_STATE.
+
+        Raises:
+            RefusedError: The back-end does not take it: it is another device's, say.
+            ProtocolError, NoAnswerError: As for :meth:`save_state`.
+        """
+        data = bytes(memoryview(state))
+        with contextlib.closing(self._begin_transfer(StateDirection.LOAD)) as pipe:
+            write_state(pipe.ours, data, time.monotonic() + self._exchange.timeout)
+        self._check_state()
+
+    def _begin_transfer(self, direction: StateDirection) -> StatePipe:
+        """The channel of a transfer, for the caller to close."""
+        self._need(ProtocolFeature.DEVICE_STATE)
+        request = _F.SET_DEVICE_STATE_FD
+        data = encode_message(request, StateTransfer(direction, StatePhase.STOPPED))
+        pipe = StatePipe(loads=direction == StateDirection.LOAD)
+        try:
+            with self._exchange.ask_for_fds(request, data, [pipe.theirs]) as message:
+                value = U64.decode(message.payload).value
+                if value & 0xFF:
+                    raise RefusedError(f"the back-end refused {request.name} with {value:#x}")
+                if message.fd_count != (0 if value & STATE_NO_FD else 1):
+                    raise ProtocolError(
+                        f"{request.name} was answered with {value:#x} and {message.fd_count} fds"
+                    )
+                if message.fd_count:
+                    pipe.use(message.take_fd())
+            pipe.passed()
+        except BaseException:
+            pipe.close()
+            raise
+        return pipe
+
+    def _check_state(self) -> None:
+        if status := self._ask(_F.CHECK_DEVICE_STATE):
+            raise RefusedError(f"the back-end refused the device's state with {status:#x}")
+
+    def _need(self, feature: ProtocolFeature) -> None:
+        if not self.protocol_features & feature:
+            raise ProtocolError(f"protocol feature {feature.name} was not negotiated")
+
+    def send_rarp(self, address: bytes) -> None:
+        """Have the back-end tell its network where a guest's hardware address is; needs RARP.
+
+        As QEMU does when a guest has arrived that does not announce itself.
+
+        Args:
+            address: Six bytes.
+
+        Raises:
+            RefusedError: The back-end does not do so.
+        """
+        self._need(ProtocolFeature.RARP)
+        data = bytes(memoryview(address))
+        if len(data) != 6:
+            raise ValueError(f"a hardware address has 6 bytes, not {len(data)}")
+        self.request(_F.SEND_RARP, data.ljust(8, b"\0"))
 
     # The dirty log
 

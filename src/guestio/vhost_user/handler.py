@@ -196,3 +196,37 @@ class LogHandler(Protocol):
     def set_logging(self, enable: bool) -> None:
         """Switch logging on or off; it begins off."""
         ...
+
+
+@runtime_checkable
+class StateHandler(Protocol):
+    """What a `SessionHandler` has if it offers DEVICE_STATE.
+
+    No method is called while a ring is started. The state travels in a file of the handler's own,
+    which the front-end is given; it stays the handler's and open until the next message comes.
+    """
+
+    def save_state(self) -> int:
+        """Return a file to read the device's state from, to its end."""
+        ...
+
+    def load_state(self) -> int:
+        """Return a file to write a device's state to; :meth:`check_state` takes it from there."""
+        ...
+
+    def check_state(self) -> None:
+        """End the transfer that began last: the front-end has read or written everything.
+
+        Raises:
+            GuestioError: None has begun, or what was written is no state of this device's.
+        """
+        ...
+
+
+@runtime_checkable
+class AnnounceHandler(Protocol):
+    """What a `SessionHandler` has if it offers RARP."""
+
+    def send_rarp(self, address: bytes) -> None:
+        """Have the network learn where a hardware address is, six bytes, after a migration."""
+        ...

@@ -11,7 +11,7 @@ Encoding checks our own caller: a value that does not fit its field raises `Valu
 value *means* (ring exists, region overlaps) is not judged here but in `guestio.vhost_user.session`.
 
 Payloads of protocol features that nothing here negotiates (crypto sessions, host notifiers, shared
-objects, shared-memory maps, device state transfer) are left as bytes.
+objects, shared-memory maps) are left as bytes.
 
 Source: QEMU docs/interop/vhost-user.rst ("Message Specification", "Front-end message types",
 "Back-end message types"); structure sizes as in hw/virtio/vhost-user.c and linux/vhost_types.h.
@@ -68,6 +68,9 @@ VHOST_VRING_F_LOG: Final = 0
 
 LOG_PAGE: Final = 4096
 """Bytes of guest memory to a bit of the dirty log (VHOST_LOG_PAGE, "Migration")."""
+
+STATE_NO_FD: Final = 1 << 8
+"""In the reply to SET_DEVICE_STATE_FD: no descriptor comes with it, the front-end's is used."""
 
 _REPLY: Final = 1 << 2
 _NEED_REPLY: Final = 1 << 3
@@ -195,6 +198,19 @@ class ConfigFlag(IntFlag):
 
     WRITABLE = 0
     LIVE_MIGRATION = 1
+
+
+class StateDirection(IntEnum):
+    """`StateTransfer.direction` ("Device state transfer parameters")."""
+
+    SAVE = 0
+    LOAD = 1
+
+
+class StatePhase(IntEnum):
+    """`StateTransfer.phase` ("Device state transfer parameters")."""
+
+    STOPPED = 0
 
 
 class Header(NamedTuple):
@@ -610,6 +626,23 @@ class Log(_Fixed):
     offset: int
 
     LAYOUT: ClassVar = struct.Struct("=QQ")
+
+
+@dataclass(frozen=True, slots=True)
+class StateTransfer(_Fixed):
+    """Which way a device's state is to go ("Device state transfer parameters").
+
+    SET_DEVICE_STATE_FD.
+
+    Attributes:
+        direction: A `StateDirection`, or any other number if the peer sent one.
+        phase: A `StatePhase`, or any other number.
+    """
+
+    direction: int
+    phase: int
+
+    LAYOUT: ClassVar = struct.Struct("=II")
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,8 +141,13 @@ class RequestChannel:
                 self._channel.with_fds = self._fds_expected > 0
             self._read_one(deadline)
 
-    def ask_for_fds(self, request: int, data: bytes) -> Message:
-        """Send one message whose reply carries fds, and return that; the fds are its.
+    def ask_for_fds(self, request: int, data: bytes, fds: Sequence[int] = ()) -> Message:
+        """Send one message whose reply may carry fds, and return that; the fds are its.
+
+        Args:
+            request: Code of the message.
+            data: Its bytes.
+            fds: File descriptors to send with it; they stay the caller's.
 
         Raises:
             NoAnswerError: It did not come in time.
@@ -157,7 +162,7 @@ class RequestChannel:
                     lambda: not self._reading or self._channel.with_fds, self.timeout
                 ):
                     self._time_out(request)
-            return self.wait(*self.send(request, data, replies=1, with_fds=True))
+            return self.wait(*self.send(request, data, fds, replies=1, with_fds=True))
         finally:
             with self._state:
                 self._fds_expected -= 1

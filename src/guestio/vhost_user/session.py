@@ -13,7 +13,8 @@ Three ways a message can be wrong:
   `GuestioError`): where the front-end requested an acknowledgement it gets a non-zero one and the
   connection lives. Without one it would go on as if it had worked, so: `ProtocolError`. Nothing
   has changed in either case. Requests with a reply of their own cannot be refused, except
-  GET_CONFIG (empty reply), IOTLB_MSG (non-zero reply) and GET_INFLIGHT_FD (region of 0 bytes).
+  GET_CONFIG (empty reply), IOTLB_MSG, SET_DEVICE_STATE_FD and CHECK_DEVICE_STATE (non-zero reply)
+  and GET_INFLIGHT_FD (region of 0 bytes).
 * *Unknown or not supported*: its fds are closed. If an acknowledgement was requested it gets a
   non-zero one ("MUST respond ... indicating success or failure"). Otherwise it is ignored and
   counted, because closing is for "exceptional circumstances" only; except for requests known to
@@ -42,8 +43,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from guestio.addr import ADDRESS_SPACE
 from guestio.errors import GuestioError, ProtocolError
 from guestio.ratelog import one_line
-from guestio.vhost_user.handler import InflightHandler, LogHandler, SessionHandler
+from guestio.vhost_user.handler import (
+    AnnounceHandler,
+    InflightHandler,
+    LogHandler,
+    SessionHandler,
+    StateHandler,
+)
 from guestio.vhost_user.messages import (
+    STATE_NO_FD,
     U64,
     VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES,
@@ -61,6 +69,9 @@ from guestio.vhost_user.messages import (
     Payload,
     ProtocolFeature,
     SingleMemoryRegion,
+    StateDirection,
+    StatePhase,
+    StateTransfer,
     VringAddr,
     VringFd,
     VringState,
@@ -87,7 +98,7 @@ SUPPORTED_PROTOCOL_FEATURES: Final = (
 """Protocol features every handler may offer.
 
 One that is an `InflightHandler` as well may offer `INFLIGHT_FEATURES` besides, one that is a
-`LogHandler` LOG_SHMFD.
+`LogHandler` LOG_SHMFD, a `StateHandler` DEVICE_STATE, an `AnnounceHandler` RARP.
 """
 
 INFLIGHT_FEATURES: Final = (
@@ -127,8 +138,6 @@ _UNSUPPORTED_WITH_REPLY: Final = frozenset(
         _F.POSTCOPY_ADVISE,
         _F.POSTCOPY_END,
         _F.GET_SHARED_OBJECT,
-        _F.SET_DEVICE_STATE_FD,
-        _F.CHECK_DEVICE_STATE,
         _F.GET_SHMEM_CONFIG,
     }
 )
@@ -535,6 +544,49 @@ class Session:
         assert isinstance(self._handler, InflightHandler)  # _check_handler has seen to it
         return self._handler
 
+    def _set_device_state(self, payload: StateTransfer, _: Message) -> bytes:
+        """Answer with a file of the handler's own; the one that came is closed.
+
+        "The back-end may create a different transfer channel [...] the front-end must then discard
+        its channel and use the one provided". A pipe of the front-end's could be waited for.
+        """
+        try:
+            self._check_negotiated(_F.SET_DEVICE_STATE_FD, ProtocolFeature.DEVICE_STATE)
+            handler = self._handler
+            assert isinstance(handler, StateHandler)  # _check_handler has seen to it
+            if any(ring.started for ring in self.vrings):
+                raise ProtocolError("a ring is started: the device's state is not at rest")
+            if payload.phase != StatePhase.STOPPED:
+                raise ProtocolError(f"a device's state is to go in phase {payload.phase}")
+            if payload.direction == StateDirection.SAVE:
+                fd = handler.save_state()
+            elif payload.direction == StateDirection.LOAD:
+                fd = handler.load_state()
+            else:
+                raise ProtocolError(f"a device's state is to go in direction {payload.direction}")
+        except GuestioError as error:
+            self.last_refusal = error
+            return encode_ack(_F.SET_DEVICE_STATE_FD, _REFUSED | STATE_NO_FD)
+        self.reply_fds = (fd,)
+        return encode_ack(_F.SET_DEVICE_STATE_FD, 0)
+
+    def _check_device_state(self, _: Empty, __: Message) -> bytes:
+        try:
+            self._check_negotiated(_F.CHECK_DEVICE_STATE, ProtocolFeature.DEVICE_STATE)
+            assert isinstance(self._handler, StateHandler)  # _check_handler has seen to it
+            if any(ring.started for ring in self.vrings):
+                raise ProtocolError("a ring is started: the device's state cannot be replaced")
+            self._handler.check_state()
+        except GuestioError as error:
+            self.last_refusal = error
+            return encode_ack(_F.CHECK_DEVICE_STATE, _REFUSED)
+        return encode_ack(_F.CHECK_DEVICE_STATE, 0)
+
+    def _send_rarp(self, payload: U64, _: Message) -> None:
+        assert isinstance(self._handler, AnnounceHandler)  # _check_handler has seen to it
+        # "The first 6 bytes of the payload contain the mac address of the guest"
+        self._handler.send_rarp(payload.encode()[:6])
+
     def _get_status(self, _: Empty, __: Message) -> bytes:
         return encode_ack(_F.GET_STATUS, self._handler.get_status())
 
@@ -605,6 +657,9 @@ class Session:
             fds=(0, 1),
             feature=ProtocolFeature.CONFIGURE_MEM_SLOTS,
         ),
+        _F.SET_DEVICE_STATE_FD: _Rule(StateTransfer, _set_device_state, fds=(1,), replies=True),
+        _F.CHECK_DEVICE_STATE: _Rule(Empty, _check_device_state, replies=True),
+        _F.SEND_RARP: _Rule(U64, _send_rarp, feature=ProtocolFeature.RARP),
         _F.SET_STATUS: _Rule(U64, _set_status, feature=ProtocolFeature.STATUS),
         _F.GET_STATUS: _Rule(Empty, _get_status, feature=ProtocolFeature.STATUS, replies=True),
     }
@@ -620,6 +675,10 @@ def _check_handler(handler: SessionHandler) -> None:
         supported |= INFLIGHT_FEATURES
     if isinstance(handler, LogHandler):
         supported |= ProtocolFeature.LOG_SHMFD
+    if isinstance(handler, StateHandler):
+        supported |= ProtocolFeature.DEVICE_STATE
+    if isinstance(handler, AnnounceHandler):
+        supported |= ProtocolFeature.RARP
     if extra := handler.protocol_features & ~supported:
         raise ValueError(f"protocol features {extra:#x} are not supported by the session")
     if handler.features & _WIRE_BITS or not 0 <= handler.features < ADDRESS_SPACE:

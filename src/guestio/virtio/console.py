@@ -28,10 +28,12 @@ from guestio.budgets import (
     CONSOLE_OUTPUT,
     CONSOLE_PATIENCE,
     CONTROL_TURN,
+    DEVICE_STATE,
     TURN_SECONDS,
 )
 from guestio.errors import DeviceError, GuestioError
 from guestio.memory.backing import close_fd
+from guestio.virtio import saved
 from guestio.virtio.device import Device, DeviceId
 
 if TYPE_CHECKING:
@@ -49,6 +51,9 @@ CONSOLE_PORT: Final = 4
 RESIZE: Final = 5
 PORT_OPEN: Final = 6
 PORT_NAME: Final = 7
+
+_SENT: Final = frozenset({DEVICE_ADD, CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME})
+"""Control messages of the device to its driver."""
 
 CONTROL_RECEIVE: Final = 2
 CONTROL_TRANSMIT: Final = 3
@@ -400,6 +405,16 @@ class ConsolePort:
         self.ready = self.guest_open = False
         self._chain = None
 
+    def waiting_input(self) -> bytes:
+        """Input that the guest has not taken."""
+        with self._lock:
+            return bytes(self._in)
+
+    def put_before(self, data: bytes) -> None:
+        """Have the guest get something before all that waits for it."""
+        with self._lock:
+            self._in[:0] = data
+
     def uses(self, queue: int) -> bool:
         """Whether a queue is this port's output."""
         return queue == self._transmit
@@ -601,6 +616,10 @@ class ConsoleDevice(Device):
             ConsolePort(self, number, each, console=not number) for number, each in enumerate(names)
         )
         several = len(names) > 1
+        # Input is a text of twice its length in a state.
+        self.max_state = DEVICE_STATE + 2 * CONSOLE_INPUT * len(names)
+        # Who saved a state: the input that waits is still there when a pause is over.
+        self._origin = os.urandom(8)
         self.num_queues = 2 + 2 * len(names) if several else 2
         self.device_queues = frozenset(range(self.num_queues)) - {CONTROL_TRANSMIT}
         self.features = F_SIZE | (F_MULTIPORT if several else 0)
@@ -614,6 +633,9 @@ class ConsoleDevice(Device):
         Threads: from any.
         """
         self._size = _check_size(cols, rows)
+        self._tell_size_again()
+
+    def _tell_size_again(self) -> None:
         if self.host is not None:
             self.host.config_changed()
         if self._multiport and self.ports[0].ready:
@@ -643,6 +665,56 @@ class ConsoleDevice(Device):
             self._pending.clear()
         for port in self.ports:
             port.reset()
+
+    def save(self) -> bytes:
+        """What the driver said of its ports, and what waits for it; see :class:`Device`.
+
+        What the guest wrote is not part of it: that is written out where it was taken.
+        """
+        with self._lock:
+            pending = [saved.text(message) for message in self._pending.values()]
+        return saved.pack(
+            ports=[port.name for port in self.ports],
+            multiport=self._multiport,
+            ready=[port.ready for port in self.ports],
+            open=[port.guest_open for port in self.ports],
+            input=[saved.text(port.waiting_input()) for port in self.ports],
+            pending=pending,
+            origin=saved.text(self._origin),
+        )
+
+    def restore(self, state: bytes) -> None:
+        """Take over the ports of a console with the same ones; see :class:`Device`.
+
+        The driver is told the terminal's size here, and which ports something is connected to.
+        """
+        fields = saved.Fields(state)
+        names, count = [port.name for port in self.ports], len(self.ports)
+        there = fields.take("ports", saved.words)
+        if there != names:
+            raise DeviceError(f"the state is of a console with ports {there}; here are {names}")
+        multiport = fields.take("multiport", saved.flag)
+        ready, opened = (
+            fields.take(name, lambda value: [saved.flag(each) for each in _just(value, count)])
+            for name in ("ready", "open")
+        )
+        data = fields.take(
+            "input",
+            lambda value: [saved.data(each, CONSOLE_INPUT) for each in _just(value, count)],
+        )
+        pending = fields.take("pending", lambda value: _messages_of(value, count))
+        origin = fields.take("origin", lambda value: saved.data(value, len(self._origin)))
+        self._multiport = multiport
+        for port, is_ready, is_open, waits in zip(self.ports, ready, opened, data, strict=True):
+            port.ready, port.guest_open = is_ready, is_open
+            if origin != self._origin:
+                port.put_before(waits)
+            port.schedule("deliver")
+        with self._lock:
+            self._pending.update(pending)
+        for port in self.ports:
+            self.port_changed(port)
+        self._tell_size_again()
 
     def stopping(self, queue: int) -> None:
         """See :class:`Device`."""
@@ -782,6 +854,29 @@ class ConsoleDevice(Device):
         """Close what the ports own. Calling it again does nothing."""
         for port in self.ports:
             port.close()
+
+
+def _just(value: object, count: int) -> list[object]:
+    """The list of a saved state that has an entry for each port."""
+    if not isinstance(value, list) or len(value) != count:
+        raise ValueError(f"not one for each of {count} ports")
+    return value
+
+
+def _messages_of(value: object, count: int) -> dict[tuple[int, int], bytes]:
+    """The control messages of a saved state, each one that this device sends."""
+    if not isinstance(value, list) or len(value) > count * len(_SENT):
+        raise ValueError("not a list of control messages")
+    found: dict[tuple[int, int], bytes] = {}
+    for each in value:
+        message = saved.data(each, _CONTROL.size + _MAX_NAME)
+        if len(message) < _CONTROL.size:
+            raise ValueError(f"a control message of {len(message)} bytes")
+        number, event, _ = _CONTROL.unpack_from(message)
+        if number >= count or event not in _SENT:
+            raise ValueError(f"control message {event} for port {number}")
+        found[number, event] = message
+    return found
 
 
 def _check_size(cols: int, rows: int) -> tuple[int, int]:

@@ -6,9 +6,10 @@ import enum
 from abc import ABC
 from collections.abc import Collection
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from guestio._core.virtio.chain import Chain, Server
+from guestio.budgets import DEVICE_STATE
 from guestio.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class Device(ABC):
             the request failed. None if the device type has no such byte.
         server: Serves the simple requests in the compiled core; :meth:`process` is given the
             rest. None if all are for :meth:`process`.
+        state_version: Of what :meth:`save` returns; :meth:`restore` is given no other one.
+        max_state: Bytes of state that :meth:`restore` takes at most.
     """
 
     device_id: ClassVar[int]
@@ -78,6 +81,8 @@ class Device(ABC):
     features: int = 0
     error_status: int | None = None
     server: Server | None = None
+    state_version: int = 1
+    max_state: int = DEVICE_STATE
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.num_queues} queues, features {self.features:#x}>"
@@ -174,6 +179,34 @@ class Device(ABC):
         """
         return None
 
+    def save(self) -> bytes:
+        """What the driver told the device, and another one needs to go on in its place.
+
+        The features that it accepted and what is in its memory are not among that: they travel
+        by themselves. Called in the loop's thread while no queue runs, before a guest goes on
+        elsewhere, and before a :meth:`reset` that may be a mere pause. The device stays as it is,
+        because its guest may come back. The default is for devices that know nothing of a driver.
+
+        Raises:
+            GuestioError: It cannot be told now.
+        """
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        """Go on where the device was whose :meth:`save` returned this; its driver notices nothing.
+
+        Called in the loop's thread while no queue runs, on a device that is as after a
+        :meth:`reset`, before or after :meth:`negotiated`. The state is whole and of this type and
+        version, but may come from a peer that lies: check what is in it.
+
+        Raises:
+            GuestioError: It is not this device's. It is reset then.
+        """
+        if state:
+            raise DeviceError(
+                f"{type(self).__name__} keeps no state; {len(state)} bytes of it came"
+            )
+
     def config(self) -> bytes:
         """The device's configuration space, whole."""
         return b""
@@ -220,6 +253,15 @@ class Device(ABC):
 
     def close(self) -> None:
         """Release what the device holds of the host. Calling it again does nothing."""
+
+
+@runtime_checkable
+class Announcing(Protocol):
+    """A device that can tell its network where a hardware address is, for drivers that cannot."""
+
+    def send_rarp(self, address: bytes) -> None:
+        """Have switches learn that an address, six bytes, is reached here. In the loop's thread."""
+        ...
 
 
 def settled(answer: int | Future[int]) -> int:

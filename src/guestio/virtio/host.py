@@ -26,6 +26,7 @@ from guestio.errors import DeviceError, GuestioError, naming
 from guestio.iommu.events import Event
 from guestio.memory import GuestRegionCollection
 from guestio.ratelog import LOG
+from guestio.virtio import saved
 from guestio.virtio.calls import LoopCalls
 from guestio.virtio.device import (
     VIRTIO_F_ACCESS_PLATFORM,
@@ -169,6 +170,8 @@ class DeviceHost(LoopCalls):
         self._out_of_time = False
         # Whether a queue was started since the device was last told that all have stopped.
         self._ran = False
+        # What the device knew when it was reset, if its driver may go on all the same.
+        self._kept: bytes | None = None
         self._config_told = False
         self._changes: list[None] = []
         self._threads: list[LoopThread] = []
@@ -237,6 +240,7 @@ class DeviceHost(LoopCalls):
             self._space = AddressSpace(RegionTable([]))
             self.features = self.status = 0
             self._out_of_time = self._ran = False
+            self._kept = None
 
         def stop(queue: DeviceQueue) -> Callable[[], object]:
             return lambda: queue.reset(until)
@@ -372,7 +376,8 @@ class DeviceHost(LoopCalls):
         """Stop all queues, forget their set-up, and reset the device.
 
         Args:
-            keep_base: Whether to remember where queues stopped.
+            keep_base: Whether to remember where queues stopped, and what the device knew: it may be
+                no more than a pause.
 
         Raises:
             DeviceError: The device's ``reset`` raised; the queues are reset all the same.
@@ -381,7 +386,79 @@ class DeviceHost(LoopCalls):
         for queue in self.queues:
             queue.reset(until, keep_base=keep_base)
         self.status = 0
+        if not keep_base:
+            self._kept = None
+        elif self._told is not None:
+            self._kept = self._keep()
         self._reset_device()
+
+    def _keep(self) -> bytes | None:
+        """What the device knows of its driver; None if that is nothing, or cannot be told."""
+        if getattr(self.device.save, "__func__", None) is Device.save:
+            return None
+        try:
+            return self._save()
+        except GuestioError as error:
+            self.log.report(
+                "%s forgets its driver, who may go on: %s", type(self.device).__name__, error
+            )
+            return None
+
+    def _save(self) -> bytes:
+        state = self.call_device("save")
+        name = type(self.device).__name__
+        if not isinstance(state, (bytes, bytearray)):
+            raise DeviceError(f"{name}.save returned {reprlib.repr(state)}; return bytes")
+        if len(state) > self.device.max_state:
+            raise DeviceError(
+                f"{name}.save returned {len(state)} bytes; its max_state is {self.device.max_state}"
+            )
+        return bytes(state)
+
+    def save(self) -> bytes:
+        """The device's state as it travels, once no queue runs; that of before, if it was reset.
+
+        Raises:
+            GuestioError: The device cannot tell it.
+        """
+        state = self._save() if self._kept is None else self._kept
+        return saved.wrap(self.device, state)
+
+    def restore(self, state: bytes) -> None:
+        """Have the device go on as another one did, while no queue runs; see :meth:`save`.
+
+        Raises:
+            GuestioError: It is no state of this device's. It is as before if that was seen by what
+                it is wrapped in, else reset.
+        """
+        self._restore(saved.unwrap(self.device, state))
+
+    def _restore(self, state: bytes) -> None:
+        self._kept = None
+        self._reset_device()
+        try:
+            self.call_device("restore", state)
+        except GuestioError:
+            self._reset_device()
+            raise
+
+    def begin_at(self, index: int, base: int) -> None:
+        """Say where a queue begins when it is started.
+
+        If the device was reset by a status of 0, that tells whether its driver goes on: one that
+        begins anew begins at 0. QEMU sets this status also when it only pauses its guest, or when
+        a migration fails after that.
+        """
+        queue = self.queues[index]
+        kept = self._kept
+        if kept is not None and (base or queue.base):
+            self._kept = None
+            if base:
+                try:
+                    self._restore(kept)
+                except GuestioError as error:
+                    self.log.report("the device forgot its driver, who goes on: %s", error)
+        queue.set_base(base)
 
     def _reset_device(self) -> None:
         self._told = None
@@ -571,6 +648,10 @@ def check_device(device: object, most_queues: int) -> Device:
             f"{name}.error_status {shown(device.error_status)} is not in 0..255, nor None"
         )
     check_address(device.offered_features, f"{name}.features")
+    if not 0 <= check_int(device.state_version, f"{name}.state_version") < 1 << 32:
+        raise ValueError(f"{name}.state_version {shown(device.state_version)} is not in 0..2**32-1")
+    if check_int(device.max_state, f"{name}.max_state") < 0:
+        raise ValueError(f"{name}.max_state {shown(device.max_state)} is negative")
     with naming(device, "config"):
         config = device.config()
     check_config(device, config)

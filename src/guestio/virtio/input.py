@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from guestio._core.virtio.chain import Chain
@@ -19,6 +20,7 @@ from guestio.addr import check_int
 from guestio.budgets import INPUT_EVENTS, INPUT_STATUS_EVENTS, TURN_SECONDS
 from guestio.errors import DeviceError, GuestioError
 from guestio.virtio import event_codes as tables
+from guestio.virtio import saved
 from guestio.virtio.device import Device, DeviceId
 
 if TYPE_CHECKING:
@@ -420,6 +422,66 @@ class InputDevice(Device):
         for at, value in enumerate(data[: 2 - offset], offset):
             chosen[at] = value
         self._select, self._subsel = chosen
+
+    def save(self) -> bytes:
+        """What the driver chose and set, and the events that wait for it; see :class:`Device`."""
+        with self._lock:
+            waiting = b"".join(self._waiting)
+        return saved.pack(
+            device=saved.text(self._description()),
+            select=self._select,
+            subsel=self._subsel,
+            leds=self.leds,
+            waiting=saved.text(waiting),
+        )
+
+    def restore(self, state: bytes) -> None:
+        """Take over what the driver of a device with the same codes did; see :class:`Device`.
+
+        :meth:`on_status` is not called for it; :attr:`leds` says what is lit.
+        """
+        fields = saved.Fields(state)
+        description = self._description()
+        if fields.take("device", lambda value: saved.data(value, len(description))) != description:
+            raise DeviceError(
+                "the state is of an input device with another name, other codes or ranges"
+            )
+        select, subsel = (
+            fields.take(name, lambda value: saved.number(value, 0xFF))
+            for name in ("select", "subsel")
+        )
+        leds = fields.take("leds", self._leds_of)
+        waiting = fields.take("waiting", self._waiting_of)
+        self._select, self._subsel = select, subsel
+        self.leds.update(leds)
+        with self._lock:
+            self._waiting.extendleft(reversed(waiting))
+        self._send_soon()
+
+    def _description(self) -> bytes:
+        """All of the configuration space, which the driver has read, in short."""
+        digest = blake2b(digest_size=16)
+        for (select, subsel), data in sorted(self._space.items()):
+            digest.update(_CONFIG.pack(select, subsel, len(data), data))
+        return digest.digest()
+
+    def _leds_of(self, value: object) -> dict[str, bool]:
+        if not isinstance(value, dict) or value.keys() != self.leds.keys():
+            raise ValueError("other LEDs than the device has")
+        return {name: saved.flag(value[name]) for name in self.leds}
+
+    def _waiting_of(self, value: object) -> list[bytes]:
+        """Events of whole reports, of codes that the device has."""
+        data = saved.data(value, INPUT_EVENTS * _EVENT.size)
+        events = [data[at : at + _EVENT.size] for at in range(0, len(data), _EVENT.size)]
+        if events and events[-1] != _SYN:
+            raise ValueError("the last report has no end")
+        known = set(self._codes.values())
+        for each in events:
+            kind, number, _ = _EVENT.unpack(each) if len(each) == _EVENT.size else (0, 1, 0)
+            if each != _SYN and (kind, number) not in known:
+                raise ValueError(f"an event of type {kind} and code {number}")
+        return events
 
     def reset(self) -> None:
         """Forget the driver, and the events that were meant for it; see :class:`Device`."""

@@ -10,11 +10,12 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex, TypeVar, overload
 
 from guestio._core.virtio.chain import Chain
 from guestio.addr import Permissions, check_flag, check_int, check_range, check_seconds
 from guestio.budgets import (
+    DEVICE_STATE,
     IOMMU_BYPASS_WAIT,
     IOMMU_DOMAIN_MAPPINGS,
     IOMMU_FAULT_BURST,
@@ -33,6 +34,7 @@ from guestio.iommu.events import Event
 from guestio.memory import GuestRegionCollection
 from guestio.memory.followed import Follower
 from guestio.ratelog import LOG
+from guestio.virtio import saved
 from guestio.virtio.device import Device, DeviceId
 from guestio.virtio.iommu import snapshot, wire
 from guestio.virtio.iommu.faults import FaultLog, FaultStats
@@ -70,7 +72,22 @@ FEATURES: Final = (
 
 _log = logging.getLogger(__name__)
 
+_I = TypeVar("_I", bound="VirtioIommu")
+
 Reserved = Sequence[ReservedRegion]
+
+
+class _Restore:
+    """Of the class, `VirtioIommu._make_restored`; of a device, what `Device.restore` is."""
+
+    @overload
+    def __get__(self, device: None, kind: type[_I]) -> Callable[..., _I]: ...
+
+    @overload
+    def __get__(self, device: VirtioIommu, kind: type[_I]) -> Callable[[bytes], None]: ...
+
+    def __get__(self, device: VirtioIommu | None, kind: type[_I]) -> Callable[..., Any]:
+        return kind._make_restored if device is None else device._take_over
 
 
 class VirtioIommu(Device):
@@ -156,6 +173,8 @@ class VirtioIommu(Device):
             _checked(fault_capacity, "fault_capacity", 1, U32),
             clock,
         )
+        mappings = min(self._limits.max_total_mappings, 1 << 32)
+        self.max_state = DEVICE_STATE + mappings * wire.MAP_BYTES
         self._requests = RequestQueue()
         self._server = RequestServer(self)
         self._state = State(self, self._limits)
@@ -492,8 +511,78 @@ class VirtioIommu(Device):
         """
         return self._requests.alone(lambda: snapshot.take(self._state, self._faults))
 
+    def save(self) -> bytes:
+        """Where endpoints are attached, what domains map, and fault records that wait.
+
+        What the driver did, in short, as another device with the same endpoints can go on with; see
+        :class:`Device`. Export sessions and DMA targets are the owner's, and so are the settings.
+
+        Raises:
+            DeviceError: Requests wait for memory to be released.
+        """
+
+        def take() -> bytes:
+            head = saved.pack(
+                bypass=self.bypass,
+                features=self.features,
+                records=[saved.text(record) for record in self._faults.waiting()],
+            )
+            return b"".join(
+                [len(head).to_bytes(4, "little"), head, *snapshot.requests(self._state)]
+            )
+
+        return self._requests.alone(take)
+
+    def _take_over(self, state: bytes) -> None:
+        """Do what the driver of another device did; see :meth:`save`.
+
+        DMA targets get the mappings. The device is reset before.
+
+        Raises:
+            DeviceError: Not all of it is possible here: the endpoints or the limits are others,
+                say. The device is reset then.
+        """
+        size = int.from_bytes(state[:4], "little")
+        fields = saved.Fields(state[4 : 4 + size])
+        bypass = fields.take("bypass", saved.flag)
+        features = fields.take("features", lambda value: saved.number(value, DEVICE_BITS))
+        records = fields.take("records", _records_of)
+        self._finish(self.reset())
+        try:
+            self._set_idle(bypass, features)
+            for request in wire.split(state[4 + size :]):
+                self._replay(request)
+        except ValueError as error:
+            self._finish(self.reset())
+            raise DeviceError(f"the state of a virtio-iommu cannot be read: {error}") from None
+        except BaseException:
+            self._finish(self.reset())
+            raise
+        for record in records:
+            self.report(record)
+
+    def _replay(self, request: bytes) -> None:
+        """Do a request of a saved state."""
+        parsed = wire.parse(request)
+        if not isinstance(parsed, wire.Attach | wire.Map):
+            raise DeviceError(f"{type(parsed).__name__} is no part of a state")
+        answer = self._finish(self._requests.submit(*self._state.plan(parsed)))
+        if answer[0] != wire.Status.OK:
+            raise DeviceError(
+                f"{parsed} of the state is not possible here: {wire.Status(answer[0]).name}"
+            )
+
+    def _finish(self, pending: Pending | None) -> bytes:
+        """The answer, which nothing in a device that does not run should keep from coming."""
+        if pending is None:
+            return b""
+        try:
+            return pending.result(self._limits.stop_timeout)
+        except TimeoutError as error:
+            raise DeviceError(f"the state cannot be taken over: {error}") from None
+
     @classmethod
-    def restore(cls, data: Mapping[str, Any], **options: Any) -> Self:
+    def _make_restored(cls, data: Mapping[str, Any], **options: Any) -> Self:
         """A device in the state that a :meth:`snapshot` was taken in.
 
         Args:
@@ -521,6 +610,19 @@ class VirtioIommu(Device):
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the snapshot is incomplete: {error!r}") from error
         return device
+
+    # What the class has by this name makes a device, what a device has is `Device.restore`.
+    restore = _Restore()  # type: ignore[assignment]  # mypy expects a method
+
+
+def _records_of(value: object) -> list[FaultRecord]:
+    """The fault records of a saved state."""
+    if not isinstance(value, list) or len(value) > IOMMU_FAULT_RECORDS:
+        raise ValueError("not a list of fault records")
+    records = [FaultRecord(saved.data(each, FaultRecord.SIZE)) for each in value]
+    if any(len(record) != FaultRecord.SIZE for record in records):
+        raise ValueError("a fault record of another size")
+    return records
 
 
 def _checked(value: int, name: str, first: int, last: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -57,6 +57,17 @@ def _domain(space: Space) -> dict[str, Any]:
             for iova, size, gpa, prot in entries
         ],
     }
+
+
+def requests(state: State) -> Iterator[bytes]:
+    """The requests by which a driver would bring a device that was reset into a state."""
+    for number in sorted(state.domains):
+        space = state.domains[number]
+        flags = wire.ATTACH_F_BYPASS if space.bypass else 0
+        for endpoint in sorted(space.endpoints):
+            yield wire.pack(wire.Attach(number, endpoint, flags, bytes(4)))
+        for first, last, gpa, access in _domain(space)["mappings"]:
+            yield wire.pack(wire.Map(number, first, last, gpa, access))
 
 
 def settings(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, Self
 
 F_INPUT_RANGE: Final = 1 << 0
@@ -120,6 +120,9 @@ _LAYOUT: Final[dict[int, tuple[struct.Struct, type[Request]]]] = {
 LONGEST_REQUEST: Final = max(layout.size for layout, _ in _LAYOUT.values())
 """Bytes of a request beyond which nothing is looked at."""
 
+MAP_BYTES: Final = _LAYOUT[RequestType.MAP][0].size
+"""Bytes of a MAP."""
+
 _CONFIG: Final = struct.Struct("<QQQIIIB3x")
 BYPASS_OFFSET: Final = 36
 """Where ``bypass`` is in the configuration space."""
@@ -150,6 +153,21 @@ def pack(request: Request) -> bytes:
             packed[0] = kind
             return bytes(packed)
     raise TypeError(f"{type(request).__name__} is not a request")
+
+
+def split(requests: bytes) -> Iterator[bytes]:
+    """The requests in a row of whole ones.
+
+    Raises:
+        ValueError: It is none.
+    """
+    at = 0
+    while at < len(requests):
+        layout = _LAYOUT.get(requests[at])
+        if layout is None or at + layout[0].size > len(requests):
+            raise ValueError(f"no whole request at byte {at}")
+        yield requests[at : at + layout[0].size]
+        at += layout[0].size
 
 
 def tail(status: int) -> bytes:

@@ -37,6 +37,7 @@ from guestio.budgets import (
     NET_TURN_FRAMES,
 )
 from guestio.errors import GuestioError
+from guestio.virtio import saved
 from guestio.virtio.device import VIRTIO_F_VERSION_1, Device, DeviceId
 from guestio.virtio.net.features import (
     ACK_ERR,
@@ -62,7 +63,9 @@ _CONFIG: Final = struct.Struct("<6sHHH")
 _SHORT, _LONG = 10, 12
 _ETHERNET: Final = 14
 _FRAME_MOST: Final = 65597
-_NO_HEADER: Final = bytes(_LONG)
+_LEAST_FRAME: Final = 60
+# Ethernet type, then the request of RFC 903 up to the addresses: 3 is "request reverse".
+_RARP: Final = struct.pack(">HHHBBH", 0x8035, 1, 0x0800, 6, 4, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,10 @@ class NetDevice(Device):
         )
         self._port = port
         self._capture = capture
+        # Who saved a state: its own comes back after a pause, another one's after a migration.
+        self._origin = os.urandom(8)
+        self._arrived = False
+        self._table: list[bytes] = []
         self._host: DeviceHost | None = None
         self._link = True
         self._gone = False
@@ -195,9 +202,12 @@ class NetDevice(Device):
             self._link = up
             self._apply_link()
 
-    def _apply_link(self) -> None:
+    def _set_discard(self) -> None:
         for sender, filler in zip(self._senders, self._fillers, strict=True):
             sender.discard = filler.discard = not self.link
+
+    def _apply_link(self) -> None:
+        self._set_discard()
         if self._host is not None:
             self._host.config_changed()
 
@@ -209,6 +219,19 @@ class NetDevice(Device):
         if self._accepted & Net.GUEST_ANNOUNCE and self._host is not None:
             self._announcing = True
             self._host.config_changed()
+
+    def send_rarp(self, address: bytes) -> None:
+        """Have the network learn that a driver's address is reached here, by a RARP request.
+
+        It goes out on the first queue pair, as if the driver had sent it, but is not counted.
+
+        Args:
+            address: Six bytes.
+
+        Threads: in that of the device's event loop.
+        """
+        frame = b"\xff" * 6 + address + _RARP + 2 * (address + bytes(4))
+        self._emit(0, frame.ljust(_LEAST_FRAME, b"\0"), b"")
 
     def statistics(self) -> NetStatistics:
         """What was sent and received so far."""
@@ -253,13 +276,51 @@ class NetDevice(Device):
         """
         self._forget_driver()
 
+    def save(self) -> bytes:
+        """Addresses, filters and the link; see :class:`Device`."""
+        return saved.pack(
+            address=saved.text(self._address),
+            modes=self._modes,
+            table=saved.text(b"".join(self._table)),
+            link=self._link,
+            link_seen=self.link,
+            announcing=self._announcing,
+            origin=saved.text(self._origin),
+        )
+
+    def restore(self, state: bytes) -> None:
+        """Take over addresses and filters, and whether the link is up; see :class:`Device`.
+
+        After a migration the driver announces itself once its queues run; for a driver that has
+        the device's address and does not know how to, the device does.
+        """
+        fields = saved.Fields(state)
+        address = fields.take("address", _address_of)
+        table = fields.take("table", _table_of)
+        modes = fields.take("modes", _modes_of)
+        link, seen, announcing = (
+            fields.take(name, saved.flag) for name in ("link", "link_seen", "announcing")
+        )
+        origin = fields.take("origin", lambda value: saved.data(value, len(self._origin)))
+        self._address, self._table, self._modes = address, table, modes
+        self._announcing = announcing
+        self._arrived = origin != self._origin
+        self._apply_filter()
+        if self._arrived:
+            self._link = link
+        # What is told before a queue runs is told once one does.
+        if self.link != seen or announcing:
+            self._apply_link()
+        elif self._arrived:
+            self._set_discard()
+
     def _forget_driver(self) -> None:
         self._address = self.mac
-        self._announcing = False
+        self._announcing = self._arrived = False
         self._modes = dict.fromkeys(_MODES.values(), False)
         # A driver that does not choose receives everything.
         self._modes["promiscuous"] = True
-        self._table: list[bytes] = []
+        self._table = []
         self._apply_filter()
         for filler in self._fillers:
             filler.forget()
@@ -330,6 +391,12 @@ class NetDevice(Device):
     def _begin(self, pair: int) -> None:
         """Receive on a queue that has buffers."""
         self._port.running(pair, True)
+        if self._arrived:
+            self._arrived = False
+            if self._accepted & Net.GUEST_ANNOUNCE:
+                self.announce()
+            elif self._accepted & Net.MAC:
+                self.send_rarp(self._address)
         if self._descriptors[pair] >= 0 and not self._fillers[pair].waiting:
             # No translation is requested for a buffer before there is a frame for it.
             self._watch(pair)
@@ -423,20 +490,24 @@ class NetDevice(Device):
         sender = self._senders[pair]
         size = chain.readable.total - sender.header_size
         sent = False
-        if _ETHERNET <= size <= _FRAME_MOST and self.link:
+        if _ETHERNET <= size <= _FRAME_MOST:
             data = chain.readable.read()
-            frame = data[sender.header_size :]
-            if self._capture is not None:
-                self._capture.write(frame, sent=True)
-            if self._descriptors[pair] >= 0:
-                header = data[: sender.header_size] if sender.offloads else b""
-                sent = _write(self._descriptors[pair], header.ljust(_LONG, b"\0") + frame)
-            else:
-                sent = self._port.send(pair, frame)
+            header = data[: sender.header_size] if sender.offloads else b""
+            sent = self._emit(pair, data[sender.header_size :], header)
         if sent:
             sender.count(size)
         else:
             sender.count_dropped()
+
+    def _emit(self, pair: int, frame: bytes, header: bytes) -> bool:
+        """Record a frame and hand it to the port; whether that took it."""
+        if not self.link:
+            return False
+        if self._capture is not None:
+            self._capture.write(frame, sent=True)
+        if self._descriptors[pair] >= 0:
+            return _write(self._descriptors[pair], header.ljust(_LONG, b"\0") + frame)
+        return self._port.send(pair, frame)
 
     # Control commands (section 5.1.6.5).
 
@@ -531,6 +602,30 @@ _MODES: Final = {
     5: "no_broadcast",
 }
 """Commands of class RX, and what they switch."""
+
+
+def _modes_of(value: object) -> dict[str, bool]:
+    """The switches of a saved state."""
+    if not isinstance(value, dict) or value.keys() != set(_MODES.values()):
+        raise ValueError("other switches than the device has")
+    return {name: saved.flag(value[name]) for name in _MODES.values()}
+
+
+def _address_of(value: object) -> bytes:
+    """The address of a saved state: as a driver may set it."""
+    address = saved.data(value, 6)
+    if len(address) != 6 or address[0] & 1:
+        raise ValueError(f"{address.hex(':')} is no address of a single host")
+    return address
+
+
+def _table_of(value: object) -> list[bytes]:
+    """The addresses of a saved state; a control command has room for them."""
+    table = saved.data(value, NET_CONTROL_BYTES)
+    if len(table) % 6:
+        raise ValueError(f"{len(table)} bytes of addresses")
+    return [table[at : at + 6] for at in range(0, len(table), 6)]
+
 
 _Obey = Callable[[NetDevice, int, bytes], bool]
 _COMMANDS: Final[dict[tuple[int, int], _Obey]] = {

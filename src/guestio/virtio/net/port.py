@@ -14,7 +14,7 @@ class Port:
     A subclass provides :meth:`send`, and calls :attr:`deliver` with what the driver is to receive.
     Or it provides :meth:`descriptor`: then frames are moved by the compiled core. All methods are
     called in the thread of the device's event loop, but :meth:`send` with queue threads: then in
-    the thread of the transmit queue.
+    the thread of the transmit queue, and an announcement after a migration in the former.
 
     Attributes:
         offloads: Feature bits for checksums and segmentation that the port passes on both ways.
