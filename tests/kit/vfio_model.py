@@ -227,6 +227,7 @@ class Campaign:
             for page in range(FILE_PAGES):
                 content[page * PAGE : (page + 1) * PAGE] = bytes([16 * index + page + 1]) * PAGE
             os.pwrite(self.files[index], content, 0)
+        self.sizes = [FILE_PAGES] * FILES
         # A page leads to a file, a page of it, and what is allowed; to no file if that is None.
         self.pages: dict[int, tuple[int | None, int, int]] = {}
         self.starts: dict[int, int] = {}
@@ -312,10 +313,12 @@ class Campaign:
         if got != self.expected:
             raise AssertionError(self._difference(bytes(got)))
         self.expected.clear()
-        assert self.side.device.tails == self.tails
-        for fd, content in zip(self.files, self.contents, strict=True):
-            assert os.pread(fd, len(content), 0) == content, "memory was written that may not be"
-        assert len(self.side.connection._dma) == len(self.starts)
+        assert self.side.device.tails == self.tails, "doorbells were rung otherwise"
+        for fd, content, size in zip(self.files, self.contents, self.sizes, strict=True):
+            there = os.pread(fd, len(content), 0)
+            assert there == content[: size * PAGE], "memory was written that may not be"
+        count = len(self.side.connection._dma)
+        assert count == len(self.starts), f"{count} mappings, not {len(self.starts)}"
 
     def _difference(self, got: bytes) -> str:
         at = 0
@@ -379,7 +382,7 @@ class Campaign:
             and not any(page in self.pages for page in inside)
         )
         if good and fd is not None:
-            good = not offset % PAGE and offset + size <= FILE_PAGES * PAGE and kind != 2
+            good = not offset % PAGE and offset + size <= self.sizes[file] * PAGE and kind != 2
             good = good and not (kind == 1 and perm & 2)
         elif first < PAGES - 16 < first + count:
             # Behind the low pages nothing is used, so this is a mapping that the model lacks.
@@ -597,6 +600,8 @@ class Campaign:
         what = self.choose.randrange(8)
         if what < 4:
             self._switch(bool(what))
+        elif what == 4:
+            self._resize()
         elif what == 6:
             self._send(Command.DEVICE_RESET, b"")
             self.master = False
@@ -606,6 +611,16 @@ class Campaign:
                 self._switch(True)
         else:
             self._send(99, b"garbage", error=True)
+
+    def _resize(self) -> None:
+        """Cut the last file or enlarge it again, while nothing leads to its second half."""
+        half, last = FILE_PAGES // 2, FILES - 1
+        if any(file == last and at >= half for file, at, _ in self.pages.values()):
+            return
+        self.check()
+        self.sizes[last] = half if self.sizes[last] > half else FILE_PAGES
+        os.ftruncate(self.files[last], self.sizes[last] * PAGE)
+        self.contents[last][half * PAGE :] = bytes(half * PAGE)
 
     def _switch(self, master: bool) -> None:
         self.master = master

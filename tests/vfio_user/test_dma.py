@@ -12,7 +12,8 @@ import pytest
 
 from guestio.addr import ADDRESS_SPACE, Permissions
 from guestio.budgets import DMA_UNMAP_STEP
-from guestio.errors import CannotResolveError, PermissionDeniedError
+from guestio.errors import BackingError, CannotResolveError, PermissionDeniedError
+from guestio.memory import Backing
 from guestio.vfio_user.memory import DmaSpace
 from guestio.vfio_user.messages import Command, HeaderFlag, RefusalError
 from tests.kit.serving import nothing_left, until
@@ -219,6 +220,82 @@ def test_an_access_that_does_not_end_is_cut_off(
     assert client.unmap(BASE, PAGE) == 0
     assert serving.stats.delayed_unmaps == 1
     toy.held.close()
+
+
+def test_memory_that_is_held_while_its_file_is_cut(client: Client, toy: Toy) -> None:
+    """What is left of the file is mapped anew, and what was cut as soon as it is there again."""
+    fd = memory_file(8 * PAGE)
+    os.pwrite(fd, b"\x11" * 8 * PAGE, 0)
+    client.map(BASE, 2 * PAGE, fd)
+    client.map(BASE + 2 * PAGE, PAGE, fd, PAGE)
+    client.write(0, 8, number(BASE))
+    client.write(0, 0x20, number(1))
+    os.ftruncate(fd, 2 * PAGE + 100)
+    assert client.unmap(BASE, 2 * PAGE) == 0
+    toy.held.write(b"\x99" * PAGE)
+    assert os.pread(fd, 2 * PAGE, 0) == b"\x11" * 2 * PAGE
+    assert peek(client, BASE + 2 * PAGE) == 0x11
+    assert client.map(BASE, PAGE, fd, 2 * PAGE) == errno.EINVAL
+    os.ftruncate(fd, 8 * PAGE)
+    assert client.map(BASE, PAGE, fd, 7 * PAGE) == 0
+    poke(client, BASE, 0x42)
+    assert os.pread(fd, 1, 7 * PAGE) == b"\x42"
+    toy.held.close()
+
+
+@pytest.mark.parametrize("how", ["cut", "refused"])
+def test_a_client_whose_memory_cannot_be_mapped_anew_is_disconnected(
+    serving: ServingPci, toy: Toy, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The device reaches nothing of it: nothing is left that the memory could be taken away by."""
+    fd = memory_file(8 * PAGE)
+    os.pwrite(fd, b"\x11" * 8 * PAGE, 0)
+    with serving.connect() as client:
+        client.begin()
+        client.map(BASE, PAGE, fd, PAGE)
+        client.write(0, 8, number(BASE))
+        client.write(0, 0x20, number(1))
+        if how == "cut":
+            os.ftruncate(fd, 0)
+        else:
+
+            def refuse(*_: object, **__: object) -> None:
+                raise BackingError("no memory")
+
+            monkeypatch.setattr("guestio.vfio_user.memory.Backing.from_fd", refuse)
+        with pytest.raises(ConnectionResetError):
+            client.unmap(BASE, PAGE)
+    with serving.connect() as following:
+        assert not following.version().error
+        os.ftruncate(fd, 8 * PAGE)
+        toy.held.write(b"\x99" * PAGE)
+        assert b"\x99" not in os.pread(fd, 8 * PAGE, 0)
+        toy.held.close()
+    assert serving.stats.protocol_errors == 1
+
+
+def test_more_pieces_than_a_process_may_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then all that is under way in the file is cut off."""
+    space, fd = DmaSpace(), memory_file(4 * PAGE)
+    space.map(0, 4 * PAGE, RW, fd, 0)
+    held = space.space.gather(PAGE, PAGE, RW)
+    cut_off, seen = Backing.cut_off, []
+
+    def refuse(self: Backing, offset: int, length: int) -> None:
+        seen.append((offset, length))
+        if len(seen) == 1:
+            raise BackingError("too many mappings")
+        cut_off(self, offset, length)
+
+    monkeypatch.setattr(Backing, "cut_off", refuse)
+    unmapping = space.unmap(0, 4 * PAGE)
+    unmapping.finish()
+    assert space.cut_off(0, 4 * PAGE, unmapping.used)
+    assert seen[1] == (0, 4 * PAGE)
+    held.write(b"\x99" * PAGE)
+    assert os.pread(fd, 4 * PAGE, 0) == bytes(4 * PAGE)
+    held.close()
+    space.close()
 
 
 def test_an_unmap_that_wants_no_answer(client: Client) -> None:

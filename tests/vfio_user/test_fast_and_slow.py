@@ -132,7 +132,7 @@ def test_which_mappings_are_for_the_core(side: Side) -> None:
 def test_an_unmap_of_memory_in_use_is_not_for_the_core(side: Side) -> None:
     fd = memory_file()
     side.send(message(Command.DMA_MAP, map_payload(BASE, PAGE)), (fd,))
-    side.send(write(4, b"\6\0", region=7) + write(8, BASE.to_bytes(8, "little")) + write(32, b"\1"))
+    side.send(write(4, b"\6\0", region=7) + write(8, BASE.to_bytes(8, "little")) + write(32, b"\0"))
     side.settle()
     assert side.device.held is not None
     assert by_core(side, message(Command.DMA_UNMAP, unmap_payload(BASE, PAGE))) == 0

@@ -19,7 +19,7 @@ from guestio.budgets import (
     DMA_STOP_LOOK,
     TURN_SECONDS,
 )
-from guestio.errors import ProtocolError
+from guestio.errors import BackingError, ProtocolError
 from guestio.pci.host import PciHost
 from guestio.pci.interrupts import InterruptKind
 from guestio.peer.channel import PeerGoneError
@@ -423,15 +423,15 @@ class Connection(PeerConnection[Header]):
                 self._loop.set_timer((self, "revocation"), now + DMA_LOOK, self._look)
                 return
             self._host.revoke(unmapping.address, unmapping.size)
-            if self._dma.in_use(unmapping.address, unmapping.size):
-                self._cut_off(unmapping)
         self._revocation = None
         try:
+            if unmapping.used and self._dma.in_use(unmapping.address, unmapping.size):
+                self._cut_off(unmapping)
             if not waiting.header.wants_reply or self._send(waiting.header.reply()):
                 self._resume()
         except PeerGoneError:
             self.close()
-        except ProtocolError as error:
+        except (ProtocolError, BackingError) as error:
             self.disconnect(str(error))
 
     def _cut_off(self, unmapping: Unmapping) -> None:

@@ -180,40 +180,77 @@ class DmaSpace:
             Whether :attr:`space` is another one now.
 
         Raises:
-            BackingError: The host does not allow it.
+            BackingError: A file cannot be mapped anew. All of its memory was taken away, from every
+                access: the client must be disconnected.
         """
-        condemned = [(target, length) for _, length, target, _ in removed]
+        condemned = self._condemned(address, size, removed)
+        old = {window: self._regions[window] for window in condemned}
+        try:
+            for window in condemned:
+                self._map_anew(window)
+        except BackingError:
+            for region in old.values():
+                region.backing.cut_off(0, region.size)
+            raise
+        self._renew()
+        for window, pieces in condemned.items():
+            _take_away(old[window], pieces)
+        return bool(old)
+
+    def _condemned(
+        self, address: int, size: int, removed: list[Piece]
+    ) -> dict[int, list[tuple[int, int]]]:
+        """What accesses to a range reach in each file, which nothing waits for from here on."""
+        found = [(target, length) for _, length, target, _ in removed]
         for first, last in self._iotlb.leases.abandon(address, size):
             for start, length, target, _ in self._iotlb.overlapping(first, last - first + 1):
                 begin, end = max(start, first), min(start + length, last + 1)
-                condemned.append((target + begin - start, end - begin))
-        old: dict[int, MmapRegion] = {}
-        for target, _ in condemned:
+                found.append((target + begin - start, end - begin))
+        pieces: dict[int, list[tuple[int, int]]] = {}
+        for target, length in found:
             window = target >> WINDOW
-            if window in self._regions and window not in old:
-                old[window] = self._regions[window]
-        for window, region in old.items():
-            backing = region.backing
-            assert backing.fd is not None
-            fresh = Backing.from_fd(backing.fd, backing.size, writable=backing.writable)
-            self._regions[window] = MmapRegion(region.start, fresh)
-        self._renew()
-        for target, length in condemned:
-            if target >> WINDOW in old:
-                region = old[target >> WINDOW]
-                region.backing.cut_off(target - region.start, length)
-        return bool(old)
+            if window in self._regions:
+                pieces.setdefault(window, []).append((target - (window << WINDOW), length))
+        return pieces
+
+    def _map_anew(self, window: int) -> None:
+        """Map a file a second time: what is left of it, if it was cut."""
+        region = self._regions[window]
+        backing = region.backing
+        assert backing.fd is not None
+        status = os.fstat(backing.fd)
+        size = min(backing.size, status.st_size - status.st_size % PAGE)
+        if not size:
+            raise BackingError("the file has no memory any more")
+        fresh = Backing.from_fd(backing.fd, size, writable=backing.writable)
+        self._regions[window] = MmapRegion(region.start, fresh)
+        self.table.know(window, status.st_dev, status.st_ino, backing.writable, size)
 
     def close(self) -> None:
         """Take everything away from every access."""
         unmapping = self.unmap(0, ADDRESS_SPACE)
         unmapping.finish()
         if self.in_use(0, ADDRESS_SPACE):
-            self.cut_off(0, ADDRESS_SPACE, unmapping.used)
+            for window, pieces in self._condemned(0, ADDRESS_SPACE, unmapping.used).items():
+                _take_away(self._regions[window], pieces)
         for window in list(self._regions):
             self.table.forget_file(window)
         self._regions.clear()
         self._renew()
+
+
+def _take_away(region: MmapRegion, pieces: list[tuple[int, int]]) -> None:
+    """Put empty pages in place of pieces of a file's memory, or of all of it.
+
+    Raises:
+        BackingError: The host does not allow it.
+    """
+    try:
+        for at, length in pieces:
+            region.backing.cut_off(at, length)
+    except BackingError:
+        # Each piece makes mappings more, of which a process has some ten thousand; all is one.
+        region.backing.cut_off(0, region.size)
 
 
 class Unmapping:
