@@ -7,7 +7,7 @@ import pytest
 
 SOURCES = Path(__file__).parents[2] / "src" / "guestio"
 CORE = SOURCES / "_core"
-LAYERS = ("base", "memory", "iommu", "virtio", "vhost_user", "pci", "nvme", "vfio_user")
+LAYERS = ("base", "trace", "memory", "iommu", "virtio", "vhost_user", "pci", "nvme", "vfio_user")
 """From the lowest to the highest."""
 BELOW = ("addr", "errors", "budgets")
 """What of Python's modules the core may use."""

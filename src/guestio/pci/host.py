@@ -20,6 +20,7 @@ from guestio.pci.config import COMMAND_INTX_DISABLE, ConfigSpace
 from guestio.pci.device import Bar, PciDevice, check_device, complete
 from guestio.pci.interrupts import InterruptKind, Interrupts
 from guestio.pci.memory import BusMemory, RemoteMemory
+from guestio.trace import What, event, new_origin
 from guestio.virtio.calls import LoopCalls
 from guestio.virtio.loop import EventLoop
 
@@ -50,10 +51,12 @@ class PciHost(LoopCalls):
         interrupts: Its vectors, for a transport.
         doorbells: Its doorbells, for a transport.
         failures: Calls in which the device raised an exception, or returned no number.
+        origin: Its number in records of tracepoints.
     """
 
     def __init__(self, device: PciDevice, loop: EventLoop) -> None:
         super().__init__(type(device).__name__, loop)
+        self.origin: Final = new_origin()
         self.device: Final = check_device(device)
         self.bars, capabilities = complete(device)
         self.memory: Final = BusMemory()
@@ -267,6 +270,7 @@ class PciHost(LoopCalls):
 
     def reset(self) -> None:
         """Reset the function. Triggers of interrupts stay."""
+        event(What.RESET, origin=self.origin)
         self.config.reset()
         self.interrupts.forget_pending()
         self._start_over()

@@ -328,6 +328,7 @@ class VirtioPci(PciDevice):
             self.statistics,
             stop_timeout=self._stop_timeout,
             poll_us=self._poll_us,
+            origin=host.origin,
         )
         # The driver's queues end with this device: no other one goes on with them.
         self._host.has_successor = False

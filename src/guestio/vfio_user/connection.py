@@ -26,6 +26,7 @@ from guestio.peer.channel import PeerGoneError
 from guestio.peer.connection import MESSAGES_AT_A_TIME, PeerConnection
 from guestio.peer.foreign import Eventfd, close_foreign
 from guestio.ratelog import LOG
+from guestio.trace import What, event
 from guestio.vfio_user.channel import Channel, Message
 from guestio.vfio_user.memory import DmaSpace, Unmapping
 from guestio.vfio_user.messages import (
@@ -114,7 +115,7 @@ class Connection(PeerConnection[Header]):
         self._host = host
         self._stats = statistics
         self._revoke_after = revoke_after
-        self._dma = DmaSpace()
+        self._dma = DmaSpace(host.origin)
         self._feed = ClientFeed(
             self._fed,
             TURN_SECONDS,
@@ -136,6 +137,7 @@ class Connection(PeerConnection[Header]):
         host.connect(self._dma.space, self._remote)
         loop.core.add_feed(self._feed)
         self._start()
+        event(What.CONNECTED, origin=host.origin, detail=statistics.connections)
 
     def _may_read(self) -> bool:
         # Messages are obeyed in their order: what follows an unmap that waits, waits, too.
@@ -209,6 +211,12 @@ class Connection(PeerConnection[Header]):
 
     def _handle(self, message: Message) -> tuple[bytes | None, Sequence[int]]:
         self._handled = message.header
+        event(
+            What.MESSAGE,
+            origin=self._host.origin,
+            detail=message.header.request,
+            length=message.header.size,
+        )
         self._busy = message.header.wants_reply
         try:
             reply = self._session.handle(message)
@@ -330,6 +338,7 @@ class Connection(PeerConnection[Header]):
 
     def _count_protocol_error(self) -> None:
         self._stats.protocol_errors += 1
+        event(What.ERROR, origin=self._host.origin)
 
     def close(self) -> None:
         """Give everything back. Calling it again does nothing."""
@@ -340,6 +349,7 @@ class Connection(PeerConnection[Header]):
             [self._hang_up, self._forget_mask_events, self._host.disconnect, self._dma.close],
             f"client {self._stats.connections}",
         )
+        event(What.DISCONNECTED, origin=self._host.origin, detail=self._stats.connections)
         LOG.report(
             log, logging.INFO, "client %d gone; so far: %s", self._stats.connections, self._stats
         )

@@ -40,14 +40,18 @@ Piece: TypeAlias = tuple[int, int, int, Permissions]
 class DmaSpace:
     """What a client has mapped for DMA. For one thread; lookups may come from any.
 
+    Args:
+        origin: The server's number in records of tracepoints.
+
     Attributes:
         table: The mappings, and the files that they lead to.
         space: The addresses of the device; another one after :meth:`map` or :meth:`cut_off`
             returned True.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, origin: int = 0) -> None:
         self._iotlb = IntervalMap(merge=False)
+        self._iotlb.origin = origin
         self.table = DmaTable(self._iotlb, DMA_FILES, DMA_MAPPINGS)
         self._limits = DMA_FILES, DMA_MAPPINGS
         self._regions: dict[int, MmapRegion] = {}

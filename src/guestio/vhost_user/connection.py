@@ -17,6 +17,7 @@ from guestio.errors import DeviceError, ProtocolError, QueueError
 from guestio.peer.connection import PeerConnection
 from guestio.peer.foreign import Eventfd, close_foreign
 from guestio.ratelog import LOG
+from guestio.trace import What, event
 from guestio.vhost_user.backend_channel import BackendChannel
 from guestio.vhost_user.channel import Channel, Message
 from guestio.vhost_user.device_state import StateFile
@@ -100,11 +101,12 @@ class Connection(PeerConnection[Header]):
         self._session = Session(self)
         self._back = BackendChannel(loop, self._stats, self._may_announce_config)
         self._translator = VhostUserTranslator(
-            loop, self._back, self._stats, host.wake, self._receive, miss_timeout
+            loop, self._back, self._stats, host.wake, self._receive, miss_timeout, host.origin
         )
         host.connect(self, self._translator)
         host.change_memory(AddressSpace(self._shared.table))
         self._start()
+        event(What.CONNECTED, origin=host.origin, detail=self._stats.connections)
 
     def _receive(self) -> None:
         super()._receive()
@@ -118,12 +120,19 @@ class Connection(PeerConnection[Header]):
         return True
 
     def _handle(self, message: Message) -> tuple[bytes | None, Sequence[int]]:
+        event(
+            What.MESSAGE,
+            origin=self._host.origin,
+            detail=int(message.header.request),
+            length=len(message.payload),
+        )
         reply = self._session.handle(message)
         self._report_refusal()
         return reply, self._session.reply_fds
 
     def _count_protocol_error(self) -> None:
         self._stats.protocol_errors += 1
+        event(What.ERROR, origin=self._host.origin)
 
     def _report_refusal(self) -> None:
         """Log what the front-end was refused, and let go of it: a traceback keeps memory mapped."""
@@ -153,6 +162,7 @@ class Connection(PeerConnection[Header]):
         try:
             self._release(steps, f"front-end {self._stats.connections}")
         finally:
+            event(What.DISCONNECTED, origin=self._host.origin, detail=self._stats.connections)
             self._report_end()
 
     def _report_end(self) -> None:
@@ -224,12 +234,29 @@ class Connection(PeerConnection[Header]):
 
     def _change_memory(self, shared: SharedMemory) -> None:
         """Use other memory; rings and translations are looked up again."""
+        self._trace_memory(shared)
         with self._host.detached():
             self._shared = shared
             self._translator._change_memory(shared)
             known = self._translator.iotlb._map if self.translating else None
             self._host.change_memory(AddressSpace(shared.table, known))
         self._check_log()
+
+    def _trace_memory(self, shared: SharedMemory) -> None:
+        """Write which regions go and which come."""
+        before, after = self._shared.regions, shared.regions
+        for what, regions in (
+            (What.REGION_REMOVED, [region for region in before if region not in after]),
+            (What.REGION_ADDED, [region for region in after if region not in before]),
+        ):
+            for region in regions:
+                event(
+                    what,
+                    origin=self._host.origin,
+                    address=region.guest_addr,
+                    length=region.size,
+                    detail=region.user_addr,
+                )
 
     def set_log(self, log: Log, fd: int) -> None:
         """See :class:`LogHandler`."""

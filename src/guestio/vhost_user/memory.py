@@ -45,6 +45,11 @@ class SharedMemory:
             GuestRegionCollection.from_regions(placed) if placed else GuestRegionCollection()
         )
 
+    @property
+    def regions(self) -> list[MemoryRegion]:
+        """What the front-end shares, by its own addresses."""
+        return [description for description, _ in self._regions]
+
     def user_addresses(self) -> IntervalMap:
         """Where each of the front-end's own addresses is in guest memory; a new map."""
         found = IntervalMap()

@@ -17,6 +17,7 @@ from guestio._core.vhost_user.iotlb_feed import IotlbFeed, IotlbUpdater
 from guestio._core.vhost_user.miss_table import REPEAT_AFTER, MissTable, PendingMiss
 from guestio.addr import IovaRange, Permissions
 from guestio.iommu import Iotlb
+from guestio.trace import What, event
 from guestio.vhost_user.backend_channel import BackendChannel
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.memory import SharedMemory
@@ -62,6 +63,7 @@ class VhostUserTranslator:
         blocked: Called when the main channel takes no more acknowledgements; :meth:`receive` sends
             the rest.
         time_limit: Seconds a front-end may take to answer a miss.
+        origin: The server's number in records of tracepoints.
 
     Attributes:
         iotlb: What is known.
@@ -78,9 +80,11 @@ class VhostUserTranslator:
         wake: Callable[[Iterable[int]], None],
         blocked: Callable[[], None],
         time_limit: float,
+        origin: int = 0,
     ) -> None:
         self.iotlb = Iotlb(MAX_TRANSLATIONS)
         self._known = self.iotlb._map
+        self._known.origin = self._origin = origin
         self.patience = PATIENCE * time_limit
         self._loop = loop
         self._back = back
@@ -90,6 +94,7 @@ class VhostUserTranslator:
         self._shared = SharedMemory()
         self._time_limit = time_limit
         self._misses = MissTable(time_limit)
+        self._misses.origin = origin
         self._updater = IotlbUpdater(
             self._known, self._shared.user_addresses(), self._misses, statistics.counters
         )
@@ -178,6 +183,7 @@ class VhostUserTranslator:
         if kind == IotlbType.INVALIDATE:
             self._known.cut(iova, size)
             self._stats.counters.invalidations += 1
+            event(What.INVALIDATE, origin=self._origin, address=iova, length=size)
             return self.unused(iova, size, seconds)
         at, taken = iova, False
         ranges = self._shared.guest_ranges(uaddr, size)
@@ -185,6 +191,14 @@ class VhostUserTranslator:
         for guest_addr, length in ranges:
             taken |= self._known.overwrite(at, length, guest_addr, Permissions(perm))
             at += length
+        event(
+            What.UPDATE,
+            origin=self._origin,
+            address=iova,
+            length=size,
+            detail=ranges[0][0],
+            access=int(perm),
+        )
         self._wake(self._misses.answered(iova, size, perm))
         return not taken or self.unused(iova, size, seconds)
 

@@ -26,6 +26,7 @@ from guestio.errors import DeviceError, GuestioError, naming
 from guestio.iommu.events import Event
 from guestio.memory import GuestRegionCollection
 from guestio.ratelog import LOG
+from guestio.trace import What, event, new_origin
 from guestio.virtio import saved
 from guestio.virtio.calls import LoopCalls
 from guestio.virtio.device import (
@@ -124,6 +125,7 @@ class DeviceHost(LoopCalls):
         poll_us: Microseconds to look out for a request before sleeping.
         queue_threads: Whether to serve each queue in a thread of its own.
         failed: Called with what a callback in such a thread raised.
+        origin: Its number in records of tracepoints; None for a new one.
 
     Attributes:
         device: What is hosted.
@@ -138,6 +140,7 @@ class DeviceHost(LoopCalls):
             where to go on. For the transport to set.
         ending: Whether the server is to stop, which ends a wait for the device's medium. For the
             transport to set.
+        origin: Its number in records of tracepoints.
     """
 
     def __init__(
@@ -150,8 +153,10 @@ class DeviceHost(LoopCalls):
         poll_us: int = 0,
         queue_threads: bool = False,
         failed: Callable[[BaseException], None] | None = None,
+        origin: int | None = None,
     ) -> None:
         self.device = device
+        self.origin = new_origin() if origin is None else origin
         self.statistics = statistics
         self.error_status = device.error_status
         self.stop_timeout = stop_timeout
@@ -382,6 +387,7 @@ class DeviceHost(LoopCalls):
         Raises:
             DeviceError: The device's ``reset`` raised; the queues are reset all the same.
         """
+        event(What.RESET, origin=self.origin)
         until = self.announce_stop(self.queues)
         for queue in self.queues:
             queue.reset(until, keep_base=keep_base)
@@ -583,6 +589,11 @@ class DeviceHost(LoopCalls):
         """Have queues served: what they lacked may be there."""
         for index in indices:
             self.queues[index].resume()
+
+    @property
+    def quota(self) -> Quota:
+        """Limits the memory of requests that the device holds."""
+        return self._quota
 
     @property
     def outstanding(self) -> int:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from guestio._core.base.syscalls import drain_eventfd, notify_eventfd
 from guestio._core.iommu.misses import Misses, touched
+from guestio._core.trace.latencies import Latencies
 from guestio._core.virtio.chain import Chain
 from guestio._core.virtio.frames import FrameFiller
 from guestio._core.virtio.loop import ActiveQueue
@@ -34,8 +35,10 @@ from guestio._core.virtio.ring import Ring
 from guestio.addr import shown
 from guestio.budgets import CANCEL_SECONDS, COPY_GRACE, SLOW_ANSWER, SLOW_DEVICE, TURN_SECONDS
 from guestio.errors import DeviceError, GuestioError, QueueError
+from guestio.trace import What, event
 from guestio.virtio.loop import EventLoop
 from guestio.virtio.queue_lock import QueueLock
+from guestio.virtio.snapshot import QueueCounts, QueueSnapshot
 from guestio.virtio.translator import Miss
 
 if TYPE_CHECKING:
@@ -121,6 +124,10 @@ class DeviceQueue:
         self._watching = False
         self._told_of: tuple[float, float] = (0.0, 0.0)
         self._available: Callable[[], object] | None = None
+        self._latencies = Latencies()
+        # What rings of before have counted, and the one that counts now: replaced as one, so that
+        # other threads never see a ring counted twice, or not at all.
+        self._counted: tuple[QueueCounts, Ring | None] = (QueueCounts(), None)
         self._clear()
 
     def _clear(self) -> None:
@@ -161,6 +168,32 @@ class DeviceQueue:
     def broken(self) -> str | None:
         """Why the queue is not served any more until it is set up anew, or None."""
         return self._why_stuck if self._stuck else None
+
+    @property
+    def counts(self) -> QueueCounts:
+        """What the queue has done so far, over all its rings. From any thread, without waiting."""
+        before, ring = self._counted
+        return before.with_ring(ring)
+
+    def snapshot(self) -> QueueSnapshot:
+        """The queue at this moment. From any thread, without waiting for the one that serves."""
+        before, ring = self._counted
+        active = self._active
+        stalled = 0.0 if active is None else active.waits_since
+        return QueueSnapshot(
+            index=self.index,
+            enabled=self._enabled,
+            running=ring is not None and not self._stuck,
+            size=0 if ring is None else ring.size,
+            next_avail=self.base if ring is None else ring.next_avail,
+            next_used=0 if ring is None else ring.next_used,
+            depth=0 if ring is None else ring.outstanding + ring.unpublished,
+            held=self.outstanding,
+            stalled_since=stalled or self._stalled_at,
+            broken=self.broken,
+            counts=before.with_ring(ring),
+            latencies=self._latencies,
+        )
 
     @property
     def held_since(self) -> float | None:
@@ -221,7 +254,19 @@ class DeviceQueue:
         if self._stuck or not (self._enabled and self._started):
             return None
         if self._ring is None:
-            self._ring = self._host.make_ring(self)
+            ring = self._ring = self._host.make_ring(self)
+            if ring is not None:
+                ring.queue, ring.origin = self.index, self._host.origin
+                ring.latencies = self._latencies
+                self._counted = self._counted[0], ring
+                event(
+                    What.QUEUE_STARTED,
+                    origin=self._host.origin,
+                    queue=self.index,
+                    address=ring.desc_addr,
+                    length=ring.size,
+                    detail=ring.next_avail,
+                )
         return self._ring
 
     def _take_one(self) -> Chain | None:
@@ -603,6 +648,13 @@ class DeviceQueue:
                         signal(self._call)
                     ring.give_back()
                 self.base = ring.resume_at
+                self._counted = self._counted[0].with_ring(ring), None
+                event(
+                    What.QUEUE_STOPPED,
+                    origin=self._host.origin,
+                    queue=self.index,
+                    detail=self.base,
+                )
             self.wake()
 
     def rebind(self, space: AddressSpace) -> None:
@@ -754,6 +806,7 @@ class DeviceQueue:
 
     def _break(self, error: GuestioError) -> None:
         self._stuck, self._why_stuck = True, str(error)
+        event(What.QUEUE_BROKEN, origin=self._host.origin, queue=self.index)
         self._host.broken(self, error)
         # Last: the log says why by then.
         signal(self._err)
@@ -1063,6 +1116,7 @@ class DeviceQueue:
                 the device wants to end.
         """
         device, method = self._host.device, self._method("fail")
+        event(What.FAILED, origin=self._host.origin, queue=self.index, head=chain.head)
         self._host.statistics.counters.count_failed()
         written = None
         try:

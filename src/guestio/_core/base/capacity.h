@@ -107,6 +107,9 @@ enum {
     LOOP_REQUESTS = GUESTIO_CAPACITY_OF(64, 2),
     LOOP_QUEUE_TURNS = GUESTIO_CAPACITY_OF(4, 1),
 
+    /* Tracepoints: records in the ring of a thread, unless more are asked for. */
+    TRACE_RECORDS = GUESTIO_CAPACITY_OF(1 << 14, 2),
+
     /* The load generator: bytes that are read ahead (at least the largest message), answers under
        way, events of one wait, looks at rings between two looks at sockets (with translations and
        without), and busy rounds after which sockets are looked at too. */

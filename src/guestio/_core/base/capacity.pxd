@@ -34,6 +34,7 @@ cdef extern from "capacity.h" nogil:
         LOOP_TURNS
         LOOP_REQUESTS
         LOOP_QUEUE_TURNS
+        TRACE_RECORDS
         LOAD_PAYLOAD
         LOAD_READ_AHEAD
         LOAD_ANSWERS

@@ -1,5 +1,7 @@
 """C view of the choice of entries to evict."""
 
+from libc.stdint cimport uint16_t as u16
+
 from guestio._core.base.checks cimport u64
 from guestio._core.memory.leases cimport Leases
 from guestio._core.iommu.tree cimport Tree
@@ -31,7 +33,9 @@ cdef struct Queue:
 cdef void close_queue(Queue *queue) noexcept nogil
 cdef int make_room(Queue *queue, const Tree *tree, int inserts) except -1
 cdef void enqueue(Queue *queue, u64 stamp, u64 first) noexcept nogil
-cdef size_t evict(Queue *queue, Tree *tree, Leases leases, size_t limit, u64 *tick) noexcept
+cdef size_t evict(
+    Queue *queue, Tree *tree, Leases leases, size_t limit, u64 *tick, u16 origin
+) noexcept
 cdef int add_pin(Queue *queue, u64 first, u64 last) except -1
 cdef bint drop_pin(Queue *queue, u64 first, u64 last) noexcept
 cdef int check_queue(const Queue *queue) except -1

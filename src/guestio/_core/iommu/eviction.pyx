@@ -15,6 +15,9 @@ from guestio._core.base.capacity cimport (
 )
 from guestio._core.memory.leases cimport Leases
 from guestio._core.iommu.tree cimport Cursor, Entry, Leaf, Tree, erase_entry, floor_of
+from guestio._core.trace.tracepoints cimport (
+    TRANSLATIONS, TraceRecord, WHAT_EVICTED, trace, trace_record, tracing,
+)
 
 
 cdef void close_queue(Queue *queue) noexcept nogil:
@@ -84,7 +87,9 @@ cdef void rebuild(Queue *queue, const Tree *tree) noexcept nogil:
         leaf = leaf.next
 
 
-cdef size_t evict(Queue *queue, Tree *tree, Leases leases, size_t limit, u64 *tick) noexcept:
+cdef size_t evict(
+    Queue *queue, Tree *tree, Leases leases, size_t limit, u64 *tick, u16 origin
+) noexcept:
     """Drop the entries beyond the limit that were used least recently; the number of them.
 
     What is pinned or in use at this moment stays, and counts as used now. Once so many of those
@@ -96,6 +101,7 @@ cdef size_t evict(Queue *queue, Tree *tree, Leases leases, size_t limit, u64 *ti
     cdef Cursor at
     cdef Waiting oldest
     cdef Entry *entry
+    cdef TraceRecord record
     cdef size_t kept = 0, stale = 0, gone = 0
     while tree.entries > limit and queue.count and kept < EVICTION_KEPT:
         oldest = dequeue(queue)
@@ -112,6 +118,11 @@ cdef size_t evict(Queue *queue, Tree *tree, Leases leases, size_t limit, u64 *ti
             entry.stamp = tick[0]
             enqueue(queue, entry.stamp, oldest.first)
         else:
+            if tracing & TRANSLATIONS:
+                record = trace_record(WHAT_EVICTED, origin)
+                record.address, record.length = oldest.first, entry.last - oldest.first + 1
+                record.detail, record.access = oldest.first + entry.delta, <u16>entry.perm
+                trace(&record)
             erase_entry(tree, oldest.first)
             gone += 1
     return gone

@@ -1,5 +1,7 @@
 """C view of the interval map, for the modules of the core that look addresses up in bulk."""
 
+from libc.stdint cimport uint16_t as u16
+
 from guestio._core.base.checks cimport Span, u8, u32, u64
 from guestio._core.iommu.eviction cimport Queue
 from guestio._core.memory.leases cimport Guard, Leases
@@ -43,6 +45,7 @@ cdef class IntervalMap:
     cdef readonly u64 misses
     cdef readonly u64 access_fails
     cdef readonly u64 evictions
+    cdef public u16 origin     # the number of its server, for records of tracepoints
     cdef u64 cuts
     cdef u64 seen_cuts         # those of `source` before it was followed
 

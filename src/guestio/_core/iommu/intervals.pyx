@@ -78,6 +78,7 @@ cdef class IntervalMap:
         misses: Lookups with an unmapped byte.
         access_fails: Lookups that were mapped throughout but forbidden somewhere.
         evictions: Entries dropped to keep within the capacity.
+        origin: The number of its server, for records of tracepoints.
 
     Several maps can show the mappings of one, see :func:`follow`.
 
@@ -134,7 +135,7 @@ cdef class IntervalMap:
     cdef void end_change(self) noexcept:
         cdef size_t gone
         if self.limit and self.at.tree.entries > self.limit:
-            gone = evict(&self.queue, &self.at.tree, self.leases, self.limit, &self.tick)
+            gone = evict(&self.queue, &self.at.tree, self.leases, self.limit, &self.tick, self.origin)
             self.evictions += gone
             if gone:
                 self.at.generation = next_generation()

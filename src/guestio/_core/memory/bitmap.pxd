@@ -29,6 +29,7 @@ cdef class AtomicBitmap:
     cdef int grow(self, u64 byte_size) except -1
     cdef int pages_of(self, object start, object length, u64 *first, u64 *last) except -1
     cdef object snapshot(self, bint clear)
+    cdef void trace_harvest(self, u64 first, u64 pages, u64 found) noexcept
     cdef object pages_in(self, u64 first, u64 last, bint clear, u64 group)
     cdef void take_chunk(
         self, u64 at, size_t words, u64 first, u64 last, bint clear, u64 *taken

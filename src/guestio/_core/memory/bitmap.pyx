@@ -10,6 +10,9 @@ from libc.string cimport memcpy
 from guestio._core.base.naming cimport publish_type
 from guestio._core.base.checks cimport Span, as_address, as_span, u64
 from guestio._core.base.capacity cimport GUESTIO_ASSERT, HARVEST_WORDS
+from guestio._core.trace.tracepoints cimport (
+    LIFE, TraceRecord, WHAT_HARVEST, trace, trace_record, tracing,
+)
 from guestio._core.memory.dirty_log cimport DirtyLog, mark_log, no_log
 
 from guestio.errors import InvalidAddressError
@@ -314,6 +317,8 @@ cdef class AtomicBitmap:
         cdef size_t count = (self.pages + 63) >> 6
         words = np.empty(count, np.uint64)
         cdef u64[::1] view = words
+        cdef u64 found = 0
+        cdef size_t i
         if count:
             with nogil:
                 pthread_rwlock_rdlock(&self.lock)
@@ -322,7 +327,18 @@ cdef class AtomicBitmap:
                 else:
                     peek_words(self.word, &view[0], count)
                 pthread_rwlock_unlock(&self.lock)
+        if clear and tracing & LIFE:
+            for i in range(count):
+                found += count_bits(view[i])
+            self.trace_harvest(0, self.pages, found)
         return words
+
+    cdef void trace_harvest(self, u64 first, u64 pages, u64 found) noexcept:
+        """Write that the dirty ones of some pages were taken. Plain C: it cannot raise."""
+        cdef TraceRecord record = trace_record(WHAT_HARVEST, 0)
+        record.address, record.length = first * self.page_size, pages * self.page_size
+        record.detail = found
+        trace(&record)
 
     def reset(self):
         """Clear all bits."""
@@ -395,6 +411,8 @@ cdef class AtomicBitmap:
             if grown is NULL:
                 PyErr_NoMemory()
             result = np.empty(total, np.uint64)
+            if clear and tracing & LIFE:
+                self.trace_harvest(first, last - first + 1, total * group)
             if total:
                 view = result
                 memcpy(&view[0], page, total * sizeof(u64))

@@ -29,3 +29,5 @@ cdef class DmaTable:
     cdef size_t find(self, u64 device, u64 inode, bint writable) noexcept
     cdef u64 forget_span(self, u64 first, u64 last, u64 most, u64 *reached) noexcept
     cdef int collect_used(self, Span span, Pieces *found) except -1
+    cdef void trace_map(self, u64 address, u64 size, u64 target, u64 perm) noexcept
+    cdef void trace_unmap(self, u64 first, u64 last, u64 count) noexcept

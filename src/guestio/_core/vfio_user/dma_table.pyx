@@ -6,6 +6,7 @@ stay. So what concerns files that are known is done here, and the rest is left t
 judges new files and waits for accesses.
 """
 
+from libc.stdint cimport uint16_t
 from libc.stdlib cimport calloc, free
 
 from guestio._core.base.capacity cimport GUESTIO_ASSERT
@@ -15,6 +16,9 @@ from guestio._core.iommu.pieces cimport Pieces, close_pieces, open_pieces
 from guestio._core.iommu.tree cimport Cursor, Entry, ceiling_of, floor_of, step
 from guestio._core.memory.leases cimport (
     Lease, Leases, pthread_mutex_lock, pthread_mutex_unlock,
+)
+from guestio._core.trace.tracepoints cimport (
+    TRANSLATIONS, TraceRecord, WHAT_DMA_MAP, WHAT_DMA_UNMAP, trace, trace_record, tracing,
 )
 from guestio._core.vfio_user.wire cimport (
     DMA_UNMAP_AT_ONCE, O_RDWR, O_WRONLY, PAGE, describe_memory,
@@ -106,7 +110,21 @@ cdef class DmaTable:
         self.map.overwrite_span(span, (<u64>number << WINDOW) + offset, perm)
         self.map.end_change()
         file.mappings += 1
+        if tracing & TRANSLATIONS:
+            self.trace_map(address, size, (<u64>number << WINDOW) + offset, perm)
         return True
+
+    # Plain C: they cannot raise.
+    cdef void trace_map(self, u64 address, u64 size, u64 target, u64 perm) noexcept:
+        cdef TraceRecord record = trace_record(WHAT_DMA_MAP, self.map.origin)
+        record.address, record.length, record.detail = address, size, target
+        record.access = <uint16_t>perm
+        trace(&record)
+
+    cdef void trace_unmap(self, u64 first, u64 last, u64 count) noexcept:
+        cdef TraceRecord record = trace_record(WHAT_DMA_UNMAP, self.map.origin)
+        record.address, record.length, record.detail = first, last - first + 1, count
+        trace(&record)
 
     cdef bint unmap_idle(self, u64 address, u64 size) except -1:
         """Unmap a range that no access uses; False if there is more to it: nothing changed then,
@@ -161,6 +179,8 @@ cdef class DmaTable:
         if count:
             self.map.cut_span(Span(first, end, False))
             self.map.end_change()
+            if tracing & TRANSLATIONS:
+                self.trace_unmap(first, end, count)
         else:
             self.map.refuse_change()
         return count
@@ -255,6 +275,8 @@ cdef class DmaTable:
         if not self.map.add(address, size, target, perm):
             return False
         self.files[number].mappings += 1
+        if tracing & TRANSLATIONS:
+            self.trace_map(address, size, target, perm)
         return True
 
     def know(self, number, device, inode, writable, size):

@@ -6,6 +6,7 @@ rules.
 """
 
 from libc.math cimport INFINITY
+from libc.stdint cimport uint16_t
 from libc.string cimport memcpy, memset
 
 from guestio._core.base.checks cimport Span, as_moment, as_seconds, u8, u64
@@ -13,6 +14,9 @@ from guestio._core.base.sockets cimport MSG_DONTWAIT, MSG_NOSIGNAL, c_send
 from guestio._core.iommu.intervals cimport IntervalMap
 from guestio._core.iommu.misses cimport Misses
 from guestio._core.iommu.tree cimport Cursor, Entry, floor_of
+from guestio._core.trace.tracepoints cimport (
+    TRANSLATIONS, TraceRecord, WHAT_INVALIDATE, WHAT_UPDATE, trace, trace_record, tracing,
+)
 from guestio._core.vhost_user.iotlb_message cimport (
     ACK_BYTES, FROM_FRONTEND, HEADER_BYTES, INVALIDATE, MESSAGE_BYTES, REPLY, UPDATE, VERSION,
     VERSION_MASK, Header, Message, look, take,
@@ -152,7 +156,19 @@ cdef class IotlbUpdater:
         else:
             self.iotlb.overwrite_span(span, target, message.perm)
             self.counters.updates += 1
+        if tracing & TRANSLATIONS:
+            trace_message(self.iotlb.origin, message, target)
         return True
+
+
+cdef void trace_message(uint16_t origin, const Message *message, u64 target) noexcept:
+    """Write what was done with a plain message. Plain C: it cannot raise."""
+    cdef TraceRecord record = trace_record(
+        WHAT_UPDATE if message.kind == UPDATE else WHAT_INVALIDATE, origin
+    )
+    record.address, record.length, record.detail = message.iova, message.size, target
+    record.access = message.perm
+    trace(&record)
 
 
 cdef class IotlbFeed(Feed):

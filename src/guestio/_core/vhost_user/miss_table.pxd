@@ -1,11 +1,12 @@
 """C view of the misses in flight, for the code that reads their answers."""
 
-from libc.stdint cimport int16_t, uint16_t
+from libc.stdint cimport int16_t, int64_t as i64, uint16_t
 
 from guestio._core.base.checks cimport u8, u64
 from guestio._core.base.capacity cimport MISS_BITS, MISS_SLOTS, READ_AHEAD
 from guestio._core.memory.leases cimport pthread_mutex_t
 from guestio._core.iommu.misses cimport PAGE_BYTES, Misses
+from guestio._core.trace.latencies cimport Latencies
 
 cdef enum:
     WAITERS = 256            # as many as a front-end can name queues
@@ -46,6 +47,9 @@ cdef class MissTable:
     cdef int lacking[WAITERS]
     cdef u64 starved_waiters[WAITER_WORDS]
     cdef u8 buffer[READ_AHEAD]
+    cdef public uint16_t origin   # the server's number, for records of tracepoints
+    cdef readonly Latencies latencies
+    cdef u64 answered_at          # when the answers came that are looked at, ns, if measured
     cdef readonly u64 requested
     cdef readonly u64 refused
     cdef readonly u64 timeouts
@@ -82,6 +86,7 @@ cdef class MissTable:
     cdef int take_expired(self, double now, list late) except -1
     cdef double earliest(self) noexcept
     cdef int refuse(self, int16_t slot, list refused, list ready) except -1
+    cdef void trace_miss(self, int what, int16_t slot, i64 result) noexcept
     cdef object miss(self, int16_t slot)
     cdef bytes messages(self, const int16_t *which, int count, bint acknowledged, bint repeated)
 

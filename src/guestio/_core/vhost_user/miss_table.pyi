@@ -2,6 +2,7 @@ from collections.abc import Collection, Iterable
 
 from typing_extensions import disjoint_base
 
+from guestio._core.trace.latencies import Latencies
 from guestio.addr import IovaRange
 
 PAGE: int
@@ -27,6 +28,9 @@ class MissTable:
     def refused(self) -> int: ...
     @property
     def timeouts(self) -> int: ...
+    @property
+    def latencies(self) -> Latencies: ...
+    origin: int
     def request(
         self,
         waiter: int,

@@ -15,16 +15,22 @@ Each MISS_BATCH-th miss (256th) is acknowledged in any case: the only sign that
 the front-end reads them at all, and that there is room for more in the socket.
 """
 
+from libc.errno cimport ETIMEDOUT
 from libc.math cimport INFINITY
 from libc.string cimport memcpy, memset
 
 from guestio._core.base.checks cimport Span, as_address, as_moment, as_seconds, as_span
 from guestio._core.base.capacity cimport GUESTIO_ASSERT, MISS_BATCH, MISS_SLOTS
+from guestio._core.base.clock cimport now_ns
 from guestio._core.memory.leases cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
     pthread_mutex_unlock,
 )
 from guestio._core.iommu.misses cimport PAGE_BYTES, Misses
+from guestio._core.trace.latencies cimport Latencies
+from guestio._core.trace.tracepoints cimport (
+    MEASURE, TRANSLATIONS, TraceRecord, WHAT_MISS, WHAT_REFUSED, trace, trace_record, tracing,
+)
 from guestio._core.vhost_user.iotlb_message cimport (
     ACK_BYTES, FROM_BACKEND, HEADER_BYTES, MESSAGE_BYTES, MISS, NEED_REPLY, REPLY, VERSION,
     VERSION_MASK, Header, Message, look, put_message, take,
@@ -92,9 +98,12 @@ cdef class MissTable:
         requested: Messages sent so far; a miss may take two.
         refused: Misses refused or not answered in time so far.
         timeouts: Those of them that were not answered in time.
+        latencies: How long answers took, while that is measured.
+        origin: The server's number, for records of tracepoints.
     """
 
     def __cinit__(self):
+        self.latencies = Latencies()
         if pthread_mutex_init(&self.mutex, NULL):
             raise MemoryError
         self.clear()
@@ -271,6 +280,8 @@ cdef class MissTable:
         for i in range(count):
             miss = &self.slots[which[i]]
             miss.fresh = False
+            if tracing & TRANSLATIONS:
+                self.trace_miss(WHAT_MISS, which[i], repeated)
             header.flags = VERSION
             if acknowledged:
                 self.under_way += 1
@@ -350,6 +361,7 @@ cdef class MissTable:
 
     cdef int answer(self, u64 first, u64 span, int perm, list ready) except -1:
         if self.open_count:
+            self.answered_at = now_ns() if tracing & MEASURE else 0
             self.hold()
             try:
                 self.answer_range(first, span, perm, ready)
@@ -383,6 +395,8 @@ cdef class MissTable:
             return 0
         # An answer means that all misses before it were handled.
         self.reached = max(self.reached, self.slots[slot].number)
+        if self.answered_at:
+            self.latencies.add(0, <u64>(1e9 * self.slots[slot].sent_at), self.answered_at)
         return self.finish(slot, ready)
 
     cdef int finish(self, int16_t slot, list ready) except -1:
@@ -545,7 +559,23 @@ cdef class MissTable:
         self.relieve(ready)
         return self.messages(again, count, True, True)
 
+    # Plain C: it cannot raise.
+    cdef void trace_miss(self, int what, int16_t slot, i64 result) noexcept:
+        """Write what becomes of a miss, for the first of its waiters."""
+        cdef const Slot *miss = &self.slots[slot]
+        cdef TraceRecord record = trace_record(<uint16_t>what, self.origin)
+        cdef int word
+        record.address, record.length, record.access = miss.iova, PAGE_BYTES, miss.access
+        record.since, record.result = <u64>(1e9 * miss.sent_at), result
+        for word in range(WAITER_WORDS):
+            if miss.waiting[word]:
+                record.queue = <uint16_t>(64 * word + lowest_bit(miss.waiting[word]))
+                break
+        trace(&record)
+
     cdef int refuse(self, int16_t slot, list refused, list ready) except -1:
+        if tracing & TRANSLATIONS:
+            self.trace_miss(WHAT_REFUSED, slot, 0)
         refused.append(self.miss(slot))
         self.refused += 1
         return self.finish(slot, ready)
@@ -578,6 +608,8 @@ cdef class MissTable:
                 continue
             left -= 1
             if now - self.slots[slot].sent_at >= self.time_limit:
+                if tracing & TRANSLATIONS:
+                    self.trace_miss(WHAT_REFUSED, slot, -ETIMEDOUT)
                 late.append((self.slots[slot].sent_at, len(late), self.miss(slot)))
                 self.finish(slot, unused)
         self.refused += len(late)

@@ -136,6 +136,7 @@ cdef class BlockServer(Server):
         if header.kind > T_OUT or chain.readable.vanished(0, sizeof(Header)):
             return False
         plan.data.reading = header.kind == T_IN
+        chain.kind = 1 + <int>header.kind
         plan.data.start, plan.data.length = 0, chain.writable.total - 1
         if not plan.data.reading:
             plan.data.start = sizeof(Header)

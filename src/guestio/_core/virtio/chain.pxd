@@ -23,6 +23,8 @@ cdef class Chain:
     cdef readonly list access_fails
     cdef u16 position
     cdef u64 written
+    cdef u64 since        # when it was found available, ns, if that is measured
+    cdef int kind         # of the operation, as in Latencies
     cdef u64 charge       # pieces that its ring's quota counts for it
     cdef bint finished
     cdef bint done

@@ -24,6 +24,7 @@ from guestio._core.base.checks cimport as_size, u8, u32, u64
 from guestio._core.base.syscalls cimport notify
 from guestio._core.iommu.misses cimport Misses
 from guestio._core.memory.vector cimport IoVector, iovec
+from guestio._core.trace.tracepoints cimport REQUESTS, WHAT_TAKEN, tracing
 from guestio._core.virtio.areas cimport current
 from guestio._core.virtio.chain cimport NOT_SERVED, Chain, Server, i64, u16
 from guestio._core.virtio.ring cimport Ring
@@ -377,8 +378,7 @@ cdef class FrameFiller:
         cdef u64 before = self.received_bytes, progress = ring.progress
         self.error = 0
         try:
-            ring.work = ring.moved = 0
-            ring.crowded = False
+            ring.begin_batch()
             while ring.areas_ready(misses):
                 if frames >= self.frames_most or self.received_bytes - before >= self.size_most or (
                     ring.work >= RING_LOOK_WORK
@@ -405,7 +405,7 @@ cdef class FrameFiller:
             ring.keep_nothing()
         buffers = <int>(ring.progress - progress)
         if ring.notify_due:
-            ring.notify_due = False
+            ring.count_notification()
             if call >= 0:
                 with nogil:
                     notify(call)
@@ -624,6 +624,9 @@ cdef class FrameFiller:
         else:
             ring.advance(chain.head)
         chain.position = ring.taken_at
+        ring.bytes += written
+        if tracing & REQUESTS:
+            ring.trace_head(WHAT_TAKEN, chain, 0)
         chain.clear()
         chain.written = written
         ring.add_pending(chain)

@@ -29,5 +29,5 @@ cdef class ActiveQueue:
     cdef Counters counters
     cdef readonly object callback
     # Since when the oldest request that lacks a translation does, and which one that is.
-    cdef double waits_since
+    cdef readonly double waits_since
     cdef u64 waits_for

@@ -82,6 +82,9 @@ cdef class ActiveQueue:
         counters: Where its requests are counted.
         callback: Called by the event loop with what its ring's ``run_once`` returned or raised, or
             with None if the queue is only very busy. The queue is not active any more then.
+
+    Attributes:
+        waits_since: Since when it waits for translations (monotonic time), or 0.
     """
 
     def __init__(

@@ -3,9 +3,10 @@
 from guestio._core.iommu.address_space cimport IoVector
 from guestio._core.virtio.areas cimport RingAreas
 from guestio._core.base.checks cimport u32, u64
-from guestio._core.virtio.chain cimport Chain, Quota, Server, u16
+from guestio._core.virtio.chain cimport Chain, Quota, Server, i64, u16
 from guestio._core.virtio.inflight cimport InflightQueue
 from guestio._core.iommu.misses cimport Misses
+from guestio._core.trace.latencies cimport Latencies
 
 
 cdef struct UsedElem:
@@ -17,6 +18,8 @@ cdef struct UsedElem:
 cdef struct Completed:
     UsedElem element
     bint done
+    int kind
+    u64 since
 
 
 cdef class Ring(RingAreas):
@@ -45,6 +48,14 @@ cdef class Ring(RingAreas):
     cdef u64 batch_bytes
     cdef Quota quota
     cdef u64 charged      # pieces of this ring's requests that the quota counts
+    cdef public u16 queue        # its number and its server's, for records of tracepoints
+    cdef public u16 origin
+    cdef public Latencies latencies
+    cdef u64 since               # when this batch began, ns, if that is measured
+    cdef readonly u64 returned
+    cdef readonly u64 completions
+    cdef readonly u64 notifications
+    cdef readonly u64 bytes
     cdef readonly bint crowded   # no request is taken until another one is completed
 
     cdef u16 used_position(self) except? 65535
@@ -78,4 +89,11 @@ cdef class Ring(RingAreas):
         self, u64 addr, u32 size, bint writes, Chain chain, u64 *sizes, Misses misses, bint lenient
     ) except -1
     cdef IoVector last_byte(self, u64 addr)
+    cdef void begin_batch(self) noexcept
+    cdef void count_notification(self) noexcept
+    cdef void trace_head(self, int what, Chain chain, i64 result) noexcept
+    cdef void trace_buffers(self, IoVector memory, u32 head) noexcept
+    cdef void trace_available(self, int count) noexcept
+    cdef void trace_stalled(self, Misses misses) noexcept
+    cdef void trace_published(self, u32 count) noexcept
     cdef bint wants_notification(self, u16 before) except -1

@@ -4,6 +4,7 @@ from typing_extensions import disjoint_base
 
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.iommu.misses import Misses
+from guestio._core.trace.latencies import Latencies
 from guestio._core.virtio.areas import RingAreas
 from guestio._core.virtio.chain import Chain, Quota, Server
 from guestio._core.virtio.inflight import InflightQueue
@@ -45,6 +46,17 @@ class Ring(RingAreas):
     def held_count(self) -> int: ...
     @property
     def progress(self) -> int: ...
+    @property
+    def returned(self) -> int: ...
+    @property
+    def completions(self) -> int: ...
+    @property
+    def notifications(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    queue: int
+    origin: int
+    latencies: Latencies | None
     @property
     def crowded(self) -> bool: ...
     @property

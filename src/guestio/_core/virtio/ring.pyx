@@ -21,6 +21,10 @@ from guestio._core.virtio.chain cimport (
 from guestio._core.base.syscalls cimport notify
 from guestio._core.virtio.inflight cimport InflightQueue
 from guestio._core.memory.mapping cimport holes, met_holes
+from guestio._core.trace.tracepoints cimport (
+    BUFFERS, MEASURE, REQUESTS, TraceRecord, WHAT_AVAILABLE, WHAT_BUFFER, WHAT_COMPLETED,
+    WHAT_INTERRUPT, WHAT_SERVED, WHAT_STALLED, WHAT_TAKEN, trace, trace_record, tracing,
+)
 from guestio._core.iommu.misses cimport Misses
 
 from guestio.errors import QueueError
@@ -90,7 +94,13 @@ cdef class Ring(RingAreas):
         outstanding: Requests taken and not completed; those not published yet are not counted.
         held_count: Requests that were in flight when the device before this one ended, and that
             were not taken again yet.
-        progress: Changes whenever a request is taken.
+        progress: Requests taken so far, those that were put back included.
+        returned: Those of them that were put back.
+        completions: Requests published so far.
+        notifications: Notifications that the driver wanted so far.
+        bytes: Bytes of the requests taken so far.
+        queue, origin: Its number and that of its server, for records of tracepoints.
+        latencies: Where to count how long requests took, while that is measured.
         crowded: Whether the last attempt to take requests ended because the quota is used up.
         broken: Why the ring stopped, or None.
 
@@ -235,7 +245,7 @@ cdef class Ring(RingAreas):
         finally:
             self.keep_nothing()
         if self.notify_due:
-            self.notify_due = False
+            self.count_notification()
             if call >= 0:
                 with nogil:
                     notify(call)
@@ -244,8 +254,7 @@ cdef class Ring(RingAreas):
     cdef int take(self, int limit, Server server, list chains, Misses misses) except -1:
         """Take requests into the list; the number of those that were served instead."""
         cdef int served = 0
-        self.work = self.moved = 0
-        self.crowded = False
+        self.begin_batch()
         if not self.areas_ready(misses):
             return served
         self.first_new = self.next_avail
@@ -254,8 +263,17 @@ cdef class Ring(RingAreas):
         # Nothing overtakes what waits, so that after a stop an index says where to resume.
         if not self.held_count and self.areas_ready(misses):
             served += self.take_new(limit - served - len(chains), server, chains, misses)
+        self.bytes += self.moved
+        if misses.count and tracing & REQUESTS:
+            self.trace_stalled(misses)
         self.check_areas()
         return served
+
+    cdef void begin_batch(self) noexcept:
+        """Begin to take requests; what was found at once shares its time."""
+        self.work = self.moved = 0
+        self.crowded = False
+        self.since = now_ns() if tracing & (REQUESTS | MEASURE) else 0
 
     cdef int take_held(self, int limit, Server server, list chains, Misses misses) except -1:
         """Take what was in flight before, up to the first that lacks something."""
@@ -281,7 +299,10 @@ cdef class Ring(RingAreas):
     cdef int take_new(self, int limit, Server server, list chains, Misses misses) except -1:
         """Take requests that are new; those behind one that waits are only looked at."""
         cdef u16 at = self.next_avail
-        cdef int head, left = min(self.waiting(), limit), served = 0
+        cdef int head, left = self.waiting(), served = 0
+        if left and tracing & REQUESTS:
+            self.trace_available(left)
+        left = min(left, limit)
         while left > 0 and may_take(self):
             left -= 1
             head = self.head_at(at)
@@ -314,7 +335,8 @@ cdef class Ring(RingAreas):
             self.scratch = new_chain()
         elif not self.scratch.blank:
             self.scratch.clear()
-        self.scratch.head, self.scratch.blank = head, False
+        self.scratch.head, self.scratch.blank, self.scratch.since = head, False, self.since
+        self.scratch.kind = 0
         self.walk(self.scratch, misses, lenient)
         # Which request it is was read from the ring: from nothing, if that is gone.
         if met_holes(&holes):
@@ -326,9 +348,13 @@ cdef class Ring(RingAreas):
         cdef Chain chain = self.scratch
         cdef i64 written
         chain.position = self.taken_at
+        if tracing & REQUESTS:
+            self.trace_head(WHAT_TAKEN, chain, 0)
         if server is not None and chain.fault is None:
             written = server.serve(chain)
             if written != NOT_SERVED:
+                if tracing & REQUESTS:
+                    self.trace_head(WHAT_SERVED, chain, written)
                 self.moved += chain.readable.total + chain.writable.total
                 chain.clear()
                 chain.written = <u64>written
@@ -350,6 +376,7 @@ cdef class Ring(RingAreas):
         cdef Chain chain = self.scratch
         chain.ring, self.scratch = self, None
         chain.charge = CHAIN_CHARGE + chain.readable.count + chain.writable.count
+        self.bytes += chain.readable.total + chain.writable.total
         self.charged += chain.charge
         self.quota.used += chain.charge
         return chain
@@ -492,7 +519,7 @@ cdef class Ring(RingAreas):
         completed = &self.pending[place % self.size]
         completed.element.head = chain.head
         completed.element.written = <u32>min(chain.written, <u64>0xFFFFFFFF)
-        completed.done = True
+        completed.done, completed.kind, completed.since = True, chain.kind, chain.since
         discharge(self, chain)
         self.outstanding -= 1
         self.pending_count += 1
@@ -522,12 +549,15 @@ cdef class Ring(RingAreas):
                     self.inflight.release(<u16>chain.head)
                 self.next_avail -= 1
                 self.outstanding -= 1
+                self.returned += 1
             elif self.held_at and chain.position == <u16>(self.held_from + self.held_at - 1):
                 self.held_at -= 1
                 self.held_count += 1
+                self.returned += 1
             else:
                 break
             chains.pop()
+            self.bytes -= chain.readable.total + chain.writable.total
             discharge(self, chain)
             chain.finish(0)
             chain.done, chain.ring = True, None
@@ -585,7 +615,9 @@ cdef class Ring(RingAreas):
             return None
         if self.pending_count:
             self.publish_pending()
-        notify, self.notify_due = self.notify_due, False
+        notify = self.notify_due
+        if notify:
+            self.count_notification()
         return notify
 
     cdef int publish_pending(self) except -1:
@@ -609,6 +641,9 @@ cdef class Ring(RingAreas):
         if not count:
             return 0
         self.publish_used()
+        self.completions += count
+        if tracing & (REQUESTS | MEASURE):
+            self.trace_published(count)
         if self.inflight is not None:
             self.inflight.published(self.published, count, self.next_used)
         if self.wants_notification(before):
@@ -658,6 +693,76 @@ cdef class Ring(RingAreas):
         more = self.more_after_request()
         self.check_areas()
         return more
+
+    # Tracepoints. What they write cannot raise: plain C on the ring's own numbers.
+
+    cdef void count_notification(self) noexcept:
+        """Note that the driver is notified now."""
+        cdef TraceRecord record
+        self.notify_due = False
+        self.notifications += 1
+        if tracing & REQUESTS:
+            record = trace_record(WHAT_INTERRUPT, self.origin)
+            record.queue, record.detail = self.queue, self.next_used
+            trace(&record)
+
+    cdef void trace_available(self, int count) noexcept:
+        """Write that the driver has made so many requests available that were not taken."""
+        cdef TraceRecord record = trace_record(WHAT_AVAILABLE, self.origin)
+        record.queue, record.length, record.detail = self.queue, <u64>count, self.next_avail
+        record.time = self.since
+        trace(&record)
+
+    cdef void trace_head(self, int what, Chain chain, i64 result) noexcept:
+        """Write what happens to a request that was taken: what it gives to read and to write."""
+        cdef TraceRecord record = trace_record(<u16>what, self.origin)
+        record.queue, record.head, record.result = self.queue, <u32>chain.head, result
+        record.length, record.detail = chain.readable.total, chain.writable.total
+        record.access, record.since = <u16>chain.kind, chain.since
+        if chain.readable.count:
+            record.address = chain.readable.addr[0]
+        elif chain.writable.count:
+            record.address = chain.writable.addr[0]
+        trace(&record)
+        if what == WHAT_TAKEN and tracing & BUFFERS:
+            self.trace_buffers(chain.readable, record.head)
+            self.trace_buffers(chain.writable, record.head)
+
+    cdef void trace_buffers(self, IoVector memory, u32 head) noexcept:
+        """Write each contiguous piece of a request's memory."""
+        cdef TraceRecord record = trace_record(WHAT_BUFFER, self.origin)
+        cdef int i
+        record.queue, record.head, record.access = self.queue, head, <u16>memory.access
+        for i in range(memory.count):
+            record.address, record.length, record.detail = memory.addr[i], memory.vec[i].iov_len, i
+            record.time = 0
+            trace(&record)
+
+    cdef void trace_stalled(self, Misses misses) noexcept:
+        """Write that the requests from the next one on wait for translations: the first of them."""
+        cdef TraceRecord record = trace_record(WHAT_STALLED, self.origin)
+        record.queue, record.detail = self.queue, misses.count
+        record.address = misses.item[0].first
+        record.length = misses.item[0].last - misses.item[0].first + 1
+        record.access, record.result = misses.item[0].access, self.next_avail
+        trace(&record)
+
+    cdef void trace_published(self, u32 count) noexcept:
+        """Write, and measure, what was published just now: the latest entries of the table."""
+        cdef TraceRecord record
+        cdef Completed *completed
+        cdef u64 now = now_ns()
+        cdef u32 i
+        for i in range(count):
+            completed = &self.pending[<u16>(self.publish_at - <u16>(count - i)) % self.size]
+            if completed.since and self.latencies is not None and tracing & MEASURE:
+                self.latencies.add(completed.kind, completed.since, now)
+            if tracing & REQUESTS:
+                record = trace_record(WHAT_COMPLETED, self.origin)
+                record.queue, record.head, record.time = self.queue, completed.element.head, now
+                record.length, record.since = completed.element.written, completed.since
+                record.access = <u16>completed.kind
+                trace(&record)
 
     # Ring format: the seam between this class, which decides what is taken and published and when,
     # and a subclass, which knows the bytes and the barriers between them. A format defines all of

@@ -1,0 +1,1 @@
+"""Tracepoints: what happens in the core, written where it happens, and read without stopping it."""

@@ -1,0 +1,94 @@
+"""C view of the tracepoints: what a record is, and how one is written.
+
+A tracepoint is one test of :data:`tracing`; only if its group's bit is set, a record is filled in
+and given to :func:`trace`.
+"""
+
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from *:
+    """
+    #ifndef GUESTIO_TRACE_RECORD
+    #define GUESTIO_TRACE_RECORD
+    #include <stdint.h>
+    /* A cache line. guestio.trace.RECORD describes the same to Python and is compared by a test. */
+    typedef struct TraceRecord {
+        uint64_t time;
+        uint64_t since;
+        uint64_t address;
+        uint64_t length;
+        uint64_t detail;
+        int64_t result;
+        uint32_t thread;
+        uint32_t head;
+        uint16_t what;
+        uint16_t origin;
+        uint16_t queue;
+        uint16_t access;
+    } TraceRecord;
+    _Static_assert(sizeof(TraceRecord) == 64, "a record is a cache line");
+
+    enum { TRACE_NO_QUEUE = 0xFFFF };
+    static const uint32_t TRACE_NO_HEAD = 0xFFFFFFFF;
+
+    /* A record of an event that concerns no queue. */
+    static inline TraceRecord trace_record(uint16_t what, uint16_t origin)
+    {
+        TraceRecord record = {.what = what, .origin = origin, .queue = TRACE_NO_QUEUE,
+                              .head = TRACE_NO_HEAD};
+        return record;
+    }
+    #endif
+    """
+    ctypedef struct TraceRecord:
+        uint64_t time        # CLOCK_MONOTONIC, ns; 0 for now
+        uint64_t since       # when it began, ns; 0 if that is not known
+        uint64_t address
+        uint64_t length
+        uint64_t detail
+        int64_t result
+        uint32_t thread
+        uint32_t head
+        uint16_t what
+        uint16_t origin
+        uint16_t queue
+        uint16_t access
+    enum:
+        TRACE_NO_QUEUE
+    const uint32_t TRACE_NO_HEAD
+    TraceRecord trace_record(uint16_t what, uint16_t origin) noexcept nogil
+
+
+cdef enum:
+    # Bits of `tracing`: groups of events, and whether latencies are measured.
+    REQUESTS = 1
+    TRANSLATIONS = 2
+    LIFE = 4
+    MEASURE = 8
+    BUFFERS = 16
+
+
+cdef enum What:
+    # The numbers are those of guestio.trace.What, and never change their meaning.
+    WHAT_AVAILABLE = 1
+    WHAT_TAKEN = 2
+    WHAT_STALLED = 3
+    WHAT_SERVED = 4
+    WHAT_COMPLETED = 5
+    WHAT_INTERRUPT = 6
+    WHAT_FAILED = 7
+    WHAT_BUFFER = 8
+    WHAT_MISS = 16
+    WHAT_UPDATE = 17
+    WHAT_INVALIDATE = 18
+    WHAT_REFUSED = 19
+    WHAT_EVICTED = 20
+    WHAT_DMA_MAP = 21
+    WHAT_DMA_UNMAP = 22
+    WHAT_HARVEST = 34
+
+
+# Which groups are wanted at this moment. 0 nearly always.
+cdef int tracing
+
+cdef void trace(TraceRecord *record) noexcept nogil

@@ -1,0 +1,490 @@
+"""Events written to a ring buffer for each thread, which a reader empties without stopping a writer.
+
+A ring is shared memory (a memfd): a page that describes it, then the records. Its one writer writes
+a record over the oldest one, whether that was read or not. Two numbers tell a reader what it has:
+
+* ``claimed`` is raised before record number ``claimed - 1`` is written, ``written`` after it.
+* A reader takes ``written``, copies what it has not read yet, and then takes ``claimed``: record
+  number i was whole while it was copied exactly if ``i + capacity >= claimed``. All others of those
+  that it has not read are lost, so each record is read or counted as lost, once.
+
+The memory of a thread that has ended is given to the next new one, which goes on counting.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_SetFromErrno
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
+
+from guestio._core.base.capacity cimport TRACE_RECORDS
+from guestio._core.base.checks cimport as_address, as_size
+from guestio._core.base.clock cimport now_ns
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <pthread.h>
+    #include <stdlib.h>
+    #include <string.h>
+    #include <sys/mman.h>
+    #include <sys/stat.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    enum { TRACE_VERSION = 1, TRACE_PAGE = 4096, TRACE_RINGS = 512, TRACE_MOST = 1 << 24 };
+
+    /* The first page of a ring. The numbers that change are in a line of their own. */
+    typedef struct TraceHead {
+        char magic[8];
+        uint32_t version;
+        uint32_t record_bytes;
+        uint64_t capacity;
+        uint32_t process;
+        uint32_t number;
+        char unused[32];
+        uint64_t claimed;
+        uint64_t written;
+    } TraceHead;
+
+    typedef struct TraceRing {
+        TraceHead *head;
+        TraceRecord *records;
+        uint64_t capacity;
+        uint64_t next;
+        size_t bytes;
+        int fd;
+        uint32_t thread;
+        uint32_t number;
+        int ended;              /* its thread has; under the mutex */
+        struct TraceRing *following;
+    } TraceRing;
+
+    static pthread_mutex_t trace_mutex = PTHREAD_MUTEX_INITIALIZER;
+    static TraceRing *trace_rings;
+    static uint32_t trace_count, trace_made;
+    static uint64_t trace_capacity, trace_unheld;
+    static pthread_key_t trace_key;
+    static __thread TraceRing *trace_mine;
+    static __thread int trace_refused;
+
+    static void trace_unmap(TraceRing *ring)
+    {
+        munmap(ring->head, ring->bytes);
+        close(ring->fd);
+        free(ring);
+    }
+
+    static TraceRing *trace_make(uint64_t capacity, uint32_t number)
+    {
+        TraceRing *ring = calloc(1, sizeof(TraceRing));
+        void *memory = MAP_FAILED;
+        if (!ring)
+            return NULL;
+        ring->bytes = TRACE_PAGE + capacity * sizeof(TraceRecord);
+        ring->fd = memfd_create("guestio-trace", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+        if (ring->fd >= 0 && !ftruncate(ring->fd, (off_t)ring->bytes)
+            && !fcntl(ring->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
+            memory = mmap(NULL, ring->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd, 0);
+        if (memory == MAP_FAILED) {
+            if (ring->fd >= 0)
+                close(ring->fd);
+            free(ring);
+            return NULL;
+        }
+        ring->head = memory;
+        ring->records = (TraceRecord *)((char *)memory + TRACE_PAGE);
+        ring->capacity = ring->head->capacity = capacity;
+        ring->number = ring->head->number = number;
+        ring->head->process = (uint32_t)getpid();
+        ring->head->version = TRACE_VERSION;
+        ring->head->record_bytes = sizeof(TraceRecord);
+        memcpy(ring->head->magic, "GIOTRACE", 8);
+        return ring;
+    }
+
+    /* A ring for this thread: that of one that has ended, or a new one; NULL if none can be had. */
+    static TraceRing *trace_adopt(void)
+    {
+        TraceRing *ring, **link;
+        pthread_mutex_lock(&trace_mutex);
+        for (link = &trace_rings; (ring = *link); link = &ring->following)
+            if (ring->ended && ring->capacity == trace_capacity)
+                break;
+        if (!ring && trace_count >= TRACE_RINGS) {
+            /* One of another size, which nothing writes any more, makes room. */
+            for (link = &trace_rings; (ring = *link); link = &ring->following)
+                if (ring->ended) {
+                    *link = ring->following;
+                    trace_count--;
+                    trace_unmap(ring);
+                    break;
+                }
+            ring = NULL;
+        }
+        if (!ring && trace_count < TRACE_RINGS) {
+            ring = trace_make(trace_capacity, trace_made);
+            if (ring) {
+                trace_made++;
+                trace_count++;
+                ring->following = trace_rings;
+                trace_rings = ring;
+            }
+        }
+        if (ring) {
+            ring->ended = 0;
+            ring->thread = (uint32_t)syscall(SYS_gettid);
+            /* Has the key's destructor called when the thread ends. */
+            if (pthread_setspecific(trace_key, ring)) {
+                ring->ended = 1;
+                ring = NULL;
+            }
+        }
+        pthread_mutex_unlock(&trace_mutex);
+        return ring;
+    }
+
+    static void trace_thread_ends(void *ring)
+    {
+        pthread_mutex_lock(&trace_mutex);
+        ((TraceRing *)ring)->ended = 1;
+        pthread_mutex_unlock(&trace_mutex);
+        trace_mine = NULL;
+        trace_refused = 1;
+    }
+
+    static void trace_before_fork(void) { pthread_mutex_lock(&trace_mutex); }
+    static void trace_in_parent(void) { pthread_mutex_unlock(&trace_mutex); }
+
+    /* The rings are the parent's: nothing of a child's may be written there. */
+    static int *trace_switch;
+    static void trace_in_child(void)
+    {
+        *trace_switch = 0;
+        while (trace_rings) {
+            TraceRing *ring = trace_rings;
+            trace_rings = ring->following;
+            trace_unmap(ring);
+        }
+        trace_count = 0;
+        trace_mine = NULL;
+        trace_unheld = 0;
+        pthread_setspecific(trace_key, NULL);
+        pthread_mutex_unlock(&trace_mutex);
+    }
+
+    static int trace_begin(int *on, uint64_t capacity)
+    {
+        trace_switch = on;
+        trace_capacity = capacity;
+        if (pthread_key_create(&trace_key, trace_thread_ends))
+            return -1;
+        return pthread_atfork(trace_before_fork, trace_in_parent, trace_in_child);
+    }
+
+    static void trace_put(TraceRecord *record, uint64_t now)
+    {
+        TraceRing *ring = trace_mine;
+        uint64_t at;
+        if (__builtin_expect(!ring, 0)) {
+            if (!trace_refused)
+                ring = trace_mine = trace_adopt();
+            if (!ring) {
+                /* Not again at each event. */
+                trace_refused = 1;
+                __atomic_fetch_add(&trace_unheld, 1, __ATOMIC_RELAXED);
+                return;
+            }
+            ring->next = ring->head->written;
+        }
+        record->time = record->time ? record->time : now;
+        record->thread = ring->thread;
+        at = ring->next++;
+        __atomic_store_n(&ring->head->claimed, at + 1, __ATOMIC_RELAXED);
+        __atomic_thread_fence(__ATOMIC_RELEASE);
+        ring->records[at % ring->capacity] = *record;
+        __atomic_store_n(&ring->head->written, at + 1, __ATOMIC_RELEASE);
+    }
+
+    /* The descriptors of up to `most` rings, duplicated, newest first; how many, or -1. */
+    static int trace_list(int *fds, uint32_t *numbers, int most)
+    {
+        int count = 0;
+        pthread_mutex_lock(&trace_mutex);
+        for (TraceRing *ring = trace_rings; ring && count < most; ring = ring->following) {
+            int fd = fcntl(ring->fd, F_DUPFD_CLOEXEC, 3);
+            if (fd < 0)
+                break;
+            numbers[count] = ring->number;
+            fds[count++] = fd;
+        }
+        pthread_mutex_unlock(&trace_mutex);
+        return count;
+    }
+
+    static int trace_numbers(uint32_t *numbers, int *fds, int most)
+    {
+        int count = 0;
+        pthread_mutex_lock(&trace_mutex);
+        for (TraceRing *ring = trace_rings; ring && count < most; ring = ring->following) {
+            fds[count] = ring->fd;
+            numbers[count++] = ring->number;
+        }
+        pthread_mutex_unlock(&trace_mutex);
+        return count;
+    }
+
+    static uint64_t trace_load(const uint64_t *at)
+    {
+        return __atomic_load_n(at, __ATOMIC_ACQUIRE);
+    }
+
+    static uint64_t trace_load_after(const uint64_t *at)
+    {
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        return __atomic_load_n(at, __ATOMIC_RELAXED);
+    }
+
+    static void trace_copy(const TraceHead *head, uint64_t capacity, uint64_t first,
+                           uint64_t count, TraceRecord *to)
+    {
+        const TraceRecord *records = (const TraceRecord *)((const char *)head + TRACE_PAGE);
+        uint64_t at = first % capacity, part = count < capacity - at ? count : capacity - at;
+        memcpy(to, records + at, part * sizeof(TraceRecord));
+        memcpy(to + part, records, (count - part) * sizeof(TraceRecord));
+    }
+
+    /* Maps a ring for reading; NULL with errno, EPROTO if it is none. */
+    static TraceHead *trace_open(int fd, size_t *bytes)
+    {
+        struct stat status;
+        TraceHead *head;
+        if (fstat(fd, &status))
+            return NULL;
+        if (status.st_size < TRACE_PAGE + (off_t)sizeof(TraceRecord)
+            || status.st_size > TRACE_PAGE + (off_t)TRACE_MOST * (off_t)sizeof(TraceRecord)) {
+            errno = EPROTO;
+            return NULL;
+        }
+        /* What could be truncated would kill its reader. */
+        int seals = fcntl(fd, F_GET_SEALS);
+        if (seals < 0 || !(seals & F_SEAL_SHRINK)) {
+            errno = EPROTO;
+            return NULL;
+        }
+        *bytes = (size_t)status.st_size;
+        head = mmap(NULL, *bytes, PROT_READ, MAP_SHARED, fd, 0);
+        if (head == MAP_FAILED)
+            return NULL;
+        if (memcmp(head->magic, "GIOTRACE", 8) || head->version != TRACE_VERSION
+            || head->record_bytes != sizeof(TraceRecord)
+            || TRACE_PAGE + head->capacity * sizeof(TraceRecord) != *bytes) {
+            munmap(head, *bytes);
+            errno = EPROTO;
+            return NULL;
+        }
+        return head;
+    }
+    static void trace_close(TraceHead *head, size_t bytes) { munmap(head, bytes); }
+    """
+    enum:
+        TRACE_VERSION
+        TRACE_RINGS
+        TRACE_MOST
+    ctypedef struct TraceHead:
+        uint64_t capacity
+        uint32_t process
+        uint32_t number
+        uint64_t claimed
+        uint64_t written
+    uint64_t trace_capacity, trace_unheld
+    int trace_begin(int *on, uint64_t capacity) nogil
+    void trace_put(TraceRecord *record, uint64_t now) nogil
+    int trace_list(int *fds, uint32_t *numbers, int most) nogil
+    int trace_numbers(uint32_t *numbers, int *fds, int most) nogil
+    uint64_t trace_load(const uint64_t *at) nogil
+    uint64_t trace_load_after(const uint64_t *at) nogil
+    void trace_copy(
+        const TraceHead *head, uint64_t capacity, uint64_t first, uint64_t count, TraceRecord *to
+    ) nogil
+    TraceHead *trace_open(int fd, size_t *bytes) nogil
+    void trace_close(TraceHead *head, size_t bytes) nogil
+
+VERSION = TRACE_VERSION
+RECORD_BYTES = sizeof(TraceRecord)
+MOST_RINGS = TRACE_RINGS
+NORMAL_CAPACITY = TRACE_RECORDS
+NO_QUEUE = TRACE_NO_QUEUE
+NO_HEAD = TRACE_NO_HEAD
+GROUPS = {
+    "requests": REQUESTS, "translations": TRANSLATIONS, "life": LIFE, "measure": MEASURE,
+    "buffers": BUFFERS,
+}
+CORE_WHAT = {
+    "available": WHAT_AVAILABLE, "taken": WHAT_TAKEN, "stalled": WHAT_STALLED,
+    "served": WHAT_SERVED, "completed": WHAT_COMPLETED, "interrupt": WHAT_INTERRUPT,
+    "failed": WHAT_FAILED, "buffer": WHAT_BUFFER, "miss": WHAT_MISS, "update": WHAT_UPDATE,
+    "invalidate": WHAT_INVALIDATE, "refused": WHAT_REFUSED, "evicted": WHAT_EVICTED,
+    "dma_map": WHAT_DMA_MAP, "dma_unmap": WHAT_DMA_UNMAP, "harvest": WHAT_HARVEST,
+}
+
+if trace_begin(&tracing, TRACE_RECORDS):
+    raise MemoryError("no room for a thread's trace")
+
+
+# It is called where nothing can be raised: what cannot be written is counted.
+cdef void trace(TraceRecord *record) noexcept nogil:
+    trace_put(record, now_ns() if not record.time else 0)
+
+
+def wanted():
+    """The groups that are written at this moment: bits of ``GROUPS``."""
+    return tracing
+
+
+def want(groups):
+    """Have these groups written from now on, and no others."""
+    global tracing
+    cdef uint64_t bits = as_address(groups, "groups")
+    if bits > 31:
+        raise ValueError(f"groups {groups:#x} has unknown bits")
+    tracing = <int>bits
+
+
+def set_capacity(records):
+    """Have the rings of threads that write their first record from now on hold so many.
+
+    Raises:
+        ValueError: Not in 1..2**24.
+    """
+    global trace_capacity
+    cdef uint64_t count = as_size(records, "records")
+    if not 1 <= count <= TRACE_MOST:
+        raise ValueError(f"records {records} is not in 1..{TRACE_MOST}")
+    trace_capacity = count
+
+
+def unheld():
+    """Records that were lost because their thread has no ring: there were too many, or no memory."""
+    return trace_unheld
+
+
+def put(
+    what, *, origin=0, queue=TRACE_NO_QUEUE, head=TRACE_NO_HEAD, address=0, length=0, detail=0,
+    access=0, result=0, since=0, time=0,
+):
+    """Write a record in the calling thread's ring, whatever groups are wanted.
+
+    Raises:
+        OverflowError: A value does not fit its field.
+    """
+    cdef TraceRecord record
+    memset(&record, 0, sizeof(record))
+    record.what, record.origin, record.queue, record.head = what, origin, queue, head
+    record.address, record.length, record.detail = address, length, detail
+    record.access, record.result, record.since, record.time = access, result, since, time
+    trace(&record)
+
+
+def rings():
+    """``(number, fd)`` of each ring of this process, the newest first. The descriptors stay its."""
+    cdef int fds[TRACE_RINGS]
+    cdef uint32_t numbers[TRACE_RINGS]
+    cdef int i, count = trace_numbers(numbers, fds, TRACE_RINGS)
+    return [(numbers[i], fds[i]) for i in range(count)]
+
+
+def open_rings(known=()):
+    """A :class:`RingReader` of each ring of this process whose number is not among ``known``."""
+    cdef int fds[TRACE_RINGS]
+    cdef uint32_t numbers[TRACE_RINGS]
+    cdef int i, count = trace_list(fds, numbers, TRACE_RINGS)
+    cdef list found = []
+    import os
+    try:
+        for i in range(count):
+            if numbers[i] not in known:
+                found.append(RingReader(fds[i]))
+    finally:
+        for i in range(count):
+            os.close(fds[i])
+    return found
+
+
+cdef class RingReader:
+    """Reads one ring, of this process or another, from the oldest record that is there.
+
+    Args:
+        fd: The ring's descriptor; it is not kept.
+
+    Attributes:
+        number: Of the ring in its process.
+        process: The process that writes it.
+        capacity: Records that it holds.
+        lost: Records that were written over before they were read, so far.
+        position: Number of the record that is read next; so many were read or lost.
+
+    Raises:
+        OSError: It cannot be mapped; EPROTO if it is no ring of this version.
+
+    One thread at a time. The writer is never stopped.
+    """
+
+    cdef TraceHead *head
+    cdef size_t bytes
+    cdef readonly uint32_t number
+    cdef readonly uint32_t process
+    cdef readonly uint64_t capacity
+    cdef readonly uint64_t lost
+    cdef readonly uint64_t position
+
+    def __cinit__(self, int fd):
+        self.head = trace_open(fd, &self.bytes)
+        if self.head is NULL:
+            PyErr_SetFromErrno(OSError)
+        # Once: what another process writes there later is not believed.
+        self.number, self.process = self.head.number, self.head.process
+        self.capacity = (self.bytes - 4096) // sizeof(TraceRecord)
+
+    def __dealloc__(self):
+        if self.head is not NULL:
+            trace_close(self.head, self.bytes)
+
+    @property
+    def written(self):
+        """Records written to the ring so far."""
+        return trace_load(&self.head.written)
+
+    def skip(self):
+        """Read from what is written next; what was written before counts as neither."""
+        self.position = trace_load(&self.head.written)
+
+    def read(self, most=1 << 24):
+        """The records that were not read yet, oldest first, as bytes of 64 each.
+
+        Args:
+            most: Records at most.
+
+        Cost: a copy; the GIL is released.
+        """
+        cdef uint64_t limit = as_size(most, "most"), end = trace_load(&self.head.written)
+        cdef uint64_t first = self.position, oldest, claimed, count
+        cdef bytes found
+        cdef TraceRecord *to
+        if end < first or not limit:
+            # A ring's count never falls: this is another process's mistake.
+            return b""
+        if end - first > self.capacity:
+            first = end - self.capacity
+        count = min(end - first, limit)
+        found = PyBytes_FromStringAndSize(NULL, count * sizeof(TraceRecord))
+        to = <TraceRecord *>PyBytes_AS_STRING(found)
+        with nogil:
+            trace_copy(self.head, self.capacity, first, count, to)
+            claimed = trace_load_after(&self.head.claimed)
+        # Those that the writer may have written over meanwhile.
+        oldest = claimed - self.capacity if claimed > self.capacity else 0
+        oldest = min(max(oldest, first), first + count)
+        self.lost += oldest - self.position
+        self.position = first + count
+        return found[(oldest - first) * sizeof(TraceRecord):] if oldest > first else found
