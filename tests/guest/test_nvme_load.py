@@ -33,7 +33,7 @@ def serving(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServingP
 
 
 def test_reads_are_done(serving: ServingPci) -> None:
-    with NvmeLoad(serving.server.path, depth=8) as load:
+    with nothing_left(), NvmeLoad(serving.server.path, depth=8) as load:
         result = load.run(0.2)
         load.drain()
         assert load._driver is not None

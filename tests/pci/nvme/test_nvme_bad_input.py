@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 from collections.abc import Callable
@@ -186,6 +187,21 @@ class TestCommands:
         assert done.status == (status | DNR if status else 0)
         serves(driver)
 
+    @pytest.mark.parametrize(("count", "status"), [(1024, 0), (1025, 0x0E | DNR)])
+    def test_as_many_descriptors_as_there_may_be(
+        self, driver: NvmeDriver, count: int, status: int
+    ) -> None:
+        """The one in the command, which leads to them, is not among them."""
+        segment, target = driver.take(5), driver.take(128)
+        sizes = [512] * 1023 + [512 // (count - 1023)] * (count - 1023)
+        made = b"".join(
+            struct.pack("<QI3xB", target + 512 * place, size, 0) for place, size in enumerate(sizes)
+        )
+        driver.put(segment, made)
+        sgl = struct.pack("<QI3xB", segment, len(made), 0x30)
+        assert driver.do(1, READ, **move(1, 0, 1024, sgl=sgl, flags=0x40)).status == status
+        serves(driver)
+
     @pytest.mark.parametrize(
         ("sgl", "status"),
         [
@@ -332,10 +348,52 @@ class TestQueues:
         driver.create(1)
         serves(driver)
 
-    def test_a_queue_in_memory_without_bus_mastering(self, driver: NvmeDriver) -> None:
+    def test_without_bus_mastering_queues_are_idle(self, driver: NvmeDriver) -> None:
+        """What is rung then is served afterwards, and nothing is lost or done twice."""
+        interrupts, page = driver.triggers[0].count, driver.take()
         driver.host.write_config(4, b"\x02\0")
-        driver.write(DOORBELLS + 8, 1)
-        driver.run(lambda: driver.status & FATAL, "fatal")
+        pair = driver.queues[1]
+        entries = [driver.command(READ, **move(1, 0, 1, prp1=page)) for _ in range(3)]
+        os.pwrite(driver.fd, b"".join(entries), pair.sq - BASE + 64 * pair.tail)
+        pair.tail += 3
+        driver.ring(1)
+        driver.settle()
+        assert not driver.status & FATAL
+        assert driver.triggers[0].count == interrupts
+        driver.host.write_config(4, b"\x06\0")
+        assert [driver.wait(1).status for _ in range(3)] == [0, 0, 0]
+        assert driver.triggers[0].count > interrupts
+        driver.settle()
+        assert driver.next(1) is None
+        serves(driver)
+
+    def test_what_completes_without_bus_mastering_is_posted_afterwards(
+        self, driver: NvmeDriver
+    ) -> None:
+        flush = driver.command(FLUSH, nsid=1)
+        driver.submit(1, flush)
+        driver.host.doorbells.serve_rung()  # fetched: a thread has it
+        driver.host.write_config(4, b"\x02\0")
+        driver.run(lambda: driver.device._queues.outstanding(1) == 0, "the end of the flush")
+        assert not driver.status & FATAL
+        driver.host.write_config(4, b"\x06\0")
+        done = driver.wait(1)
+        assert (done.status, done.cid) == (0, int.from_bytes(flush[2:4], "little"))
+        serves(driver)
+
+    def test_a_reset_forgets_what_waits_for_bus_mastering(self, driver: NvmeDriver) -> None:
+        driver.submit(1, driver.command(FLUSH, nsid=1))
+        driver.host.doorbells.serve_rung()
+        driver.host.write_config(4, b"\x02\0")
+        driver.run(lambda: driver.device._queues.outstanding(1) == 0, "the end of the flush")
+        at = driver.queues[1].cq - BASE
+        driver.disable()
+        driver.host.write_config(4, b"\x06\0")
+        driver.settle()
+        assert os.pread(driver.fd, 16, at) == bytes(16)
+        driver.enable().ready()
+        driver.create(1)
+        serves(driver)
 
 
 class TestAnything:

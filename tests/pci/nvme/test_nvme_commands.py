@@ -149,9 +149,9 @@ class TestLogs:
         driver.wait(0)
         data = driver.log(1, 16 * 64)
         fields = struct.unpack_from("<QHHHHQI", data)
-        assert fields == (2, 0, int.from_bytes(bad[2:4], "little"), 0x01 << 1, 0, 0, 1)
+        assert fields == (2, 0, int.from_bytes(bad[2:4], "little"), (0x01 | DNR) << 1, 0, 0, 1)
         fields = struct.unpack_from("<QHHHHQI", data, 64)
-        assert (fields[0], fields[1], fields[3], fields[5]) == (1, 1, 0x80 << 1, 9000)
+        assert (fields[0], fields[1], fields[3], fields[5]) == (1, 1, (0x80 | DNR) << 1, 9000)
         assert driver.identify(1)[262] == 15
 
     def test_firmware_and_effects(self, driver: NvmeDriver) -> None:

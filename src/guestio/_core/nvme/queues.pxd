@@ -49,6 +49,7 @@ cdef class NvmeQueues(Doorbell):
     cdef int call[MAX_QUEUES]    # eventfds of the vectors that are signalled here; -1: none
     cdef object fault
     cdef list faults             # wrong doorbells, to be reported
+    cdef list held               # completions that wait for bus mastering: queue, address, entry
     cdef list namespaces
     cdef u32 most_queues
     cdef u64 max_transfer
@@ -94,6 +95,7 @@ cdef class NvmeQueues(Doorbell):
     cdef bint flush_run(self, AddressSpace space, int access) except -1
     cdef bint fetch(self, u64 addr, u8 *buffer, u64 length, bint may_ask) except -1
     cdef bint store(self, u64 addr, const u8 *buffer, u64 length, bint in_two) except -1
+    cdef int put(self, u32 target, u64 addr, const u8 *entry) except -1
     cdef int post(self, u32 number, u32 cid, u32 status, u32 result) except -1
     cdef int signal(self) except -1
     cdef u32 room(self, u32 number) noexcept

@@ -6,6 +6,9 @@ straight between the image and guest memory, and completed; one interrupt follow
 is not mapped or not shared, data that has to be waited for, an image that fails) is left to the
 controller, which finds out what is wrong with it and completes it.
 
+While the function is not bus master the queues are idle (section 2.1.2, CMD.BME): what is rung is
+fetched, and what has completed is posted, once it is again.
+
 A command is fetched only if a completion entry can be kept free for it, so that posting one never
 has to wait.
 
@@ -118,7 +121,7 @@ cdef class NvmeQueues(Doorbell):
         double turn_seconds,
     ):
         self.memory, self.command, self.interrupt = memory, command, interrupt
-        self.fault, self.fast, self.faults = fault, True, []
+        self.fault, self.fast, self.faults, self.held = fault, True, [], []
         if not 2 <= most <= MAX_QUEUES:
             raise ValueError(f"{most} queues are not in 2..{MAX_QUEUES}")
         self.most_queues, self.max_transfer = most, as_size(max_transfer, "max_transfer")
@@ -140,6 +143,7 @@ cdef class NvmeQueues(Doorbell):
         self.broken = self.write_through = False
         self.interrupt_mask = 0
         self.faults.clear()
+        self.held.clear()
         # They refer to the memory that they were last filled from, which may go now.
         self.scratch.close()
         self.data.close()
@@ -414,7 +418,7 @@ cdef class NvmeQueues(Doorbell):
             return False
         self.running, self.moved, until = True, 0, now_ns() + self.turn_ns
         try:
-            while self.ready:
+            while self.ready and self.memory._enabled:
                 for i in range(<u32>MAX_QUEUES):
                     number = (self.next_queue + i) % MAX_QUEUES
                     if self.ready >> number & 1:
@@ -429,7 +433,18 @@ cdef class NvmeQueues(Doorbell):
             self.running = False
         if self.faults:
             self.report_faults()
-        return bool(self.ready)
+        return self.ready and self.memory._enabled
+
+    def resume(self):
+        """Go on where the function was not bus master; whether there is more to do."""
+        cdef u64 generation = self.generation
+        held, self.held = self.held, []
+        for number, addr, entry in held:
+            if generation == self.generation and not self.broken:
+                self.put(number, addr, <const u8 *>PyBytes_AS_STRING(entry))
+        if not self.running:
+            self.signal()
+        return self.serve()
 
     cdef int serve_queue(self, u32 number) except -1:
         """Serve the next commands of a submission queue."""
@@ -463,7 +478,7 @@ cdef class NvmeQueues(Doorbell):
         count = min(min(count, free), min(<u32>LOOP_REQUESTS, sq.size - sq.head))
         GUESTIO_ASSERT(count * ENTRY <= PAGE)
         if not self.fetch(sq.base + sq.head * ENTRY, self.entries, count * ENTRY, True):
-            if generation == self.generation:
+            if generation == self.generation and self.memory._enabled:
                 self.break_down(f"submission queue {number}")
             return 0
         for i in range(count):
@@ -693,7 +708,6 @@ cdef class NvmeQueues(Doorbell):
         """Post the completion of a command that is outstanding."""
         cdef Submission *sq = &self.sq[number]
         cdef Completion *cq = &self.cq[sq.completions]
-        cdef u64 generation = self.generation
         cdef u64 addr
         cdef u32 target = sq.completions
         cdef u32 words[4]
@@ -707,11 +721,22 @@ cdef class NvmeQueues(Doorbell):
             cq.tail, cq.phase = 0, cq.phase ^ 1
         sq.outstanding -= 1
         cq.outstanding -= 1
-        if not self.store(addr, <u8 *>words, COMPLETION, True):
+        return self.put(target, addr, <u8 *>words)
+
+    cdef int put(self, u32 target, u64 addr, const u8 *entry) except -1:
+        """Write an entry of a completion queue to the driver's memory."""
+        cdef u64 generation = self.generation
+        if self.store(addr, entry, COMPLETION, True):
             if generation == self.generation:
-                self.break_down(f"completion queue {target}")
+                self.due |= <u64>1 << target
         elif generation == self.generation:
-            self.due |= <u64>1 << target
+            if self.memory._enabled:
+                self.break_down(f"completion queue {target}")
+            else:
+                # As many as there are entries at most.
+                self.held.append(
+                    (target, addr, PyBytes_FromStringAndSize(<const char *>entry, COMPLETION))
+                )
         return 0
 
     cdef int signal(self) except -1:

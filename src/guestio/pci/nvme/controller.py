@@ -203,6 +203,16 @@ class NvmeController(PciDevice):
         triggers = map(self._host.interrupts.direct, range(self.interrupts))
         self._queues.set_calls([-1 if each is None else each.fileno() for each in triggers])
 
+    def memory_changed(self) -> None:
+        """Go on with what waited for bus mastering; see :class:`PciDevice`."""
+        if self._host is not None and self._host.memory.enabled:
+            self._host.call_soon_threadsafe(self._go_on)
+
+    def _go_on(self) -> None:
+        assert self._host is not None
+        if self._queues.resume():
+            self._host.call_soon_threadsafe(self._go_on)
+
     # Registers.
 
     def read(self, bar: int, offset: int, size: int) -> int:
@@ -362,7 +372,7 @@ class NvmeController(PciDevice):
             # A reset came while the client was asked for memory: nothing is completed any more.
             return
         if status:
-            self._logs.note_error(command, status, place)
+            self._logs.note_error(command, _final(status), place)
         self._queues.complete(command.queue, command.cid, _final(status), result)
         self._admin.look_at_deleted(command.queue)
 

@@ -127,7 +127,8 @@ class Data:
 
     def _sgl(self, command: Command, length: int) -> Iterator[Piece]:
         waiting = command.data[24:40]
-        count, last = 0, True
+        # The descriptor in the command itself is not among those that are limited.
+        count, last = -1, True
         left = length
         while waiting:
             count += len(waiting) // 16
@@ -141,11 +142,11 @@ class Data:
                     raise Failed(Status.SGL_TYPE, 24)
                 if kind in (_SEGMENT, _LAST_SEGMENT):
                     # Only where a list goes on: at the end of one that is not the last.
-                    if number + 1 < len(descriptors) or (last and count > 1):
+                    if number + 1 < len(descriptors) or (last and count > 0):
                         raise Failed(Status.INVALID_SGL_SEGMENT, 24)
                     waiting = self._segment(address, size)
                     last = kind == _LAST_SEGMENT
-                elif kind not in (_DATA, _BIT_BUCKET) or (kind == _BIT_BUCKET and count == 1):
+                elif kind not in (_DATA, _BIT_BUCKET) or (kind == _BIT_BUCKET and not count):
                     raise Failed(Status.SGL_TYPE, 24)
                 elif kind == _BIT_BUCKET and not self._to_driver:
                     continue  # it has no meaning where the driver gives data

@@ -93,7 +93,13 @@ class Logs:
         self._changed.add(nsid)
 
     def note_error(self, command: Command | None, status: int, place: int | None = None) -> None:
-        """Log an error; ``command`` is None for one that belongs to none."""
+        """Log an error, with the status that was posted.
+
+        Args:
+            command: The command, or None if it belongs to none.
+            status: As in its completion, the advice not to try again included.
+            place: The byte of the command that is wrong, or None.
+        """
         self.counters.errors += 1
         lba = command.quad(10) if command is not None and command.queue else 0
         self._errors.appendleft(
