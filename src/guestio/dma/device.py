@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from guestio.addr import check_range
+from guestio.addr import check_int, check_range
 from guestio.dma import _uapi
 from guestio.errors import DeviceError
 from guestio.memory.backing import Backing
@@ -111,12 +111,26 @@ class PciRegion(ABC):
         """
 
     def load(self, offset: int, width: int) -> int:
-        """Read a register of ``width`` bytes, little-endian."""
-        return int.from_bytes(self.read(offset, width), "little")
+        """Read a register of ``width`` bytes, 1, 2, 4 or 8, little-endian.
+
+        Raises:
+            TypeError, ValueError: Another width, or as :meth:`read`.
+            DeviceError: As :meth:`read`.
+        """
+        return int.from_bytes(self.read(offset, _check_width(width)), "little")
 
     def store(self, offset: int, value: int, width: int) -> None:
-        """Write a register of ``width`` bytes, little-endian."""
-        self.write(offset, value.to_bytes(width, "little"))
+        """Write a register of ``width`` bytes, 1, 2, 4 or 8, little-endian.
+
+        Raises:
+            TypeError, ValueError: Another width, a value that it does not hold, or as
+                :meth:`write`.
+            DeviceError: As :meth:`write`.
+        """
+        size = _check_width(width)
+        if not 0 <= check_int(value, "value") < 1 << 8 * size:
+            raise ValueError(f"value {value:#x} does not fit in {size} unsigned bytes")
+        self.write(offset, value.to_bytes(size, "little"))
 
     def _check(self, offset: int, length: int) -> None:
         first, size = check_range(offset, length, name="offset")
@@ -140,6 +154,18 @@ class PciRegion(ABC):
         return DeviceError(
             f"cannot {what} {offset:#x}+{length:#x} of region {self.index} of {self.owner}: {why}"
         )
+
+
+def kind_name(kind: int) -> str:
+    """What a kind of interrupts is called, for a message; its number if it is none."""
+    names = ("INTx", "MSI", "MSI-X", "ERR", "REQ")
+    return names[kind] if 0 <= kind < len(names) else str(kind)
+
+
+def _check_width(width: int) -> int:
+    if check_int(width, "width") not in (1, 2, 4, 8):
+        raise ValueError(f"width {width} is not 1, 2, 4 or 8 bytes")
+    return width
 
 
 class PciFunction(ABC):
@@ -439,7 +465,7 @@ class VfioDevice(PciFunction):
             _uapi.ioctl(self.fileno(), _uapi.VFIO_DEVICE_GET_IRQ_INFO, info)
         except OSError as error:
             raise DeviceError(
-                f"{self.address} has no interrupts of kind {kind}: {error.strerror}"
+                f"{self.address} has no interrupts of kind {kind_name(kind)}: {error.strerror}"
             ) from error
         return InterruptInfo(
             info.count,
@@ -499,7 +525,7 @@ class VfioDevice(PciFunction):
             _uapi.ioctl(self.fileno(), _uapi.VFIO_DEVICE_SET_IRQS, bytearray(bytes(call) + data))
         except OSError as error:
             raise DeviceError(
-                f"cannot set up {count} interrupts of kind {kind} of {self.address}: "
+                f"cannot set up {count} interrupts of kind {kind_name(kind)} of {self.address}: "
                 f"{error.strerror}"
             ) from error
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from guestio.addr import ADDRESS_SPACE
 from guestio.budgets import CLIENT_AREAS, CLIENT_VECTORS
 from guestio.dma import MmapArea
+from guestio.dma.device import kind_name
 from guestio.errors import ProtocolError
 from guestio.vfio_user.messages import (
     CAP_SPARSE_MMAP,
@@ -246,7 +247,9 @@ def irq_info(payload: bytes, kind: int) -> IrqFacts:
     if answered != kind:
         raise ProtocolError(f"asked for interrupts {kind}, the server answered for {answered}")
     if count > CLIENT_VECTORS:
-        raise ProtocolError(f"{count} interrupts of kind {kind}, at most {CLIENT_VECTORS}")
+        raise ProtocolError(
+            f"{count} interrupts of kind {kind_name(kind)}, at most {CLIENT_VECTORS}"
+        )
     return IrqFacts(count, flags & int(IrqFlag.EVENTFD | IrqFlag.MASKABLE | IrqFlag.AUTOMASKED))
 
 

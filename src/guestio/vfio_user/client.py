@@ -18,6 +18,7 @@ from guestio._core.base.syscalls import notify_eventfd
 from guestio.addr import check_int, check_seconds
 from guestio.budgets import CLIENT_TIMEOUT
 from guestio.dma import InterruptInfo, PciFunction
+from guestio.dma.device import kind_name
 from guestio.errors import DeviceError, GuestioError
 from guestio.memory.backing import close_fd
 from guestio.vfio_user.answers import IrqFacts, Limits
@@ -490,7 +491,7 @@ class Client(PciFunction):
     def _irqs(self, kind: int) -> IrqFacts:
         self._check_open()
         if not 0 <= check_int(kind, "kind") < len(self._life.irqs):
-            raise DeviceError(f"{self.address} has no interrupts of kind {kind}")
+            raise DeviceError(f"{self.address} has no interrupts of kind {kind_name(kind)}")
         return self._life.irqs[kind]
 
     def enable_interrupts(self, kind: int, eventfds: Sequence[int]) -> None:
@@ -510,7 +511,8 @@ class Client(PciFunction):
             return
         if len(eventfds) > facts.vectors or not facts.flags & IrqFlag.EVENTFD:
             raise DeviceError(
-                f"{self.address} has {facts.vectors} interrupts of kind {kind}, not {len(eventfds)}"
+                f"{self.address} has {facts.vectors} interrupts of kind {kind_name(kind)}, not "
+                f"{len(eventfds)}"
             )
         if not self._life.limits.max_fds:
             raise DeviceError(f"{self.address} takes no descriptors, and so no eventfds")
@@ -533,7 +535,8 @@ class Client(PciFunction):
             except RefusalError as error:
                 self._take_back(life, kind, before)
                 raise DeviceError(
-                    f"cannot set up {len(events)} interrupts of kind {kind} of {self.address}: "
+                    f"cannot set up {len(events)} interrupts of kind {kind_name(kind)} of "
+                    f"{self.address}: "
                     f"{error}"
                 ) from None
             self._events[kind] = events
@@ -615,7 +618,8 @@ class Client(PciFunction):
                     _set_irqs(life, IrqSet.DATA_EVENTFD | action, kind, vector, 1, fds)
                 except RefusalError as error:
                     raise DeviceError(
-                        f"interrupt {vector} of kind {kind} of {self.address} cannot be masked by "
+                        f"interrupt {vector} of kind {kind_name(kind)} of {self.address} cannot be "
+                        "masked by "
                         f"an eventfd: {error}"
                     ) from None
                 key = kind, vector, action
@@ -638,14 +642,15 @@ class Client(PciFunction):
 
     def _check_vector(self, kind: int, vector: int) -> None:
         if not 0 <= check_int(vector, "vector") < self._irqs(kind).vectors:
-            raise DeviceError(f"{self.address} has no interrupt {vector} of kind {kind}")
+            raise DeviceError(f"{self.address} has no interrupt {vector} of kind {kind_name(kind)}")
 
     def _act(self, life: Life, action: int, kind: int, start: int, count: int) -> None:
         try:
             _set_irqs(life, IrqSet.DATA_NONE | action, kind, start, count)
         except RefusalError as error:
             raise DeviceError(
-                f"cannot change interrupt {start} of kind {kind} of {self.address}: {error}"
+                f"cannot change interrupt {start} of kind {kind_name(kind)} of {self.address}: "
+                f"{error}"
             ) from None
 
 

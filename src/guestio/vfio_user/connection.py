@@ -19,6 +19,7 @@ from guestio.budgets import (
     DMA_STOP_LOOK,
     TURN_SECONDS,
 )
+from guestio.dma.device import kind_name
 from guestio.errors import BackingError, ProtocolError
 from guestio.pci.host import PciHost
 from guestio.pci.interrupts import InterruptKind
@@ -478,7 +479,7 @@ class Connection(PeerConnection[Header]):
         made: list[EventfdTrigger | None] = []
         try:
             for number, fd in enumerate(fds):
-                what = f"descriptor of interrupt {start + number} of kind {kind.name}"
+                what = f"descriptor of interrupt {start + number} of kind {kind_name(index)}"
                 made.append(None if fd is None else EventfdTrigger(fd, what))
         except ProtocolError as error:
             # The descriptor that was refused is closed; those behind it are not.
@@ -497,7 +498,8 @@ class Connection(PeerConnection[Header]):
         made: list[Eventfd | None] = []
         try:
             for number, fd in enumerate(fds):
-                what = f"descriptor that masks interrupt {start + number} of kind {index}"
+                name = f"{start + number} of kind {kind_name(index)}"
+                what = f"descriptor that masks interrupt {name}"
                 made.append(None if fd is None else Eventfd(fd, what))
         except ProtocolError as error:
             close_foreign([fd for fd in fds[len(made) + 1 :] if fd is not None])

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+from guestio.dma.device import kind_name
 from guestio.errors import GuestioError, ProtocolError
 from guestio.vfio_user.messages import (
     CONFIG_REGION,
@@ -301,8 +302,8 @@ class Session:
         if request.start + request.number > count:
             raise RefusalError(
                 errno.EINVAL,
-                f"interrupts {request.start}+{request.number} of kind {request.kind}, which has "
-                f"{count}",
+                f"interrupts {request.start}+{request.number} of kind {kind_name(request.kind)}, "
+                f"which has {count}",
             )
         values = message.payload[SET_IRQS.size :]
         if len(values) != (request.number if data == IrqSet.DATA_BOOL else 0):
