@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from guestio.addr import check_int
 from guestio.errors import DeviceError
 from guestio.memory import Backing
 from guestio.pci.capabilities import MAX_MSIX_VECTORS, Capability, Msi, MsiX
+from guestio.pci.registers import Field, Register, RegisterFile, RegisterTable
 
 if TYPE_CHECKING:
     from guestio.pci.host import PciHost
@@ -66,6 +68,15 @@ class Bar:
                 )
             end = at + length
 
+    def explain(self) -> str:
+        """What it is, as text."""
+        if self.io:
+            return f"{self.size:#x} bytes of I/O space"
+        words = ["64-bit" if self.wide else "32-bit"]
+        words += ["prefetchable"] if self.prefetchable else []
+        shared = ", memory that the driver maps" if self.memory is not None else ""
+        return f"{self.size:#x} bytes, {' '.join(words)}{shared}"
+
     def mapped(self, offset: int, size: int) -> bool:
         """Whether a range is in memory that the driver reaches without the device."""
         if self.memory is None:
@@ -73,13 +84,20 @@ class Bar:
         areas = self.areas or ((0, self.size),)
         return any(at <= offset and offset + size <= at + length for at, length in areas)
 
+    def overlaps_memory(self, offset: int, size: int) -> bool:
+        """Whether some of a range is."""
+        if self.memory is None:
+            return False
+        areas = self.areas or ((0, self.size),)
+        return any(at < offset + size and offset < at + length for at, length in areas)
+
 
 class PciDevice(ABC):
     """A PCI function: registers behind BARs, interrupts, and DMA through its host.
 
-    A subclass says what it is in class attributes, or sets them before it is served, and answers
-    accesses in :meth:`read` and :meth:`write`. All methods are called in the thread of the event
-    loop, one at a time.
+    A subclass says what it is in class attributes, or sets them before it is served. Its registers
+    are attributes too (:class:`Register`), or it answers accesses in :meth:`read` and
+    :meth:`write`. All methods are called in the thread of the event loop, one at a time.
 
     Attributes:
         vendor_id: The vendor, 16 bits.
@@ -91,6 +109,8 @@ class PciDevice(ABC):
         bars: Its BARs by index, 0 to 5.
         interrupts: How many interrupt vectors it has. Without a capability for them, they are those
             of MSI-X, in a BAR of its own, the first that is free; and INTx is offered, too.
+        msix: False for no MSI-X unless ``capabilities`` say so: with INTx alone, as with MSI, a
+            device can be unplugged from QEMU 11.1, which MSI-X makes abort.
         capabilities: What it can do besides.
     """
 
@@ -102,7 +122,22 @@ class PciDevice(ABC):
     subsystem_id: int | None = None
     bars: Mapping[int, Bar] = {}
     interrupts: int = 0
+    msix: bool = True
     capabilities: Sequence[Capability] = ()
+    _table: ClassVar[RegisterTable] = RegisterTable(())
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Gather the registers.
+
+        Raises:
+            DeviceError: Two of them overlap, or one is called like a part of this class.
+        """
+        super().__init_subclass__(**options)
+        taken = {*dir(PciDevice), *PciDevice.__annotations__}
+        for name, value in vars(cls).items():
+            if isinstance(value, Register | Field) and name in taken:
+                raise DeviceError(f"{cls.__name__}.{name}: a register cannot be called that")
+        cls._table = RegisterTable.of(cls)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.vendor_id:04x}:{self.device_id:04x}>"
@@ -113,22 +148,49 @@ class PciDevice(ABC):
     def read(self, bar: int, offset: int, size: int) -> int:
         """Read a register; the value, of which ``size`` bytes are given to the driver.
 
-        An exception is logged, and the driver reads ones. By default all registers are 0.
+        An exception is logged, and the driver reads ones. By default it is what each
+        :class:`Register` there says, and 0 where there is none.
 
         Args:
             bar: Which BAR.
             offset: Where in it, a multiple of ``size``.
             size: 1, 2, 4 or 8 bytes, up to the BAR's width.
         """
-        return 0
+        return self.register_file.read(bar, offset, size)
 
     def write(self, bar: int, offset: int, size: int, value: int) -> None:
-        """Write a register. An exception is logged. By default nothing happens."""
+        """Write a register. An exception is logged. By default each :class:`Register` is."""
+        self.register_file.write(bar, offset, size, value)
+
+    @cached_property
+    def register_file(self) -> RegisterFile:
+        """The values of its registers."""
+        return RegisterFile(self, self._table)
+
+    def explain(self) -> str:
+        """What it is, as text: numbers, BARs, interrupts, and its registers with their values.
+
+        Raises:
+            TypeError, ValueError, DeviceError: It is not described as a device should be.
+        """
+        check_device(self)
+        bars, capabilities = complete(self)
+        number = f"{self.vendor_id:04x}:{self.device_id:04x}"
+        lines = [
+            f"{type(self).__name__}: PCI function {number}, class {self.class_code:06x}",
+            *(f"BAR {number}: {bar.explain()}" for number, bar in sorted(bars.items())),
+            f"interrupts: {self.interrupts}",
+            *(f"capability: {each}" for each in capabilities),
+        ]
+        if self._table.registers:
+            lines.append(self.register_file.explain())
+        return "\n".join(lines)
 
     def reset(self) -> None:
         """Become as at first: the driver, the machine, or the end of a connection asks for it.
 
-        Memory that the device holds must be let go of.
+        Memory that the device holds must be let go of. Each :class:`Register` has
+        its value after a reset already.
         """
 
     def memory_changed(self) -> None:
@@ -177,6 +239,15 @@ def check_device(device: object) -> PciDevice:
             raise ValueError(f"{name}.{attribute} {value:#x} does not fit {bits} bits")
     if not 0 <= check_int(device.interrupts, f"{name}.interrupts") <= MAX_MSIX_VECTORS:
         raise ValueError(f"{name}.interrupts {device.interrupts} is not in 0..{MAX_MSIX_VECTORS}")
+    if not isinstance(device.bars, Mapping):
+        raise TypeError(f"{name}.bars is {device.bars!r}, not a mapping such as {{0: Bar(4096)}}")
+    if not isinstance(device.capabilities, Sequence):
+        raise TypeError(f"{name}.capabilities is {device.capabilities!r}, not a list of them")
+    given: Sequence[object] = device.capabilities
+    for each in given:
+        if not isinstance(each, Capability):
+            hint = ": make one of it" if isinstance(each, type) else ""
+            raise TypeError(f"{name}.capabilities has {each!r}, not a Capability{hint}")
     for index, bar in device.bars.items():
         if not 0 <= check_int(index, f"{name}.bars") < BARS:
             raise ValueError(f"{name}.bars has {index}; a function has BARs 0 to {BARS - 1}")
@@ -184,6 +255,12 @@ def check_device(device: object) -> PciDevice:
             raise TypeError(f"{name}.bars[{index}] is {bar!r}, not a Bar")
         if bar.wide and (index + 1 in device.bars or index + 1 == BARS):
             raise DeviceError(f"{name}.bars[{index}] is wide, and takes the place of the next one")
+    for register in device._table.registers:
+        place = device.bars.get(register.bar)
+        if place is None or register.end > place.size:
+            raise DeviceError(f"{name} has no room for {register!r}: see {name}.bars")
+        if place.overlaps_memory(register.offset, register.width):
+            raise DeviceError(f"{register!r} of {name} is in memory that the driver maps")
     return device
 
 
@@ -195,7 +272,8 @@ def complete(device: PciDevice) -> tuple[dict[int, Bar], list[Capability]]:
     """
     bars, capabilities = dict(device.bars), list(device.capabilities)
     name = type(device).__name__
-    if device.interrupts and not any(isinstance(each, Msi | MsiX) for each in capabilities):
+    chosen = any(isinstance(each, Msi | MsiX) for each in capabilities)
+    if device.interrupts and device.msix and not chosen:
         capabilities.append(MsiX(device.interrupts))
     for place, each in enumerate(capabilities):
         if not isinstance(each, MsiX):

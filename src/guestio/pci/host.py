@@ -68,6 +68,7 @@ class PciHost(LoopCalls):
                 self._msix, self._table = each, bytearray(each.table_size)
             elif isinstance(each, Msi):
                 counts[InterruptKind.MSI] = each.vectors
+        self._check_registers()
         if device.interrupts:
             counts[InterruptKind.INTX] = 1
         self.interrupts: Final = Interrupts(counts)
@@ -87,6 +88,17 @@ class PciHost(LoopCalls):
 
     def __repr__(self) -> str:
         return f"<PciHost of {self.device!r}: {self.memory!r}>"
+
+    def _check_registers(self) -> None:
+        own = self._msix
+        if own is None:
+            return
+        for register in self.device._table.registers:
+            for at, size in ((own.table, own.table_size), (own.pba_offset, own.pba_size)):
+                if own.bar == register.bar and register.offset < at + size and at < register.end:
+                    raise DeviceError(
+                        f"{register!r} of {self._owner} is in the table or pending bits of MSI-X"
+                    )
 
     def interrupt(self, vector: int = 0) -> None:
         """Interrupt the driver. From any thread.
@@ -140,10 +152,7 @@ class PciHost(LoopCalls):
         place = self.bars.get(check_int(bar, "bar"))
         if place is None or offset < 0 or size < 1 or offset + size > place.size:
             raise DeviceError(f"{self._owner} has no room for {where} of BAR {bar}")
-        if place.memory is not None and any(
-            at < offset + size and offset < at + length
-            for at, length in place.areas or ((0, place.size),)
-        ):
+        if place.overlaps_memory(offset, size):
             raise DeviceError(f"{where} of BAR {bar} is in memory that the driver maps")
         if any(self._msix_bytes(bar, at, 1) is not None for at in range(offset, offset + size)):
             raise DeviceError(f"{where} of BAR {bar} is in the table or pending bits of MSI-X")
@@ -274,6 +283,7 @@ class PciHost(LoopCalls):
         self.config.reset()
         self.interrupts.forget_pending()
         self._start_over()
+        self.device.register_file.reset()
         self._call_device("reset")
 
     def _start_over(self) -> None:
@@ -357,7 +367,8 @@ class PciHost(LoopCalls):
             number = as_index(value)  # type: ignore[arg-type]  # anything may have been returned
         except TypeError:
             if value is not self._failed:
-                self._count_failure(f"read of {self._owner} returned no number")
+                where = _place("read", index, at, length)
+                self._count_failure(f"read of {self._owner}{where} returned no number")
             number = -1
         return (number & (1 << 8 * length) - 1).to_bytes(length, "little")
 
@@ -397,13 +408,25 @@ class PciHost(LoopCalls):
             raise
         except BaseException as error:
             self._count_failure(
-                f"{method} of {self._owner} raised {type(error).__name__}", trace=True
+                f"{method} of {self._owner}{_place(method, *args)} raised {type(error).__name__}",
+                trace=True,
             )
             return self._failed
 
     def _count_failure(self, what: str, *, trace: bool = False) -> None:
         self.failures += 1
         self.log.report("%s", what, trace=trace)
+
+
+def _place(method: str, *args: int) -> str:
+    """What a call of the device was about, for a log line."""
+    if method == "read":
+        return " (BAR {}, offset {:#x}, {} bytes)".format(*args)
+    if method == "write":
+        return " (BAR {}, offset {:#x}, {} bytes, value {:#x})".format(*args)
+    if method == "revoked":
+        return " (address {:#x}, {:#x} bytes)".format(*args)
+    return ""
 
 
 def _view(memory: Backing) -> VolatileSlice:
