@@ -1,7 +1,8 @@
-"""`guestio nvme` in guests: whole disks, file systems, random requests, lives, resets.
+"""`guestio nvme` in guests: whole disks, file systems, random requests, lives, resets, suspend.
 
     ./run lab-nvme                     behind no IOMMU, virtio-iommu and intel-iommu
     ./run lab-nvme --guest virtio --requests 1000 --lives 5
+    ./run lab-nvme --disk blk          the same with `guestio blk --transport vfio-user`
 
 QEMU 11.1 runs the guests (`python -m lab.qemu`). A table at the end has a line for each.
 """
@@ -24,40 +25,45 @@ from lab.parts import PartsError
 from lab.qemu import new_qemu
 
 GUESTS = {"none": Viommu.NONE, "virtio": Viommu.VIRTIO, "intel": Viommu.INTEL_CACHING}
-SOURCE = Path(__file__).parent / "nvme_load.c"
-DISK = "/dev/nvme0n1"
+SOURCE = Path(__file__).parent / "disk_load.c"
+DISKS = {"nvme": "/dev/nvme0n1", "blk": "/dev/vda"}
+SCRIPTS = {"nvme": "nvme", "blk": "virtio_disk"}
 DISK_SIZE = 64 * MIB
 START_LIMIT = 60.0
 LOADERS = 4
 BLOCKS = 2048
 COLUMNS = (
-    *("IOMMU", "sum", "file system", "logs", "suspend", "requests", "maps+unmaps"),
-    *("lives", "resets", "FLRs", "s"),
+    *("disk", "IOMMU", "sum", "file system", "logs", "suspend", "requests", "maps+unmaps"),
+    *("lives", "resets", "FLRs", "last sum", "s"),
 )
 
 
-class NvmeError(AssertionError):
+class DiskError(AssertionError):
     """The disk did not do as it should; the message says what was seen."""
 
 
 @contextmanager
-def served(images: Sequence[Path], directory: Path, *options: str) -> Iterator[tuple[Path, Path]]:
-    """`guestio nvme` on images: its socket and its log; ended by SIGTERM."""
-    socket, log = directory / "nvme.sock", directory / "nvme.log"
+def served(
+    images: Sequence[Path], directory: Path, *options: str, disk: str = "nvme"
+) -> Iterator[tuple[Path, Path]]:
+    """`guestio nvme` on images, or `guestio blk`: its socket and its log; ended by SIGTERM."""
+    socket, log = directory / f"{disk}.sock", directory / f"{disk}.log"
     more = [word for image in images[1:] for word in ("--namespace", str(image))]
-    command = [sys.executable, "-m", "guestio", "nvme", str(images[0]), "--socket", str(socket)]
+    if disk != "nvme":
+        more += ["--transport", "vfio-user"]
+    command = [sys.executable, "-m", "guestio", disk, str(images[0]), "--socket", str(socket)]
     with log.open("wb") as stderr:
         process = subprocess.Popen([*command, *more, *options], stderr=stderr)
     try:
         end = time.monotonic() + START_LIMIT
         while "listening on" not in log.read_text():
             if process.poll() is not None or time.monotonic() > end:
-                raise NvmeError(f"guestio nvme does not start: {log.read_text()}")
+                raise DiskError(f"guestio {disk} does not start: {log.read_text()}")
             time.sleep(0.02)
         yield socket, log
         process.send_signal(signal.SIGTERM)
         if process.wait(10):
-            raise NvmeError(f"guestio nvme failed: {log.read_text()}")
+            raise DiskError(f"guestio {disk} failed: {log.read_text()}")
     finally:
         process.kill()
         process.wait()
@@ -71,13 +77,13 @@ def counted(log: Path) -> dict[str, int]:
 
 def build_load(directory: Path) -> bytes:
     """The program that makes random requests and verifies them, for a guest."""
-    made = directory / "nvme_load"
+    made = directory / "disk_load"
     words = ["gcc", "-static", "-O2", "-Wall", "-Wextra", "-Werror", str(SOURCE), "-o", str(made)]
     subprocess.run(words, check=True)
     return made.read_bytes()
 
 
-def nvme_guest(
+def disk_guest(
     socket: Path,
     viommu: Viommu,
     scripts: Sequence[str],
@@ -85,12 +91,12 @@ def nvme_guest(
     files: Mapping[str, bytes],
     **more: object,
 ) -> Guest:
-    """A guest with the controller as its only disk; more are fields of `Guest`."""
+    """A guest with one PCI function as its only disk; more are fields of `Guest`."""
     description: dict[str, object] = {
         "viommu": viommu,
         "devices": [VfioUserDevice(socket)],
         "scripts": [Script.named(name) for name in scripts],
-        "environment": {"DISK": DISK, **environment},
+        "environment": {"DISK": DISKS["nvme"], **environment},
         "files": files,
         "timeout": 300.0,
         **more,
@@ -102,59 +108,77 @@ def whole_disk(guest: str, directory: Path, arguments: argparse.Namespace) -> di
     """Sum a whole disk in a guest, then have it live through everything; a row of the table.
 
     Raises:
-        NvmeError: Something was summed wrongly, or the server complained.
+        DiskError: Something was summed wrongly, or the server complained.
         GuestError: The guest did not come to its end, or found something wrong.
     """
     image = directory / "disk.img"
     image.write_bytes(os.urandom(DISK_SIZE))
-    viommu = GUESTS[guest]
     began = time.monotonic()
-    before = hashlib.sha256(image.read_bytes()).hexdigest()
-    files = {"/lab/files/nvme_load": build_load(directory)}
+    before = digest(image.read_bytes())
+    files = {"/lab/files/disk_load": build_load(directory)}
     each = arguments.requests // LOADERS
-    row = {"IOMMU": guest}
+    disk = arguments.disk
+    row = {"disk": disk, "IOMMU": guest}
 
     def boot(
-        scripts: Sequence[str], environment: Mapping[str, object], name: str, **more: object
+        name: str, *scripts: str, smp: int = 1, **variables: object
     ) -> tuple[Mapping[str, str], dict[str, int]]:
-        with served([image], directory) as (socket, log):
-            description = nvme_guest(
+        with served([image], directory, disk=disk) as (socket, log):
+            description = disk_guest(
                 socket,
-                viommu,
-                scripts,
-                {key: str(value) for key, value in environment.items()},
+                GUESTS[guest],
+                [SCRIPTS[disk], *scripts],
+                {"DISK": DISKS[disk]} | {key: str(value) for key, value in variables.items()},
                 files,
                 timeout=arguments.limit,
-                **more,
+                smp=smp,
             )
             result = description.run(directory / name).check()
         numbers = counted(log)
         if numbers["protocol_errors"] or numbers["failed_calls"] or numbers["cut_off"]:
-            raise NvmeError(f"the server complained:\n{log.read_text()}")
+            raise DiskError(f"the server complained:\n{log.read_text()}")
         return result.facts, numbers
 
-    facts, _ = boot(["nvme", "sha256"], {}, "sum")
+    facts, _ = boot("sum", "sha256")
     if facts["sha256"] != before:
-        raise NvmeError(f"the guest read {facts['sha256']}, the image is {before}")
+        raise DiskError(f"the guest read {facts['sha256']}, the image is {before}")
     row["sum"] = "same"
-    _, idle = boot(["nvme"], {}, "idle")
-    load = {"NVME_LOAD": f"{LOADERS} {each} {BLOCKS}"}
-    facts, busy = boot(["nvme"], load, "load", smp=2)
+    _, idle = boot("idle")
+    facts, busy = boot("load", smp=2, DISK_LOAD=f"{LOADERS} {each} {BLOCKS}")
     row["requests"] = facts["load_requests"]
-    done = int(facts["load_requests"])
     row["maps+unmaps"] = "+".join(
-        f"{(busy[key] - idle[key]) / done:.2f}" for key in ("dma_maps", "dma_unmaps")
+        f"{(busy[key] - idle[key]) / int(facts['load_requests']):.2f}"
+        for key in ("dma_maps", "dma_unmaps")
     )
-    facts, _ = boot(["nvme", "filesystem", "nvme_logs", "nvme_suspend"], {}, "file-system")
+    facts, _ = boot("file-system", "filesystem", *(["nvme_logs"] if disk == "nvme" else []))
     row["file system"] = f"clean, {facts['filesystem_files']} files"
-    row["logs"] = "read" if facts.get("nvme_logs") == "1" else "no"
-    row["suspend"] = facts["nvme_suspend"]
-    lives = {"NVME_LIVES": arguments.lives, "NVME_RESETS": arguments.resets}
-    lives |= {"NVME_FLRS": arguments.resets}
-    facts, _ = boot(["nvme"], lives | {"NVME_LOAD": f"{LOADERS} {each // 5} {BLOCKS}"}, "lives")
-    row |= {key: facts[f"nvme_{key.lower()}"] for key in ("lives", "resets", "FLRs")}
+    row["logs"] = "read" if facts.get("nvme_logs") == "1" else "-"
+    facts, _ = boot("suspend", "suspend")
+    row["suspend"] = facts["suspends"]
+    lives = {"DISK_LIVES": arguments.lives, "DISK_FLRS": arguments.resets}
+    if disk == "nvme":
+        lives |= {"DISK_RESETS": arguments.resets}
+        facts, _ = boot("lives", **lives, DISK_LOAD=f"{LOADERS} {each // 5} {BLOCKS}")
+        row["resets"] = facts["disk_resets"]
+    else:
+        facts, _ = boot("lives", **lives)
+        reloads = {"RELOADS": arguments.resets, "RELOAD_WAYS": "unbind"}
+        resets, _ = boot("resets", "reload", **reloads)
+        row["resets"] = resets["lives"]
+        if digest(image.read_bytes()[: int(resets["reload_bytes"])]) != resets["reload_sha256"]:
+            raise DiskError("after resets under load the guest reads what the image has not")
+    row |= {"lives": facts["disk_lives"], "FLRs": facts["disk_flrs"]}
+    facts, _ = boot("last", "sha256")
+    if facts["sha256"] != digest(image.read_bytes()):
+        raise DiskError(f"at the end the guest read {facts['sha256']}, which the image is not")
+    row["last sum"] = "same"
     row["s"] = f"{time.monotonic() - began:.0f}"
     return row
+
+
+def digest(data: bytes) -> str:
+    """The SHA-256 of data, as `sha256sum` prints it."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def main() -> int:
@@ -162,6 +186,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="./run lab-nvme", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--disk", choices=[*DISKS], default="nvme", help="what serves it")
     parser.add_argument("--guest", action="append", choices=[*GUESTS], help="one of them only")
     parser.add_argument("--requests", type=int, default=100_000, metavar="N")
     parser.add_argument("--lives", type=int, default=100, metavar="N", help="unbind and bind")
@@ -175,7 +200,7 @@ def main() -> int:
             try:
                 rows.append(whole_disk(guest, Path(directory), arguments))
                 print(rows[-1], flush=True)
-            except (NvmeError, GuestError, PartsError) as error:
+            except (DiskError, GuestError, PartsError) as error:
                 print(f"{guest}: {error}", file=sys.stderr, flush=True)
                 failed += 1
     table = [COLUMNS, *(tuple(row.get(name, "") for name in COLUMNS) for row in rows)]

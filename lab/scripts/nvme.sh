@@ -1,11 +1,11 @@
 # Waits for an NVMe disk, tells what Linux knows of it, and has it live through resets.
 #   DISK           block device (/dev/nvme0n1)
-#   NVME_LIVES     unbind and bind, so often (0)
-#   NVME_RESETS    controller resets under load (0)
-#   NVME_FLRS      function level resets under load (0)
-#   NVME_LOAD      arguments of /lab/files/nvme_load under load; without it there is none
-: "${DISK:=/dev/nvme0n1}" "${NVME_LIVES:=0}" "${NVME_RESETS:=0}" "${NVME_FLRS:=0}"
-: "${NVME_LOAD:=}"
+#   DISK_LIVES     unbind and bind, so often (0)
+#   DISK_RESETS    controller resets under load (0)
+#   DISK_FLRS      function level resets under load (0)
+#   DISK_LOAD      arguments of /lab/files/disk_load under load; without it there is none
+: "${DISK:=/dev/nvme0n1}" "${DISK_LIVES:=0}" "${DISK_RESETS:=0}" "${DISK_FLRS:=0}"
+: "${DISK_LOAD:=}"
 set -eu
 name=${DISK##*/}
 controller=${name%n[0-9]*}
@@ -30,9 +30,9 @@ echo "FACT nvme_disks=$(ls /sys/block | grep -c nvme)"
 echo "FACT nvme_queues=$(ls "/sys/block/$name/mq" | wc -l)"
 echo "FACT nvme_iommu=$(cat "$device/iommu_group/type" 2>/dev/null || echo none)"
 echo "FACT nvme_interrupts=$(ls "$device/msi_irqs" 2>/dev/null | wc -l)"
-if [ -e /lab/files/nvme_load ]; then
-    cp /lab/files/nvme_load /tmp/nvme_load
-    chmod +x /tmp/nvme_load
+if [ -e /lab/files/disk_load ]; then
+    cp /lab/files/disk_load /tmp/disk_load
+    chmod +x /tmp/disk_load
 fi
 
 live() { # what is done, how often, a function that does it
@@ -41,7 +41,7 @@ live() { # what is done, how often, a function that does it
         count=$((count + 1))
         "$3"
     done
-    echo "FACT nvme_$1=$count"
+    echo "FACT disk_$1=$count"
 }
 
 rebind() {
@@ -61,12 +61,12 @@ reset_function() {
     echo 1 >"$device/reset"
 }
 
-live lives "$NVME_LIVES" rebind
+live lives "$DISK_LIVES" rebind
 load=
-if [ -n "$NVME_LOAD" ]; then
-    /tmp/nvme_load "$DISK" $NVME_LOAD &
+if [ -n "$DISK_LOAD" ]; then
+    /tmp/disk_load "$DISK" $DISK_LOAD &
     load=$!
 fi
-live resets "$NVME_RESETS" reset_controller
-live flrs "$NVME_FLRS" reset_function
+live resets "$DISK_RESETS" reset_controller
+live flrs "$DISK_FLRS" reset_function
 [ -z "$load" ] || wait "$load" || { echo "the load failed"; exit 1; }

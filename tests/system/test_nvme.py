@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab.guest import MIB, Script, Viommu
-from lab.nvme import build_load, counted, nvme_guest, served
+from lab.nvme import build_load, counted, disk_guest, served
 from lab.qemu import new_qemu
 
 SIZE = 16 * MIB
@@ -42,12 +42,12 @@ def test_a_guest_uses_the_disk(viommu: Viommu, image: Path, tmp_path: Path) -> N
     before = hashlib.sha256(image.read_bytes()).hexdigest()
     pattern = os.urandom(256 * 1024)
     with served([image], tmp_path) as (socket, log):
-        guest = nvme_guest(
+        guest = disk_guest(
             socket,
             viommu,
             scripts=["nvme", "sha256", "pattern"],
-            environment={"PATTERN_OFFSET": str(MIB), "NVME_LOAD": "2 150 256", "NVME_LIVES": "1"},
-            files={"/lab/pattern": pattern, "/lab/files/nvme_load": build_load(tmp_path)},
+            environment={"PATTERN_OFFSET": str(MIB), "DISK_LOAD": "2 150 256", "DISK_LIVES": "1"},
+            files={"/lab/pattern": pattern, "/lab/files/disk_load": build_load(tmp_path)},
         )
         # Sums come first: the load writes.
         guest = dataclasses.replace(
@@ -61,7 +61,7 @@ def test_a_guest_uses_the_disk(viommu: Viommu, image: Path, tmp_path: Path) -> N
     assert data[MIB : MIB + len(pattern)] == pattern
     assert result.facts["nvme_model"].strip() == "guestio NVMe"
     assert result.facts["load_requests"] == "300"
-    assert result.facts["nvme_lives"] == "1"
+    assert result.facts["disk_lives"] == "1"
     numbers = checked(log)
     if viommu.present:
         # Each request of the load maps its page and unmaps it.
@@ -74,16 +74,16 @@ def test_resets_under_load_with_msi_and_two_namespaces(image: Path, tmp_path: Pa
     options = ["--block-size", "4096", "--interrupts", "msi", "--serial", "S1"]
     with served([image, other], tmp_path, *options) as (socket, log):
         result = (
-            nvme_guest(
+            disk_guest(
                 socket,
                 Viommu.VIRTIO,
                 scripts=["nvme", "sha256"],
                 environment={
-                    "NVME_LOAD": "2 300 256",
-                    "NVME_RESETS": "2",
-                    "NVME_FLRS": "2",
+                    "DISK_LOAD": "2 300 256",
+                    "DISK_RESETS": "2",
+                    "DISK_FLRS": "2",
                 },
-                files={"/lab/files/nvme_load": build_load(tmp_path)},
+                files={"/lab/files/disk_load": build_load(tmp_path)},
             )
             .run(tmp_path / "guest")
             .check()
@@ -92,7 +92,7 @@ def test_resets_under_load_with_msi_and_two_namespaces(image: Path, tmp_path: Pa
     read = image if result.facts["size"] == str(SIZE) else other
     assert result.facts["sha256"] == hashlib.sha256(read.read_bytes()).hexdigest()
     assert result.facts["load_requests"] == "600"
-    assert (result.facts["nvme_resets"], result.facts["nvme_flrs"]) == ("2", "2")
+    assert (result.facts["disk_resets"], result.facts["disk_flrs"]) == ("2", "2")
     assert (result.facts["nvme_block"], result.facts["nvme_disks"]) == ("4096", "2")
     assert result.facts["nvme_serial"].strip() == "S1"
     checked(log)
@@ -102,7 +102,7 @@ def test_a_read_only_disk_with_the_interrupt_pin(image: Path, tmp_path: Path) ->
     before = image.read_bytes()
     image.chmod(0o444)
     with served([image], tmp_path, "--read-only") as (socket, log):
-        guest = nvme_guest(
+        guest = disk_guest(
             socket, Viommu.NONE, ["nvme", "sha256"], environment={}, files={}, append="pci=nomsi"
         )
         result = guest.run(tmp_path / "guest").check()

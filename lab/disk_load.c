@@ -1,6 +1,6 @@
 /* Random direct requests of several processes, each of which verifies what it reads.
 
-       nvme_load DEVICE PROCESSES REQUESTS BLOCKS
+       disk_load DEVICE PROCESSES REQUESTS BLOCKS
 
    Process i has BLOCKS blocks of 4 KiB from i * BLOCKS on. It writes blocks that say where they
    are and how often they were written, reads them again in another order, and compares. REQUESTS
@@ -59,7 +59,7 @@ static int work(const char *path, unsigned process, unsigned long requests, unsi
 int main(int argc, char **argv)
 {
     if (argc != 5)
-        return fputs("nvme_load DEVICE PROCESSES REQUESTS BLOCKS\n", stderr), 2;
+        return fputs("disk_load DEVICE PROCESSES REQUESTS BLOCKS\n", stderr), 2;
     unsigned processes = atoi(argv[2]);
     unsigned long requests = strtoul(argv[3], NULL, 0), blocks = strtoul(argv[4], NULL, 0);
     int status, wrong = 0;
