@@ -339,3 +339,20 @@ NET_CAPTURE_BYTES = 4 << 30
 NET_LEASES = 256
 """Addresses that the built-in DHCP server has given away at most; the oldest is given to the next
 client then."""
+
+CONTROL_CONNECTIONS = 32
+"""Connections to a control socket at a time; with one more, the one that has been there longest
+without a stream of events goes."""
+CONTROL_STREAMS = 8
+"""Streams of events of a server at a time; another one is refused (503)."""
+CONTROL_REQUEST_SECONDS = 5.0
+"""Seconds that a client of a control socket has to send a request, or to take what it is sent; then
+it is disconnected."""
+CONTROL_HEADER_BYTES = 16384
+"""Bytes of a request's first line and headers; one with more is refused and disconnected."""
+CONTROL_EVENTS = 500
+"""Events that a stream is sent in a tenth of a second; more are only counted as lost."""
+CONTROL_EXPLAIN_BYTES = 1 << 20
+"""Bytes of a range that is explained at once; a longer one is refused (400)."""
+CONTROL_END_SECONDS = 1.0
+"""Seconds that the end of a server waits for its control thread."""

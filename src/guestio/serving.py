@@ -16,6 +16,8 @@ from typing import Any, Final, Literal, Self, TypeAlias
 
 from guestio import vfio_user
 from guestio.budgets import CLOSE_TIMEOUT, EXIT_TIMEOUT
+from guestio.control.rates import with_rates
+from guestio.control.summary import text_of
 from guestio.pci import PciDevice, VirtioPci
 from guestio.ratelog import LOG
 from guestio.vhost_user import Backend
@@ -30,7 +32,10 @@ Transport: TypeAlias = Literal["vhost-user", "vfio-user"]
 AnyServer: TypeAlias = Backend | vfio_user.Server
 """What serves a device over one of them."""
 
-_SERVER_OPTIONS: Final = frozenset({"connect", "revoke_after"})
+RATE_SECONDS: Final = 0.2
+"""Seconds over which rates are taken for a summary on SIGUSR1."""
+
+_SERVER_OPTIONS: Final = frozenset({"connect", "control", "http", "http_token", "revoke_after"})
 
 
 def make_server(
@@ -83,7 +88,8 @@ def serve(
     One line on standard error, ``listening on PATH``, says that a front-end may connect; with other
     sockets it is :attr:`Backend.ready_line <guestio.vhost_user.Backend.ready_line>`. A signal
     ends the service within 2 s, whatever the guest or the device does, and removes the socket; but
-    not while ``attached`` is in this very thread. The signals are handled as before afterwards.
+    not while ``attached`` is in this very thread. SIGUSR1 has a summary of what is going on printed
+    on standard error. The signals are handled as before afterwards.
 
     Args:
         device: What to serve; it is the caller's to close.
@@ -111,8 +117,15 @@ def serve(
             "serve waits for signals, which Python handles in the main thread: call it there, or "
             "use guestio.vhost_user.Backend"
         )
-    with Signals() as signals, contextlib.ExitStack() as stack:
+    served: list[AnyServer] = []
+
+    def summarize() -> None:
+        for each in served:
+            print(text_of(with_rates(each, RATE_SECONDS)), file=sys.stderr, flush=True)
+
+    with Signals({signal.SIGUSR1: summarize}) as signals, contextlib.ExitStack() as stack:
         backend = make_server(device, path, transport=transport, **options)
+        served.append(backend)
         stack.callback(backend.close)
 
         def ready() -> None:

@@ -12,6 +12,7 @@ from guestio.cli.bench import bench
 from guestio.cli.blk import blk
 from guestio.cli.check import check
 from guestio.cli.console import console
+from guestio.cli.explain import explain
 from guestio.cli.input import input_
 from guestio.cli.net import net
 from guestio.cli.nvme import nvme
@@ -19,6 +20,7 @@ from guestio.cli.rng import rng
 from guestio.cli.seconds import Seconds
 from guestio.cli.serve import serve
 from guestio.cli.stderr import FORMAT, open_standard_descriptors
+from guestio.cli.top import top
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,7 +49,7 @@ def demo(seconds: float) -> None:
     sys.exit(run(seconds))
 
 
-for _command in (bench, blk, check, console, input_, net, nvme, rng, serve):
+for _command in (bench, blk, check, console, explain, input_, net, nvme, rng, serve, top):
     cli.add_command(_command)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -18,11 +19,20 @@ import click
 from guestio.budgets import DMA_REVOKE_AFTER, LONGEST_TIMEOUT, STOP_TIMEOUT
 from guestio.cli.seconds import Seconds
 from guestio.cli.stderr import StderrLog
+from guestio.control.rates import with_rates
+from guestio.control.summary import text_of
 from guestio.errors import DeviceMethodError, GuestioError
 from guestio.pci import PciDevice
 from guestio.peer.endpoint import activation_sockets, adopt_socket, remove_sockets
 from guestio.ratelog import LOG
-from guestio.serving import AnyServer, Signals, Transport, make_server, run_until_signaled
+from guestio.serving import (
+    RATE_SECONDS,
+    AnyServer,
+    Signals,
+    Transport,
+    make_server,
+    run_until_signaled,
+)
 from guestio.virtio.device import Device
 
 EXIT_GRACE = 0.2
@@ -51,6 +61,20 @@ _PLACE_OPTIONS = (
         metavar="N",
         help="Use a socket that the caller has opened: a listening one, or one that the other side "
         "is connected to, with which the service ends.",
+    ),
+)
+_WATCH_OPTIONS = (
+    click.option(
+        "--control",
+        metavar="PATH",
+        help="Where to listen for questions about the server (guestio top, /status, /metrics). "
+        "Only this user may connect.",
+    ),
+    click.option(
+        "--http",
+        metavar="HOST:PORT",
+        help="The same over TCP, [::1]:8080 for example. What other machines can reach needs a "
+        "token, in GUESTIO_CONTROL_TOKEN.",
     ),
 )
 _REVOKE_AFTER = click.option(
@@ -130,6 +154,7 @@ _OPTIONS = (
 _VHOST_USER = ("miss_timeout", "track_dirty", "queue_threads")
 _VFIO_USER = ("revoke_after",)
 _VIRTIO = ("iommu", "indirect", "in_order", "stop_timeout", "poll_us")
+_WATCH = ("control", "http")
 _NAMES = (*_VIRTIO, *_VHOST_USER, *_VFIO_USER)
 
 
@@ -195,7 +220,7 @@ def _with_server(
         if sum(given is not None for given in (socket, connect, fd)) > 1:
             fail("give one of --socket, --connect and --fd")
         context = click.get_current_context()
-        options = {name: arguments.pop(name) for name in names}
+        options = {name: arguments.pop(name) for name in (*names, *_WATCH)}
         given = {
             name
             for name in names
@@ -207,7 +232,7 @@ def _with_server(
         command(server=server, **arguments)
 
     decorated: Any = collected
-    for option in reversed((*_PLACE_OPTIONS, *more)):
+    for option in reversed((*_PLACE_OPTIONS, *more, *_WATCH_OPTIONS)):
         decorated = option(decorated)
     result: Command = decorated
     return result
@@ -259,7 +284,13 @@ class Server:
                     else (f"over {self._transport or 'vhost-user'}")
                 )
                 fail(f"there is no --{name.replace('_', '-')} {where}")
-        return {name: value for name, value in self.options.items() if name in names}
+        found = {name: value for name, value in self.options.items() if name in names}
+        for name in _WATCH:
+            if self.options.get(name) is not None:
+                found[name] = self.options[name]
+        if "http" in found:
+            found["http_token"] = os.environ.get("GUESTIO_CONTROL_TOKEN")
+        return found
 
     def _make(
         self, device: Device | PciDevice, place: str | socket.socket, **more: Any
@@ -309,7 +340,13 @@ class Server:
             more: Lines to print after the one that says where the server listens.
         """
         log = StderrLog()
-        stop = Signals(signals)
+        served: list[AnyServer] = []
+
+        def summarize() -> None:
+            for backend in served:
+                log.say(text_of(with_rates(backend, RATE_SECONDS)))
+
+        stop = Signals({signal.SIGUSR1: summarize} | dict(signals or {}))
         status, why = 1, ""
 
         def give_up() -> None:
@@ -330,6 +367,7 @@ class Server:
                     stack.callback(_close, device)
                     backend = self._backend(device)
                     stack.callback(backend.close)
+                    served.append(backend)
 
                 def ready() -> None:
                     for line in (backend.ready_line, *more()):

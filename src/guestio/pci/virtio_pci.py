@@ -340,6 +340,11 @@ class VirtioPci(PciDevice):
         with naming(self.device, "attached"):
             self.device.attached(self._host)
 
+    @property
+    def host(self) -> DeviceHost:
+        """The host of the device that is served, once it is attached."""
+        return self._host
+
     def reset(self) -> None:
         """See :class:`PciDevice`: stop all queues, and forget what the driver has set."""
         for index in range(len(self._rings)):

@@ -6,7 +6,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from guestio.budgets import HALF_MESSAGE_TIMEOUT, SEND_RETRY, TURN_SECONDS
 from guestio.errors import ProtocolError
@@ -35,6 +35,7 @@ class PeerConnection(ABC, Generic[H]):
         closed: Whether the peer is gone and everything of it released.
         unclean: Whether something of it could not be released, or an error may refer to it.
         heard: Whether it has sent a whole message.
+        since: When it connected (monotonic time).
     """
 
     peer_name = "peer"
@@ -43,6 +44,7 @@ class PeerConnection(ABC, Generic[H]):
     def __init__(self, channel: Channel[H], loop: EventLoop, log: logging.Logger) -> None:
         self.closed = self.unclean = False
         self.heard = False
+        self.since: Final = time.monotonic()
         self._half_since: float | None = None
         self._channel = channel
         self._loop = loop

@@ -104,18 +104,27 @@ class Listener:
         self._arrived: Arrived | None = None
 
     @classmethod
-    def at(cls, path: str) -> Listener:
+    def at(cls, path: str, *, mode: int | None = None) -> Listener:
         """Listen on a path; a socket that nothing listens on is replaced.
+
+        Args:
+            path: Where.
+            mode: Who may connect, as for `chmod`; None for what the umask says.
 
         Raises:
             DeviceError: There is another one, or something else.
         """
-        listening = listen_on(path)
+        listening = listen_on(path, mode=mode)
         try:
             return cls(listening, path, made=True)
         except BaseException:
             listening.close()
             raise
+
+    @property
+    def listening(self) -> socket.socket:
+        """The listening socket, for what accepts by itself; it stays the listener's."""
+        return self._socket
 
     def start(self, loop: EventLoop, arrived: Arrived) -> None:
         """See :class:`Endpoint`."""
@@ -458,8 +467,12 @@ def _obstacle(path: str) -> str | None:
     return None if stat.S_ISSOCK(mode) else "there is a file that is not a socket"
 
 
-def listen_on(path: str) -> socket.socket:
+def listen_on(path: str, *, mode: int | None = None) -> socket.socket:
     """A listening Unix socket that does not block; one that nothing listens on is replaced.
+
+    Args:
+        path: Where.
+        mode: Who may connect, as for `chmod`; None for what the umask says.
 
     Raises:
         DeviceError: The path is too long or in use, or its directory cannot be written.
@@ -469,6 +482,9 @@ def listen_on(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         listener.bind(path)
+        if mode is not None:
+            # Nothing can connect before it listens.
+            os.chmod(path, mode)  # noqa: PTH101 - the path may be bytes-like
         listener.listen(8)
     except OSError as error:
         listener.close()

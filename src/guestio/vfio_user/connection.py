@@ -14,11 +14,16 @@ from guestio._core.vfio_user.feed import ClientFeed
 from guestio.addr import ADDRESS_SPACE, Permissions
 from guestio.budgets import (
     DMA_ANSWER_TIMEOUT,
+    DMA_FILES,
     DMA_LOOK,
+    DMA_MAPPINGS,
     DMA_NESTED,
     DMA_STOP_LOOK,
     TURN_SECONDS,
 )
+from guestio.control.explain import explain_iotlb
+from guestio.control.schema import Explanation, Peer
+from guestio.control.status import Seen, budget, iotlb_status, peer_status
 from guestio.dma.device import kind_name
 from guestio.errors import BackingError, ProtocolError
 from guestio.pci.host import PciHost
@@ -45,6 +50,7 @@ from guestio.vfio_user.messages import (
 from guestio.vfio_user.remote import ClientMemory
 from guestio.vfio_user.session import Region, Session
 from guestio.vfio_user.statistics import Statistics
+from guestio.virtio.host import DeviceHost
 from guestio.virtio.loop import EventLoop
 
 log = logging.getLogger("guestio.vfio_user")
@@ -556,3 +562,40 @@ class Connection(PeerConnection[Header]):
         """See :class:`SessionHandler`."""
         self._stats.resets += 1
         self._host.reset()
+
+    def seen(self, host: DeviceHost | None) -> Seen:
+        """What is to be seen of the client. From any thread, without waiting.
+
+        Args:
+            host: That of the virtio device, if the function is one.
+        """
+        if self.closed:
+            return Seen()
+        peer: Peer = {
+            "number": self._stats.connections,
+            "connected_s": time.monotonic() - self.since,
+            "features": [],
+            "protocol_features": [],
+            "status": [],
+        }
+        if host is not None:
+            peer = peer_status(host, self._stats.connections, self.since)
+        dma = self._dma
+        return Seen(
+            peer=peer,
+            iotlb=iotlb_status(dma.iotlb),
+            memory=[
+                {"address": start, "length_bytes": size, "user_address": None}
+                for start, size in dma.files()
+            ],
+            budgets={
+                "dma_mappings": budget(len(dma), DMA_MAPPINGS),
+                "dma_files": budget(len(dma.files()), DMA_FILES),
+            },
+        )
+
+    def explain(self, address: int, length: int) -> Explanation:
+        """What a range of the driver's addresses leads to. From any thread, without waiting."""
+        return explain_iotlb(
+            self._dma.iotlb, address, length, origin=self._host.origin, pending=False
+        )

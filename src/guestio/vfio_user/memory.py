@@ -23,6 +23,7 @@ from guestio.budgets import (
     MAX_GUEST_MEMORY,
 )
 from guestio.errors import BackingError
+from guestio.iommu import Iotlb
 from guestio.memory import Backing, GuestRegionCollection, MmapRegion
 from guestio.peer.foreign import check_memory
 from guestio.vfio_user.messages import RefusalError
@@ -60,6 +61,15 @@ class DmaSpace:
     def __len__(self) -> int:
         """How many mappings there are."""
         return len(self._iotlb)
+
+    @property
+    def iotlb(self) -> Iotlb:
+        """The mappings, to be looked at. From any thread."""
+        return Iotlb._of(self._iotlb)
+
+    def files(self) -> list[tuple[int, int]]:
+        """Where each file is in the space that mappings lead to, and its size. From any thread."""
+        return [(window << WINDOW, region.size) for window, region in list(self._regions.items())]
 
     def map(self, address: int, size: int, perm: Permissions, fd: int | None, offset: int) -> bool:
         """Map memory.

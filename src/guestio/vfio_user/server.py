@@ -8,20 +8,24 @@ import os
 import socket
 
 from guestio.addr import check_seconds
-from guestio.budgets import DMA_REVOKE_AFTER, LONGEST_TIMEOUT
+from guestio.budgets import DMA_REVOKE_AFTER, LONGEST_TIMEOUT, MAX_WAITING
+from guestio.control import schema
+from guestio.control.explain import check_explained, explain_range
+from guestio.control.status import FAULTS, Seen, Source, budget, host_queues
+from guestio.control.watched import WatchedServer
 from guestio.errors import naming
 from guestio.pci.device import PciDevice, check_device
 from guestio.pci.host import PciHost
 from guestio.pci.virtio_pci import VirtioPci
-from guestio.peer.server import PeerServer
 from guestio.vfio_user.channel import Channel
 from guestio.vfio_user.connection import Connection
 from guestio.vfio_user.statistics import Statistics
+from guestio.virtio.host import DeviceHost
 
 log = logging.getLogger("guestio.vfio_user")
 
 
-class Server(PeerServer):
+class Server(WatchedServer):
     """Serves a PCI device to one vfio-user client after the other, such as QEMU 10.1 or newer.
 
     What the client maps for DMA is the device's memory; behind an IOMMU, what the guest's driver
@@ -38,6 +42,8 @@ class Server(PeerServer):
             Then the memory is taken away from them: they read zeroes, and what they write is lost.
             The guest stands still meanwhile. QEMU waits for 5 s (``x-msg-timeout``), and goes on as
             if it had been answered.
+        control, http, http_token: Where to be watched, as for
+            :class:`~guestio.control.watched.WatchedServer`.
 
     Raises:
         DeviceError: The device contradicts itself; or the path is too long or in use, or its
@@ -64,13 +70,18 @@ class Server(PeerServer):
         *,
         connect: bool = False,
         revoke_after: float = DMA_REVOKE_AFTER,
+        control: str | os.PathLike[str] | None = None,
+        http: str | None = None,
+        http_token: str | None = None,
     ) -> None:
         self.device = check_device(device)
         self.statistics = Statistics()
         if isinstance(device, VirtioPci):
             self.statistics.virtio = device.statistics
         self._revoke_after = check_seconds(revoke_after, "revoke_after", LONGEST_TIMEOUT)
-        super().__init__(path, connect=connect, log=log)
+        super().__init__(
+            path, connect=connect, log=log, control=control, http=http, http_token=http_token
+        )
 
     def __repr__(self) -> str:
         kind = type(self.device).__name__
@@ -79,6 +90,8 @@ class Server(PeerServer):
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
         self._host = PciHost(self.device, self._loop)
+        served = self.device.device if isinstance(self.device, VirtioPci) else self.device
+        self._source = Source(type(served).__name__, "vfio-user", self._host.origin)
         self.statistics.device_failures = lambda: self._host.failures
         self.statistics.interrupts_sent = lambda: self._host.interrupts.delivered
 
@@ -107,3 +120,31 @@ class Server(PeerServer):
 
     def _count_protocol_error(self) -> None:
         self.statistics.protocol_errors += 1
+
+    @property
+    def _virtio(self) -> DeviceHost | None:
+        """The host of the virtio device, if the function is one."""
+        return self.device.host if isinstance(self.device, VirtioPci) else None
+
+    def status(self) -> schema.Status:
+        """See :class:`~guestio.control.watched.WatchedServer`."""
+        connection, host = self._connection, self._virtio
+        budgets = {"waiting_clients": budget(len(self._waiting), MAX_WAITING)}
+        if host is not None:
+            budgets["outstanding_pieces"] = budget(host.quota.used, host.quota.most)
+        return self._source.status(
+            self.statistics.counts(),
+            FAULTS,
+            path=self.path,
+            queues=[] if host is None else host_queues(host),
+            budgets=budgets,
+            seen=connection.seen(host) if isinstance(connection, Connection) else Seen(),
+        )
+
+    def explain(self, address: int, length: int = 1) -> schema.Explanation:
+        """See :class:`~guestio.control.watched.WatchedServer`."""
+        check_explained(address, length)
+        connection = self._connection
+        if isinstance(connection, Connection) and not connection.closed:
+            return connection.explain(address, length)
+        return explain_range(address, length, [], origin=self._host.origin, translated=True)

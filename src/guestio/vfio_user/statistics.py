@@ -52,6 +52,17 @@ class Statistics:
             shown += [f"{name}={getattr(self.virtio, name)}" for name in _VIRTIO]
         return " ".join(shown)
 
+    def counts(self) -> dict[str, int]:
+        """All counters by name, those of a virtio device included. From any thread."""
+        hidden = ("messages", "virtio", "device_failures", "interrupts_sent")
+        names = [name for name in vars(self) if name not in hidden]
+        names += [name for name, value in vars(type(self)).items() if isinstance(value, property)]
+        found: dict[str, int] = {name: getattr(self, name) for name in names}
+        if self.virtio is not None:
+            counts = self.virtio.counts()
+            found |= {name: counts[name] for name in _VIRTIO if name in counts}
+        return found
+
     @property
     def dma_maps(self) -> int:
         """Mappings made."""

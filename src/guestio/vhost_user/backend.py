@@ -9,12 +9,12 @@ import socket
 from typing import Literal
 
 from guestio.addr import check_int, check_seconds
-from guestio.budgets import (
-    LONGEST_TIMEOUT,
-    STOP_TIMEOUT,
-)
+from guestio.budgets import LONGEST_TIMEOUT, MAX_WAITING, STOP_TIMEOUT
+from guestio.control import schema
+from guestio.control.explain import check_explained, explain_range
+from guestio.control.status import FAULTS, Seen, Source, budget, host_queues
+from guestio.control.watched import WatchedServer
 from guestio.errors import naming
-from guestio.peer.server import PeerServer
 from guestio.vhost_user.channel import Channel
 from guestio.vhost_user.connection import Connection
 from guestio.vhost_user.session import MAX_QUEUES
@@ -24,7 +24,7 @@ from guestio.virtio.host import DeviceHost, check_device, statistics_of, transpo
 log = logging.getLogger("guestio.vhost_user")
 
 
-class Backend(PeerServer):
+class Backend(WatchedServer):
     """Serves a virtio device to one vhost-user front-end after the other.
 
     Behind an IOMMU (the front-end negotiates VIRTIO_F_ACCESS_PLATFORM) every address that the
@@ -62,6 +62,8 @@ class Backend(PeerServer):
             queue depths, for a processor's time.
         queue_threads: Whether to serve each queue in a thread of its own. Python code still runs in
             one thread at a time, so this is for devices whose requests take long in system calls.
+        control, http, http_token: Where to be watched, as for
+            :class:`~guestio.control.watched.WatchedServer`.
 
     Raises:
         DeviceError: The path is too long or in use, or its directory cannot be written; the socket
@@ -97,6 +99,9 @@ class Backend(PeerServer):
         track_dirty: bool = False,
         poll_us: int = 0,
         queue_threads: bool = False,
+        control: str | os.PathLike[str] | None = None,
+        http: str | None = None,
+        http_token: str | None = None,
     ) -> None:
         check_device(device, MAX_QUEUES)
         self._offered = transport_features(
@@ -112,7 +117,9 @@ class Backend(PeerServer):
         self._stop_timeout = check_seconds(stop_timeout, "stop_timeout", LONGEST_TIMEOUT)
         self._poll_us, self._queue_threads = poll_us, queue_threads
         self._track_dirty = track_dirty
-        super().__init__(path, connect=connect, log=log)
+        super().__init__(
+            path, connect=connect, log=log, control=control, http=http, http_token=http_token
+        )
 
     def __repr__(self) -> str:
         kind = type(self.device).__name__
@@ -130,6 +137,7 @@ class Backend(PeerServer):
             failed=self._thread_failed,
         )
         self._host.ending = self._stopping.is_set
+        self._source = Source(type(self.device).__name__, "vhost-user", self._host.origin)
         undo.callback(self._host.close)
         self.statistics.device_holds = lambda: self._host.outstanding
 
@@ -158,3 +166,27 @@ class Backend(PeerServer):
 
     def _count_protocol_error(self) -> None:
         self.statistics.protocol_errors += 1
+
+    def status(self) -> schema.Status:
+        """See :class:`~guestio.control.watched.WatchedServer`."""
+        connection = self._connection
+        seen = connection.seen() if isinstance(connection, Connection) else Seen()
+        return self._source.status(
+            self.statistics.counts(),
+            FAULTS,
+            path=self.path,
+            queues=host_queues(self._host),
+            budgets={
+                "outstanding_pieces": budget(self._host.quota.used, self._host.quota.most),
+                "waiting_front_ends": budget(len(self._waiting), MAX_WAITING),
+            },
+            seen=seen,
+        )
+
+    def explain(self, address: int, length: int = 1) -> schema.Explanation:
+        """See :class:`~guestio.control.watched.WatchedServer`."""
+        check_explained(address, length)
+        connection = self._connection
+        if isinstance(connection, Connection) and not connection.closed:
+            return connection.explain(address, length)
+        return explain_range(address, length, [], origin=self._host.origin, translated=False)

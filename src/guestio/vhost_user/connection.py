@@ -10,10 +10,16 @@ import logging
 from collections.abc import Callable, Sequence
 
 from guestio._core.iommu.address_space import AddressSpace
+from guestio._core.vhost_user.miss_table import MAX_OUTSTANDING
 from guestio._core.virtio.inflight import InflightQueue
 from guestio._core.virtio.split import area_bytes
+from guestio.addr import Permissions
 from guestio.budgets import COPY_GRACE
+from guestio.control.explain import explain_range
+from guestio.control.schema import Explanation
+from guestio.control.status import Seen, budget, peer_status
 from guestio.errors import DeviceError, ProtocolError, QueueError
+from guestio.memory import AtomicBitmap
 from guestio.peer.connection import PeerConnection
 from guestio.peer.foreign import Eventfd, close_foreign
 from guestio.ratelog import LOG
@@ -39,7 +45,7 @@ from guestio.vhost_user.session import (
     SUPPORTED_PROTOCOL_FEATURES,
     Session,
 )
-from guestio.vhost_user.translator import VhostUserTranslator
+from guestio.vhost_user.translator import MAX_TRANSLATIONS, VhostUserTranslator
 from guestio.virtio.device import VIRTIO_F_ACCESS_PLATFORM, Announcing
 from guestio.virtio.host import DeviceHost
 from guestio.virtio.layout import RingLayout
@@ -512,3 +518,49 @@ class Connection(PeerConnection[Header]):
         """See :class:`SessionHandler`."""
         acknowledged = bool(self._session.protocol_features & ProtocolFeature.REPLY_ACK)
         self._back.open(fd, acknowledged=acknowledged)
+
+    def seen(self) -> Seen:
+        """What is to be seen of the front-end. From any thread, without waiting."""
+        if self.closed:
+            return Seen()
+        shared, translator = self._shared, self._translator
+        tracked = [region.bitmap for region in shared.memory if region.bitmap is not None]
+        negotiated = ProtocolFeature(self._session.protocol_features)
+        return Seen(
+            peer=peer_status(
+                self._host,
+                self._stats.connections,
+                self.since,
+                [bit.name for bit in ProtocolFeature if bit & negotiated and bit.name],
+            ),
+            iotlb=translator.seen() if self.translating else None,
+            memory=[
+                {
+                    "address": region.guest_addr,
+                    "length_bytes": region.size,
+                    "user_address": region.user_addr,
+                }
+                for region in shared.regions
+            ],
+            dirty={
+                "tracked": shared.tracks_dirty,
+                "logging": self._dirty_log.marks.enabled,
+                "pages": sum(map(AtomicBitmap.count, tracked)) if shared.tracks_dirty else 0,
+                "pages_per_s": 0.0,
+            },
+            budgets={
+                "pending_misses": budget(translator.pending, MAX_OUTSTANDING),
+                "iotlb_entries": budget(len(translator.iotlb), MAX_TRANSLATIONS),
+            },
+        )
+
+    def explain(self, address: int, length: int) -> Explanation:
+        """What a range of the driver's addresses leads to. From any thread, without waiting."""
+        if self.translating:
+            return self._translator.explain(address, length)
+        mappings = [
+            (region.guest_addr, region.size, region.guest_addr, Permissions.READ_WRITE)
+            for region in sorted(self._shared.regions, key=lambda region: region.guest_addr)
+            if region.guest_addr < address + length and address < region.guest_addr + region.size
+        ]
+        return explain_range(address, length, mappings, origin=self._host.origin, translated=False)

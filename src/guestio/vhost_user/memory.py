@@ -46,6 +46,11 @@ class SharedMemory:
         )
 
     @property
+    def tracks_dirty(self) -> bool:
+        """Whether the pages that the device writes are counted."""
+        return self._track_dirty
+
+    @property
     def regions(self) -> list[MemoryRegion]:
         """What the front-end shares, by its own addresses."""
         return [description for description, _ in self._regions]

@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterable
 from guestio._core.vhost_user.iotlb_feed import IotlbFeed, IotlbUpdater
 from guestio._core.vhost_user.miss_table import REPEAT_AFTER, MissTable, PendingMiss
 from guestio.addr import IovaRange, Permissions
+from guestio.control.explain import explain_iotlb
+from guestio.control.schema import Explanation, IotlbInfo
+from guestio.control.status import iotlb_status
 from guestio.iommu import Iotlb
 from guestio.trace import What, event
 from guestio.vhost_user.backend_channel import BackendChannel
@@ -353,3 +356,20 @@ class VhostUserTranslator:
             ready += unasked + self._misses.starved(now) + self._misses.kept_waiting(now)
         self._wake(ready)
         self._arm()
+
+    @property
+    def pending(self) -> int:
+        """Misses that have no answer yet. From any thread."""
+        return len(self._misses)
+
+    def seen(self) -> IotlbInfo:
+        """What is to be seen of the IOTLB. From any thread, without waiting."""
+        return iotlb_status(self.iotlb, pending=self.pending, latencies=self._misses.latencies)
+
+    def explain(self, address: int, length: int) -> Explanation:
+        """What a range of I/O virtual addresses leads to. From any thread, without waiting."""
+        pending = any(
+            self._misses.is_open(address, int(access))
+            for access in (Permissions.READ, Permissions.WRITE)
+        )
+        return explain_iotlb(self.iotlb, address, length, origin=self._origin, pending=pending)

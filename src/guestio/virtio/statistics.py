@@ -47,10 +47,19 @@ class Statistics:
 
     def __str__(self) -> str:
         """All counters, for people."""
-        hidden = ("counters", "device_failures", "device_holds")
+        counts = self.counts() | {"outstanding": self.outstanding}
+        return " ".join(f"{name}={count}" for name, count in counts.items())
+
+    def counts(self) -> dict[str, int]:
+        """All counters by name; not ``outstanding``, which is none. From any thread."""
+        hidden = ("counters", "device_failures", "device_holds", "outstanding")
         names = [name for name in vars(self) if name not in hidden]
-        names += [name for name, value in vars(type(self)).items() if isinstance(value, property)]
-        return " ".join(f"{name}={getattr(self, name)}" for name in names)
+        names += [
+            name
+            for name, value in vars(type(self)).items()
+            if isinstance(value, property) and name not in hidden
+        ]
+        return {name: getattr(self, name) for name in names}
 
     def __getstate__(self) -> dict[str, object]:
         """A snapshot for another process: what the device counts is counted up to now."""

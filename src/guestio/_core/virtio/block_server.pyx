@@ -23,6 +23,8 @@ cdef enum:
     SECTOR = 512
     T_IN = 0
     T_OUT = 1
+    T_FLUSH = 4
+    FLUSH = 3     # as Latencies has it, where reads and writes follow theirs here
     S_OK = 0
     S_IOERR = 1
 
@@ -130,10 +132,12 @@ cdef class BlockServer(Server):
         plan.data.done = plan.data.error = 0
         plan.status = S_OK
         if chain.readable.total < sizeof(Header) or not chain.writable.total:
+            chain.kind = 0
             return False
         chain.readable.transfer(<u8 *>&header, 0, sizeof(Header), False)
         header.kind, header.sector = le32toh(header.kind), le64toh(header.sector)
         if header.kind > T_OUT or chain.readable.vanished(0, sizeof(Header)):
+            chain.kind = FLUSH if header.kind == T_FLUSH else 0
             return False
         plan.data.reading = header.kind == T_IN
         chain.kind = 1 + <int>header.kind

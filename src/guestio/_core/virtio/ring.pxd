@@ -17,8 +17,7 @@ cdef struct UsedElem:
 # A request that was completed, at the place in the used ring that it is for.
 cdef struct Completed:
     UsedElem element
-    bint done
-    int kind
+    int done              # 1 + the kind of its operation; not positive once it is published
     u64 since
 
 

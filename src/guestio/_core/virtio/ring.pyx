@@ -336,7 +336,6 @@ cdef class Ring(RingAreas):
         elif not self.scratch.blank:
             self.scratch.clear()
         self.scratch.head, self.scratch.blank, self.scratch.since = head, False, self.since
-        self.scratch.kind = 0
         self.walk(self.scratch, misses, lenient)
         # Which request it is was read from the ring: from nothing, if that is gone.
         if met_holes(&holes):
@@ -519,7 +518,7 @@ cdef class Ring(RingAreas):
         completed = &self.pending[place % self.size]
         completed.element.head = chain.head
         completed.element.written = <u32>min(chain.written, <u64>0xFFFFFFFF)
-        completed.done, completed.kind, completed.since = True, chain.kind, chain.since
+        completed.done, completed.since = 1 + chain.kind, chain.since
         discharge(self, chain)
         self.outstanding -= 1
         self.pending_count += 1
@@ -627,9 +626,9 @@ cdef class Ring(RingAreas):
         cdef Completed *completed
         while self.pending_count:
             completed = &self.pending[self.publish_at % self.size]
-            if not completed.done:
+            if completed.done <= 0:
                 break
-            completed.done = False
+            completed.done = -completed.done
             self.publish_at += 1
             self.pending_count -= 1
             self.put_used(&completed.element)
@@ -756,12 +755,12 @@ cdef class Ring(RingAreas):
         for i in range(count):
             completed = &self.pending[<u16>(self.publish_at - <u16>(count - i)) % self.size]
             if completed.since and self.latencies is not None and tracing & MEASURE:
-                self.latencies.add(completed.kind, completed.since, now)
+                self.latencies.add(-completed.done - 1, completed.since, now)
             if tracing & REQUESTS:
                 record = trace_record(WHAT_COMPLETED, self.origin)
                 record.queue, record.head, record.time = self.queue, completed.element.head, now
                 record.length, record.since = completed.element.written, completed.since
-                record.access = <u16>completed.kind
+                record.access = <u16>(-completed.done - 1)
                 trace(&record)
 
     # Ring format: the seam between this class, which decides what is taken and published and when,
