@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import TYPE_CHECKING
+import subprocess
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from guestio.virtio.net import NetDevice
 from lab import migration
 from lab.guest import MIB, Viommu
-from lab.migration import MigrationError, different_pages, hops
+from lab.migration import MigrationError, Qmp, different_pages, hops
 from lab.qemu import new_qemu
-from tests.kit.serving import memfd
+from tests.kit.net_driver import Mirror as Network
+from tests.kit.serving import Mirror, Serving, memfd, until
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 OPTIONS = ("--migration", "local", "--num-queues", "2")
@@ -32,6 +37,108 @@ def test_a_guest_hops_to_the_next_qemu_and_on(
     made = list(hops(viommu, 2, tmp_path, OPTIONS, queues=2))
     assert [each.different for each in made] == [0, 0]
     assert all(each.rate > 0 for each in made)
+
+
+class Files(Mirror):
+    """Some device of the type of a file system that has a state."""
+
+    device_id = 26
+
+    def __init__(self, known: bytes) -> None:
+        super().__init__(2)
+        self.known = known
+
+    def save(self) -> bytes:
+        return self.known
+
+    def restore(self, state: bytes) -> None:
+        self.known = state
+
+
+FRONT_ENDS = {
+    "net": ["-netdev", "vhost-user,chardev=c0,id=n0", "-device", "virtio-net-pci,netdev=n0"],
+    "fs": ["-device", "vhost-user-fs-pci,chardev=c0,tag=files"],
+}
+
+
+@contextlib.contextmanager
+def empty_guest(directory: Path, path: Path, kind: str, *more: str) -> Iterator[tuple[Any, Qmp]]:
+    """A guest with nothing to boot: its process and its monitor."""
+    monitor = directory / f"{path.name}.qmp"
+    base = [
+        "-M",
+        "q35,memory-backend=mem",
+        "-m",
+        "64",
+        "-accel",
+        "tcg",
+        "-display",
+        "none",
+        "-nodefaults",
+    ]
+    memory = ["-object", "memory-backend-memfd,id=mem,size=64M,share=on"]
+    device = ["-chardev", f"socket,id=c0,path={path}", *FRONT_ENDS[kind]]
+    control = ["-qmp", f"unix:{monitor},server=on,wait=off"]
+    command = [str(new_qemu()), *base, *memory, *device, *control, *more]
+    with (directory / f"{path.name}.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        with contextlib.closing(Qmp(monitor)) as qmp:
+            yield process, qmp
+    finally:
+        process.kill()
+        process.wait()
+
+
+def send_over(source: Qmp, target: Qmp, directory: Path) -> None:
+    """Migrate; whether that worked is for the destination to tell."""
+    uri = f"unix:{directory / 'stream'}"
+    target.run("migrate-incoming", uri=uri)
+    source.run("migrate", uri=uri)
+    until(lambda: source.run("query-migrate")["status"] in {"completed", "failed"})
+
+
+@pytest.mark.parametrize("kind", FRONT_ENDS)
+def test_qemu_takes_the_state_of_a_device_along(tmp_path: Path, kind: str) -> None:
+    cards = [NetDevice(Network(), mac="52:54:00:12:34:56") for _ in range(2)]
+    cards[0].link = False
+    here, there = cards if kind == "net" else (Files(b"what it knows"), Files(b""))
+    with (
+        Serving(here, tmp_path / "a") as a,
+        Serving(there, tmp_path / "b") as b,
+        empty_guest(tmp_path, a.path, kind) as (_, source),
+        empty_guest(tmp_path, b.path, kind, "-incoming", "defer") as (_, target),
+    ):
+        send_over(source, target, tmp_path)
+        until(lambda: target.run("query-status")["status"] == "running")
+        if kind == "net":
+            assert not cards[1].link
+            # QEMU announces a guest that does not know how to, without a driver for example.
+            cards[1].link = True
+            target.run("announce-self", initial=50, max=100, rounds=3, step=50, interfaces=[])
+            port = cards[1]._port
+            until(lambda: port.seen)
+            assert port.seen[0][:14] == b"\xff" * 6 + b"\x52\x54\0\x12\x34\x56" + b"\x80\x35"
+        else:
+            assert there.known == b"what it knows"
+
+
+def test_a_state_that_is_refused_ends_the_destination(tmp_path: Path) -> None:
+    here, there = Files(b"what it knows"), Files(b"")
+    there.state_version = 2
+    with (
+        Serving(here, tmp_path / "a") as a,
+        Serving(there, tmp_path / "b") as b,
+        empty_guest(tmp_path, a.path, "fs") as (_, source),
+        empty_guest(tmp_path, b.path, "fs", "-incoming", "defer") as (process, target),
+    ):
+        send_over(source, target, tmp_path)
+        until(lambda: process.poll() is not None)
+        assert "Back-end failed to process its internal state" in (tmp_path / "b.log").read_text()
+        source.run("cont")
+        assert source.run("query-status")["status"] == "running"
+        assert here.known == b"what it knows"
+        assert there.known == b""
 
 
 def test_pages_that_are_not_the_same_are_counted() -> None:
