@@ -356,3 +356,13 @@ CONTROL_EXPLAIN_BYTES = 1 << 20
 """Bytes of a range that is explained at once; a longer one is refused (400)."""
 CONTROL_END_SECONDS = 1.0
 """Seconds that the end of a server waits for its control thread."""
+
+FAULT_RULES = 256
+"""Rules in force of a device that misbehaves on command; a further one is refused."""
+
+FAULT_RULE_CHARS = 1000
+"""Characters of such a rule."""
+
+FAULT_PAGES = 4096
+"""Pages of buffers that such a device remembers, to access them after they were unmapped; the
+oldest is forgotten for a further one."""

@@ -18,6 +18,7 @@ from guestio import vfio_user
 from guestio.budgets import CLOSE_TIMEOUT, EXIT_TIMEOUT
 from guestio.control.rates import with_rates
 from guestio.control.summary import text_of
+from guestio.faults import Faults, Level, Misbehaving, MisbehavingPci
 from guestio.pci import PciDevice, VirtioPci
 from guestio.ratelog import LOG
 from guestio.vhost_user import Backend
@@ -57,23 +58,34 @@ def make_server(
 
     Raises:
         DeviceError, TypeError, ValueError: As from these; or a PCI device is to be served over
-            vhost-user.
+            vhost-user; or a rule of a device that misbehaves (:mod:`guestio.faults`) is for the
+            other transport.
     """
     function = isinstance(device, PciDevice)
     if transport is None:
         transport = "vfio-user" if function else "vhost-user"
+    faults = faults_of(device)
     if transport == "vhost-user":
         if function:
             raise ValueError("transport 'vhost-user' is for virtio devices, and this is a PCI one")
+        if faults is not None:
+            faults.refuse(Level.PCI, "there is a PCI function over vfio-user only")
         return Backend(device, path, **options)  # type: ignore[arg-type] # checked there
     if transport != "vfio-user":
         raise ValueError(f"transport {transport!r} is neither 'vhost-user' nor 'vfio-user'")
     outer = {name: options.pop(name) for name in _SERVER_OPTIONS & options.keys()}
     if not isinstance(device, PciDevice):
-        return vfio_user.Server(VirtioPci(device, **options), path, **outer)
+        virtio = VirtioPci(device, **options)
+        made = virtio if faults is None else MisbehavingPci(virtio, faults)
+        return vfio_user.Server(made, path, **outer)
     if options:
         raise TypeError(f"a PCI device has no {', '.join(sorted(options))}")
     return vfio_user.Server(device, path, **outer)
+
+
+def faults_of(device: Device | PciDevice) -> Faults | None:
+    """The rules that a device misbehaves by; None of one that does not."""
+    return device.faults if isinstance(device, Misbehaving | MisbehavingPci) else None
 
 
 def serve(

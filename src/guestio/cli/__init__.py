@@ -13,6 +13,7 @@ from guestio.cli.blk import blk
 from guestio.cli.check import check
 from guestio.cli.console import console
 from guestio.cli.explain import explain
+from guestio.cli.faults import faults
 from guestio.cli.input import input_
 from guestio.cli.net import net
 from guestio.cli.nvme import nvme
@@ -49,7 +50,20 @@ def demo(seconds: float) -> None:
     sys.exit(run(seconds))
 
 
-for _command in (bench, blk, check, console, explain, input_, net, nvme, rng, serve, top):
+for _command in (
+    bench,
+    blk,
+    check,
+    console,
+    explain,
+    faults,
+    input_,
+    net,
+    nvme,
+    rng,
+    serve,
+    top,
+):
     cli.add_command(_command)
 
 

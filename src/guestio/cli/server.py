@@ -22,6 +22,7 @@ from guestio.cli.stderr import StderrLog
 from guestio.control.rates import with_rates
 from guestio.control.summary import text_of
 from guestio.errors import DeviceMethodError, GuestioError
+from guestio.faults import Faults, Misbehaving, MisbehavingPci
 from guestio.pci import PciDevice
 from guestio.peer.endpoint import activation_sockets, adopt_socket, remove_sockets
 from guestio.ratelog import LOG
@@ -76,6 +77,15 @@ _WATCH_OPTIONS = (
         help="The same over TCP, [::1]:8080 for example. What other machines can reach needs a "
         "token, in GUESTIO_CONTROL_TOKEN.",
     ),
+)
+_FAULT = click.option(
+    "--fault",
+    "faults",
+    multiple=True,
+    metavar="RULE",
+    help="Misbehave by a rule, such as 'error op=read sector=100-200' or 'msi-lost p=0.01'; may be "
+    "given several times. Each request passes through Python then, which is slower. 'none' is no "
+    "rule: they may be switched on at run time. `guestio faults` lists what can go wrong.",
 )
 _REVOKE_AFTER = click.option(
     "--revoke-after",
@@ -215,6 +225,7 @@ def _with_server(
         connect: str | None,
         fd: int | None,
         transport: Transport | None = None,
+        faults: Sequence[str] = (),
         **arguments: Any,
     ) -> None:
         if sum(given is not None for given in (socket, connect, fd)) > 1:
@@ -227,12 +238,18 @@ def _with_server(
             if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
         }
         server = Server(
-            options, given=given, transport=transport, socket=socket, connect=connect, fd=fd
+            options,
+            given=given,
+            transport=transport,
+            socket=socket,
+            connect=connect,
+            fd=fd,
+            faults=_parse_faults(faults),
         )
         command(server=server, **arguments)
 
     decorated: Any = collected
-    for option in reversed((*_PLACE_OPTIONS, *more, *_WATCH_OPTIONS)):
+    for option in reversed((*_PLACE_OPTIONS, *more, *_WATCH_OPTIONS, _FAULT)):
         decorated = option(decorated)
     result: Command = decorated
     return result
@@ -248,6 +265,7 @@ class Server:
         socket: Where to listen.
         connect: Where to connect to.
         fd: A socket to use. With none of the three it is systemd's.
+        faults: Rules that the device is to misbehave by; None for a device as it is.
     """
 
     def __init__(
@@ -259,7 +277,9 @@ class Server:
         socket: str | None = None,
         connect: str | None = None,
         fd: int | None = None,
+        faults: Faults | None = None,
     ) -> None:
+        self.faults = faults
         self.options = dict(options)
         self._given = given
         self._transport = transport
@@ -291,6 +311,20 @@ class Server:
         if "http" in found:
             found["http_token"] = os.environ.get("GUESTIO_CONTROL_TOKEN")
         return found
+
+    def _misbehaving(self, device: Device | PciDevice) -> Device | PciDevice:
+        """The device, or one that is as it except where rules say so."""
+        if self.faults is None:
+            return device
+        if isinstance(device, PciDevice):
+            return MisbehavingPci(device, self.faults)
+        return Misbehaving(device, self.faults)
+
+    def _fault_lines(self) -> list[str]:
+        if self.faults is None:
+            return []
+        rules = [f"fault {number}: {rule}" for number, rule, *_ in self.faults.counts()]
+        return ["guestio: misbehaves by rules; every request passes through Python", *rules]
 
     def _make(
         self, device: Device | PciDevice, place: str | socket.socket, **more: Any
@@ -363,14 +397,14 @@ class Server:
             try:
                 stack.callback(cleanup)
                 with stop.limiting(give_up), _refusals():
-                    device = make()
+                    device = self._misbehaving(make())
                     stack.callback(_close, device)
                     backend = self._backend(device)
                     stack.callback(backend.close)
                     served.append(backend)
 
                 def ready() -> None:
-                    for line in (backend.ready_line, *more()):
+                    for line in (backend.ready_line, *more(), *self._fault_lines()):
                         log.say(line)
 
                 if not run_until_signaled(backend, stop, ready):
@@ -379,6 +413,14 @@ class Server:
                 with stop.limiting(give_up):
                     stack.close()
             _log.info("%s ended: %s", what, backend.statistics)
+            for each in () if self.faults is None else self.faults.counts():
+                _log.info(
+                    "fault %d (%s) struck %d of %d",
+                    each.number,
+                    each.rule,
+                    each.struck,
+                    each.matched,
+                )
             status = 0
         except GuestioError as error:
             why = str(error)
@@ -401,6 +443,20 @@ class Server:
             _leave_within(stop.seconds_left, log, status)
         if status:
             sys.exit(status)
+
+
+def _parse_faults(rules: Sequence[str]) -> Faults | None:
+    """The rules of a command line; ends the process for one that is none."""
+    if not rules:
+        return None
+    faults = Faults()
+    for rule in rules:
+        if rule != "none":
+            try:
+                faults.on(rule)
+            except ValueError as error:
+                fail(f"--fault: {error}")
+    return faults
 
 
 def _leave_within(seconds: float, log: StderrLog, status: int) -> None:

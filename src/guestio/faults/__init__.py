@@ -1,4 +1,7 @@
-"""Misbehaviour on command, and a catalogue of what a back-end must do.
+"""Misbehavior on command, and a catalogue of what a back-end must do.
+
+:class:`Misbehaving` is any virtio device, wrong where rules say so (:func:`parse`), and
+:class:`MisbehavingPci` any PCI function; a :class:`Faults` switches rules at run time.
 
 :func:`check` runs the catalogue against any vhost-user back-end, without a VM, and returns a
 :class:`Report`; :func:`catalogue` lists the checks.
@@ -6,17 +9,42 @@
 
 from guestio.faults.catalogue import Check, catalogue
 from guestio.faults.kinds import KINDS, Kind
+from guestio.faults.misbehavior.device import Misbehaving
+from guestio.faults.misbehavior.force import FaultCounts, Faults
+from guestio.faults.misbehavior.pci import MisbehavingPci
+from guestio.faults.misbehavior.rules import (
+    ALWAYS,
+    MISBEHAVIORS,
+    SELECTORS,
+    Level,
+    Misbehavior,
+    Rule,
+    parse,
+    reference,
+)
 from guestio.faults.report import Report, Result, Severity, Verdict
 from guestio.faults.runner import check
 
 __all__ = [
+    "ALWAYS",
     "KINDS",
+    "MISBEHAVIORS",
+    "SELECTORS",
     "Check",
+    "FaultCounts",
+    "Faults",
     "Kind",
+    "Level",
+    "Misbehaving",
+    "MisbehavingPci",
+    "Misbehavior",
     "Report",
     "Result",
+    "Rule",
     "Severity",
     "Verdict",
     "catalogue",
     "check",
+    "parse",
+    "reference",
 ]

@@ -16,6 +16,7 @@ from guestio.pci.registers import Field, Register, RegisterFile, RegisterTable
 
 if TYPE_CHECKING:
     from guestio.pci.host import PciHost
+    from guestio.virtio.statistics import Statistics
 
 BARS = 6
 """BARs of a function."""
@@ -112,6 +113,7 @@ class PciDevice(ABC):
         msix: False for no MSI-X unless ``capabilities`` say so: with INTx alone, as with MSI, a
             device can be unplugged from QEMU 11.1, which MSI-X makes abort.
         capabilities: What it can do besides.
+        virtio_statistics: Counters of the virtio device that it is made of; None of any other.
     """
 
     vendor_id: int
@@ -124,6 +126,7 @@ class PciDevice(ABC):
     interrupts: int = 0
     msix: bool = True
     capabilities: Sequence[Capability] = ()
+    virtio_statistics: Statistics | None = None
     _table: ClassVar[RegisterTable] = RegisterTable(())
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -16,7 +16,6 @@ from guestio.control.watched import WatchedServer
 from guestio.errors import naming
 from guestio.pci.device import PciDevice, check_device
 from guestio.pci.host import PciHost
-from guestio.pci.virtio_pci import VirtioPci
 from guestio.vfio_user.channel import Channel
 from guestio.vfio_user.connection import Connection
 from guestio.vfio_user.statistics import Statistics
@@ -76,8 +75,7 @@ class Server(WatchedServer):
     ) -> None:
         self.device = check_device(device)
         self.statistics = Statistics()
-        if isinstance(device, VirtioPci):
-            self.statistics.virtio = device.statistics
+        self.statistics.virtio = device.virtio_statistics
         self._revoke_after = check_seconds(revoke_after, "revoke_after", LONGEST_TIMEOUT)
         super().__init__(
             path, connect=connect, log=log, control=control, http=http, http_token=http_token

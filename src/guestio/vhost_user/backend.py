@@ -150,7 +150,7 @@ class Backend(WatchedServer):
 
     def _connect(self, connected: socket.socket) -> Connection:
         self.statistics.connections += 1
-        channel = Channel(connected)
+        channel: Channel = self._host.channel_class(Channel)(connected)
         try:
             return Connection(
                 channel,

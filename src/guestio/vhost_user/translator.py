@@ -225,6 +225,22 @@ class VhostUserTranslator:
                 self.feed.alarm = due
                 self._loop.call_soon_threadsafe(self._arm)
 
+    def ask_ahead(self, ranges: Iterable[Miss]) -> None:
+        """Request translations that nothing waits for; what the front-end tells is remembered.
+
+        What it refuses, or does not answer, has no effect.
+        """
+        messages = b"".join(
+            encode_iotlb(
+                BackendRequest.IOTLB_MSG,
+                IotlbMessage.miss(where.base, where.length, access),
+                need_reply=False,
+            )
+            for where, access in ranges
+        )
+        with self._lock:
+            self._send_misses(messages)
+
     def refused(self, waiter: int) -> set[Page]:
         """The pages that a waiter asked for in vain; remove those that were dealt with."""
         refused = self._refused.get(waiter)

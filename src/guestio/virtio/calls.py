@@ -24,10 +24,15 @@ class LoopCalls:
     Args:
         owner: What to call the device in log lines.
         loop: Serves it.
+
+    Attributes:
+        channel_class: Given the class of the connections to a driver's peer, says which one to use.
+            For a device to set when it is attached, if it is to test what that peer does.
     """
 
     def __init__(self, owner: str, loop: EventLoop) -> None:
         self.log = RateLimitedLog()
+        self.channel_class: Callable[[type], type] = _as_it_is
         self._owner = owner
         self._loop = loop
         self._readers: dict[int, Callable[[], object]] = {}
@@ -134,6 +139,10 @@ class LoopCalls:
             )
             return False
         return True
+
+
+def _as_it_is(channel_class: type) -> type:
+    return channel_class
 
 
 def _check_callable(callback: object) -> None:

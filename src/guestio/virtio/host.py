@@ -141,6 +141,10 @@ class DeviceHost(LoopCalls):
         ending: Whether the server is to stop, which ends a wait for the device's medium. For the
             transport to set.
         origin: Its number in records of tracepoints.
+        ring_format: Given the index of a queue, says what makes its rings, with the arguments of
+            `SplitRing`. For a device to set when it is attached, if it is to test its driver.
+        seen_translator: Given a driver's translator, says which one queues are to use. For the
+            same.
     """
 
     def __init__(
@@ -168,6 +172,8 @@ class DeviceHost(LoopCalls):
         self.status = 0
         self.has_successor = True
         self.ending: Callable[[], bool] = bool
+        self.ring_format: Callable[[int], Callable[..., SplitRing]] = _honest_format
+        self.seen_translator: Callable[[Translator], Translator] = _as_it_is
         super().__init__(type(device).__name__, loop)
         self._transport: Transport = _NoTransport()
         self._space = AddressSpace(RegionTable([]))
@@ -234,7 +240,7 @@ class DeviceHost(LoopCalls):
 
     def connect(self, transport: Transport, translator: Translator) -> None:
         """Serve a driver; the host is as after a reset."""
-        self._transport, self.translator = transport, translator
+        self._transport, self.translator = transport, self.seen_translator(translator)
 
     def disconnect(self) -> list[Callable[[], object]]:
         """The steps that end serving a driver, to be called in their order, whatever one raises."""
@@ -304,6 +310,11 @@ class DeviceHost(LoopCalls):
         self._space = space
         for queue in self.queues:
             queue.rebind(space)
+
+    @property
+    def space(self) -> AddressSpace:
+        """The driver's memory as queues reach it."""
+        return self._space
 
     @property
     def tracked(self) -> bool:
@@ -560,7 +571,7 @@ class DeviceHost(LoopCalls):
         if layout is None:
             return None
         inflight = self._transport.inflight_notes(queue.index, layout.size)
-        return SplitRing(
+        return self.ring_format(queue.index)(
             self._space,
             layout.size,
             layout.desc,
@@ -610,6 +621,14 @@ def _check_device_queues(device: Device) -> None:
     for index in indices:
         if not 0 <= check_int(index, name) < device.num_queues:
             raise ValueError(f"{name} has {index}; the device has {device.num_queues} queues")
+
+
+def _honest_format(_index: int) -> Callable[..., SplitRing]:
+    return SplitRing
+
+
+def _as_it_is(translator: Translator) -> Translator:
+    return translator
 
 
 def _log_failure(error: BaseException) -> None:

@@ -739,6 +739,14 @@ class DeviceQueue:
             if old is not None:
                 old.close()
 
+    def interrupt(self) -> None:
+        """Notify the driver, whether or not anything was published. From any thread.
+
+        A driver must expect that; a device has no need of it, unless it is to test its driver.
+        """
+        with self._lock:
+            signal(self._call)
+
     def wake(self) -> None:
         """Have the queue served, soon and by its own thread. From any thread."""
         if not self._scheduled:

@@ -1,0 +1,14 @@
+from typing import Protocol
+
+from typing_extensions import disjoint_base
+
+from guestio._core.virtio.split import SplitRing
+
+class Lies(Protocol):
+    def used(self, head: int, written: int) -> tuple[int, int, bool]: ...
+    def ahead(self) -> int: ...
+    def notified(self, wanted: bool) -> bool: ...
+
+@disjoint_base
+class MisbehavingRing(SplitRing):
+    lies: Lies | None
