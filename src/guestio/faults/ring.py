@@ -382,6 +382,24 @@ class Queue:
             if self._doze() and not self.ready:
                 raise HungUpError("closed the connection with requests in a ring")
 
+    def wait_one(self, timeout: float) -> Buffer:
+        """Wait until one request was used, and no other; raises as :meth:`wait`."""
+        done = self.wait(1, timeout)
+        if len(done) > 1:
+            raise FailError(f"used {len(done)} requests where one was to be used")
+        return done[0]
+
+    def take_one(self) -> Used:
+        """The one entry of the used ring that is new.
+
+        Raises:
+            FailError: There is none, or there are several.
+        """
+        entries = self.take_used()
+        if len(entries) != 1:
+            raise FailError(f"used {len(entries)} requests where one was to be used")
+        return entries[0]
+
     def outcome(self, timeout: float) -> str:
         """Wait so long for the device to react to something wrong.
 

@@ -42,7 +42,7 @@ def _do(
         [blk_header(kind, sector), *([data] if data else [])], [*([room] if room else []), 1]
     )
     queue.kick()
-    (done,) = queue.wait(1, t.patience)
+    done = queue.wait_one(t.patience)
     answer = t.answer(queue, done)
     del buffer
     return answer[-1], answer[:-1]
@@ -243,7 +243,7 @@ def _status_with_data(t: Trial) -> None:
     alone = _read(t, queue, 0)
     queue.post([blk_header(_IN)], [SECTOR + 1])
     queue.kick()
-    (done,) = queue.wait(1, t.patience)
+    done = queue.wait_one(t.patience)
     answer = t.answer(queue, done)
     t.expect(answer[-1] == _OK, f"the status is {answer[-1]}")
     t.expect(answer[:-1] == alone, "reads otherwise with the status behind the data")
@@ -581,7 +581,7 @@ def _short_header(t: Trial) -> None:
         queue.kick()
         outcome = queue.outcome(t.reaction)
         if outcome == "used":
-            (done,) = queue.wait(1, t.patience)
+            done = queue.wait_one(t.patience)
             status = t.answer(queue, done)[-1]
             t.expect(status != _OK, f"a request of {length} bytes has status OK")
         elif outcome == "closed":

@@ -280,7 +280,7 @@ def _control(t: Trial, features: int) -> Queue:
 def _command(t: Trial, queue: Queue, group: int, command: int, data: bytes) -> int:
     buffer = queue.post([bytes([group, command]), *([data] if data else [])], [1])
     queue.kick()
-    (done,) = queue.wait(1, t.patience)
+    done = queue.wait_one(t.patience)
     del buffer
     return t.answer(queue, done)[0]
 
@@ -508,7 +508,7 @@ def _bytes(t: Trial) -> None:
     for size in (1, 16, 4096):
         queue.post([], [size])
         queue.kick()
-        (done,) = queue.wait(1, t.patience)
+        done = queue.wait_one(t.patience)
         t.expect(bool(done.written), f"gave no byte for a buffer of {size}")
 
 
@@ -519,7 +519,7 @@ def _differ(t: Trial) -> None:
     for _ in range(2):
         queue.post([], [64])
         queue.kick()
-        (done,) = queue.wait(1, t.patience)
+        done = queue.wait_one(t.patience)
         answers.append(t.answer(queue, done)[: done.written])
     if min(map(len, answers)) < 16:
         t.skip("gave less than 16 bytes")
@@ -531,7 +531,7 @@ def _not_constant(t: Trial) -> None:
     queue = t.ready()
     queue.post([], [256])
     queue.kick()
-    (done,) = queue.wait(1, t.patience)
+    done = queue.wait_one(t.patience)
     data = t.answer(queue, done)[: done.written]
     if len(data) < 16:
         t.skip("gave less than 16 bytes")
@@ -543,7 +543,7 @@ def _large(t: Trial) -> None:
     queue = t.ready()
     queue.post([], [1 << 20])
     queue.kick()
-    (done,) = queue.wait(1, t.patience)
+    done = queue.wait_one(t.patience)
     t.expect(bool(done.written), "gave no byte for a buffer of 1 MiB")
 
 
@@ -552,7 +552,7 @@ def _pieces(t: Trial) -> None:
     queue = t.ready()
     queue.post([], [1, 2, 3, 5, 8, 13, 21])
     queue.kick()
-    (done,) = queue.wait(1, t.patience)
+    done = queue.wait_one(t.patience)
     t.expect(bool(done.written), "gave no byte for a buffer of seven pieces")
 
 

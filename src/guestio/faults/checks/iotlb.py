@@ -314,7 +314,7 @@ def _scattered(t: Trial) -> None:
         if time.monotonic() >= deadline:
             raise SilentError("did not use a buffer across two pages")
         side.listen(0.005)
-    (entry,) = queue.take_used()
+    entry = queue.take_one()
     if request.room:
         data = t.ram.read(first + _PAGE - total // 2, total // 2)
         data += t.ram.read(second, request.room - total // 2)

@@ -98,7 +98,7 @@ def _elsewhere(t: Trial) -> None:
     queue.buffers[order[0]] = buffer
     queue.offer(order[0])
     queue.kick()
-    (done,) = queue.wait(1, t.patience)
+    done = queue.wait_one(t.patience)
     queue.ram = other
     t.judge(queue, done)
 
@@ -141,7 +141,7 @@ def _across(t: Trial) -> None:
     queue.buffers[0] = buffer
     queue.offer(0)
     queue.kick()
-    (done,) = queue.wait(1, t.patience)
+    done = queue.wait_one(t.patience)
     t.judge(queue, done)
 
 

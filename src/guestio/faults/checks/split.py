@@ -56,7 +56,7 @@ def _framed(
         align=align,
     )
     queue.kick()
-    (done,) = queue.wait(1, t.patience)
+    done = queue.wait_one(t.patience)
     t.judge(queue, done)
     return buffer
 
@@ -80,7 +80,7 @@ def _used_id(t: Trial) -> None:
             order=order,
         )
         queue.kick()
-        (done,) = queue.wait(1, t.patience)
+        done = queue.wait_one(t.patience)
         t.expect(done.head == head, f"used {done.head}, not {head}")
 
 
@@ -130,7 +130,7 @@ def _length_written(t: Trial) -> None:
             t.ram.write(address, bytes([fill]) * length)
         queue.publish(queue.offered)
         queue.kick()
-        (done,) = queue.wait(1, t.patience)
+        done = queue.wait_one(t.patience)
         answers.append((t.answer(queue, done)[: done.written], fill))
     (first, _), (second, _) = answers
     untouched = [
@@ -272,7 +272,7 @@ def _scattered_chain(t: Trial) -> None:
         order = t.random.sample(range(queue.size), len(readable) + len(writable))
         queue.post(readable, writable, order=order)
         queue.kick()
-        (done,) = queue.wait(1, t.patience)
+        done = queue.wait_one(t.patience)
         t.judge(queue, done)
 
 
@@ -626,7 +626,7 @@ def _by_hand(t: Trial, queue: Queue, descriptors: list[Desc], buffer: Buffer) ->
     queue.buffers[0] = buffer
     queue.offer(0)
     queue.kick()
-    (done,) = queue.wait(1, t.patience)
+    done = queue.wait_one(t.patience)
     t.judge(queue, done)
 
 

@@ -207,9 +207,9 @@ class Misbehaving(Device):
         return self._requests[queue].get(head) or Request(queue, "request", 0)
 
     def interrupt_later(self, queue: int, seconds: float) -> None:
-        """Notify the driver of a queue after a while. From any thread."""
+        """Notify the driver of a queue after a while, or before it stops. From any thread."""
         assert self._host is not None
-        self._host.call_later(seconds, self._host.queue(queue).interrupt)
+        self.later(queue, seconds, self._host.queue(queue).interrupt)
 
     def _serve(self, queue: int, chain: Chain, request: Request) -> int | Future[int]:
         found = self.faults.strike(_ASKED, str(request), op=request.op, **request.where)
