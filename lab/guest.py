@@ -536,6 +536,11 @@ class RunningGuest:
                 raise GuestError(f"the guest never reported {text!r}{self.kill().describe()}")
             time.sleep(0.02)
 
+    @property
+    def ended(self) -> int | None:
+        """QEMU's exit status, or None while it runs."""
+        return self._qemu.poll()
+
     def facts(self) -> dict[str, str]:
         """What scripts have reported so far; the last value of each name."""
         return _facts(self._log("report"))

@@ -352,6 +352,27 @@ def _revoked(t: Trial) -> None:
 
 
 @register(
+    "iotlb.invalidated-not-written",
+    user("IOMMU support"),
+    "A buffer that was used is left alone once its invalidation was acknowledged.",
+)
+def _left_alone(t: Trial) -> None:
+    if not t.request().room:
+        t.skip("requests of this queue have nothing to write")
+    side = _Translated(t)
+    _new_page(t)
+    side.serve(3)
+    # What belongs to those requests, the rearming of notifications for example, is over then.
+    side.let_be(QUIET)
+    before = t.ram.snapshot()
+    side.answered = False
+    side.invalidate(t.ram.start, t.ram.size)
+    side.let_be(QUIET)
+    at = t.ram.stray(before, [(side.queue.used, 6 + 8 * 64)])
+    t.expect(at is None, f"wrote to {at or 0:#x} after its translation was invalidated")
+
+
+@register(
     "iotlb.read-only-not-written",
     user("An IOTLB message"),
     "What is mapped for reading is not written.",
