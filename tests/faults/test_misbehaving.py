@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from guestio.errors import GuestioError, QueueError
-from guestio.faults import Faults, Misbehaving
+from guestio.faults import Faults, Misbehaving, MisbehavingPci
+from guestio.pci import PciDevice
 from guestio.testing import BlkError, Driver, ScriptedGuest, serving
 from guestio.vhost_user.request_channel import NoAnswerError
 from guestio.virtio import BlockDevice, ConsoleDevice, Device, EntropyDevice, InputDevice
@@ -388,6 +389,14 @@ def test_what_is_wrong_raises_before_anything_is_served(image: str, tmp_path: Pa
         with pytest.raises(ValueError, match="hang-up: over vhost-user only"):
             make_server(Misbehaving(device, ["hang-up"]), tmp_path / "s", transport="vfio-user")
     assert not (tmp_path / "s").exists()
+
+
+def test_all_that_a_device_is_asked_is_passed_on() -> None:
+    for theirs, ours in ((Device, Misbehaving), (PciDevice, MisbehavingPci)):
+        names = {name for name in vars(theirs) if not name.startswith("_")}
+        # What is set when it is made, from what the device says then.
+        names -= set(PciDevice.__annotations__) | {"server"}
+        assert names <= vars(ours).keys(), (theirs, names - vars(ours).keys())
 
 
 def test_without_rules_it_is_the_device_itself(image: str) -> None:

@@ -14,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from guestio.budgets import CONTROL_EVENTS, CONTROL_STREAMS
+from guestio.budgets import CONTROL_EVENTS, CONTROL_STREAMS, FAULT_RULE_CHARS
 from guestio.control import metrics
 from guestio.control.explain import access_text
 from guestio.control.rates import Rates
-from guestio.control.status import Observed
+from guestio.control.status import Observed, Switchable
 from guestio.errors import GuestioError
 from guestio.trace import Group, Records, TraceReader, Tracing, What
 
@@ -76,6 +76,23 @@ def make_app(observed: Observed, rates: Rates, *, token: str | None, local: bool
             headers={"Cache-Control": "no-store"},
         )
 
+    async def fault(request: Request) -> Response:
+        rules = switchable(observed)
+        if rules is None:
+            return _refused(404, "this server obeys no rules: start it with --fault none")
+        # A browser says where a request that changes something comes from.
+        page = request.headers.get("origin", "").partition("://")[2]
+        if page not in ("", request.headers.get("host")):
+            return _refused(403, "a page of another site asks for this")
+        try:
+            if request.method == "POST":
+                rules.on(await _text(request))
+            elif request.method == "DELETE":
+                rules.off(int(request.query_params.get("number", "0")))
+        except ValueError as error:
+            return _refused(400, str(error))
+        return JSONResponse([each._asdict() for each in rules.counts()])
+
     def failed(_: Request, error: Exception) -> Response:
         return _refused(500, f"{type(error).__name__} while answering; this is guestio's mistake")
 
@@ -85,6 +102,7 @@ def make_app(observed: Observed, rates: Rates, *, token: str | None, local: bool
             Route("/metrics", metric),
             Route("/explain", explain),
             Route("/events", events),
+            Route("/fault", fault, methods=["GET", "POST", "DELETE"]),
         ],
         exception_handlers={Exception: failed},
     )
@@ -102,6 +120,26 @@ def make_app(observed: Observed, rates: Rates, *, token: str | None, local: bool
 
 def _refused(status: int, why: str) -> Response:
     return PlainTextResponse(f"{why}\n", status_code=status)
+
+
+def switchable(observed: Observed) -> Switchable | None:
+    """The rules that a server's device misbehaves by; None of one that does not."""
+    found = getattr(getattr(observed, "device", None), "faults", None)
+    return found if isinstance(found, Switchable) else None
+
+
+async def _text(request: Request) -> str:
+    """What a request brings, a line of text.
+
+    Raises:
+        ValueError: It is longer than a rule may be, or no text.
+    """
+    found = b""
+    async for part in request.stream():
+        found += part
+        if len(found) > FAULT_RULE_CHARS:
+            raise ValueError(f"a rule has at most {FAULT_RULE_CHARS} characters")
+    return found.decode()
 
 
 def _check(request: Request, token: str | None, *, local: bool) -> Response | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from guestio._core.trace import tracepoints
 from guestio._core.trace.latencies import Latencies
@@ -51,6 +51,23 @@ class Observed(Protocol):
 
     def explain(self, address: int, length: int) -> schema.Explanation:
         """What an address of the device leads to."""
+        ...
+
+
+@runtime_checkable
+class Switchable(Protocol):
+    """Rules that a device misbehaves by, as :class:`guestio.faults.Faults` has them."""
+
+    def on(self, rule: str) -> int:
+        """Put a rule into force; its number. Raises ValueError."""
+        ...
+
+    def off(self, number: int) -> None:
+        """Take a rule back. Raises ValueError."""
+        ...
+
+    def counts(self) -> Sequence[Any]:
+        """The rules in force, as named tuples: number, rule, matched, struck."""
         ...
 
 

@@ -16,7 +16,7 @@ from guestio.pci.registers import Field, Register, RegisterFile, RegisterTable
 
 if TYPE_CHECKING:
     from guestio.pci.host import PciHost
-    from guestio.virtio.statistics import Statistics
+    from guestio.pci.virtio_pci import VirtioPci
 
 BARS = 6
 """BARs of a function."""
@@ -113,7 +113,6 @@ class PciDevice(ABC):
         msix: False for no MSI-X unless ``capabilities`` say so: with INTx alone, as with MSI, a
             device can be unplugged from QEMU 11.1, which MSI-X makes abort.
         capabilities: What it can do besides.
-        virtio_statistics: Counters of the virtio device that it is made of; None of any other.
     """
 
     vendor_id: int
@@ -126,7 +125,6 @@ class PciDevice(ABC):
     interrupts: int = 0
     msix: bool = True
     capabilities: Sequence[Capability] = ()
-    virtio_statistics: Statistics | None = None
     _table: ClassVar[RegisterTable] = RegisterTable(())
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -141,6 +139,11 @@ class PciDevice(ABC):
             if isinstance(value, Register | Field) and name in taken:
                 raise DeviceError(f"{cls.__name__}.{name}: a register cannot be called that")
         cls._table = RegisterTable.of(cls)
+
+    @property
+    def virtio(self) -> VirtioPci | None:
+        """The virtio device that it is, or hides; None of any other device."""
+        return None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.vendor_id:04x}:{self.device_id:04x}>"

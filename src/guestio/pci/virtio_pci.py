@@ -281,7 +281,7 @@ class VirtioPci(PciDevice):
         if check_int(poll_us, "poll_us") < 0:
             raise ValueError(f"poll_us {poll_us} must not be negative")
         self._poll_us = poll_us
-        self.statistics = self.virtio_statistics = statistics_of(device)
+        self.statistics = statistics_of(device)
         self.device_id = FIRST_ID + kind
         self.class_code = _CLASSES.get(kind, 0xFF0000)
         self.interrupts = device.num_queues + 1
@@ -316,6 +316,11 @@ class VirtioPci(PciDevice):
         self._isr = 0
         self._config_due = False
         self._rings = [_Ring(self._most) for _ in range(self.device.num_queues)]
+
+    @property
+    def virtio(self) -> VirtioPci:
+        """Itself; see :class:`PciDevice`."""
+        return self
 
     # What a PCI host calls.
 

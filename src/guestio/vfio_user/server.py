@@ -75,7 +75,8 @@ class Server(WatchedServer):
     ) -> None:
         self.device = check_device(device)
         self.statistics = Statistics()
-        self.statistics.virtio = device.virtio_statistics
+        virtio = self.device.virtio
+        self.statistics.virtio = None if virtio is None else virtio.statistics
         self._revoke_after = check_seconds(revoke_after, "revoke_after", LONGEST_TIMEOUT)
         super().__init__(
             path, connect=connect, log=log, control=control, http=http, http_token=http_token
@@ -88,7 +89,8 @@ class Server(WatchedServer):
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
         self._host = PciHost(self.device, self._loop)
-        served = self.device.device if isinstance(self.device, VirtioPci) else self.device
+        virtio = self.device.virtio
+        served = self.device if virtio is None else virtio.device
         self._source = Source(type(served).__name__, "vfio-user", self._host.origin)
         self.statistics.device_failures = lambda: self._host.failures
         self.statistics.interrupts_sent = lambda: self._host.interrupts.delivered
@@ -122,7 +124,7 @@ class Server(WatchedServer):
     @property
     def _virtio(self) -> DeviceHost | None:
         """The host of the virtio device, if the function is one."""
-        return self.device.host if isinstance(self.device, VirtioPci) else None
+        return None if self.device.virtio is None else self.device.virtio.host
 
     def status(self) -> schema.Status:
         """See :class:`~guestio.control.watched.WatchedServer`."""

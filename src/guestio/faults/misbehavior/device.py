@@ -123,6 +123,24 @@ class Misbehaving(Device):
         """See :class:`Device`."""
         return self.device.failures
 
+    @property
+    def state_version(self) -> int:  # type: ignore[override]
+        """See :class:`Device`."""
+        return self.device.state_version
+
+    @property
+    def max_state(self) -> int:  # type: ignore[override]
+        """See :class:`Device`."""
+        return self.device.max_state
+
+    def save(self) -> bytes:
+        """See :class:`Device`."""
+        return self.device.save()
+
+    def restore(self, state: bytes) -> None:
+        """See :class:`Device`."""
+        self.device.restore(state)
+
     def config(self) -> bytes:
         """See :class:`Device`."""
         return self.device.config()

@@ -14,6 +14,7 @@ from guestio.pci.virtio_pci import CONFIG
 if TYPE_CHECKING:
     from guestio.pci.host import PciHost
     from guestio.pci.interrupts import Interrupts, Trigger
+    from guestio.pci.registers import RegisterFile
 
 _ONES: Final = -1
 _SELECT, _FEATURES, _DRIVER_HALF, _DRIVER_FEATURES = 0x00, 0x04, 0x08, 0x0C
@@ -29,7 +30,7 @@ _DESCRIPTION: Final = (
     "bars",
     "interrupts",
     "capabilities",
-    "virtio_statistics",
+    "msix",
 )
 
 
@@ -74,6 +75,20 @@ class MisbehavingPci(PciDevice):
 
     def __repr__(self) -> str:
         return f"<MisbehavingPci {self.device!r}: {self.faults!r}>"
+
+    @property
+    def virtio(self) -> VirtioPci | None:
+        """See `PciDevice`."""
+        return self.device.virtio
+
+    @property
+    def register_file(self) -> RegisterFile:
+        """See `PciDevice`."""
+        return self.device.register_file
+
+    def explain(self) -> str:
+        """See `PciDevice`."""
+        return self.device.explain()
 
     def attached(self, host: PciHost) -> None:
         """See `PciDevice`; the device is given a host whose interrupts may be lost."""
