@@ -150,6 +150,8 @@ def test_the_function(start: Callable[..., Program], device: str, options: str) 
     [
         (["toys:Echo", "--transport", "vfio"], "vfio"),
         (["toys:Echo", "--revoke-after", "3"], "there is no --revoke-after over vhost-user"),
+        (["toys:Echo", "--interrupts", "intx"], "there is no --interrupts over vhost-user"),
+        (["toys:Counter", "--interrupts", "intx"], "there is no --interrupts of a PCI device"),
         *(
             (
                 ["toys:Echo", "--transport", "vfio-user", *option],

@@ -6,6 +6,7 @@ That every shipped device works so is tested in tests/virtio/test_any_transport.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import select
@@ -35,6 +36,7 @@ from tests.kit.virtio_pci import (
     CONFIG_REGION,
     DEVICE,
     ISR,
+    MSIX,
     NO_VECTOR,
     NOTIFY,
     READY,
@@ -434,6 +436,28 @@ class TestPin:
         toy.transport.set("status", READY | Status.DRIVER_OK)
         yield event
         os.close(event)
+
+    def test_of_a_device_that_has_nothing_else(self, tmp_path: Path) -> None:
+        served = Served(Toy(), tmp_path / "pin.sock", interrupts="intx")
+        with served.serving, served.serving.connect() as client:
+            client.begin()
+            t = served.transport = Transport(client)
+            assert 0x11 not in t.capabilities
+            event = os.eventfd(0, os.EFD_NONBLOCK)
+            assert client.triggers(INTX, 0, [event]) == 0
+            assert client.triggers(MSIX, 0, [event]) == errno.EINVAL
+            assert t.accept(VERSION_1)
+            # A driver that chooses a vector all the same is told that there is none.
+            t.set("config_vector", 0)
+            t.set_of(0, "vector", 0)
+            assert (t.get("config_vector"), t.get_of(0, "vector")) == (NO_VECTOR, NO_VECTOR)
+            t.set("status", READY | Status.DRIVER_OK)
+            served.device.host.config_changed()
+            t.wait(lambda: readable(event))
+            assert t.peek(ISR, 0, 1) == b"\2"
+            os.close(event)
+        with pytest.raises(ValueError, match="msix, intx"):
+            VirtioPci(Toy(), interrupts="msi")  # type: ignore[arg-type] # that is the point
 
     def unmask(self, toy: Served) -> None:
         flags = IrqSet.DATA_NONE | IrqSet.UNMASK

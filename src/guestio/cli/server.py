@@ -87,6 +87,14 @@ _FAULT = click.option(
     "given several times. Each request passes through Python then, which is slower. 'none' is no "
     "rule: they may be switched on at run time. `guestio faults` lists what can go wrong.",
 )
+_INTERRUPTS = click.option(
+    "--interrupts",
+    type=click.Choice(["msix", "intx"]),
+    default="msix",
+    show_default=True,
+    help="Interrupts of the PCI function, over vfio-user: MSI-X and the pin INTA, or the pin only. "
+    "Hot-unplugging a device with MSI-X aborts QEMU 11.1; without it works.",
+)
 _REVOKE_AFTER = click.option(
     "--revoke-after",
     type=Seconds(0, LONGEST_TIMEOUT),
@@ -141,6 +149,7 @@ _OPTIONS = (
         help="How long a front-end may take to translate an address, over vhost-user.",
     ),
     _REVOKE_AFTER,
+    _INTERRUPTS,
     click.option(
         "--track-dirty",
         is_flag=True,
@@ -165,7 +174,8 @@ _VHOST_USER = ("miss_timeout", "track_dirty", "queue_threads")
 _VFIO_USER = ("revoke_after",)
 _VIRTIO = ("iommu", "indirect", "in_order", "stop_timeout", "poll_us")
 _WATCH = ("control", "http")
-_NAMES = (*_VIRTIO, *_VHOST_USER, *_VFIO_USER)
+_VIRTIO_PCI = ("interrupts",)
+_NAMES = (*_VIRTIO, *_VHOST_USER, *_VFIO_USER, *_VIRTIO_PCI)
 
 
 def vfio_user_help(name: str, words: str, *, what: str = "the device") -> str:
@@ -293,7 +303,7 @@ class Server:
         if isinstance(device, PciDevice):
             names: tuple[str, ...] = _VFIO_USER
         elif self._transport == "vfio-user":
-            names = (*_VIRTIO, *_VFIO_USER)
+            names = (*_VIRTIO, *_VFIO_USER, *_VIRTIO_PCI)
         else:
             names = (*_VIRTIO, *_VHOST_USER)
         for name in sorted(self._given):

@@ -54,6 +54,8 @@ _COMMON_LAYOUT: Final = struct.Struct("<IIIIHHBBHHHHHQQQHH")
 """``struct virtio_pci_common_cfg`` up to ``queue_reset`` (section 4.1.4.3)."""
 _GENERATION: Final = 0x15
 
+_INTERRUPTS: Final = ("msix", "intx")
+
 ISR_QUEUE: Final = 1
 ISR_CONFIG: Final = 2
 
@@ -222,8 +224,8 @@ class VirtioPci(PciDevice):
 
     Its rings and buffers are in what its function reaches by DMA, which behind an IOMMU is what the
     guest's driver has mapped at that moment. It has an MSI-X vector for each queue and one for
-    changes of the configuration, and the pin INTA for drivers that use none; function level reset;
-    and VIRTIO_F_RING_RESET.
+    changes of the configuration, and the pin INTA for drivers that use none or with
+    ``interrupts="intx"``; function level reset; and VIRTIO_F_RING_RESET.
 
     Args:
         device: What to serve; it is the caller's to close.
@@ -238,6 +240,9 @@ class VirtioPci(PciDevice):
             driver resets a queue or the function, switches bus mastering off, or goes, at most
             3600; then they fail.
         poll_us: Microseconds to look out for the next request before sleeping.
+        interrupts: ``"msix"``; or ``"intx"`` for the pin alone, with which the device can be
+            unplugged from QEMU 11.1, that MSI-X makes abort. Each interrupt by the pin costs a
+            message and an answer more.
 
     Raises:
         TypeError, ValueError, DeviceError: Bad arguments, or the device is not described as one
@@ -264,6 +269,7 @@ class VirtioPci(PciDevice):
         queue_size: int = 256,
         stop_timeout: float = STOP_TIMEOUT,
         poll_us: int = 0,
+        interrupts: Literal["msix", "intx"] = "msix",
     ) -> None:
         self.device = check_device(device, MAX_QUEUES)
         kind = device.device_id
@@ -281,10 +287,14 @@ class VirtioPci(PciDevice):
         if check_int(poll_us, "poll_us") < 0:
             raise ValueError(f"poll_us {poll_us} must not be negative")
         self._poll_us = poll_us
+        if interrupts not in _INTERRUPTS:
+            raise ValueError(f"interrupts {interrupts!r} is none of {', '.join(_INTERRUPTS)}")
+        self.msix = interrupts == "msix"
         self.statistics = statistics_of(device)
         self.device_id = FIRST_ID + kind
         self.class_code = _CLASSES.get(kind, 0xFF0000)
-        self.interrupts = device.num_queues + 1
+        self._vectors = device.num_queues + 1 if self.msix else 0
+        self.interrupts = max(self._vectors, 1)
         self._config_bytes = len(device.config())
         self._notify = CONFIG + -(-self._config_bytes // PAGE) * PAGE
         notify_bytes = NOTIFY_STEP * device.num_queues
@@ -506,7 +516,7 @@ class VirtioPci(PciDevice):
             self._unknown_features = True
 
     def _set_config_vector(self, value: int) -> None:
-        self._config_vector = value if value < self.interrupts else NO_VECTOR
+        self._config_vector = value if value < self._vectors else NO_VECTOR
 
     def _set_selected(self, value: int) -> None:
         self._selected = value
@@ -557,7 +567,7 @@ class VirtioPci(PciDevice):
         if ring is None:
             self._ignore(f"sets the vector of queue {self._selected}, which there is not")
         else:
-            ring.vector = value if value < self.interrupts else NO_VECTOR
+            ring.vector = value if value < self._vectors else NO_VECTOR
             self._route_all()
 
     def _set_address(self, half: int, value: int) -> None:
