@@ -9,6 +9,8 @@ shown is (I(2N) - I(N)) / N.
 
 `--against DIRECTORY` counts another checkout's back-end with the same generator, and shows ratios.
 Its core must have been built there: `python setup.py build_ext --inplace`.
+
+`--log` compares with and without a dirty log, which is emptied before each count as in a migration.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from rich.table import Table
 
 from guestio.guest.load import Load
 from guestio.guest.plan import LoadPlan
+from guestio.vhost_user import Frontend
 
 IMAGE_BYTES = 16 << 20
 START_LIMIT = 120.0
@@ -230,14 +233,26 @@ class Server:
         self._log = threading.Thread(target=self._process.stderr.read)
         self._log.start()
 
-    def count(self, row: Row, repeats: int) -> float:
-        """Instructions per request: the median of so many pairs of N and 2 N requests."""
+    def count(self, row: Row, repeats: int, *, logs: bool = False) -> float:
+        """Instructions per request: the median of so many pairs of N and 2 N requests.
+
+        Args:
+            row: Of what load.
+            repeats: Pairs.
+            logs: Whether the pages that are written are logged meanwhile.
+        """
         found = []
         with Load(self._socket, row.plan, timeout=60.0, connect_wait=60.0) as load:
+            log = None
+            if logs:
+                assert isinstance(load.frontend, Frontend)
+                log = load.frontend.start_logging()
             load.run_requests(row.requests)
             for _ in range(repeats):
                 counts = []
                 for requests in (row.requests, 2 * row.requests):
+                    if log is not None:
+                        assert len(log.take())
                     with self._counter.counting(self._process.pid, self._directory) as counted:
                         done = load.run_requests(requests)
                     assert done.requests == requests
@@ -255,7 +270,13 @@ class Server:
 
 
 def measure(
-    rows: Sequence[Row], tree: Path, counter: Counter, repeats: int, keep: Path | None
+    rows: Sequence[Row],
+    tree: Path,
+    counter: Counter,
+    repeats: int,
+    keep: Path | None,
+    *,
+    logs: bool = False,
 ) -> dict[str, float]:
     """Instructions per request of every row for a checkout, one server for all of them.
 
@@ -265,13 +286,14 @@ def measure(
         counter: Counts.
         repeats: Pairs of N and 2 N requests.
         keep: Where to keep the last file that callgrind wrote for each row, if anywhere.
+        logs: Whether the pages that are written are logged meanwhile.
     """
     found = {}
     with tempfile.TemporaryDirectory(prefix="guestio-bench-", dir="/dev/shm") as name:
         server = Server(tree, counter, Path(name))
         try:
             for row in rows:
-                found[row.name] = server.count(row, repeats)
+                found[row.name] = server.count(row, repeats, logs=logs)
                 if keep is not None and isinstance(counter, Callgrind):
                     keep.mkdir(parents=True, exist_ok=True)
                     target = keep / row.name.replace(" ", "-").replace(",", "")
@@ -306,10 +328,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--baseline", type=Path, help="what --json printed before, instead of another checkout"
     )
+    parser.add_argument(
+        "--log", action="store_true", help="count with a dirty log, and compare with none"
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--keep", type=Path, help="where to keep callgrind's files")
     given = parser.parse_args(arguments)
     rows = [row for row in _rows() if given.only in row.name]
+    if given.log and (given.against or given.baseline):
+        parser.error("--log compares with no other checkout")
     if not rows or given.repeats < 1:
         parser.error("nothing to count")
     counter: Counter
@@ -327,8 +354,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep = None if given.keep is None else given.keep / "against"
         with console.status(f"counting {given.against}"):
             before = measure(rows, given.against.resolve(), counter, given.repeats, keep)
+    if given.log:
+        with console.status("counting without a log"):
+            before = measure(rows, HERE, counter, given.repeats, None)
     with console.status("counting"):
-        now = measure(rows, HERE, counter, given.repeats, given.keep)
+        now = measure(rows, HERE, counter, given.repeats, given.keep, logs=given.log)
     if given.json:
         print(json.dumps(now, indent=1))
     console.print(show(now, before))

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from guestio.virtio.net import NetDevice
-from lab import migration
+from lab import migration, parts
 from lab.guest import MIB, Viommu
 from lab.migration import MigrationError, Qmp, different_pages, hops
 from lab.qemu import new_qemu
@@ -22,8 +24,8 @@ from tests.kit.serving import Mirror, Serving, memfd, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = ("--migration", "local", "--num-queues", "2")
 
 
@@ -37,6 +39,19 @@ def test_a_guest_hops_to_the_next_qemu_and_on(
     made = list(hops(viommu, 2, tmp_path, OPTIONS, queues=2))
     assert [each.different for each in made] == [0, 0]
     assert all(each.rate > 0 for each in made)
+
+
+def test_the_example_has_a_guest_hop() -> None:
+    kernel = parts.kernel()
+    places = [kernel.root / top / kernel.release for top in ("lib/modules", "usr/lib/modules")]
+    modules = next(place for place in places if place.is_dir())
+    command = [sys.executable, "examples/migration.py", "--hops", "1", "--qemu", str(new_qemu())]
+    command += ["--kernel", str(kernel.image), "--modules", str(modules)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    head, hop = done.stdout.splitlines()
+    assert head.split() == ["hop", "server", "stood", "still/ms", "total/ms", "round"]
+    assert hop.split()[:2] == ["1", "b"]
 
 
 class Files(Mirror):

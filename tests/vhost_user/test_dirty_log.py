@@ -11,6 +11,7 @@ import fcntl
 import os
 import random
 import select
+import socket
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -20,19 +21,21 @@ import numpy as np
 import pytest
 
 from guestio._core.iommu.address_space import AddressSpace
+from guestio.budgets import LOG_BURST
 from guestio.errors import GuestioError
 from guestio.guest.dma import PAGE, IommuMode
 from guestio.guest.queue import Shape
 from guestio.memory import AtomicBitmap, DirtyLog, MmapRegion
 from guestio.vhost_user.dirty_log import SharedLog
+from guestio.vhost_user.messages import U64, Log, encode_message
 from guestio.vhost_user.messages import FrontendRequest as F
-from guestio.vhost_user.messages import Log
 from guestio.virtio.blk import BlockDevice
 from tests.kit.migration import Migration, TrackedGuest, WrittenPages, used_pages
 from tests.kit.recording import LOG_ALL
 from tests.kit.rings import WRITE, Desc, HandRing
 from tests.kit.serving import (
     BUFFERS,
+    DESC,
     EVENT_IDX,
     OK,
     QUEUE_STEP,
@@ -417,6 +420,17 @@ def refused_logs() -> dict[str, Callable[[], tuple[int, Log]]]:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
         return fd, Log(PAGE, 0)
 
+    def write_later() -> tuple[int, Log]:
+        fd = os.memfd_create("log", os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, PAGE)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, 0x10)  # F_SEAL_FUTURE_WRITE: whoever maps it later
+        return fd, Log(PAGE, 0)
+
+    def pipe() -> int:
+        reading, writing = os.pipe()
+        os.close(reading)
+        return writing
+
     return {
         "empty": lambda: (memfd(PAGE), Log(0, 0)),
         "too short": lambda: (memfd(PAGE), Log(PAGE + 1, 0)),
@@ -428,6 +442,12 @@ def refused_logs() -> dict[str, Callable[[], tuple[int, Log]]]:
         "an eventfd": lambda: (os.eventfd(0), Log(PAGE, 0)),
         "read-only": read_only,
         "sealed": sealed,
+        "sealed against later writers": write_later,
+        "a pipe": lambda: (pipe(), Log(PAGE, 0)),
+        "a socket": lambda: (socket.socket(socket.AF_UNIX).detach(), Log(PAGE, 0)),
+        "a directory": lambda: (os.open("/dev/shm", os.O_RDONLY), Log(PAGE, 0)),
+        "a path": lambda: (os.open("/dev/shm", os.O_PATH), Log(PAGE, 0)),
+        "a file of the system": lambda: (os.open("/proc/self/mem", os.O_RDWR), Log(PAGE, 0)),
     }
 
 
@@ -444,6 +464,78 @@ def test_a_log_that_cannot_be_used_ends_the_connection(tmp_path: Path, kind: str
             s.check_serves()
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("threads", [False, True], ids=["one-thread", "queue-threads"])
+def test_logging_that_is_toggled_for_ever(
+    tmp_path: Path, threads: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without waiting for anything: the queue is served, and the log of the server has few lines.
+
+    What was written while it was on is marked.
+    """
+    with (
+        Serving(Mirror(), tmp_path / "s", queue_threads=threads) as s,
+        Driver(s.path) as driver,
+    ):
+        log = driver.frontend.start_logging()
+        base = driver.features | driver.frontend._protocol_bit
+        storm = b"".join(
+            encode_message(F.SET_FEATURES, U64(base | (LOG_ALL if on else 0)))
+            for _ in range(50)
+            for on in (False, True)
+        )
+        sock = driver.frontend._exchange
+        caplog.set_level("INFO")
+        for _ in range(60):
+            sock.send(F.SET_FEATURES, storm)
+            number = driver.submit(0, b"abc")
+            driver.wait(0, number)
+        driver.frontend.sync()
+        log.take()
+        assert driver.run(0, b"abc") == (OK, b"cba")
+        driver.stop(0)
+        assert page(USED) in log.take().tolist()
+    lines = [each for each in caplog.messages if "dirty log o" in each]
+    assert 0 < len(lines) <= LOG_BURST + 2
+    with Serving(Mirror(), tmp_path / "s") as s:
+        s.check_serves()
+
+
+def test_a_log_that_is_replaced_for_ever(tmp_path: Path) -> None:
+    """One is mapped at a time, and the queue is served."""
+    with Serving(Mirror(), tmp_path / "s") as s:
+        s.check_serves()
+        with nothing_left(), Driver(s.path) as driver:
+            driver.frontend._tell_features(driver.features | LOG_ALL)
+            for round_ in range(300):
+                fd = memfd(1 << 20)
+                driver.frontend.request(F.SET_LOG_BASE, Log(1 << 20, 0), [fd], has_reply=True)
+                os.close(fd)
+                if not round_ % 30:
+                    assert driver.run(0, b"abc") == (OK, b"cba")
+                    mapped = Path("/proc/self/maps").read_text()
+                    assert mapped.count("memfd:hostile") <= 1
+            driver.close()
+            s.let_go()
+        s.check_serves()
+
+
+@pytest.mark.parametrize("what", ["the used ring", "the descriptors", "a buffer"])
+def test_a_log_in_the_guests_own_memory_harms_only_its_owner(tmp_path: Path, what: str) -> None:
+    """Marks then change what the device reads; it may find the ring broken, and no more."""
+    at = {"the used ring": USED, "the descriptors": DESC, "a buffer": BUFFERS}[what]
+    with Serving(Mirror(), tmp_path / "s") as s:
+        with Driver(s.path) as driver:
+            fd = driver.backing.fd
+            assert fd is not None
+            driver.frontend.request(F.SET_LOG_BASE, Log(64, at), [fd], has_reply=True)
+            driver.frontend._tell_features(driver.features | LOG_ALL)
+            for _ in range(20):
+                driver.submit(0, b"abc")
+            driver.stop(0)
+        s.let_go()
+        s.check_serves()
 
 
 def test_nothing_is_left_of_logs(tmp_path: Path) -> None:
