@@ -162,6 +162,12 @@ def test_every_reset_sets_them_before_the_device_is_called(host: PciHost, device
     assert device.at_reset == [0x5A] * 3
 
 
+def test_a_value_that_is_too_large_for_its_size_reaches_no_further(device: Function) -> None:
+    device.write(0, 0x12, 1, 0xFFFF)
+    device.write(0, 0x08, 1, 0xFFFF)
+    assert (device.events, device.address) == (0xF000, 0x11223344556677FF)
+
+
 def test_what_a_device_sets_is_checked(device: Function) -> None:
     for name, value in (("small", 256), ("small", -1), ("mode", 8), ("far", 1 << 64)):
         with pytest.raises(ValueError, match=f"{name} .*does not fit"):
