@@ -7,6 +7,7 @@ each the same checks pass, so what is found is the rule's doing and nothing of i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +115,16 @@ def test_a_fault_is_found(rule: str, name: str, disk: Disk) -> None:
     assert struck
     assert found in {Verdict.FAIL, Verdict.WEDGED, Verdict.CRASH}, reason
     assert disk.examine(name, 20.0)[0] in {Verdict.PASS, Verdict.REJECT}
+
+
+def test_a_promised_order_is_broken_and_that_is_found(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    device = Misbehaving(BlockDevice(str(image)), ["reorder op=read every=3"])
+    with serving(device, in_order=True) as path:
+        found, reason = Disk(path, device.faults).examine("split.in-order", 20.0)
+        assert found is Verdict.FAIL, reason
+    device.close()
 
 
 def test_there_are_thirty_of_every_level() -> None:
