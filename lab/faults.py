@@ -79,7 +79,8 @@ IOMMU_RULES = (
 USE_SECONDS = 25
 BOOT_SECONDS = 120.0
 CRASH = re.compile(
-    r"Kernel panic|Oops|BUG: |general protection fault|KASAN|unable to handle|stack segment"
+    r"Kernel panic|Oops|BUG: (?!soft lockup|workqueue)|general protection fault|KASAN"
+    r"|unable to handle|stack segment"
 )
 WARNING = re.compile(
     r"virtio\S* virtio\d+:.*|.*I/O error.*|.*Buffer I/O.*|WARNING: .*|.*virtio.*(?:fail|error|bad)"
@@ -235,6 +236,7 @@ def judge(names: Sequence[str], result: GuestResult) -> dict[str, Outcome]:
             found[name] = Outcome("crashed", crash[:100])
         elif not said:
             where = "its user waits" if alive else "the guest stands still"
+            own = next((line for line in lines if "soft lockup" in line), own)
             found[name] = Outcome("hung", "; ".join(filter(None, (where, own[:90]))))
         elif own or wrong:
             found[name] = Outcome(
