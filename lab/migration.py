@@ -319,10 +319,10 @@ def hops(
             )
             try:
                 made = hop(here, there)
+                here.__exit__(None, None, None)
             except BaseException:
                 there.__exit__(None, None, None)
                 raise
-            here.__exit__(None, None, None)
             here = there
             yield made
         here.see_load(TICKS)
