@@ -153,8 +153,12 @@ def whole_disk(guest: str, directory: Path, arguments: argparse.Namespace) -> di
     facts, _ = boot("file-system", "filesystem", *(["nvme_logs"] if disk == "nvme" else []))
     row["file system"] = f"clean, {facts['filesystem_files']} files"
     row["logs"] = "read" if facts.get("nvme_logs") == "1" else "-"
-    facts, _ = boot("suspend", "suspend")
-    row["suspend"] = facts["suspends"]
+    if GUESTS[guest] is Viommu.VIRTIO:
+        # Linux 6.12 does not bring a virtio-iommu back: with QEMU's own disks neither.
+        row["suspend"] = "Linux cannot"
+    else:
+        facts, _ = boot("suspend", "suspend")
+        row["suspend"] = facts["suspends"].strip()
     lives = {"DISK_LIVES": arguments.lives, "DISK_FLRS": arguments.resets}
     if disk == "nvme":
         lives |= {"DISK_RESETS": arguments.resets}

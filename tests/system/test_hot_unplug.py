@@ -16,7 +16,7 @@ from lab.migration import MigrationError, Qmp
 from lab.nvme import DISKS, counted, served
 from lab.qemu import new_qemu
 
-UNPLUGS = 2
+UNPLUGS = 1
 LIMIT = 300.0
 
 
