@@ -1,9 +1,10 @@
-from typing import Protocol
+from typing import Protocol, type_check_only
 
 from typing_extensions import disjoint_base
 
 from guestio._core.virtio.split import SplitRing
 
+@type_check_only
 class Lies(Protocol):
     def used(self, head: int, written: int) -> tuple[int, int, bool]: ...
     def ahead(self) -> int: ...
