@@ -161,7 +161,7 @@ class DeviceQueue:
 
     @property
     def outstanding(self) -> int:
-        """Requests that the device holds, or whose memory it still uses."""
+        """Requests that the device holds, whose memory it uses, or that are to be published."""
         return len(self._in_progress) + len(self._finished) + len(self._copying)
 
     @property
