@@ -46,6 +46,7 @@ class PeerConnection(ABC, Generic[H]):
         self.heard = False
         self.since: Final = time.monotonic()
         self._half_since: float | None = None
+        self._receiving_soon = False
         self._channel = channel
         self._loop = loop
         self._log = log
@@ -97,7 +98,7 @@ class PeerConnection(ABC, Generic[H]):
                     return
                 if time.monotonic() >= until:
                     break
-            self._loop.call_soon_threadsafe(self._receive)
+            self._receive_soon()
         except ConnectionLostError as error:
             LOG.report(self._log, logging.ERROR, "%s disconnected: %s", self.peer_name, error)
             self.close()
@@ -105,6 +106,17 @@ class PeerConnection(ABC, Generic[H]):
             self.close()
         except ProtocolError as error:
             self.disconnect(str(error))
+
+    def _receive_soon(self) -> None:
+        """Go on with what has arrived when the loop's others have had their turn."""
+        # Once: callbacks of others would wait behind as many as there were turns.
+        if not self._receiving_soon:
+            self._receiving_soon = True
+            self._loop.call_soon_threadsafe(self._receive_now)
+
+    def _receive_now(self) -> None:
+        self._receiving_soon = False
+        self._receive()
 
     def _send(self, reply: bytes, fds: Sequence[int] = ()) -> bool:
         """Send an answer; False if the peer has to read first, and nothing is read until then."""
@@ -117,7 +129,7 @@ class PeerConnection(ABC, Generic[H]):
         """Go on reading, from a callback of the loop."""
         self._loop.add_reader(self._channel.fileno(), self._receive)
         # The channel may have read ahead.
-        self._loop.call_soon_threadsafe(self._receive)
+        self._receive_soon()
 
     def disconnect(self, reason: str) -> None:
         """End the connection to a peer that broke the protocol."""

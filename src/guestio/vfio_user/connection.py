@@ -189,7 +189,7 @@ class Connection(PeerConnection[Header]):
             return
         self._host.serve_doorbells()
         if self._channel.unfinished:
-            self._loop.call_soon_threadsafe(self._receive)
+            self._receive_soon()
 
     def _send(self, reply: bytes, fds: Sequence[int] = ()) -> bool:
         sent = super()._send(reply, fds)
@@ -268,7 +268,7 @@ class Connection(PeerConnection[Header]):
             answer = self._await_answer(question)
         except PeerGoneError:
             # The loop finds out as well, once the device has returned.
-            self._loop.call_soon_threadsafe(self._receive)
+            self._receive_soon()
             raise RefusalError(errno.ENOTCONN, "the client is gone") from None
         except ProtocolError as error:
             self._give_up(str(error))
@@ -277,7 +277,7 @@ class Connection(PeerConnection[Header]):
             del self._questions[number]
             if self._channel.unfinished:
                 # What was read behind the answer: no descriptor tells of it any more.
-                self._loop.call_soon_threadsafe(self._receive)
+                self._receive_soon()
         if answer.header.flags & HeaderFlag.ERROR:
             raise RefusalError(answer.header.error or errno.EIO, "the client refuses")
         return answer.payload

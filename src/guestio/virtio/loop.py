@@ -53,6 +53,7 @@ class EventLoop:
         self._look.register(self._epoll, select.POLLIN)
         self._callbacks: dict[int, Callback] = {}
         self._edges: set[int] = set()
+        self._left: list[int] = []
         self._timers: dict[Hashable, tuple[float, Callback]] = {}
         self._due = math.inf
         self._soon: deque[Callback] = deque()
@@ -190,8 +191,8 @@ class EventLoop:
     def run_once(self, longest: float = math.inf) -> None:
         """Wait until something is due and call back for all of it.
 
-        Readers that are not called within TURN_SECONDS are called the next time, after another
-        look at all descriptors.
+        Readers that are not called within TURN_SECONDS are called the next time, before all others,
+        after another look at all descriptors.
 
         Args:
             longest: Seconds to wait at most.
@@ -209,6 +210,11 @@ class EventLoop:
             feed.callback()
         for queue, outcome in outcomes:
             queue.callback(outcome)
+        if self._left:
+            # The kernel tells of them in the same order each time.
+            rank = {fd: place for place, fd in enumerate(self._left)}
+            fds.sort(key=lambda fd: rank.get(fd, len(rank)))
+            self._left.clear()
         until = time.monotonic() + TURN_SECONDS
         for fd in fds:
             # A callback before this one may have removed it.
@@ -220,6 +226,8 @@ class EventLoop:
             elif fd in self._edges:
                 # The others are found readable again.
                 soon.append(callback)
+            else:
+                self._left.append(fd)
         for _ in range(len(soon)):
             soon.popleft()()
             if time.monotonic() >= until:

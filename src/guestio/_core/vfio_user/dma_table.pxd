@@ -20,6 +20,7 @@ cdef class DmaTable:
     cdef size_t file_count
     cdef size_t latest        # the file that was found last
     cdef size_t most
+    cdef u64 removed          # mappings, so far
 
     cdef bint map_known(
         self, u64 address, u64 size, u64 perm, int fd, u64 offset

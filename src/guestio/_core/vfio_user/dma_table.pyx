@@ -176,6 +176,7 @@ cdef class DmaTable:
             count += 1
             step(&at)
         reached[0] = end
+        self.removed += count
         if count:
             self.map.cut_span(Span(first, end, False))
             self.map.end_change()

@@ -14,8 +14,8 @@ from guestio._core.pci.doorbell cimport Doorbells
 from guestio._core.vfio_user.dma_table cimport DmaTable
 from guestio._core.vfio_user.inbox cimport Inbox, Passed
 from guestio._core.vfio_user.wire cimport (
-    DMA_MAP, DMA_UNMAP, EAGAIN, HEADER_BYTES, NO_REPLY, REGION_WRITE, REPLY, Header, MapRequest,
-    UnmapRequest, WriteRequest, close_memory,
+    DMA_MAP, DMA_UNMAP, DMA_UNMAP_AT_ONCE, EAGAIN, HEADER_BYTES, NO_REPLY, REGION_WRITE, REPLY,
+    Header, MapRequest, UnmapRequest, WriteRequest, close_memory,
 )
 from guestio._core.virtio.loop cimport Feed
 
@@ -136,10 +136,15 @@ cdef class ClientFeed(Feed):
         return True
 
     cdef int handle_plain(self, int fd) except -1:
-        """Handle and answer plain messages, up to one that is not."""
+        """Handle and answer plain messages, up to one that is not, or that has to wait its turn."""
         cdef Header header
+        # Each of them may remove as many mappings; what follows is left to Python, and the loop.
+        cdef u64 most = self.table.removed + DMA_UNMAP_AT_ONCE
         try:
-            while not self.unsent and self.inbox.whole(&header) and self.handle_one(&header):
+            while (
+                not self.unsent and self.table.removed < most and self.inbox.whole(&header)
+                and self.handle_one(&header)
+            ):
                 self.counters.plain += 1
                 self.inbox.drop_first(header.size)
                 if header.flags & NO_REPLY:
