@@ -53,7 +53,7 @@ SEEDED = [
     ("status-lie", "status.initial"),
     # The wire
     ("hang-up op=GET_CONFIG", "config.read"),
-    ("slow=3s op=GET_QUEUE_NUM", "protocol.queue-count"),
+    ("slow=1s op=GET_QUEUE_NUM", "protocol.queue-count"),
     ("bad-reply op=GET_VRING_BASE seed=1", "ring.stop-index"),
     ("no-reply op=GET_MAX_MEM_SLOTS", "slots.count"),
     ("wrong-fds op=GET_INFLIGHT_FD", "inflight.get"),
@@ -108,7 +108,7 @@ def test_a_fault_is_found(rule: str, name: str, disk: Disk) -> None:
     silent = parse(rule).what.name in SILENT
     number = disk.faults.on(rule)
     try:
-        found, reason = disk.examine(name, 1.0 if silent else 20.0)
+        found, reason = disk.examine(name, 0.4 if silent else 20.0)
         struck = disk.faults.counts()[0].struck
     finally:
         disk.faults.off(number)
