@@ -473,7 +473,8 @@ class Campaign:
 
     def _write(self, offset: int, data: bytes, *, posted: bool) -> None:
         payload = _ACCESS.pack(offset, 0, len(data)) + data
-        self._send(Command.REGION_WRITE, payload, posted=posted)
+        # The answer says again where it was written to, and how much.
+        self._send(Command.REGION_WRITE, payload, posted=posted, answer=payload[: _ACCESS.size])
 
     def _ring(self) -> None:
         choose = self.choose
@@ -624,8 +625,8 @@ class Campaign:
 
     def _switch(self, master: bool) -> None:
         self.master = master
-        payload = _ACCESS.pack(4, 7, 2) + (b"\6\0" if master else b"\2\0")
-        self._send(Command.REGION_WRITE, payload)
+        place = _ACCESS.pack(4, 7, 2)
+        self._send(Command.REGION_WRITE, place + (b"\6\0" if master else b"\2\0"), answer=place)
 
 
 def run_campaign(

@@ -55,12 +55,61 @@ def test_a_client_that_proposes_nothing_learns_the_limits(serving: ServingPci, d
         b"\0\0\0\0" + b"[" * 4000,
         b"\0\0\0\0" + b" " * 5000,
         b"\0\0\0\0\xff\xfe\0",
+        b'\0\0\0\0{"capabilities":{"max_msg_fds":-1}}\0',
+        b'\0\0\0\0{"capabilities":{"max_msg_fds":"16"}}\0',
+        b'\0\0\0\0{"capabilities":{"max_data_xfer_size":1.5}}\0',
+        b'\0\0\0\0{"capabilities":{"pgsizes":true}}\0',
     ],
 )
 def test_a_version_that_is_none(serving: ServingPci, payload: bytes) -> None:
     with serving.connect() as client:
         assert client.request(Command.VERSION, payload).error == errno.EINVAL
         assert not client.version().error
+
+
+@pytest.mark.parametrize(
+    ("command", "question"),
+    [
+        (Command.DEVICE_GET_INFO, struct.pack("<IIII", 16, 0, 0, 0)),
+        (Command.DEVICE_GET_REGION_INFO, struct.pack("<IIIIQQ", 80, 0, 0, 0, 0, 0)),
+        (Command.DEVICE_GET_REGION_IO_FDS, struct.pack("<IIII", 80, 0, 0, 0)),
+        (Command.DEVICE_GET_IRQ_INFO, struct.pack("<IIII", 16, 0, 0, 0)),
+    ],
+)
+def test_a_question_may_be_as_long_as_its_answer(
+    serving: ServingPci, command: int, question: bytes
+) -> None:
+    """As libvfio-user's client asks."""
+    with serving.connect() as client:
+        client.version()
+        reply, longer = (
+            client.request(command, question),
+            client.request(command, question[:].ljust(80, b"\0")),
+        )
+        assert not reply.error
+        assert longer.payload == reply.payload
+        assert client.request(command, question[:-1]).error == errno.EINVAL
+
+
+@pytest.mark.parametrize(
+    ("command", "payload"),
+    [
+        (Command.DMA_MAP, struct.pack("<IIQQQ", 31, 3, 0, PAGE, PAGE)),
+        (Command.DMA_UNMAP, struct.pack("<IIQQ", 23, 0, PAGE, PAGE)),
+        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 19, 0x21, 2, 0, 0)),
+    ],
+)
+def test_no_room_for_an_answer(serving: ServingPci, command: int, payload: bytes) -> None:
+    with serving.connect() as client:
+        client.version()
+        assert client.request(command, payload).error == errno.EINVAL
+
+
+def test_a_write_says_again_where_it_was_to(serving: ServingPci) -> None:
+    with serving.connect() as client:
+        client.version()
+        payload = struct.pack("<QII", 4, 7, 2) + b"\6\0"
+        assert client.request(Command.REGION_WRITE, payload).payload == payload[:16]
 
 
 def test_another_major_version(serving: ServingPci) -> None:

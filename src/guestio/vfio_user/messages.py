@@ -271,6 +271,10 @@ class Version(NamedTuple):
         capabilities = said.get("capabilities", {}) if isinstance(said, dict) else None
         if not isinstance(capabilities, dict):
             raise RefusalError(22, "the version data has no capabilities")
+        for name in ("max_msg_fds", "max_data_xfer_size", "pgsizes"):
+            number = capabilities.get(name, 0)
+            if type(number) is not int or number < 0:
+                raise RefusalError(22, f"{name} is {str(number)[:40]!r}, not a number from 0 on")
         return cls(major, minor, capabilities)
 
 

@@ -225,6 +225,7 @@ class Session:
 
     def _dma_map(self, message: Message) -> bytes:
         request = DmaMap._make(_unpack(DMA_MAP, message))
+        _check_argsz(request.argsz, DMA_MAP)
         if request.flags & ~3:
             raise RefusalError(errno.EINVAL, f"DMA_MAP with flags {request.flags:#x}")
         self._handler.dma_map(request, next(iter(message.fds), None))
@@ -232,10 +233,11 @@ class Session:
 
     def _dma_unmap(self, message: Message) -> bytes | None:
         request = DmaUnmap._make(_unpack(DMA_UNMAP, message))
+        _check_argsz(request.argsz, DMA_UNMAP)
         return b"" if self._handler.dma_unmap(request) else None
 
     def _device_info(self, message: Message) -> bytes:
-        _check_argsz(DeviceInfo._make(_unpack(DEVICE_INFO, message)).argsz, DEVICE_INFO)
+        _check_argsz(DeviceInfo._make(_unpack_info(DEVICE_INFO, message)).argsz, DEVICE_INFO)
         flags = DeviceFlag.RESET | DeviceFlag.PCI
         return DEVICE_INFO.pack(DEVICE_INFO.size, flags, REGIONS, IRQ_INDICES)
 
@@ -245,7 +247,7 @@ class Session:
         return self._handler.region(index)
 
     def _region_info(self, message: Message) -> bytes:
-        request = RegionInfo._make(_unpack(REGION_INFO, message))
+        request = RegionInfo._make(_unpack_info(REGION_INFO, message))
         _check_argsz(request.argsz, REGION_INFO)
         region = self._region(request.region)
         flags = RegionFlag.READ | RegionFlag.WRITE if region.size else RegionFlag(0)
@@ -266,7 +268,7 @@ class Session:
         return info + more
 
     def _region_io_fds(self, message: Message) -> bytes:
-        request = RegionIoFds._make(_unpack(REGION_IO_FDS, message))
+        request = RegionIoFds._make(_unpack_info(REGION_IO_FDS, message))
         _check_argsz(request.argsz, REGION_IO_FDS)
         if request.flags:
             raise RefusalError(errno.EINVAL, f"{message.header.name} with flags {request.flags:#x}")
@@ -286,7 +288,7 @@ class Session:
         )
 
     def _irq_info(self, message: Message) -> bytes:
-        request = IrqInfo._make(_unpack(IRQ_INFO, message))
+        request = IrqInfo._make(_unpack_info(IRQ_INFO, message))
         _check_argsz(request.argsz, IRQ_INFO)
         count, flags = self._handler.interrupts(_irq_index(request.kind))
         return IRQ_INFO.pack(IRQ_INFO.size, flags, request.kind, count)
@@ -295,6 +297,7 @@ class Session:
         if len(message.payload) < SET_IRQS.size:
             raise RefusalError(errno.EINVAL, f"DEVICE_SET_IRQS of {len(message.payload)} bytes")
         request = SetIrqs._make(SET_IRQS.unpack_from(message.payload))
+        _check_argsz(request.argsz, SET_IRQS)
         count, _ = self._handler.interrupts(_irq_index(request.kind))
         data, action = request.flags & IrqSet.DATA, request.flags & IrqSet.ACTION
         if request.flags >> 6 or data not in (1, 2, 4):
@@ -380,7 +383,7 @@ class Session:
             self._handler.write_region(access.region, access.offset, data)
         else:
             self.afterwards = lambda: self._handler.write_region(access.region, access.offset, data)
-        return b""
+        return REGION_ACCESS.pack(*access)
 
     def _region_write_multi(self, message: Message) -> bytes:
         payload = message.payload
@@ -443,6 +446,16 @@ def _unpack(layout: struct.Struct, message: Message) -> tuple[int, ...]:
             f"{message.header.name} of {len(message.payload)} bytes, not {layout.size}",
         )
     return layout.unpack(message.payload)
+
+
+def _unpack_info(layout: struct.Struct, message: Message) -> tuple[int, ...]:
+    """A question whose sender may have made it as long as the answer that it has room for."""
+    if len(message.payload) < layout.size:
+        raise RefusalError(
+            errno.EINVAL,
+            f"{message.header.name} of {len(message.payload)} bytes, not {layout.size}",
+        )
+    return layout.unpack_from(message.payload)
 
 
 def _check_argsz(argsz: int, layout: struct.Struct) -> None:

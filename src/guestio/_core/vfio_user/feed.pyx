@@ -7,7 +7,8 @@ order.
 
 from libc.string cimport memcpy
 
-from guestio._core.base.checks cimport as_seconds, u8, u64
+from guestio._core.base.capacity cimport GUESTIO_ASSERT
+from guestio._core.base.checks cimport as_seconds, u8, u32, u64
 from guestio._core.base.clock cimport now_seconds
 from guestio._core.base.sockets cimport MSG_DONTWAIT, MSG_NOSIGNAL, c_send
 from guestio._core.pci.doorbell cimport Doorbells
@@ -21,6 +22,7 @@ from guestio._core.virtio.loop cimport Feed
 
 cdef enum:
     ANSWERS = 256     # that are sent at a time
+    ACCESS_BYTES = 16 # that the answer to a write repeats
     BARS = 6
 
 
@@ -70,8 +72,8 @@ cdef class ClientFeed(Feed):
     cdef bytes unsent
     cdef double turn
     cdef double until         # when the turn is over
-    cdef Header answer[ANSWERS]
-    cdef int answers
+    cdef u8 answer[ANSWERS * (HEADER_BYTES + ACCESS_BYTES)]
+    cdef size_t answered      # bytes of them
 
     def __init__(
         self, callback, turn, *, Inbox inbox not None, DmaTable table not None,
@@ -146,25 +148,37 @@ cdef class ClientFeed(Feed):
                 and self.handle_one(&header)
             ):
                 self.counters.plain += 1
+                if not header.flags & NO_REPLY:
+                    self.answer_first(&header)
                 self.inbox.drop_first(header.size)
-                if header.flags & NO_REPLY:
-                    continue
-                self.answer[self.answers] = Header(
-                    header.number, header.request, HEADER_BYTES, REPLY, 0
-                )
-                self.answers += 1
-                if self.answers == ANSWERS:
+                if self.answered > sizeof(self.answer) - (HEADER_BYTES + ACCESS_BYTES):
                     self.send_answers(fd)
         finally:
             self.send_answers(fd)
         return 0
 
+    cdef void answer_first(self, const Header *header) noexcept:
+        """Note the answer to the first message. Plain C: it cannot raise."""
+        cdef size_t body = sizeof(WriteRequest) if header.request == REGION_WRITE else 0
+        cdef Header head = Header(
+            header.number, header.request, <u32>(HEADER_BYTES + body), REPLY, 0
+        )
+        GUESTIO_ASSERT(self.answered + HEADER_BYTES + body <= sizeof(self.answer))
+        memcpy(self.answer + self.answered, &head, HEADER_BYTES)
+        self.answered += HEADER_BYTES
+        # Where it wrote, and how much.
+        memcpy(
+            self.answer + self.answered,
+            self.inbox.data + self.inbox.start + HEADER_BYTES, body,
+        )
+        self.answered += body
+
     cdef int send_answers(self, int fd) except -1:
-        cdef size_t size = self.answers * sizeof(Header)
+        cdef size_t size = self.answered
         cdef Py_ssize_t sent
         if not size:
             return 0
-        self.answers = 0
+        self.answered = 0
         with nogil:
             sent = max(c_send(fd, self.answer, size, MSG_DONTWAIT | MSG_NOSIGNAL), 0)
         if <size_t>sent < size:
@@ -214,7 +228,9 @@ cdef class ClientFeed(Feed):
         if size != sizeof(UnmapRequest):
             return False
         memcpy(&request, payload, sizeof(UnmapRequest))
-        if request.flags or not self.table.unmap_idle(request.address, request.size):
+        if request.flags or request.argsz < sizeof(UnmapRequest):
+            return False
+        if not self.table.unmap_idle(request.address, request.size):
             return False
         self.counters.dma_unmaps += 1
         return True
@@ -224,6 +240,8 @@ cdef class ClientFeed(Feed):
         if size != sizeof(MapRequest) or passed.count != 1:
             return False
         memcpy(&request, payload, sizeof(MapRequest))
+        if request.argsz < sizeof(MapRequest):
+            return False
         if not self.table.map_known(
             request.address, request.size, request.flags, passed.fd[0], request.offset
         ):
