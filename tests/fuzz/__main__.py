@@ -19,6 +19,7 @@ TARGETS = {
     "session": "vhost-user messages of a lying front-end",
     "virtio_iommu": "requests to a virtio-iommu, against a model",
     "vfio_user": "messages of a vfio-user client, against a model of mapped pages",
+    "nvme": "registers, doorbells, queues and commands of an NVMe controller",
 }
 SEEDS = 10
 OPTIONS = (
