@@ -153,7 +153,9 @@ def whole_disk(guest: str, directory: Path, arguments: argparse.Namespace) -> di
     facts, _ = boot("file-system", "filesystem", *(["nvme_logs"] if disk == "nvme" else []))
     row["file system"] = f"clean, {facts['filesystem_files']} files"
     row["logs"] = "read" if facts.get("nvme_logs") == "1" else "-"
-    if GUESTS[guest] is Viommu.VIRTIO:
+    if disk != "nvme":
+        row["suspend"] = "-"  # such guests did not come back; see docs/limits.md
+    elif GUESTS[guest] is Viommu.VIRTIO:
         # Linux 6.12 does not bring a virtio-iommu back: with QEMU's own disks neither.
         row["suspend"] = "Linux cannot"
     else:
