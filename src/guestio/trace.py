@@ -182,6 +182,8 @@ def new_origin() -> int:
 
 _lock = threading.Lock()
 _open: list[Group] = []
+_reading: list[TraceReader] = []
+"""Readers of this process: rings stay as long as there are any, or any are written."""
 
 
 def _choose() -> None:
@@ -189,6 +191,8 @@ def _choose() -> None:
     for each in _open:
         groups |= each
     tracepoints.want(int(groups))
+    if not _open and not _reading:
+        tracepoints.release()
 
 
 class Tracing:
@@ -273,7 +277,13 @@ class TraceReader:
         self._unheld = tracepoints.unheld() if self._own else 0
         self._lost = 0
         if rings is None:
-            self._look()
+            with _lock:
+                _reading.append(self)
+            try:
+                self._look()
+            except BaseException:
+                self.close()
+                raise
         else:
             self.add(rings, process=os.getpid() if process is None else process)
         if not from_start:
@@ -329,7 +339,11 @@ class TraceReader:
     def close(self) -> None:
         """Let go of the rings. Calling it again does nothing."""
         self._readers.clear()
-        self._own = False
+        if self._own:
+            self._own = False
+            with _lock:
+                _reading.remove(self)
+                _choose()
 
     def __enter__(self) -> Self:
         return self

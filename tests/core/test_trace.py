@@ -168,8 +168,25 @@ def test_two_readers_do_not_disturb_each_other():
         in_thread(lambda: tracepoints.put(1, origin=origin, length=5))
         assert own(other, origin)[0]["length"].tolist() == [*range(6)]
         assert own(one, origin)[0]["length"].tolist() == [5]
-    with TraceReader(from_start=True) as late:
-        assert own(late, origin)[0]["length"].tolist() == [*range(6)]
+        with TraceReader(from_start=True) as late:
+            assert own(late, origin)[0]["length"].tolist() == [*range(6)]
+
+
+def test_rings_go_with_the_last_that_wants_them():
+    origin = new_origin()
+    tracing, reader = Tracing(Group.LIFE), TraceReader()
+    event(What.RESET, origin=origin)
+    assert tracepoints.rings()
+    tracing.close()
+    assert own(reader, origin)[0]["what"].tolist() == [What.RESET]
+    reader.close()
+    reader.close()
+    assert not tracepoints.rings()
+    # A thread whose ring has gone gets another one.
+    with Tracing(Group.LIFE), TraceReader() as again:
+        event(What.ERROR, origin=origin)
+        assert own(again, origin)[0]["what"].tolist() == [What.ERROR]
+    assert not tracepoints.rings()
 
 
 def test_threads_that_come_and_go_share_a_few_rings():

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import socket
+import time
 from typing import Any, Self, cast
 
 from guestio.control.schema import Explanation, Status
@@ -26,11 +27,24 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.sock.settimeout(self.timeout)
-            self.sock.connect(self._path)
+            self._enter()
         except BaseException:
             self.sock.close()
             self.sock = None
             raise
+
+    def _enter(self) -> None:
+        """Connect; where more wait already than the server listens for, try again for a while."""
+        until = time.monotonic() + (self.timeout or 0)
+        while True:
+            try:
+                self.sock.connect(self._path)
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.01)
+            else:
+                return
 
 
 class ControlClient:

@@ -91,4 +91,5 @@ cdef enum What:
 # Which groups are wanted at this moment. 0 nearly always.
 cdef int tracing
 
-cdef void trace(TraceRecord *record) noexcept nogil
+# With the GIL held: it keeps a ring from being released while it is written.
+cdef void trace(TraceRecord *record) noexcept

@@ -65,6 +65,9 @@ cdef extern from *:
     static uint32_t trace_count, trace_made;
     static uint64_t trace_capacity, trace_unheld;
     static pthread_key_t trace_key;
+    /* Raised when all rings are released: what threads have of before is gone. */
+    static uint32_t trace_era = 1;
+    static __thread uint32_t trace_my_era;
     static __thread TraceRing *trace_mine;
     static __thread int trace_refused;
 
@@ -146,11 +149,33 @@ cdef extern from *:
 
     static void trace_thread_ends(void *ring)
     {
+        uint32_t thread = (uint32_t)syscall(SYS_gettid);
         pthread_mutex_lock(&trace_mutex);
-        ((TraceRing *)ring)->ended = 1;
+        /* It may have been released, and its memory given to another thread's. */
+        for (TraceRing *each = trace_rings; each; each = each->following)
+            if (each == ring && each->thread == thread)
+                each->ended = 1;
         pthread_mutex_unlock(&trace_mutex);
         trace_mine = NULL;
         trace_refused = 1;
+    }
+
+    static void trace_drop_all(void)
+    {
+        while (trace_rings) {
+            TraceRing *ring = trace_rings;
+            trace_rings = ring->following;
+            trace_unmap(ring);
+        }
+        trace_count = 0;
+        trace_era++;
+    }
+
+    static void trace_release(void)
+    {
+        pthread_mutex_lock(&trace_mutex);
+        trace_drop_all();
+        pthread_mutex_unlock(&trace_mutex);
     }
 
     static void trace_before_fork(void) { pthread_mutex_lock(&trace_mutex); }
@@ -161,12 +186,7 @@ cdef extern from *:
     static void trace_in_child(void)
     {
         *trace_switch = 0;
-        while (trace_rings) {
-            TraceRing *ring = trace_rings;
-            trace_rings = ring->following;
-            trace_unmap(ring);
-        }
-        trace_count = 0;
+        trace_drop_all();
         trace_mine = NULL;
         trace_unheld = 0;
         pthread_setspecific(trace_key, NULL);
@@ -186,7 +206,12 @@ cdef extern from *:
     {
         TraceRing *ring = trace_mine;
         uint64_t at;
-        if (__builtin_expect(!ring, 0)) {
+        if (__builtin_expect(!ring || trace_my_era != trace_era, 0)) {
+            if (trace_my_era != trace_era) {
+                trace_my_era = trace_era;
+                trace_refused = 0;
+                ring = trace_mine = NULL;
+            }
             if (!trace_refused)
                 ring = trace_mine = trace_adopt();
             if (!ring) {
@@ -299,6 +324,7 @@ cdef extern from *:
         uint64_t written
     uint64_t trace_capacity, trace_unheld
     int trace_begin(int *on, uint64_t capacity) nogil
+    void trace_release()
     void trace_put(TraceRecord *record, uint64_t now) nogil
     int trace_list(int *fds, uint32_t *numbers, int most) nogil
     int trace_numbers(uint32_t *numbers, int *fds, int most) nogil
@@ -333,7 +359,7 @@ if trace_begin(&tracing, TRACE_RECORDS):
 
 
 # It is called where nothing can be raised: what cannot be written is counted.
-cdef void trace(TraceRecord *record) noexcept nogil:
+cdef void trace(TraceRecord *record) noexcept:
     trace_put(record, now_ns() if not record.time else 0)
 
 
@@ -384,6 +410,14 @@ def put(
     record.address, record.length, record.detail = address, length, detail
     record.access, record.result, record.since, record.time = access, result, since, time
     trace(&record)
+
+
+def release():
+    """Give the memory of all rings back. Readers keep what they have; threads that write get others.
+
+    The GIL keeps every thread from writing at this moment.
+    """
+    trace_release()
 
 
 def rings():
