@@ -35,6 +35,7 @@ IMAGE: Final = 1 << 16
 QUEUES: Final = 3
 SECRET: Final = b"not to be read: "
 STEPS: Final = 60
+READABLE, WRITABLE, UNMAPPED, REMOTE = 8, 9, 10, 11
 
 ADMIN: Final = (0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 0x7C)
 IO: Final = (0, 1, 2, 2, 1, 5, 8, 9, 12)
@@ -95,7 +96,9 @@ class Run:
         self.host.connect(self.dma.space, self)
         self.host.write_config(4, b"\6\0")
         for page in range(16):
-            self.map(page, 3)
+            # Among the pages of data are one of each other kind from the beginning on.
+            if page != UNMAPPED:
+                self.map(page, {READABLE: 1, WRITABLE: 2}.get(page, 3), shared=page != REMOTE)
 
     # Memory, and the client that is asked where it is not shared.
 
