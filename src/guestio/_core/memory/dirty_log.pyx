@@ -76,6 +76,11 @@ cdef void mark_log(LogTarget *log, u64 start, u64 length) noexcept nogil:
     GUESTIO_ASSERT(first <= last and last < log.pages)
     write_before_look()
     at, end = first >> 3, last >> 3
+    if at == end:
+        # Nearly always.
+        bits = (0xFFu << (first & 7)) & (0xFFu >> (7 - (last & 7)))
+        set_bits(&log.at[at], <u8>bits)
+        return
     while at <= end:
         bits = 0xFF
         if at == first >> 3:

@@ -16,6 +16,7 @@ cdef struct Desc:
 
 cdef class SplitRing(Ring):
     cdef IoVector table
+    cdef u16 unmarked     # used entries that were written and not marked dirty yet
 
     cdef int walk_table(
         self, IoVector table, u64 entries, u16 index, bint nested, Chain chain, u64 *sizes,

@@ -146,10 +146,17 @@ cdef class SplitRing(Ring):
     cdef int put_used(self, const UsedElem *element) except -1:
         cdef u64 slot = 4 + 8 * <u64>(self.next_used % self.size)
         self.used.transfer(<u8 *>element, slot, 8, True)
-        self.used.mark(slot, 8)
+        self.unmarked += 1
         return 0
 
     cdef int publish_used(self) except -1:
+        cdef u64 count = min(<u64>self.unmarked, <u64>self.size)
+        cdef u64 first = <u16>(self.next_used - <u16>count) % self.size
+        cdef u64 straight = min(count, <u64>self.size - first)
+        # All at once, as they lie in few pages; the index makes them visible.
+        self.used.mark(4 + 8 * first, 8 * straight)
+        self.used.mark(4, 8 * (count - straight))
+        self.unmarked = 0
         return self.store16(self.used, 2, self.next_used)
 
     cdef bint wants_notification(self, u16 before) except -1:
