@@ -74,6 +74,9 @@ def make_server(
     if transport != "vfio-user":
         raise ValueError(f"transport {transport!r} is neither 'vhost-user' nor 'vfio-user'")
     outer = {name: options.pop(name) for name in _SERVER_OPTIONS & options.keys()}
+    if "poll_us" in options:
+        # Messages and rings are looked out for.
+        outer["poll_us"] = options.pop("poll_us") if function else options["poll_us"]
     if not isinstance(device, PciDevice):
         virtio = VirtioPci(device, **options)
         made = virtio if faults is None else MisbehavingPci(virtio, faults)

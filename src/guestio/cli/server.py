@@ -104,6 +104,15 @@ _REVOKE_AFTER = click.option(
     help="How long, over vfio-user, an unmap of the driver waits for an access of the device to "
     "end, which is cut off then. Less than QEMU's x-msg-timeout (5 s).",
 )
+_POLL_US = click.option(
+    "--poll-us",
+    type=click.IntRange(0, 1_000_000),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Microseconds to look out for the next request, over vfio-user for the next message too, "
+    "before sleeping.",
+)
 _OPTIONS = (
     click.option(
         "--transport",
@@ -155,14 +164,7 @@ _OPTIONS = (
         is_flag=True,
         help="Count the pages of guest memory that the device writes, over vhost-user.",
     ),
-    click.option(
-        "--poll-us",
-        type=click.IntRange(0, 1_000_000),
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Microseconds to look out for the next request before sleeping.",
-    ),
+    _POLL_US,
     click.option(
         "--queue-threads",
         is_flag=True,
@@ -171,6 +173,7 @@ _OPTIONS = (
     ),
 )
 _VHOST_USER = ("miss_timeout", "track_dirty", "queue_threads")
+_PCI = ("revoke_after", "poll_us")
 _VFIO_USER = ("revoke_after",)
 _VIRTIO = ("iommu", "indirect", "in_order", "stop_timeout", "poll_us")
 _WATCH = ("control", "http")
@@ -222,7 +225,7 @@ def server_options(command: Command) -> Command:
 
 def pci_server_options(command: Command) -> Command:
     """Give a command the options of every server of a PCI device over vfio-user, as ``server``."""
-    return _with_server(command, (_REVOKE_AFTER,), _VFIO_USER)
+    return _with_server(command, (_REVOKE_AFTER, _POLL_US), _PCI)
 
 
 def _with_server(
@@ -301,7 +304,7 @@ class Server:
         A PCI device has no rings, and each transport has options of its own.
         """
         if isinstance(device, PciDevice):
-            names: tuple[str, ...] = _VFIO_USER
+            names: tuple[str, ...] = _PCI
         elif self._transport == "vfio-user":
             names = (*_VIRTIO, *_VFIO_USER, *_VIRTIO_PCI)
         else:

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 
-from guestio.addr import check_seconds
+from guestio.addr import check_int, check_seconds
 from guestio.budgets import DMA_REVOKE_AFTER, LONGEST_TIMEOUT, MAX_WAITING
 from guestio.control import schema
 from guestio.control.explain import check_explained, explain_range
@@ -22,6 +22,8 @@ from guestio.vfio_user.statistics import Statistics
 from guestio.virtio.host import DeviceHost
 
 log = logging.getLogger("guestio.vfio_user")
+
+MAX_POLL_US = 1_000_000
 
 
 class Server(WatchedServer):
@@ -69,6 +71,7 @@ class Server(WatchedServer):
         *,
         connect: bool = False,
         revoke_after: float = DMA_REVOKE_AFTER,
+        poll_us: int = 0,
         control: str | os.PathLike[str] | None = None,
         http: str | None = None,
         http_token: str | None = None,
@@ -77,6 +80,9 @@ class Server(WatchedServer):
         self.statistics = Statistics()
         virtio = self.device.virtio
         self.statistics.virtio = None if virtio is None else virtio.statistics
+        if not 0 <= check_int(poll_us, "poll_us") <= MAX_POLL_US:
+            raise ValueError(f"poll_us {poll_us} is not in 0..{MAX_POLL_US}")
+        self._poll_us = poll_us
         self._revoke_after = check_seconds(revoke_after, "revoke_after", LONGEST_TIMEOUT)
         super().__init__(
             path, connect=connect, log=log, control=control, http=http, http_token=http_token
@@ -88,6 +94,7 @@ class Server(WatchedServer):
         return f"<Server of {kind}, {self.ready_line}: {served}, {self.statistics}>"
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
+        self._loop.core.watch = self._poll_us / 1e6
         self._host = PciHost(self.device, self._loop)
         virtio = self.device.virtio
         served = self.device if virtio is None else virtio.device

@@ -16,7 +16,7 @@ from guestio._core.base.capacity cimport (
     LOOP_EVENTS, LOOP_QUEUE_TURNS, LOOP_REQUESTS, LOOP_TURNS,
 )
 from guestio._core.base.checks cimport as_address, as_milliseconds, as_moment, as_seconds, u64
-from guestio._core.base.clock cimport now_seconds
+from guestio._core.base.clock cimport now_ns, now_seconds
 from guestio._core.iommu.misses cimport Misses
 from guestio._core.virtio.chain cimport Server
 from guestio._core.virtio.counters cimport Counters
@@ -31,6 +31,9 @@ cdef extern from "<sys/epoll.h>" nogil:
         unsigned int events
         epoll_data_t data
     int epoll_wait(int epfd, epoll_event *events, int most, int timeout)
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
 
 cdef enum:
     WORK_BYTES = 64   # that take as long to move as a descriptor takes to be looked at
@@ -103,6 +106,10 @@ cdef class CoreLoop:
         round_bytes: Bytes of requests that queues are served between two looks at the descriptors;
             those that are left then are returned as very busy.
 
+    Attributes:
+        watch: Seconds to look out for more after a feed or a queue was served, before sleeping.
+            That spends a processor's time on waking up sooner.
+
     For one thread.
     """
 
@@ -110,10 +117,20 @@ cdef class CoreLoop:
     cdef list feeds
     cdef u64 moved        # bytes served in this round
     cdef u64 round_bytes
+    cdef u64 watch_ns
+    cdef u64 watch_until  # 0: nothing was served since the last sleep
 
     def __init__(self, round_bytes=1 << 62):
         self.round_bytes = as_address(round_bytes, "round_bytes")
         self.by_kick, self.feeds = {}, []
+
+    @property
+    def watch(self):
+        return self.watch_ns / 1e9
+
+    @watch.setter
+    def watch(self, seconds):
+        self.watch_ns = <u64>(as_seconds(seconds, "watch", 60) * 1e9)
 
     def add_feed(self, Feed feed not None):
         """Handle a feed's messages from now on."""
@@ -166,8 +183,14 @@ cdef class CoreLoop:
         for rounds in range(LOOP_TURNS):
             # A handler that ran during the last round may want this thread to stop.
             PyErr_CheckSignals()
-            with nogil:
-                count = epoll_wait(epfd, events, LOOP_EVENTS, timeout)
+            count = 0
+            if self.watch_until and timeout:
+                count = self.look_out(epfd, events, until)
+                if timeout > 0:
+                    timeout = as_milliseconds(until - now_seconds())
+            if not count:
+                with nogil:
+                    count = epoll_wait(epfd, events, LOOP_EVENTS, timeout)
             if count < 0:
                 if errno != EINTR:
                     raise OSError(errno, "waiting for descriptors failed")
@@ -180,11 +203,29 @@ cdef class CoreLoop:
             self.serve_kicks(events, count, fds, outcomes)
             for feed in self.feeds:
                 pending |= feed.pending
+            if self.watch_ns and count > len(fds):
+                self.watch_until = now_ns() + self.watch_ns
             if fds or outcomes or pending or not count:
                 break
             if timeout > 0:
                 timeout = as_milliseconds(until - now_seconds())
         return fds, [feed for feed in self.feeds if feed.pending] if pending else [], outcomes
+
+    cdef int look_out(self, int epfd, epoll_event *events, double latest) except? -1:
+        """Wait without sleeping, as long as that may pay; what ``epoll_wait`` returns.
+
+        Threads that wait for this processor have it first.
+        """
+        cdef u64 until = self.watch_until
+        cdef int count = 0
+        self.watch_until = 0
+        if latest:
+            until = min(until, <u64>(latest * 1e9))
+        with nogil:
+            while not count and now_ns() < until:
+                sched_yield()
+                count = epoll_wait(epfd, events, LOOP_EVENTS, 0)
+        return count
 
     cdef int serve_feed(
         self, Feed feed, epoll_event *events, int count, list fds, list outcomes
