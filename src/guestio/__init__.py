@@ -1,12 +1,13 @@
 """Virtual devices and the memory side of virtual machines.
 
 Packages, each importing only from those before it: ``errors``, ``addr``, ``_core`` (compiled),
-``memory`` (what memory the guest has), ``dma`` (mapping changes go out), ``iommu`` (which of it a
-device may touch), ``virtio`` (queues and devices), ``pci`` (PCI functions), ``peer`` (processes at
-the other end of a socket), ``vhost_user`` and ``vfio_user`` (transports), ``serving`` (a device,
-served until a signal), ``guest`` (a guest without a VM), ``cli``. ``testing`` is a kit for users'
-own tests. This module only re-exports; the packages are its attributes, imported when they are
-first used.
+``trace`` (what its tracepoints write), ``memory`` (what memory the guest has), ``dma`` (mapping
+changes go out), ``iommu`` (which of it a device may touch), ``virtio`` (queues and devices),
+``pci`` (PCI functions), ``peer`` (processes at the other end of a socket), ``control`` (a server,
+watched from outside), ``vhost_user`` and ``vfio_user`` (transports), ``serving`` (a device, served
+until a signal), ``guest`` (a guest without a VM), ``cli``. ``testing`` is a kit for users' own
+tests. This module only re-exports; the packages are its attributes, imported when they are first
+used.
 """
 
 import importlib
@@ -77,6 +78,7 @@ __version__ = "0.1.0"
 _PACKAGES = frozenset(
     {
         "cli",
+        "control",
         "dma",
         "faults",
         "guest",
@@ -84,6 +86,7 @@ _PACKAGES = frozenset(
         "memory",
         "pci",
         "testing",
+        "trace",
         "vfio_user",
         "vhost_user",
         "virtio",
