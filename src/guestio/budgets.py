@@ -354,6 +354,8 @@ CONTROL_EVENTS = 500
 """Events that a stream is sent in a tenth of a second; more are only counted as lost."""
 CONTROL_EXPLAIN_BYTES = 1 << 20
 """Bytes of a range that is explained at once; a longer one is refused (400)."""
+CONTROL_RECALL_SECONDS = 600.0
+"""Seconds after the last question about an address for which translations are recorded."""
 CONTROL_END_SECONDS = 1.0
 """Seconds that the end of a server waits for its control thread."""
 

@@ -18,6 +18,7 @@ from guestio.control.client import ControlClient
 from guestio.guest.load import Load, LoadResult
 from guestio.guest.plan import LoadPlan
 from guestio.pci import VirtioPci
+from guestio.trace import TraceReader, What
 from guestio.virtio.blk import BlockDevice
 from tests.kit.serving import Serving, nothing_left, until
 from tests.kit.vfio_client import ServingPci
@@ -74,6 +75,25 @@ def grown(client: ControlClient, before: dict[str, int], names: Any) -> dict[str
     return {name: counts[name] - before[name] for name in names}
 
 
+def check_explained(client: ControlClient, load: Load) -> None:
+    """A translation that came while it was asked about: since when, and what happened last."""
+    assert client.explain(0)["recorded_s"] == 0
+    asked = client.status()["time_s"]
+    load.run_requests(WARM_UP)
+    settled(client)
+    with TraceReader(from_start=True) as reader:
+        records = reader.read().records
+    updates = records[records["what"] == What.UPDATE]
+    if load.plan.iommu == "static":
+        return
+    latest = int(updates[-1]["address"])
+    found = client.explain(latest)
+    assert found["recorded_s"] > 0
+    assert {"update", "miss"} <= {each["what"] for each in found["last"]}
+    assert all(each["time_s"] > asked for each in found["last"])
+    assert found["translated"]
+
+
 def settled(client: ControlClient) -> dict[str, int]:
     """The counts once nothing is under way any more."""
     found = [client.status()["counts"]]
@@ -127,9 +147,11 @@ def test_a_vhost_user_disk_counts_what_its_guest_does(tmp_path: Path, iommu: Any
                 iotlb = status["iotlb"]
                 assert iotlb is not None
                 assert iotlb["miss_latency"]["count"] > 0
+                check_explained(client, load)
                 assert "ACCESS_PLATFORM" in status["peer"]["features"]  # type: ignore[index]
         until(lambda: client.status()["peer"] is None)
         # What was counted stays.
+        total = client.status()["queues"][0]["completed"]
         assert client.status()["queues"][0]["completed"] == total
         with Load(path, plan) as load:
             load.run_requests(10)

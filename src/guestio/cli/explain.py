@@ -16,8 +16,8 @@ HELP = """Say what ADDRESS leads to for the device of the server with the contro
 what maps it and since when, what a read and a write would meet, and what happened to it last.
 
 Behind an IOMMU it is an I/O virtual address, else a guest physical one; decimal, or 0x and
-hexadecimal. Changes of translations are recorded as long as the control socket is open, and
-forgotten after some ten thousand others.
+hexadecimal. The first question has changes of translations recorded from then on, until none was
+asked for ten minutes; the latest ten thousand or so are kept.
 
 \b
   guestio explain /tmp/blk.control 0xfffff000

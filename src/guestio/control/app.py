@@ -18,6 +18,7 @@ from guestio.budgets import CONTROL_EVENTS, CONTROL_STREAMS, FAULT_RULE_CHARS
 from guestio.control import metrics
 from guestio.control.explain import access_text
 from guestio.control.rates import Rates
+from guestio.control.recall import Recall
 from guestio.control.status import Observed, Switchable
 from guestio.errors import GuestioError
 from guestio.trace import Group, Records, TraceReader, Tracing, What
@@ -34,12 +35,15 @@ Handler = Callable[[Request], Awaitable[Response]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
-def make_app(observed: Observed, rates: Rates, *, token: str | None, local: bool) -> App:
+def make_app(
+    observed: Observed, rates: Rates, recall: Recall, *, token: str | None, local: bool
+) -> App:
     """The application.
 
     Args:
         observed: The server.
         rates: Knows its counts of before.
+        recall: Has changes of translations recorded.
         token: What each request must bring, or None.
         local: Whether requests are to name this machine as their host: a browser that was led here
             by another site's name does not.
@@ -56,7 +60,9 @@ def make_app(observed: Observed, rates: Rates, *, token: str | None, local: bool
         try:
             address = int(request.query_params["address"], 0)
             length = int(request.query_params.get("length", "1"), 0)
-            return JSONResponse(observed.explain(address, length))
+            found = observed.explain(address, length)
+            found["recorded_s"] = recall.ask()
+            return JSONResponse(found)
         except KeyError:
             return _refused(400, "say which address: /explain?address=0x1000")
         except (ValueError, GuestioError) as error:

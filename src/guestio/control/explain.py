@@ -89,6 +89,7 @@ def explain_range(
         "read": _verdict(address, length, mappings, Permissions.READ, translated=translated),
         "write": _verdict(address, length, mappings, Permissions.WRITE, translated=translated),
         "pending": pending,
+        "recorded_s": 0.0,
         "last": [_recorded(records[i]) for i in range(len(records) - 1, -1, -1)[:MOST_EVENTS]],
     }
 

@@ -289,5 +289,8 @@ class Explanation(TypedDict):
     """What a write would meet."""
     pending: bool
     """Whether its translation has been asked for, and no answer has come yet."""
+    recorded_s: float
+    """For how long changes of translations have been recorded; 0 if that begins with this
+    question."""
     last: list[Recorded]
     """The latest events about it, the newest first; 20 at most."""

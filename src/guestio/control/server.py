@@ -18,6 +18,7 @@ from guestio.budgets import (
     CONTROL_REQUEST_SECONDS,
 )
 from guestio.control.rates import Rates
+from guestio.control.recall import Recall
 from guestio.control.status import Observed
 from guestio.errors import DeviceError
 from guestio.peer.endpoint import Listener
@@ -26,7 +27,7 @@ from guestio.trace import Group, Tracing
 
 log = logging.getLogger("guestio.control")
 
-RECORDED: Final = Group.MEASURE | Group.TRANSLATIONS | Group.LIFE
+RECORDED: Final = Group.MEASURE | Group.LIFE
 """What is measured and written as long as a control socket is open."""
 
 NOTE_SECONDS: Final = 1.0
@@ -54,8 +55,8 @@ class ControlServer:
         path: Where the Unix socket is, or None.
         http: Where the TCP socket is, ``HOST:PORT``, or None.
 
-    Threads: any. Cost: a thread; latencies are measured while it is open, and changes of
-    translations recorded.
+    Threads: any. Cost: a thread; latencies are measured while it is open, rare events recorded, and
+    changes of translations from the first question about an address on.
     """
 
     def __init__(
@@ -86,25 +87,26 @@ class ControlServer:
                 host, port = listening.getsockname()[:2]
                 self.http = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
                 sockets.append((listening, token, local and token is None))
-            rates = Rates(observed)
+            rates, recall = Rates(observed), Recall()
+            undo.callback(recall.close)
             for listening, needed, local in sockets:
-                self._servers.append((_make(rates, needed, local=local), listening))
+                self._servers.append((_make(rates, recall, needed, local=local), listening))
             undo.enter_context(Tracing(RECORDED))
             self._thread = threading.Thread(
-                target=self._run, args=(rates,), name="guestio-control", daemon=True
+                target=self._run, args=(rates, recall), name="guestio-control", daemon=True
             )
             self._thread.start()
             self._undo = undo.pop_all()
 
-    def _run(self, rates: Rates) -> None:
+    def _run(self, rates: Rates, recall: Recall) -> None:
         try:
-            asyncio.run(self._serve(rates))
+            asyncio.run(self._serve(rates, recall))
         except BaseException:
             LOG.report(log, logging.ERROR, "the control socket failed", trace=True)
 
-    async def _serve(self, rates: Rates) -> None:
+    async def _serve(self, rates: Rates, recall: Recall) -> None:
         asyncio.get_running_loop().set_exception_handler(_report)
-        noting = asyncio.ensure_future(_note(rates))
+        noting = asyncio.ensure_future(_note(rates, recall))
         try:
             await asyncio.gather(*(server._serve([sock]) for server, sock in self._servers))
         finally:
@@ -171,7 +173,7 @@ def _listen_tcp(where: str, token: str | None) -> tuple[socket.socket, bool]:
     return listening, local
 
 
-def _make(rates: Rates, token: str | None, *, local: bool) -> Any:
+def _make(rates: Rates, recall: Recall, token: str | None, *, local: bool) -> Any:
     """What serves one socket."""
     import uvicorn
 
@@ -179,7 +181,7 @@ def _make(rates: Rates, token: str | None, *, local: bool) -> Any:
     from guestio.control.guard import GuardedProtocol
 
     config = uvicorn.Config(
-        make_app(rates.observed, rates, token=token, local=local),
+        make_app(rates.observed, rates, recall, token=token, local=local),
         http=GuardedProtocol,
         ws="none",
         lifespan="off",
@@ -196,10 +198,11 @@ def _make(rates: Rates, token: str | None, *, local: bool) -> Any:
     return uvicorn.Server(config)
 
 
-async def _note(rates: Rates) -> None:
+async def _note(rates: Rates, recall: Recall) -> None:
     while True:
         try:
             rates.note()
+            recall.look()
         except Exception:
             LOG.report(log, logging.ERROR, "the status of a server failed", trace=True)
         await asyncio.sleep(NOTE_SECONDS)

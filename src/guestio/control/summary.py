@@ -157,6 +157,8 @@ def explanation_text(found: Explanation) -> str:
             f"  mapped: {each['address']:#x}+{each['length_bytes']:#x} -> {each['target']:#x} "
             f"{each['access'] or 'no access'}{since}"
         )
+    if found["translated"] and not found["recorded_s"]:
+        lines.append("  changes of translations are recorded from now on: ask again")
     lines += ["  what happened last:"] if found["last"] else ["  nothing is recorded about it"]
     for event in found["last"]:
         lines.append(

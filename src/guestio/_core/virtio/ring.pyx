@@ -347,12 +347,14 @@ cdef class Ring(RingAreas):
         cdef Chain chain = self.scratch
         cdef i64 written
         chain.position = self.taken_at
-        if tracing & REQUESTS:
+        # Looked at once, for a request that is served as well.
+        cdef int traced = tracing & REQUESTS
+        if traced:
             self.trace_head(WHAT_TAKEN, chain, 0)
         if server is not None and chain.fault is None:
             written = server.serve(chain)
             if written != NOT_SERVED:
-                if tracing & REQUESTS:
+                if traced:
                     self.trace_head(WHAT_SERVED, chain, written)
                 self.moved += chain.readable.total + chain.writable.total
                 chain.clear()
