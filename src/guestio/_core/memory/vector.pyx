@@ -473,7 +473,7 @@ cdef class IoVector:
             else:
                 n = min(self.vec[i].iov_len - start, count)
                 if self.origin[i].bitmap is not NULL and takes_marks(self.origin[i].bitmap):
-                    (<AtomicBitmap>self.origin[i].bitmap).mark(self.origin[i].offset + start, n)
+                    mark_in(self.origin[i].bitmap, self.origin[i].offset + start, n)
                 if self.origin[i].second is not NULL:
                     (<AtomicBitmap>self.origin[i].second).mark(
                         self.origin[i].second_offset + start, n
