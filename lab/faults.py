@@ -222,7 +222,11 @@ def run(
                 if beat != last:
                     last, at = beat, time.monotonic()
                 told = running.facts().keys() >= set(names)
-                if told or time.monotonic() - at > (60 if last > 0 else BOOT_SECONDS):
+                if (
+                    told
+                    or beat >= USE_SECONDS - 1
+                    or time.monotonic() - at > (30 if last > 0 else BOOT_SECONDS)
+                ):
                     break
                 time.sleep(0.1)
             if status is None:
