@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from guestio import budgets
 from guestio.cli import cli
-from guestio.control import schema
+from guestio.control import guard, schema
 from guestio.control.client import ControlClient
 from guestio.control.server import ControlServer
 from guestio.errors import DeviceError
@@ -130,10 +130,25 @@ def test_junk_is_refused(serving: Serving, control: Path, request_: bytes, statu
     check(serving, control)
 
 
-def test_clients_that_stall_make_way(
+def test_one_client_too_many_replaces_the_oldest(
     serving: Serving, control: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has a limited time; and one too many replaces the oldest at once."""
+    monkeypatch.setattr(guard, "CONTROL_REQUEST_SECONDS", 1000.0)
+    stalled = [connect(control) for _ in range(budgets.CONTROL_CONNECTIONS + 5)]
+    try:
+        for client in stalled[:5]:
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(1) == b""
+        check(serving, control)
+        stalled[-1].settimeout(0.01)
+        with pytest.raises(TimeoutError):
+            stalled[-1].recv(1)
+    finally:
+        for client in stalled:
+            client.close()
+
+
+def test_clients_that_stall_make_way(serving: Serving, control: Path) -> None:
     stalled = [connect(control) for _ in range(budgets.CONTROL_CONNECTIONS + 5)]
     try:
         for client in stalled[::2]:

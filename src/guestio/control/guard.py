@@ -25,8 +25,13 @@ class GuardedProtocol(H11Protocol):
         super().connection_made(transport)
         self._since = self._stuck_since = self.loop.time()
         self._guard = self.loop.call_later(LOOK_SECONDS, self._look)
-        if len(self.connections) > CONTROL_CONNECTIONS:
-            others: list[Any] = [each for each in self.connections if each is not self]
+        # Those that were aborted are there until the loop gets to it.
+        others: list[Any] = [
+            each
+            for each in self.connections
+            if each is not self and not each.transport.is_closing()
+        ]
+        if len(others) >= CONTROL_CONNECTIONS:
             # Streams last; all else should have been over long ago.
             oldest = min(others, key=lambda each: (each.streaming, each._since))
             oldest.transport.abort()
