@@ -205,15 +205,20 @@ class Server:
         tree: The checkout.
         counter: Counts.
         directory: A place for its files, its own.
+        control: Whether it has a control socket.
     """
 
-    def __init__(self, tree: Path, counter: Counter, directory: Path) -> None:
+    def __init__(
+        self, tree: Path, counter: Counter, directory: Path, *, control: bool = False
+    ) -> None:
         self._counter, self._directory = counter, directory
         self._socket = str(directory / "disk.sock")
         image = directory / "disk.img"
         image.write_bytes(os.urandom(IMAGE_BYTES))
         # The same Python for every checkout; its own comes first in its path.
         program = [sys.executable, "-m", "guestio", "blk", str(image), "--socket", self._socket]
+        if control:
+            program += ["--control", str(directory / "control")]
         environment = os.environ | {
             "PYTHONPATH": str(tree / "src"),
             "PYTHONHASHSEED": "0",
@@ -277,6 +282,7 @@ def measure(
     keep: Path | None,
     *,
     logs: bool = False,
+    control: bool = False,
 ) -> dict[str, float]:
     """Instructions per request of every row for a checkout, one server for all of them.
 
@@ -287,10 +293,11 @@ def measure(
         repeats: Pairs of N and 2 N requests.
         keep: Where to keep the last file that callgrind wrote for each row, if anywhere.
         logs: Whether the pages that are written are logged meanwhile.
+        control: Whether the server has a control socket.
     """
     found = {}
     with tempfile.TemporaryDirectory(prefix="guestio-bench-", dir="/dev/shm") as name:
-        server = Server(tree, counter, Path(name))
+        server = Server(tree, counter, Path(name), control=control)
         try:
             for row in rows:
                 found[row.name] = server.count(row, repeats, logs=logs)
@@ -331,6 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--log", action="store_true", help="count with a dirty log, and compare with none"
     )
+    parser.add_argument("--control", action="store_true", help="with a control socket open")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--keep", type=Path, help="where to keep callgrind's files")
     given = parser.parse_args(arguments)
@@ -358,7 +366,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with console.status("counting without a log"):
             before = measure(rows, HERE, counter, given.repeats, None)
     with console.status("counting"):
-        now = measure(rows, HERE, counter, given.repeats, given.keep, logs=given.log)
+        now = measure(
+            rows,
+            HERE,
+            counter,
+            given.repeats,
+            given.keep,
+            logs=given.log,
+            control=given.control,
+        )
     if given.json:
         print(json.dumps(now, indent=1))
     console.print(show(now, before))
