@@ -67,6 +67,8 @@ def test_a_server_misbehaves_says_so_and_counts(
         with pytest.raises(BlkError):
             guest.read(8, 512)
         guest.submit(4)  # a flush, which stalls
+        while "fault 2 (stall op=flush): flush" not in process.stderr.readline():
+            assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=LIMIT)[1]
     assert process.returncode == 0
