@@ -1,4 +1,5 @@
 from collections.abc import Container
+from typing import Self
 
 from typing_extensions import disjoint_base
 
@@ -35,7 +36,7 @@ def open_rings(known: Container[int] = ()) -> list[RingReader]: ...
 
 @disjoint_base
 class RingReader:
-    def __init__(self, fd: int) -> None: ...
+    def __new__(cls, fd: int) -> Self: ...
     @property
     def number(self) -> int: ...
     @property
