@@ -522,14 +522,15 @@ def test_untaken_buffers_cost_nothing_behind_an_iommu(plug: Plug, port: Port) ->
     _, serving = plug(port)
     with NetGuest(serving.path, iommu=True, map_all=False) as guest:
         guest.post(*[2000] * 60)
-        asked = serving.stats.counters.misses
         wait_quiet()
-        assert serving.stats.counters.misses == asked
+        # Those of the rings' three areas; the buffers lie in 30 pages.
+        assert serving.stats.counters.misses <= 2 * 3
         guest.frontend.iotlb.map(BUFFERS, BUFFERS, 0x40000, Permissions.READ_WRITE)
         for seed in range(3):
             arrive(port, frame(seed=seed))
             assert guest.receive()[1] == frame(seed=seed)
         # An invalidation waits for nothing, and what was translated ahead is not used any more.
+        asked = serving.stats.counters.misses
         guest.frontend.iotlb.unmap((BUFFERS, 0x40000))
         guest.frontend.iotlb.map(BUFFERS, BUFFERS + 0x40000, 0x40000, Permissions.READ_WRITE)
         arrive(port, frame(100, seed=9))
