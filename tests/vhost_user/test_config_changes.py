@@ -154,8 +154,8 @@ def test_nothing_is_told_that_was_not_negotiated(
         with ours, theirs:
             if lacking == ProtocolFeature.CONFIG:
                 frontend.request(F.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
-            # A device without a state of its own offers no DEVICE_STATE.
-            features = PROTOCOL_FEATURES & ~lacking & ~ProtocolFeature.DEVICE_STATE
+            # Only network cards are announced.
+            features = PROTOCOL_FEATURES & ~lacking & ~ProtocolFeature.RARP
             frontend.request(F.SET_PROTOCOL_FEATURES, struct.pack("=Q", features))
             driver.add_queue(0)
             device.change(1)

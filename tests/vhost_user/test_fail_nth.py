@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from guestio._core.base import variant
-from tests.vhost_user.fail_nth.matrix import MODES, Bench, cases
-from tests.vhost_user.fail_nth.script import Contents, whole_connection
-from tests.vhost_user.fail_nth.shim import ERRORS, SIGTERM, Server, build, fail_at_start, serving
+from tests.kit.fail_nth.matrix import MODES, Bench, cases
+from tests.kit.fail_nth.script import Contents, whole_connection
+from tests.kit.fail_nth.shim import ERRORS, SIGTERM, Server, build, fail_at_start
 
 WITHIN = 10.0
 """Seconds that the next front-end may wait at most; where nothing else runs it is below one."""
@@ -42,8 +42,8 @@ def test_after_any_failure_the_next_front_end_is_served(
 ) -> None:
     functions = [name for name in ERRORS if name != "python"]
     failed = set()
-    with serving(library, tmp_path, contents.path, *MODES[mode]) as server:
-        bench = Bench(server, contents)
+    with MODES[mode].serving(library, tmp_path, contents.path) as server:
+        bench = Bench(server, contents, MODES[mode])
         for case in cases(bench.calls, functions, most=most):
             injected, took = bench.run(case)
             assert took < WITHIN, str(case)

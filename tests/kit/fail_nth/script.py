@@ -13,10 +13,13 @@ from guestio.guest.blkqueue import BlkError
 from guestio.guest.disk import ScriptedGuest
 from guestio.vhost_user.frontend import PROTOCOL_FEATURES, Frontend
 from guestio.vhost_user.messages import ProtocolFeature
+from tests.kit.pci_disks import DiskError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from tests.kit.pci_disks import PciDisk
 
 CHUNK = 4096
 SECTORS = CHUNK // 512
@@ -161,4 +164,48 @@ def next_one_is_served(socket: Path, contents: Contents) -> float:
         with contents.changing(13, data):
             guest.write(13 * SECTORS, data)
         contents.check(13, guest.read(13 * SECTORS, CHUNK))
+    return time.monotonic() - start
+
+
+def whole_pci_connection(
+    connect: Callable[[Path, float], PciDisk], socket: Path, contents: Contents
+) -> list[str]:
+    """The same for a disk on PCI, as :func:`whole_connection`."""
+    failed: list[str] = []
+
+    @contextlib.contextmanager
+    def trying(what: str) -> Iterator[None]:
+        try:
+            yield
+        except DiskError as error:
+            failed.append(f"{what}: {error}")
+
+    try:
+        with contextlib.closing(connect(socket, PATIENCE)) as disk:
+            for chunk in range(3):
+                data = contents.fresh()
+                with trying("write"), contents.changing(chunk, data):
+                    disk.write(chunk, data)
+            for chunk in range(8):
+                with trying("read"):
+                    contents.check(chunk, disk.read(chunk))
+            with trying("flush"):
+                disk.flush()
+            disk.reset()
+    except (GuestioError, OSError) as error:
+        failed.append(f"{type(error).__name__}: {error}")
+    return failed
+
+
+def next_pci_one_is_served(
+    connect: Callable[[Path, float], PciDisk], socket: Path, contents: Contents
+) -> float:
+    """As :func:`next_one_is_served`."""
+    start = time.monotonic()
+    with contextlib.closing(connect(socket, 20.0)) as disk:
+        contents.check(3, disk.read(3))
+        data = contents.fresh()
+        with contents.changing(13, data):
+            disk.write(13, data)
+        contents.check(13, disk.read(13))
     return time.monotonic() - start

@@ -1,26 +1,73 @@
 """Which call fails and how, and what must hold afterwards.
 
-`python -m tests.vhost_user.fail_nth.matrix` runs all of it, which takes long; see `./run fail-nth`.
+`python -m tests.kit.fail_nth.matrix` runs all of it, which takes long; see `./run fail-nth`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import functools
 import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.vhost_user.fail_nth.script import Contents, next_one_is_served, whole_connection
-from tests.vhost_user.fail_nth.shim import ERRORS, SIGTERM, Server, build, serving
+from tests.kit.fail_nth.script import (
+    Contents,
+    next_one_is_served,
+    next_pci_one_is_served,
+    whole_connection,
+    whole_pci_connection,
+)
+from tests.kit.fail_nth.shim import ERRORS, SIGTERM, Server, build, serving
+from tests.kit.pci_disks import NvmeDisk, VirtioDisk
 
 SERVED_WITHIN = 1.0
-CLEAN_WITHIN = 5.0
-MODES = {"one thread": (), "queue threads": ("--queue-threads",)}
+CLEAN_WITHIN = 20.0
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to serve a disk, and what uses it.
+
+    Attributes:
+        options: Of the command.
+        command: Which one.
+        whole: Connects, uses the disk in every way, and says what failed.
+        following: Is another one that uses it; the seconds that took.
+    """
+
+    options: tuple[str, ...] = ()
+    command: str = "blk"
+    whole: Callable[[Path, Contents], list[str]] = whole_connection
+    following: Callable[[Path, Contents], float] = next_one_is_served
+
+    @contextlib.contextmanager
+    def serving(self, library: Path, directory: Path, image: Path) -> Iterator[Server]:
+        """A server in the shim."""
+        with serving(library, directory, image, *self.options, command=self.command) as server:
+            yield server
+
+
+MODES = {
+    "one thread": Mode(),
+    "queue threads": Mode(("--queue-threads",)),
+    "vfio-user": Mode(
+        ("--transport", "vfio-user"),
+        whole=functools.partial(whole_pci_connection, VirtioDisk),
+        following=functools.partial(next_pci_one_is_served, VirtioDisk),
+    ),
+    "nvme": Mode(
+        command="nvme",
+        whole=functools.partial(whole_pci_connection, NvmeDisk),
+        following=functools.partial(next_pci_one_is_served, NvmeDisk),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -48,16 +95,18 @@ class Bench:
     Args:
         server: The server.
         contents: Of its image.
+        mode: How it serves it.
 
     Attributes:
         calls: How often each function is called in a connection where nothing fails.
     """
 
-    def __init__(self, server: Server, contents: Contents) -> None:
-        self.server, self.contents = server, contents
+    def __init__(self, server: Server, contents: Contents, mode: Mode) -> None:
+        self.server, self.contents, self.mode = server, contents, mode
+        self._own = server.footprint()[2]
         for _ in range(2):
             server.arm()
-            failed = whole_connection(server.socket, contents)
+            failed = mode.whole(server.socket, contents)
             self._until_gone()
             self.calls, _ = server.disarm()
             assert not failed, (failed, *server.log)
@@ -66,7 +115,7 @@ class Bench:
     def _until_gone(self) -> None:
         """Wait until the back-end has let go of everything that a front-end shared."""
         deadline = time.monotonic() + CLEAN_WITHIN
-        while self.server.footprint()[2] and time.monotonic() < deadline:
+        while self.server.footprint()[2] > self._own and time.monotonic() < deadline:
             time.sleep(0.002)
 
     def run(self, case: Case) -> tuple[bool, float]:
@@ -80,11 +129,11 @@ class Bench:
         """
         server = self.server
         server.arm(case.function, case.nth, case.error)
-        failed = whole_connection(server.socket, self.contents)
+        failed = self.mode.whole(server.socket, self.contents)
         self._until_gone()
         _, injected = server.disarm()
         assert server.status is None, f"{case}: it ended with {server.status}: {failed}"
-        took = next_one_is_served(server.socket, self.contents)
+        took = self.mode.following(server.socket, self.contents)
         deadline = time.monotonic() + CLEAN_WITHIN
         while (now := server.footprint()) != self._footprint and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -131,35 +180,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     functions = given.only or [name for name in ERRORS if name != "python"]
     until, bad, done = time.monotonic() + given.seconds, 0, 0
     slowest = (0.0, "")
-    for mode in given.mode or MODES:
-        with tempfile.TemporaryDirectory(prefix="guestio-fail-nth-") as name:
-            directory = Path(name)
+    for name in given.mode or MODES:
+        mode = MODES[name]
+        with tempfile.TemporaryDirectory(prefix="guestio-fail-nth-") as made:
+            directory = Path(made)
             library = build(directory)
             contents = Contents(directory / "disk.img")
-            with serving(library, directory, contents.path, *MODES[mode]) as server:
-                calls = Bench(server, contents).calls
-            print(f"{mode}: {calls}", flush=True)
+            with mode.serving(library, directory, contents.path) as server:
+                calls = Bench(server, contents, mode).calls
+            print(f"{name}: {calls}", flush=True)
             pending = list(cases(calls, functions, most=given.most))
             while pending and time.monotonic() < until:
                 contents = Contents(directory / "disk.img")
                 try:
-                    with serving(library, directory, contents.path, *MODES[mode]) as server:
-                        bench = Bench(server, contents)
+                    with mode.serving(library, directory, contents.path) as server:
+                        bench = Bench(server, contents, mode)
                         while pending and time.monotonic() < until:
                             case = pending.pop(0)
                             done += 1
                             _, took = bench.run(case)
-                            slowest = max(slowest, (took, f"{mode}: {case}"))
+                            slowest = max(slowest, (took, f"{name}: {case}"))
                             if took > SERVED_WITHIN:
-                                print(f"SLOW {mode}: {case}: {took:.1f} s", flush=True)
+                                print(f"SLOW {name}: {case}: {took:.1f} s", flush=True)
                 except Exception as error:
                     bad += 1
-                    print(f"BAD {mode}: {case}: {type(error).__name__}: {error}", flush=True)
+                    print(f"BAD {name}: {case}: {type(error).__name__}: {error}", flush=True)
                     for line in itertools.islice(server.log, max(0, len(server.log) - 25), None):
                         print("    ", line, flush=True)
                     server.close()
             if pending:
-                print(f"{mode}: {len(pending)} cases were not run", flush=True)
+                print(f"{name}: {len(pending)} cases were not run", flush=True)
     print(f"{done} cases, {bad} bad; the next front-end waited at most {slowest}")
     return int(bad > 0)
 

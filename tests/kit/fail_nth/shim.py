@@ -1,4 +1,4 @@
-"""Starting `guestio blk` so that one of its calls can be made to fail, and having it fail."""
+"""Starting a disk's server so that one of its calls can be made to fail, and having it fail."""
 
 from __future__ import annotations
 
@@ -122,13 +122,14 @@ def fail_at_start(
 
 
 class Server:
-    """`guestio blk` in the shim.
+    """`guestio blk`, or another command that serves an image, in the shim.
 
     Args:
         library: The shim.
         directory: A place of its own, with the image.
         image: The image.
         options: More options of the command.
+        command: Which command.
 
     Attributes:
         socket: Where it listens.
@@ -136,12 +137,14 @@ class Server:
         log: The last lines that it wrote.
     """
 
-    def __init__(self, library: Path, directory: Path, image: Path, *options: str) -> None:
+    def __init__(
+        self, library: Path, directory: Path, image: Path, *options: str, command: str = "blk"
+    ) -> None:
         self.socket = directory / "disk.sock"
         self._page, environment = _open_page(directory)
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "guestio", "blk", str(image)),
+                *(sys.executable, "-m", "guestio", command, str(image)),
                 *("--socket", str(self.socket), "--io-threads", "1", *options),
             ],
             env=environment | {"LD_PRELOAD": str(library)},
@@ -224,9 +227,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(library: Path, directory: Path, image: Path, *options: str) -> Iterator[Server]:
+def serving(
+    library: Path, directory: Path, image: Path, *options: str, command: str = "blk"
+) -> Iterator[Server]:
     """A server that ends as it should: by SIGTERM, with status 0 and without its socket."""
-    with Server(library, directory, image, *options) as server:
+    with Server(library, directory, image, *options, command=command) as server:
         yield server
         assert server.terminate() == 0
         assert not server.socket.exists()
