@@ -275,7 +275,9 @@ class BitmapMachine(RuleBasedStateMachine):
             self.bitmap.slice_at(offset).set_range(start - offset, length)
         else:
             self.bitmap.set_range(start, length)
-        self.dirty |= self.touched(start, length)
+        # Behind the last byte there is nothing to mark, also where its page would go on.
+        if start < self.size:
+            self.dirty |= self.touched(start, length)
 
     @rule(start=starts, length=lengths)
     def reset_range(self, start, length):
