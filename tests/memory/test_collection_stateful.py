@@ -275,9 +275,7 @@ class BitmapMachine(RuleBasedStateMachine):
             self.bitmap.slice_at(offset).set_range(start - offset, length)
         else:
             self.bitmap.set_range(start, length)
-        # Behind the last byte there is nothing to mark, also where its page would go on.
-        if start < self.size:
-            self.dirty |= self.touched(start, length)
+        self.dirty |= self.touched(start, length)
 
     @rule(start=starts, length=lengths)
     def reset_range(self, start, length):
@@ -354,6 +352,17 @@ def test_bitmaps_agree_with_sets():
     run_state_machine_as_test(
         BitmapMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
     )
+
+
+def test_a_byte_behind_the_end_in_the_last_page():
+    bitmap = AtomicBitmap(4, 3)
+    bitmap.set_range(6, 1)
+    assert bitmap.count() == 0
+    bitmap.set_range(5, 1)
+    assert bitmap.dirty_pages().tolist() == [1]
+    bitmap.reset_range(5, 1)
+    bitmap.set_range(0, 2**64)
+    assert bitmap.count() == 2
 
 
 def test_page_sizes_that_do_not_fit():

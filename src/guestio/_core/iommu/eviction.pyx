@@ -92,6 +92,8 @@ cdef size_t evict(
 ) noexcept:
     """Drop the entries beyond the limit that were used least recently; the number of them.
 
+    Plain C on memory that is there already: it cannot raise, amid a change.
+
     What is pinned or in use at this moment stays, and counts as used now. Once so many of those
     came up (EVICTION_KEPT, fewer if many leases had to be looked at) the rest is left to the next
     change, and the limit is exceeded meanwhile. So is a change bounded that follows many uses:

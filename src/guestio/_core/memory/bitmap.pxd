@@ -42,7 +42,10 @@ cdef inline bint takes_marks(void *bitmap) noexcept nogil:
 
 
 cdef inline void mark_in(void *bitmap, u64 start, u64 length) noexcept nogil:
-    """:meth:`AtomicBitmap.mark`; a few pages in a dirty log alone without a call."""
+    """:meth:`AtomicBitmap.mark`; a few pages in a dirty log alone without a call.
+
+    Plain C: it cannot raise.
+    """
     cdef LogTarget *log = (<AtomicBitmap>bitmap).target
     cdef u64 first = ((<AtomicBitmap>bitmap).log_start + start) >> 12
     cdef u64 last = ((<AtomicBitmap>bitmap).log_start + start + length - 1) >> 12

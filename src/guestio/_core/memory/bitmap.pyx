@@ -249,11 +249,17 @@ cdef class AtomicBitmap:
     def set_range(self, start, length):
         """Mark every page that ``[start, start + length)`` touches. O(pages / 64)."""
         cdef Span span
+        cdef u64 last
         as_span(start, length, &span, True)
-        if not span.empty and span.first < self.byte_size:
-            # As much of it as is covered, so that its length fits.
-            span.last = min(span.last, self.byte_size - 1)
-            self.mark(span.first, span.last - span.first + 1)
+        if span.empty or not self.byte_size:
+            return
+        last = (self.byte_size - 1) // self.page_size
+        if span.first // self.page_size <= last:
+            # No more of it than its pages hold. A length of 2**64 would not fit; its last byte has
+            # no page of its own.
+            last *= self.page_size
+            last += min(self.page_size - 1, <u64>-1 - last)
+            self.mark(span.first, min(min(span.last, last) - span.first, <u64>-2) + 1)
 
     def reset_range(self, start, length):
         """Clear every page that ``[start, start + length)`` touches. O(pages / 64)."""

@@ -270,7 +270,7 @@ cdef class Ring(RingAreas):
         return served
 
     cdef void begin_batch(self) noexcept:
-        """Begin to take requests; what was found at once shares its time."""
+        """Begin to take requests, which share the time of now. Plain C: it cannot raise."""
         self.work = self.moved = 0
         self.crowded = False
         self.since = now_ns() if tracing & (REQUESTS | MEASURE) else 0
