@@ -57,10 +57,11 @@ def readme_program(more: str = "") -> str:
     )
     source = next(block for block in found if "class Adder" in block)
     assert len(source.splitlines()) <= 40
-    last = "guestio.serve(Adder(), sys.argv[1])\n"
-    assert source.endswith("\n" + last)
+    serve = "guestio.serve(Adder(), sys.argv[1])\n"
+    last = f'\nif __name__ == "__main__":\n    {serve}'
+    assert source.endswith(last)
     counts = "print(counted, f'interrupts={counted.interrupts}')\n"
-    return source.removesuffix(last) + f"{more}counted = {last}{counts}"
+    return source.removesuffix(last) + f"{more}counted = {serve}{counts}"
 
 
 @contextlib.contextmanager

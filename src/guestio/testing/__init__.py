@@ -1,8 +1,9 @@
 """The test kit: what users need to test devices and mapping targets of their own.
 
-The guest without a virtual machine comes from :mod:`guestio.guest`, with a driver for any device
-and one for disks; ``server`` serves a device for as long as a test lasts; ``targets`` has DMA
-targets that remember and that fail, ``host_iommu`` a host's IOMMU without hardware.
+The guest without a virtual machine comes from :mod:`guestio.guest`, with a driver for any virtio
+device and one for disks; ``pci_driver`` drives a PCI function; ``server`` serves a device for as
+long as a test lasts; ``targets`` has DMA targets that remember and that fail, ``host_iommu`` a
+host's IOMMU without hardware.
 """
 
 from guestio.guest import (
@@ -16,18 +17,21 @@ from guestio.guest import (
     Shape,
 )
 from guestio.testing.host_iommu import DmaFaultError, SimulatedBar, SimulatedHostIommu
+from guestio.testing.pci_driver import DmaBuffer, PciDriver
 from guestio.testing.server import serving
 from guestio.testing.targets import DmaEvent, FailAfter, RecordingTarget, ReplacingTarget
 
 __all__ = [
     "BlkConfig",
     "BlkError",
+    "DmaBuffer",
     "DmaEvent",
     "DmaFaultError",
     "Driver",
     "DriverBuffer",
     "FailAfter",
     "IommuMode",
+    "PciDriver",
     "RecordingTarget",
     "ReplacingTarget",
     "Request",

@@ -151,7 +151,7 @@ class Client(PciFunction):
         state = "closed" if self._closed else "connected"
         if not self._closed and self._life.exchange.failure is not None:
             state = "server gone"
-        return f"<Client of {self.address}: {state}, {len(self._mapped)} mappings>"
+        return f"<{type(self).__name__} of {self.address}: {state}, {len(self._mapped)} mappings>"
 
     # The connection
 
@@ -381,6 +381,11 @@ class Client(PciFunction):
     def closed(self) -> bool:
         """Whether it has been closed."""
         return self._closed
+
+    @property
+    def failure(self) -> ServerGoneError | None:
+        """What ended the connection, or None while it lives. From any thread, without waiting."""
+        return self._life.exchange.failure
 
     @property
     def limits(self) -> Limits:
