@@ -238,6 +238,7 @@ def test_frames_and_buffers_are_as_in_a_model(
         made.filler.mergeable = mergeable
         if by_fd:
             made.filler.fd = made.near.fileno()
+        made.far.setblocking(False)
         received: list[bytes] = []
         used: list[int] = []
         for number, (what, value) in enumerate(operations):
@@ -250,7 +251,12 @@ def test_frames_and_buffers_are_as_in_a_model(
             else:
                 data = frame(value, number)
                 if by_fd:
-                    made.far.send(bytes(HEADER) + data)
+                    try:
+                        made.far.send(bytes(HEADER) + data)
+                    except BlockingIOError:
+                        # The cable holds what its kernel lets it, and nothing takes from it
+                        # while there are no buffers.
+                        continue
                 else:
                     assert made.filler.give(data)
                 model.waiting.append(data)
