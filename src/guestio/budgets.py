@@ -368,3 +368,12 @@ FAULT_RULE_CHARS = 1000
 FAULT_PAGES = 4096
 """Pages of buffers that such a device remembers, to access them after they were unmapped; the
 oldest is forgotten for a further one."""
+
+JUDGE_REASONS = 1
+"""Breaches of one demand that `check --front-end` keeps the reason of; further ones are counted."""
+
+JUDGE_MISSES = 4096
+"""Translations that such a judge asks for at a time for one range; the rest follows."""
+
+JUDGE_PIECE = 1 << 20
+"""Bytes that such a judge's device moves in one step."""

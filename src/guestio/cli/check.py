@@ -1,10 +1,12 @@
-"""``guestio check``: what a vhost-user back-end does with everything that it may be sent."""
+"""``guestio check``: what a back-end, a front-end or a vfio-user server does, judged."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -13,7 +15,7 @@ from guestio.errors import DeviceError
 
 # What only this command needs is imported when it runs: the other commands start without it.
 if TYPE_CHECKING:
-    from guestio.faults import Check, Report, Result
+    from guestio.faults import Check, Demand, Report, Result
 
 HELP = """Run the conformance catalogue against the vhost-user back-end that listens on SOCKET.
 
@@ -53,11 +55,26 @@ A QEMU guest with a disk whose back-end is to be checked, for comparison:
     -device vhost-user-blk-pci,chardev=c0,num-queues=1 \\
     -kernel vmlinuz -initrd initrd -append "root=/dev/vda"
 
+--front-end turns it round: the command listens on SOCKET as a back-end with a small device, and
+judges the front-end that connects, and the driver of its guest, until it hangs up, --seconds are
+over, or SIGINT. What did not happen is a SKIP, so let the guest do what is to be judged:
+
+\b
+  guestio check --front-end /tmp/judge.sock &
+  qemu-system-x86_64 -machine q35,memory-backend=mem -m 1G \\
+    -object memory-backend-memfd,id=mem,size=1G,share=on \\
+    -chardev socket,id=c0,path=/tmp/judge.sock \\
+    -device vhost-user-blk-pci,chardev=c0,num-queues=1 \\
+    -kernel vmlinuz -initrd initrd -append "root=/dev/vda"
+
 Exit status: 0 if nothing is FAIL, WEDGED or CRASH, 1 if something is or the back-end cannot be
-reached, 2 for bad arguments, 130 after SIGINT, with the verdicts until then.
+reached, 2 for bad arguments, 130 after SIGINT, with the verdicts until then; with --front-end
+SIGINT is one of its ends.
 """
 
 _DEVICES: Final = ("blk", "net", "console", "rng", "input", "fs", "any")
+_FRONT_END_ONLY: Final = ("image", "queues", "iommu", "seconds")
+_BACK_END_ONLY: Final = ("severity", "seed", "queue", "writable", "command")
 _COLORS: Final = {
     "PASS": "green",
     "REJECT": "cyan",
@@ -71,11 +88,17 @@ _COLORS: Final = {
 @click.command("check", help=HELP)
 @click.argument("socket", required=False, type=click.Path())
 @click.option(
+    "--front-end",
+    is_flag=True,
+    help="Listen on SOCKET as a back-end, and judge the front-end that connects.",
+)
+@click.option(
     "--device",
     type=click.Choice(_DEVICES),
     default="blk",
     show_default=True,
-    help="Type of the device. 'any' applies the rules of messages and rings alone.",
+    help="Type of the device. 'any' applies the rules of messages and rings alone. With "
+    "--front-end: blk, net, console or rng.",
 )
 @click.option(
     "--only",
@@ -104,14 +127,36 @@ _COLORS: Final = {
 @click.option(
     "--patience",
     type=Seconds(0.05, 600),
-    default=1.0,
-    show_default=True,
-    help="Seconds that an answer, and the honest request after each check, may take.",
+    help="Seconds that an answer, and the honest request after each check, may take.  [default: 1, "
+    "with --front-end 2]",
 )
 @click.option(
     "--command",
     metavar="WORDS",
     help="Starts the back-end, now and whenever it has ended.",
+)
+@click.option(
+    "--image",
+    type=click.Path(),
+    metavar="FILE",
+    help="With --front-end: what is on the disk, which is WRITTEN. By default 64 MiB of zeroes.",
+)
+@click.option(
+    "--queues",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="With --front-end: request queues of the disk.  [default: 1]",
+)
+@click.option(
+    "--iommu",
+    is_flag=True,
+    help="With --front-end: offer VIRTIO_F_ACCESS_PLATFORM, for a device behind an IOMMU.",
+)
+@click.option(
+    "--seconds",
+    type=Seconds(0, 86400 * 365),
+    metavar="N",
+    help="With --front-end: end after so long, if the front-end stays as long.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON rather than a table.")
 @click.option(
@@ -121,34 +166,62 @@ _COLORS: Final = {
     "--all", "show_all", is_flag=True, help="Show checks that passed or were skipped too."
 )
 @click.option("--list", "list_", is_flag=True, help="List the checks, and run none.")
+@click.pass_context
 def check(
+    context: click.Context,
     socket: str | None,
+    front_end: bool,
     device: str,
     only: tuple[str, ...],
     severity: str,
     seed: int,
     queue: int | None,
     writable: bool,
-    patience: float,
+    patience: float | None,
     command: str | None,
+    image: str | None,
+    queues: int | None,
+    iommu: bool,
+    seconds: float | None,
     as_json: bool,
     junit: str | None,
     show_all: bool,
     list_: bool,
 ) -> None:
-    """Check a back-end; the help text is ``HELP``."""
+    """Check a back-end or a front-end; the help text is ``HELP``."""
     from guestio import faults
     from guestio.faults.catalogue import select
 
+    _refuse_others(context, front_end=front_end)
     try:
-        chosen = select(faults.catalogue(device), only)
+        chosen: Sequence[Check | Demand] = select(
+            faults.demands(device) if front_end else faults.catalogue(device), only
+        )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if list_:
         _list(chosen, as_json=as_json)
         return
     if socket is None:
-        raise click.UsageError("say on which SOCKET the back-end listens, or --list")
+        raise click.UsageError(
+            f"say on which SOCKET {'to listen' if front_end else 'the back-end listens'}, or --list"
+        )
+    if front_end:
+        judged = _judge(
+            socket,
+            device,
+            only,
+            image=image,
+            queues=queues or 1,
+            iommu=iommu,
+            seconds=seconds,
+            patience=2.0 if patience is None else patience,
+        )
+        for result in judged.results:
+            if not as_json and (show_all or result.bad):
+                _show(result)
+        _finish(judged, as_json=as_json, junit=junit)
+        sys.exit(0 if judged.passed else 1)
     shown: list[Result] = []
 
     def progress(result: Result) -> None:
@@ -165,7 +238,7 @@ def check(
             seed=seed,
             queue=queue,
             writable=writable,
-            patience=patience,
+            patience=1.0 if patience is None else patience,
             command=command,
             progress=progress,
         )
@@ -180,6 +253,33 @@ def check(
         sys.exit(130)
     _finish(report, as_json=as_json, junit=junit)
     sys.exit(0 if report.passed else 1)
+
+
+def _refuse_others(context: click.Context, *, front_end: bool) -> None:
+    """End the command for an option that was given and says nothing here."""
+    for name in _BACK_END_ONLY if front_end else _FRONT_END_ONLY:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            where = "without" if front_end else "with"
+            raise click.UsageError(f"--{name} is for a check {where} --front-end")
+
+
+def _judge(socket: str, device: str, only: tuple[str, ...], **options: Any) -> Report:
+    """Judge a front-end until it hangs up, the time is over, or SIGINT."""
+    from guestio import faults
+
+    seconds = options.pop("seconds")
+    try:
+        run = faults.JudgedRun(socket, device, only, **options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    except DeviceError as error:
+        click.echo(f"guestio: {error}", err=True)
+        sys.exit(1)
+    with run:
+        click.echo(run.ready_line, err=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            run.serve(seconds)
+        return run.report()
 
 
 def _finish(report: Report, *, as_json: bool, junit: str | None) -> None:
@@ -202,7 +302,7 @@ def _show(result: Result) -> None:
         click.echo(f"        {result.text}\n        {result.source} ({result.severity})")
 
 
-def _list(checks: list[Check], *, as_json: bool) -> None:
+def _list(checks: Sequence[Check | Demand], *, as_json: bool) -> None:
     if as_json:
         import json
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from guestio.faults.report import Severity
 
@@ -107,7 +107,19 @@ def catalogue(device: str | None = None) -> tuple[Check, ...]:
     return tuple(each for each in _REGISTERED.values() if device is None or each.applies_to(device))
 
 
-def select(checks: Iterable[Check], patterns: Sequence[str]) -> list[Check]:
+class Named(Protocol):
+    """What has a name of an area, a dot, and what it is about."""
+
+    @property
+    def id(self) -> str:
+        """The name."""
+        ...
+
+
+_N = TypeVar("_N", bound=Named)
+
+
+def select(checks: Iterable[_N], patterns: Sequence[str]) -> list[_N]:
     """The checks whose names match one of the patterns (as file names do), all without patterns.
 
     A pattern without a wildcard also names an area: ``ring`` is ``ring.*``.
