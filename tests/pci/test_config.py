@@ -11,6 +11,8 @@ from guestio import Backing
 from guestio.errors import DeviceError
 from guestio.pci import (
     Bar,
+    BarWindow,
+    CallbackDoorbell,
     Capability,
     Msi,
     MsiX,
@@ -21,7 +23,31 @@ from guestio.pci import (
     SerialNumber,
     VendorSpecific,
 )
+from guestio.pci.capabilities import Layout
 from guestio.virtio.loop import EventLoop
+
+
+class Made(Capability):
+    """One that a device has made, of which everything may be wrong."""
+
+    number = 0x42
+
+    def __init__(self, layout: object = None, **attributes: object) -> None:
+        self._layout = layout
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def layout(self) -> Layout:
+        return self._layout  # type: ignore[return-value]  # that is what is tried
+
+
+class Designated(Capability):
+    """A vendor-specific extended one (DVSEC), of which there may be several."""
+
+    number, extended = 0x23, True
+
+    def layout(self) -> Layout:
+        return Layout(bytes(8))
 
 
 class Function(PciDevice):
@@ -173,13 +199,46 @@ def test_function_level_reset(loop: EventLoop, offset: int, size: int) -> None:
 
 
 def test_extended_capabilities(loop: EventLoop) -> None:
-    numbers = [SerialNumber(0x1122334455667788), SerialNumber(7)]
-    host = PciHost(Function(capabilities=[PciExpress(), *numbers]), loop)
+    parts = [SerialNumber(0x1122334455667788), Designated()]
+    host = PciHost(Function(capabilities=[PciExpress(), *parts]), loop)
     assert u32(host, 0x100) == 3 | 1 << 16 | 0x10C << 20
     assert host.read_config(0x104, 8) == bytes.fromhex("8877665544332211")
-    assert u32(host, 0x10C) == 3 | 1 << 16
+    assert u32(host, 0x10C) == 0x23 | 1 << 16
     write(host, 0x104, 0)
     assert u32(host, 0x104) == 0x55667788
+
+
+def shared(size: int, *areas: tuple[int, int]) -> Bar:
+    """A BAR with memory that the driver maps."""
+    return Bar(size, memory=Backing.memfd(size), areas=areas)
+
+
+MESSAGES = {"interrupts": 4, "capabilities": [MsiX(4, 0)]}
+"""Table and pending bits are in the first two pages of BAR 0."""
+
+
+def test_what_is_no_contradiction(loop: EventLoop) -> None:
+    """Vectors that share messages, vectors to spare, areas beside the table, several of a kind."""
+    for attributes in (
+        {"interrupts": 4, "capabilities": [Msi(2), MsiX(8)]},
+        MESSAGES | {"bars": {0: shared(16384, (8192, 8192))}},
+        {"capabilities": [VendorSpecific(b"a"), VendorSpecific(b"b"), BarWindow()]},
+        {"capabilities": [PciExpress(1), Designated(), Designated()]},
+        {"interrupts": 3, "msix": False},
+    ):
+        PciHost(Function(**attributes), loop)
+
+
+def test_a_huge_doorbell_is_looked_at_as_fast_as_a_small_one(loop: EventLoop) -> None:
+    """Here it must not reach into the table of MSI-X, in the BAR's first page."""
+    capabilities = [MsiX(4, 0, pba=0x800)]
+    function = Function(bars={0: Bar(1 << 40, wide=True)}, interrupts=4, capabilities=capabilities)
+    host = PciHost(function, loop)
+    for at, size in ((0, 1), (0x3F, 1 << 39), (0x800, 1), (0x801, 1 << 39)):
+        with pytest.raises(DeviceError, match="pending bits of MSI-X"):
+            host.add_doorbell(0, at, size, CallbackDoorbell(print))
+    host.add_doorbell(0, 0x808, (1 << 40) - 0x808, CallbackDoorbell(print))
+    assert host.doorbells.write(0, (1 << 40) - 8, 4, 1)
 
 
 class Huge(VendorSpecific):
@@ -197,8 +256,40 @@ class Huge(VendorSpecific):
         ({"bars": {5: Bar(16, wide=True)}}, DeviceError, "wide"),
         ({"bars": {0: Bar(16, wide=True), 1: Bar(16)}}, DeviceError, "wide"),
         ({"bars": {n: Bar(16) for n in range(6)}, "interrupts": 1}, DeviceError, "no BAR left"),
-        ({"bars": {0: Bar(4096)}, "capabilities": [MsiX(4, 0)]}, DeviceError, "no room"),
-        ({"capabilities": [MsiX(4, 1)]}, DeviceError, "no room"),
+        (MESSAGES | {"bars": {0: Bar(4096)}}, DeviceError, "no room"),
+        (MESSAGES | {"bars": {1: Bar(16384)}}, DeviceError, "no room"),
+        (MESSAGES | {"bars": {0: Bar(256, io=True)}}, DeviceError, "no room"),
+        (MESSAGES | {"interrupts": 5}, DeviceError, "5, and MsiX.* 4 vectors: .* would be lost"),
+        (MESSAGES | {"interrupts": 0}, DeviceError, "and no interrupts"),
+        ({"capabilities": [Msi(4)]}, DeviceError, "and no interrupts"),
+        (MESSAGES | {"bars": {0: shared(16384)}}, DeviceError, "table of MSI-X, at 0x0.0x40 of"),
+        (
+            MESSAGES | {"bars": {0: shared(16384, (4096, 8192))}},
+            DeviceError,
+            "pending bits of MSI-X, at 0x1000.0x8 of",
+        ),
+        ({"capabilities": [PciExpress(), PciExpress(9)]}, DeviceError, "both PciExpress"),
+        ({"capabilities": [PowerManagement(), PowerManagement()]}, DeviceError, "both Power"),
+        ({"interrupts": 1, "capabilities": [Msi(), Msi(2)]}, DeviceError, "both Msi"),
+        ({"interrupts": 1, "capabilities": [MsiX(1), MsiX(2)]}, DeviceError, "both MsiX"),
+        ({"capabilities": [BarWindow(), BarWindow()]}, DeviceError, "both BarWindow"),
+        (
+            {"capabilities": [PciExpress(), SerialNumber(1), SerialNumber(1)]},
+            DeviceError,
+            "both SerialNumber",
+        ),
+        ({"vendor_id": 0xFFFF}, ValueError, "no function"),
+        ({"capabilities": [Made(Layout(b""), number=256)]}, ValueError, "number 0x100 is not"),
+        ({"capabilities": [Made(Layout(b""), number=None)]}, TypeError, "number is missing"),
+        (
+            {"capabilities": [PciExpress(), Made(Layout(b""), extended=True, version=16)]},
+            ValueError,
+            "version 0x10 is not",
+        ),
+        ({"capabilities": [Made(b"bytes")]}, DeviceError, "is no Layout"),
+        ({"capabilities": [Made(Layout(b"ab", b"abc"))]}, DeviceError, "has 2 bytes"),
+        ({"capabilities": [Made(Layout(b"ab", b"", b"abc"))]}, DeviceError, "has 2 bytes"),
+        ({"capabilities": [Made(Layout(b"ab", b"\3\1", b"\0\1"))]}, DeviceError, "and, by writ"),
         ({"capabilities": [SerialNumber(1)]}, DeviceError, "PciExpress"),
         ({"capabilities": [Huge(bytes(200))]}, DeviceError, "do not fit"),
     ],
@@ -208,6 +299,28 @@ def test_descriptions_that_cannot_be(
 ) -> None:
     with pytest.raises(error, match=says):
         PciHost(Function(**attributes), loop)
+
+
+def part_of_a_file(offset: int = 0, writable: bool = True) -> Backing:
+    whole = Backing.memfd(8192)
+    assert whole.fd is not None
+    return Backing.from_fd(whole.fd, 4096, offset, writable)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Bar(4096, memory=bytearray(4096)),  # type: ignore[arg-type]
+        lambda: Bar(8192, memory=Backing.memfd(8192), areas=[(0.0, 4096)]),  # type: ignore[list-item]
+        lambda: VendorSpecific("text"),  # type: ignore[arg-type]
+        lambda: MsiX(4, bar="0"),  # type: ignore[arg-type]
+        lambda: SerialNumber("7"),  # type: ignore[arg-type]
+        lambda: PciExpress("endpoint"),  # type: ignore[arg-type]
+    ],
+)
+def test_parts_of_another_type(make: object) -> None:
+    with pytest.raises(TypeError):
+        make()  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +345,14 @@ def test_descriptions_that_cannot_be(
         lambda: Msi(3),
         lambda: Msi(64),
         lambda: VendorSpecific(bytes(253)),
+        lambda: MsiX(4, bar=6),
+        lambda: MsiX(4, bar=-1),
+        lambda: MsiX(4, table=0x1000),
+        lambda: MsiX(4, pba=0x1000),
+        lambda: PciExpress(4),
+        lambda: SerialNumber(1 << 64),
+        lambda: Bar(4096, memory=part_of_a_file(offset=100)),
+        lambda: Bar(4096, memory=part_of_a_file(writable=False)),
     ],
 )
 def test_parts_that_cannot_be(make: object) -> None:

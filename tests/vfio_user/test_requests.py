@@ -159,7 +159,7 @@ def test_irq_info(client: Client) -> None:
         argsz, flags, index, count = struct.unpack("<IIII", reply.payload)
         assert (argsz, index) == (16, kind)
         found.append((count, flags))
-    assert found == [(1, 7), (0, 0), (4, 3), (0, 0), (0, 0)]
+    assert found == [(1, 7), (0, 0), (4, 3), (1, 1), (1, 1)]
     asked = struct.pack("<IIII", 16, 0, 5, 0)
     assert client.request(Command.DEVICE_GET_IRQ_INFO, asked).error == errno.EINVAL
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 from guestio.addr import check_int
 from guestio.errors import DeviceError
@@ -18,6 +18,11 @@ MAX_MSIX_VECTORS = 2048
 """Vectors that an MSI-X table has at most."""
 MAX_MSI_VECTORS = 32
 """Vectors of MSI at most."""
+
+SEVERAL: Final = frozenset({0x08, 0x09})
+"""Capabilities that a function may have several of: HyperTransport, vendor-specific ones."""
+EXTENDED_SEVERAL: Final = frozenset({0x000B, 0x0023})
+"""Extended ones: vendor-specific ones."""
 
 
 class Layout(NamedTuple):
@@ -57,7 +62,8 @@ class PciExpress(Capability):
     """A PCI Express endpoint, with function level reset.
 
     Attributes:
-        port_type: 0 for an endpoint, 9 for an integrated one of the root complex.
+        port_type: 0 for an endpoint, 1 for a legacy one, 9 for an integrated one of the root
+            complex.
     """
 
     number = 0x10
@@ -66,6 +72,10 @@ class PciExpress(Capability):
     FUNCTION_RESET: ClassVar[int] = 1 << 15
     """Bit of that register: resets the function."""
     port_type: int = 0
+
+    def __post_init__(self) -> None:
+        if check_int(self.port_type, "port_type") not in (0, 1, 9):
+            raise ValueError(f"port_type {self.port_type} is no endpoint's: 0, 1 or 9")
 
     def layout(self) -> Layout:
         """See :class:`Capability`."""
@@ -99,6 +109,10 @@ class MsiX(Capability):
     def __post_init__(self) -> None:
         if not 1 <= check_int(self.vectors, "vectors") <= MAX_MSIX_VECTORS:
             raise ValueError(f"{self.vectors} MSI-X vectors are not in 1..{MAX_MSIX_VECTORS}")
+        if self.bar is not None and not 0 <= check_int(self.bar, "bar") < 6:
+            raise ValueError(f"bar {self.bar} of MSI-X is not in 0..5")
+        if self.bar is None and (self.table or self.pba is not None):
+            raise ValueError("table and pba of MSI-X are places in a BAR: say which, as bar")
         for name, at in (("table", self.table), ("pba", self.pba_offset)):
             if check_int(at, name) < 0 or at % 8 or at >= 1 << 32:
                 raise ValueError(f"{name} {at:#x} is not a multiple of 8 below 4 GiB")
@@ -123,6 +137,16 @@ class MsiX(Capability):
         if self.pba is not None:
             return self.pba
         return (self.table + self.table_size + 4095) // 4096 * 4096
+
+    def overlaps(self, bar: int, offset: int, size: int) -> bool:
+        """Whether some of a range of a BAR is in the table or the pending bits."""
+        return bar == self.bar and any(
+            at < offset + size and offset < at + length
+            for at, length in (
+                (self.table, self.table_size),
+                (self.pba_offset, self.pba_size),
+            )
+        )
 
     def layout(self) -> Layout:
         """See :class:`Capability`."""
@@ -184,6 +208,8 @@ class VendorSpecific(Capability):
     data: bytes = b""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.data, bytes | bytearray):
+            raise TypeError(f"data must be bytes, not {type(self.data).__name__}")
         if len(self.data) > 252:
             raise ValueError(f"{len(self.data)} bytes of a vendor-specific capability, at most 252")
 
@@ -226,6 +252,10 @@ class SerialNumber(Capability):
     number = 0x0003
     extended = True
     value: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= check_int(self.value, "value") < 1 << 64:
+            raise ValueError(f"a serial number of {self.value:#x} does not fit 64 bits")
 
     def layout(self) -> Layout:
         """See :class:`Capability`."""

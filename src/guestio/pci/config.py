@@ -10,7 +10,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from guestio.errors import DeviceError
-from guestio.pci.capabilities import BarWindow, Capability, MsiX, PciExpress, PowerManagement
+from guestio.pci.capabilities import (
+    BarWindow,
+    Capability,
+    Layout,
+    MsiX,
+    PciExpress,
+    PowerManagement,
+)
 
 if TYPE_CHECKING:
     from guestio.pci.device import Bar, PciDevice
@@ -111,7 +118,7 @@ class ConfigSpace:
     def _place_capabilities(self, capabilities: list[Capability]) -> None:
         at, pointer = _FIRST_CAPABILITY, _CAPABILITIES_POINTER
         for each in capabilities:
-            layout = each.layout()
+            layout = _layout(each)
             if at + 2 + len(layout.data) > SIZE:
                 raise DeviceError(f"the capabilities do not fit into {SIZE} bytes: {each} is over")
             self._initial[pointer] = at
@@ -135,7 +142,7 @@ class ConfigSpace:
             raise DeviceError(f"{capabilities[0]} needs a PciExpress capability")
         at = _FIRST_EXTENDED
         for number, each in enumerate(capabilities):
-            layout = each.layout()
+            layout = _layout(each)
             end = (at + 4 + len(layout.data) + 3) & ~3
             if end > self.size:
                 raise DeviceError(f"the extended capabilities do not fit: {each} is over")
@@ -214,3 +221,20 @@ class ConfigSpace:
         if self._power is None:
             return 0
         return self._data[self._power + PowerManagement.CONTROL] & 3
+
+
+def _layout(capability: Capability) -> Layout:
+    """What a capability says of itself.
+
+    Raises:
+        DeviceError: That cannot be.
+    """
+    layout = capability.layout()
+    if not isinstance(layout, Layout):
+        raise DeviceError(f"{capability}.layout() is no Layout, but {layout!r}")
+    data, writable, cleared = layout
+    if max(len(writable), len(cleared)) > len(data):
+        raise DeviceError(f"{capability} has {len(data)} bytes, and says of more what a driver may")
+    if any(set_by & cleared_by for set_by, cleared_by in zip(writable, cleared, strict=False)):
+        raise DeviceError(f"{capability} has bits that a driver writes and, by writing, clears")
+    return layout

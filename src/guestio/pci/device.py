@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from guestio.addr import check_int
 from guestio.errors import DeviceError
 from guestio.memory import Backing
-from guestio.pci.capabilities import MAX_MSIX_VECTORS, Capability, Msi, MsiX
+from guestio.pci.capabilities import (
+    EXTENDED_SEVERAL,
+    MAX_MSIX_VECTORS,
+    SEVERAL,
+    BarWindow,
+    Capability,
+    Msi,
+    MsiX,
+)
 from guestio.pci.registers import Field, Register, RegisterFile, RegisterTable
 
 if TYPE_CHECKING:
@@ -21,6 +29,8 @@ if TYPE_CHECKING:
 BARS = 6
 """BARs of a function."""
 _PAGE = 4096
+NO_VENDOR = 0xFFFF
+"""What is read where no function is."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +66,14 @@ class Bar:
             raise ValueError("a BAR in I/O space is neither wide nor prefetchable nor memory")
         if self.width not in (1, 2, 4, 8):
             raise ValueError(f"width {self.width} is not 1, 2, 4 or 8")
-        if self.memory is not None and (self.memory.fd is None or self.memory.size != size):
-            raise ValueError(f"memory of a BAR is that of a file, of {size:#x} bytes")
+        if self.memory is not None:
+            _check_memory(self.memory, size)
         if self.areas and self.memory is None:
             raise ValueError("areas are parts of the memory of a BAR, which has none")
         end = 0
         for at, length in self.areas:
+            check_int(at, "the offset of an area")
+            check_int(length, "the size of an area")
             if at < end or length <= 0 or at % _PAGE or length % _PAGE or at + length > size:
                 raise ValueError(
                     f"areas {list(self.areas)} are not whole pages within {size:#x} bytes, "
@@ -93,6 +105,20 @@ class Bar:
         return any(at < offset + size and offset < at + length for at, length in areas)
 
 
+def _check_memory(memory: object, size: int) -> None:
+    if not isinstance(memory, Backing):
+        raise TypeError(f"memory of a BAR is a guestio Backing, not {memory!r}")
+    if memory.fd is None or memory.file_offset is None or memory.size != size:
+        raise ValueError(f"memory of a BAR is that of a file, of {size:#x} bytes")
+    if not memory.writable:
+        raise ValueError("memory of a BAR can be written: drivers write to it")
+    if memory.file_offset % _PAGE:
+        raise ValueError(
+            f"memory of a BAR begins at {memory.file_offset:#x} of its file, where no page does: "
+            "no client could map it"
+        )
+
+
 class PciDevice(ABC):
     """A PCI function: registers behind BARs, interrupts, and DMA through its host.
 
@@ -109,7 +135,9 @@ class PciDevice(ABC):
         subsystem_id: None for ``device_id``.
         bars: Its BARs by index, 0 to 5.
         interrupts: How many interrupt vectors it has. Without a capability for them, they are those
-            of MSI-X, in a BAR of its own, the first that is free; and INTx is offered, too.
+            of MSI-X, in a BAR of its own, the first that is free; and INTx is offered, too. With an
+            `MsiX` of its own that has as many at least; messages of `Msi` may be fewer, and
+            vectors share them then.
         msix: False for no MSI-X unless ``capabilities`` say so: with INTx alone, as with MSI, a
             device can be unplugged from QEMU 11.1, which MSI-X makes abort.
         capabilities: What it can do besides.
@@ -243,6 +271,8 @@ def check_device(device: object) -> PciDevice:
             continue
         if not 0 <= check_int(value, f"{name}.{attribute}") < 1 << bits:
             raise ValueError(f"{name}.{attribute} {value:#x} does not fit {bits} bits")
+    if device.vendor_id == NO_VENDOR:
+        raise ValueError(f"{name}.vendor_id {NO_VENDOR:#x} says that there is no function")
     if not 0 <= check_int(device.interrupts, f"{name}.interrupts") <= MAX_MSIX_VECTORS:
         raise ValueError(f"{name}.interrupts {device.interrupts} is not in 0..{MAX_MSIX_VECTORS}")
     if not isinstance(device.bars, Mapping):
@@ -254,6 +284,7 @@ def check_device(device: object) -> PciDevice:
         if not isinstance(each, Capability):
             hint = ": make one of it" if isinstance(each, type) else ""
             raise TypeError(f"{name}.capabilities has {each!r}, not a Capability{hint}")
+        _check_numbers(f"{name}.capabilities: {type(each).__name__}", each)
     for index, bar in device.bars.items():
         if not 0 <= check_int(index, f"{name}.bars") < BARS:
             raise ValueError(f"{name}.bars has {index}; a function has BARs 0 to {BARS - 1}")
@@ -270,28 +301,89 @@ def check_device(device: object) -> PciDevice:
     return device
 
 
+def _check_numbers(what: str, each: Capability) -> None:
+    numbers: list[tuple[str, int, int]] = [("number", 0, 16 if each.extended else 8)]
+    if each.extended:
+        numbers.append(("version", 1, 4))
+    for attribute, least, bits in numbers:
+        value = getattr(each, attribute, None)
+        if value is None:
+            raise TypeError(f"{what}.{attribute} is missing")
+        if not least <= check_int(value, f"{what}.{attribute}") < 1 << bits:
+            raise ValueError(
+                f"{what}.{attribute} {value:#x} is not in {least}..{(1 << bits) - 1:#x}"
+            )
+
+
 def complete(device: PciDevice) -> tuple[dict[int, Bar], list[Capability]]:
     """A device's BARs and capabilities, with those for its interrupts.
 
     Raises:
-        DeviceError: There is no BAR left for MSI-X, or the one it names is too small.
+        DeviceError: Capabilities contradict each other, the interrupts or the registers; there is
+            no BAR left for MSI-X, or the one it names has no room for it.
     """
     bars, capabilities = dict(device.bars), list(device.capabilities)
     name = type(device).__name__
-    chosen = any(isinstance(each, Msi | MsiX) for each in capabilities)
-    if device.interrupts and device.msix and not chosen:
+    _check_single(name, capabilities)
+    messages = [each for each in capabilities if isinstance(each, Msi | MsiX)]
+    if device.interrupts and device.msix and not messages:
         capabilities.append(MsiX(device.interrupts))
-    for place, each in enumerate(capabilities):
-        if not isinstance(each, MsiX):
-            continue
-        end = max(each.table + each.table_size, each.pba_offset + each.pba_size)
-        if each.bar is None:
-            taken = {index + 1 for index, bar in bars.items() if bar.wide} | set(bars)
-            free = next((index for index in range(BARS) if index not in taken), None)
-            if free is None:
-                raise DeviceError(f"{name} has no BAR left for MSI-X: place it in one of its own")
-            bars[free] = Bar(max(_PAGE, 1 << (end - 1).bit_length()))
-            capabilities[place] = MsiX(each.vectors, free, each.table, each.pba)
-        elif each.bar not in bars or bars[each.bar].size < end or bars[each.bar].io:
-            raise DeviceError(f"{name}.bars[{each.bar}] has no room for MSI-X up to {end:#x}")
+    for each in messages:
+        if not device.interrupts:
+            raise DeviceError(f"{name} has {each} and no interrupts: set {name}.interrupts")
+        if isinstance(each, MsiX) and each.vectors < device.interrupts:
+            raise DeviceError(
+                f"{name}.interrupts is {device.interrupts}, and {each} has {each.vectors} vectors: "
+                "the others would be lost"
+            )
+    for place, capability in enumerate(capabilities):
+        if isinstance(capability, MsiX):
+            capabilities[place] = _place_msix(device, bars, capability)
     return bars, capabilities
+
+
+def _check_single(name: str, capabilities: Sequence[Capability]) -> None:
+    """Refuse a capability of which a function has one, if there are several."""
+    found: dict[tuple[bool, int, bool], Capability] = {}
+    for each in capabilities:
+        window = isinstance(each, BarWindow)
+        if each.number in (EXTENDED_SEVERAL if each.extended else SEVERAL) and not window:
+            continue
+        key = each.extended, each.number, window
+        if key in found:
+            raise DeviceError(f"{name}.capabilities has both {found[key]} and {each}: one can be")
+        found[key] = each
+
+
+def _place_msix(device: PciDevice, bars: dict[int, Bar], given: MsiX) -> MsiX:
+    """MSI-X with the BAR that it is in, which is added to ``bars`` if it has none.
+
+    Raises:
+        DeviceError: There is no room for it.
+    """
+    name = type(device).__name__
+    end = max(given.table + given.table_size, given.pba_offset + given.pba_size)
+    if given.bar is None:
+        taken = {index + 1 for index, bar in bars.items() if bar.wide} | set(bars)
+        free = next((index for index in range(BARS) if index not in taken), None)
+        if free is None:
+            raise DeviceError(f"{name} has no BAR left for MSI-X: place it in one of its own")
+        bars[free] = Bar(max(_PAGE, 1 << (end - 1).bit_length()))
+        return MsiX(given.vectors, free, given.table, given.pba)
+    place = bars.get(given.bar)
+    if place is None or place.size < end or place.io:
+        raise DeviceError(f"{name}.bars[{given.bar}] has no room for MSI-X up to {end:#x}")
+    for what, at, size in (
+        ("table", given.table, given.table_size),
+        ("pending bits", given.pba_offset, given.pba_size),
+    ):
+        if place.overlaps_memory(at, size):
+            raise DeviceError(
+                f"the {what} of MSI-X, at {at:#x}+{size:#x} of {name}.bars[{given.bar}], would be "
+                "in memory that the driver maps: say in the BAR's areas what it may map, or place "
+                "it elsewhere"
+            )
+    for register in device._table.registers:
+        if given.overlaps(register.bar, register.offset, register.width):
+            raise DeviceError(f"{register!r} of {name} is in the table or pending bits of MSI-X")
+    return given

@@ -32,7 +32,8 @@ class PciHost(LoopCalls):
     """A PCI device and what a transport drives of it.
 
     A device is handed its host by `PciDevice.attached`, and uses :attr:`memory`,
-    :meth:`interrupt`, :meth:`add_doorbell`, :meth:`offer_ioeventfd`, :meth:`ioeventfd`,
+    :meth:`interrupt`, :meth:`set_pin`, :meth:`report_error`, :meth:`request_removal`,
+    :meth:`add_doorbell`, :meth:`remove_doorbell`, :meth:`offer_ioeventfd`, :meth:`ioeventfd`,
     ``add_reader``, ``remove_reader``, ``call_later`` and ``call_soon_threadsafe``. The rest is for
     transports, in the loop's thread.
 
@@ -68,7 +69,6 @@ class PciHost(LoopCalls):
                 self._msix, self._table = each, bytearray(each.table_size)
             elif isinstance(each, Msi):
                 counts[InterruptKind.MSI] = each.vectors
-        self._check_registers()
         if device.interrupts:
             counts[InterruptKind.INTX] = 1
         self.interrupts: Final = Interrupts(counts)
@@ -89,17 +89,6 @@ class PciHost(LoopCalls):
     def __repr__(self) -> str:
         return f"<PciHost of {self.device!r}: {self.memory!r}>"
 
-    def _check_registers(self) -> None:
-        own = self._msix
-        if own is None:
-            return
-        for register in self.device._table.registers:
-            for at, size in ((own.table, own.table_size), (own.pba_offset, own.pba_size)):
-                if own.bar == register.bar and register.offset < at + size and at < register.end:
-                    raise DeviceError(
-                        f"{register!r} of {self._owner} is in the table or pending bits of MSI-X"
-                    )
-
     def interrupt(self, vector: int = 0) -> None:
         """Interrupt the driver. From any thread.
 
@@ -115,6 +104,37 @@ class PciHost(LoopCalls):
                 f"{self._owner} has {self.device.interrupts} interrupts, not a vector {vector}"
             )
         self.interrupts.raise_interrupt(vector)
+
+    def report_error(self) -> bool:
+        """Tell the client that the device has failed for good: the interrupt ERR of VFIO.
+
+        For what no driver can put right, as a fatal error that a PCI Express device reports by AER.
+        It goes to the client, not to the driver, and masks and bus mastering do not hold it up.
+        QEMU stops the guest, which can be looked at then and not go on (``internal-error``). A
+        client that does not listen yet is told once it does; a reset, and the end of the client,
+        end that. From any thread.
+
+        Returns:
+            Whether the client has been told; False if it does not listen.
+        """
+        told = self.interrupts.notify(InterruptKind.ERR)
+        listening = "the client was told" if told else "no client listens to that (ERR)"
+        self.log.report("%s has failed: %s", self._owner, listening)
+        return told
+
+    def request_removal(self) -> bool:
+        """Ask the client to let go of the device: the interrupt REQ of VFIO.
+
+        Nothing else happens, and the client decides. It is right to ask again after some seconds,
+        as Linux does for a device that its host takes back. QEMU unplugs a device of
+        ``vfio-pci`` then, with the guest's consent; its ``vfio-user-pci`` does not listen (11.1.3).
+        A client that does not listen yet is asked once it does, resets or not, as long as it is
+        there. From any thread.
+
+        Returns:
+            Whether the client has been asked; False if it does not listen.
+        """
+        return self.interrupts.notify(InterruptKind.REQ)
 
     def add_doorbell(self, bar: int, offset: int, size: int, doorbell: Doorbell) -> None:
         """Have a driver's writes to a range of registers handled in the core.
@@ -154,7 +174,7 @@ class PciHost(LoopCalls):
             raise DeviceError(f"{self._owner} has no room for {where} of BAR {bar}")
         if place.overlaps_memory(offset, size):
             raise DeviceError(f"{where} of BAR {bar} is in memory that the driver maps")
-        if any(self._msix_bytes(bar, at, 1) is not None for at in range(offset, offset + size)):
+        if self._msix is not None and self._msix.overlaps(bar, offset, size):
             raise DeviceError(f"{where} of BAR {bar} is in the table or pending bits of MSI-X")
         return place
 

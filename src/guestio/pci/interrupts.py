@@ -1,11 +1,15 @@
-"""Where an interrupt of a PCI function goes, and which are waiting until they may go anywhere."""
+"""Where an interrupt of a PCI function goes, and which are waiting until they may go anywhere.
+
+Besides, a function tells its client of errors, and that it is to be let go of: ERR and REQ, which
+are no interrupts of the driver's.
+"""
 
 from __future__ import annotations
 
 import enum
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class InterruptKind(enum.IntEnum):
@@ -14,6 +18,12 @@ class InterruptKind(enum.IntEnum):
     INTX = 0
     MSI = 1
     MSIX = 2
+    ERR = 3
+    REQ = 4
+
+
+NOTICES: Final = (InterruptKind.ERR, InterruptKind.REQ)
+"""What is told to the client, whatever the driver has set up: not masked, and one of each kind."""
 
 
 class Trigger(Protocol):
@@ -37,13 +47,14 @@ class Interrupts:
 
     An interrupt that cannot be delivered now (its vector has no trigger, is masked, or the function
     may not write to memory) is pending, and is delivered once it can be. A client that enables
-    more vectors takes all triggers away for a moment.
+    more vectors takes all triggers away for a moment. So is a notice (ERR, REQ) that has no
+    trigger yet.
 
     Args:
-        counts: Vectors of each kind.
+        counts: Vectors of each kind of interrupt; there is one notice of each kind in any case.
 
     Attributes:
-        counts: As given.
+        counts: As given, and of notices.
         delivered: Interrupts delivered, but for those that a device has the core signal by itself
             (:meth:`direct`).
         changed: Called when :meth:`direct` may say something else now.
@@ -53,13 +64,14 @@ class Interrupts:
     """
 
     def __init__(self, counts: dict[InterruptKind, int]) -> None:
-        self.counts = counts
+        self.counts = counts | dict.fromkeys(NOTICES, 1)
         self.delivered = 0
         self.changed: Callable[[], object] = _do_nothing
         self._lock = threading.Lock()
-        self._triggers: dict[InterruptKind, dict[int, Trigger]] = {kind: {} for kind in counts}
+        self._triggers: dict[InterruptKind, dict[int, Trigger]] = {kind: {} for kind in self.counts}
         self._masked: dict[InterruptKind, set[int]] = {kind: set() for kind in counts}
         self._pending: set[int] = set()
+        self._notices: set[InterruptKind] = set()
         self._messages_allowed = False
         self._pin_allowed = True
         self._pin_asserted = False
@@ -67,13 +79,20 @@ class Interrupts:
     @property
     def vectors(self) -> int:
         """Vectors that the device has."""
-        return max(self.counts.values(), default=0)
+        return max((count for kind, count in self.counts.items() if kind not in NOTICES), default=0)
 
     def raise_interrupt(self, vector: int) -> None:
         """Have a vector's interrupt delivered, now or once it can be."""
         with self._lock:
             self._pending.add(vector)
             self._deliver()
+
+    def notify(self, kind: InterruptKind) -> bool:
+        """Give the client a notice, ERR or REQ; whether it has one, or will once it listens."""
+        with self._lock:
+            self._notices.add(kind)
+            self._notify()
+            return kind not in self._notices
 
     def set_pin(self, asserted: bool) -> None:
         """Assert the pin until it is deasserted: it interrupts again each time it is unmasked."""
@@ -107,6 +126,7 @@ class Interrupts:
             if trigger is not None:
                 self._triggers[kind][vector] = trigger
             self._deliver()
+            self._notify()
         self.changed()
         if old is not None:
             old.close()
@@ -115,7 +135,8 @@ class Interrupts:
         """Take all triggers of a kind away."""
         with self._lock:
             gone, self._triggers[kind] = list(self._triggers[kind].values()), {}
-            self._masked[kind].clear()
+            if kind in self._masked:
+                self._masked[kind].clear()
         self.changed()
         for trigger in gone:
             trigger.close()
@@ -141,9 +162,10 @@ class Interrupts:
         self.changed()
 
     def forget_pending(self) -> None:
-        """Forget what has not been delivered, as a reset does."""
+        """Forget what has not been delivered, as a reset does; a request to let go (REQ) stays."""
         with self._lock:
             self._pending.clear()
+            self._notices.discard(InterruptKind.ERR)
             self._pin_asserted = False
             for masked in self._masked.values():
                 masked.clear()
@@ -153,6 +175,8 @@ class Interrupts:
         for kind in self.counts:
             self.disable(kind)
         self.forget_pending()
+        with self._lock:
+            self._notices.clear()
 
     def pending_bits(self) -> bytes:
         """The pending bits of MSI-X: 64 vectors to 8 bytes."""
@@ -179,6 +203,14 @@ class Interrupts:
             self._masked[InterruptKind.INTX].add(0)
             pins[0].notify()
             self.delivered += 1
+
+    def _notify(self) -> None:
+        """Give the notices that can be given. Needs the lock."""
+        for kind in list(self._notices):
+            trigger = self._triggers[kind].get(0)
+            if trigger is not None:
+                self._notices.discard(kind)
+                trigger.notify()
 
     def _send(self, kind: InterruptKind, triggers: dict[int, Trigger]) -> None:
         for vector in list(self._pending):

@@ -27,7 +27,7 @@ from guestio.control.status import Seen, budget, iotlb_status, peer_status
 from guestio.dma.device import kind_name
 from guestio.errors import BackingError, ProtocolError
 from guestio.pci.host import PciHost
-from guestio.pci.interrupts import InterruptKind
+from guestio.pci.interrupts import NOTICES, InterruptKind
 from guestio.peer.channel import PeerGoneError
 from guestio.peer.connection import MESSAGES_AT_A_TIME, PeerConnection
 from guestio.peer.foreign import Eventfd, close_foreign
@@ -388,7 +388,9 @@ class Connection(PeerConnection[Header]):
 
     def interrupts(self, index: int) -> tuple[int, int]:
         """See :class:`SessionHandler`."""
-        flags = IrqFlag.EVENTFD | IrqFlag.MASKABLE
+        flags = IrqFlag.EVENTFD
+        if index not in NOTICES:
+            flags |= IrqFlag.MASKABLE
         if index == InterruptKind.INTX:
             flags |= IrqFlag.AUTOMASKED
         count = 0

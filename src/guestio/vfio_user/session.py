@@ -43,6 +43,7 @@ from guestio.vfio_user.messages import (
     DmaMap,
     DmaUnmap,
     IoFdType,
+    IrqFlag,
     IrqInfo,
     IrqSet,
     RefusalError,
@@ -298,7 +299,7 @@ class Session:
             raise RefusalError(errno.EINVAL, f"DEVICE_SET_IRQS of {len(message.payload)} bytes")
         request = SetIrqs._make(SET_IRQS.unpack_from(message.payload))
         _check_argsz(request.argsz, SET_IRQS)
-        count, _ = self._handler.interrupts(_irq_index(request.kind))
+        count, flags = self._handler.interrupts(_irq_index(request.kind))
         data, action = request.flags & IrqSet.DATA, request.flags & IrqSet.ACTION
         if request.flags >> 6 or data not in (1, 2, 4):
             raise RefusalError(errno.EINVAL, f"DEVICE_SET_IRQS with flags {request.flags:#x}")
@@ -307,6 +308,10 @@ class Session:
                 errno.EINVAL,
                 f"interrupts {request.start}+{request.number} of kind {kind_name(request.kind)}, "
                 f"which has {count}",
+            )
+        if action in (IrqSet.MASK, IrqSet.UNMASK) and not flags & IrqFlag.MASKABLE and count:
+            raise RefusalError(
+                errno.ENOTTY, f"interrupts of kind {kind_name(request.kind)} cannot be masked"
             )
         values = message.payload[SET_IRQS.size :]
         if len(values) != (request.number if data == IrqSet.DATA_BOOL else 0):
