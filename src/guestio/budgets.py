@@ -377,3 +377,24 @@ JUDGE_MISSES = 4096
 
 JUDGE_PIECE = 1 << 20
 """Bytes that such a judge's device moves in one step."""
+RECORD_OPEN_REQUESTS = 1 << 20
+"""Requests of a recording that wait for their completion; beyond, all of them are written as they
+are."""
+
+RECORD_OPEN_MAPPINGS = 1 << 20
+"""Mappings of a recording whose ends are waited for; the lifetimes of more are not written."""
+
+RECORD_RING = 1 << 18
+"""Records of 64 bytes that the ring of a thread holds while a recording is made."""
+
+RECORD_CONTENT_BYTES = 1 << 20
+"""Bytes of a request that are recorded, and over which a hash is taken; the rest is left out."""
+
+RECORD_BYTES = 16 << 30
+"""Bytes of a recording while it runs, unless it is told otherwise; it ends then."""
+
+RECORD_DISK_FREE = 64 << 20
+"""Bytes that a recording leaves free in its file system; it ends before."""
+
+RECORD_PEERS = 1000
+"""Front-ends or clients that a recording describes; the oldest of more is left out."""

@@ -50,9 +50,14 @@ class Group(IntFlag):
     """No events: latencies are counted, as ``/status`` shows them."""
     BUFFERS = 16
     """With REQUESTS: each piece of memory of each request."""
+    CONTENTS = 32
+    """With REQUESTS: the first 64 bytes that a request gave to read; status and a hash of what was
+    written to it."""
+    DATA = 64
+    """With CONTENTS: all bytes, up to RECORD_CONTENT_BYTES each way."""
 
     ALL = REQUESTS | TRANSLATIONS | LIFE | BUFFERS
-    """Every event."""
+    """Every event, but for what requests carry."""
 
 
 class What(IntEnum):
@@ -63,7 +68,7 @@ class What(IntEnum):
     ``detail``."""
     TAKEN = 2
     """A request was taken: ``length`` bytes to read, ``detail`` to write, the first of them at
-    ``address``; ``since``: when its batch was found."""
+    ``address``; ``since``: when its batch was found; ``result``: its ring position."""
     STALLED = 3
     """The requests from ring position ``result`` on wait for ``detail`` translations, the first for
     ``access`` to ``address``, ``length``."""
@@ -71,7 +76,8 @@ class What(IntEnum):
     """The core has served a request; ``result`` bytes were written, ``access`` says what it was:
     0 another request, 1 a read, 2 a write. Other fields as TAKEN."""
     COMPLETED = 5
-    """A request was published, ``length`` bytes were written; ``since`` and ``access`` as above."""
+    """A request was published, ``length`` bytes were written; ``since`` and ``access`` as above.
+    ``detail``: where in the image a read or write began, in bytes."""
     INTERRUPT = 6
     """The driver is notified; the used index is ``detail``."""
     FAILED = 7
@@ -79,6 +85,16 @@ class What(IntEnum):
     BUFFER = 8
     """Piece number ``detail`` of what a request that was TAKEN gives for ``access``: 1 to read, 2
     to write."""
+    LACKING = 9
+    """A request lacks ``detail`` translations, the first for ``access`` to ``address``, ``length``.
+    ``since``: when its batch was found. It is looked at again when they come."""
+    CONTENT = 10
+    """What a request gave to read (``access`` 1) when it was taken, or what was written to it (2)
+    when it was served: ``length`` bytes, the first ``detail`` of which follow in DATA. For 2,
+    ``since`` is the XXH64 (seed 0) of what was written, of RECORD_CONTENT_BYTES at most, and
+    ``result`` the last byte of what the request gave to write, or -1."""
+    DATA = 11
+    """The next 40 bytes of these, in place of all fields from ``since`` to ``result``."""
     MISS = 16
     """A translation was requested; ``result`` 1: once more. ``queue`` is the first that waits."""
     UPDATE = 17
@@ -123,6 +139,8 @@ class What(IntEnum):
         """The group that it belongs to."""
         if self is What.BUFFER:
             return Group.BUFFERS
+        if self in (What.CONTENT, What.DATA):
+            return Group.CONTENTS
         if self < What.MISS:
             return Group.REQUESTS
         return Group.TRANSLATIONS if self < What.REGION_ADDED else Group.LIFE
@@ -231,6 +249,14 @@ class Tracing:
         self.close()
 
 
+def enlarge_rings(records: int) -> None:
+    """Have all threads go on in rings that hold so many records at least.
+
+    What is in the rings of before stays there to be read. Threads: any.
+    """
+    tracepoints.enlarge(records)
+
+
 def wanted() -> Group:
     """The groups that are written at this moment."""
     return Group(tracepoints.wanted())
@@ -334,6 +360,8 @@ class TraceReader:
             self._unheld = unheld
         self._lost += lost
         records = np.frombuffer(b"".join(parts), RECORD)
+        if np.all(records["time"][1:] >= records["time"][:-1]):
+            return Batch(records, lost)
         return Batch(records[np.argsort(records["time"], kind="stable")], lost)
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from guestio.control import metrics
 from guestio.control.explain import access_text
 from guestio.control.rates import Rates
 from guestio.control.recall import Recall
+from guestio.control.record import groups_of, record_stream
 from guestio.control.status import Observed, Switchable
 from guestio.errors import GuestioError
 from guestio.trace import Group, Records, TraceReader, Tracing, What
@@ -82,13 +83,26 @@ def make_app(
             headers={"Cache-Control": "no-store"},
         )
 
+    async def record(request: Request) -> Response:
+        if _is_foreign(request):
+            return _refused(403, "a page of another site asks for this")
+        try:
+            groups = groups_of(request.query_params.get("payload", "none"))
+        except ValueError as error:
+            return _refused(400, str(error))
+        if streams[0] >= CONTROL_STREAMS:
+            return _refused(503, f"{CONTROL_STREAMS} streams of events are open already")
+        return StreamingResponse(
+            record_stream(streams, observed, groups),
+            media_type="application/x-ndjson",
+            headers={"Cache-Control": "no-store"},
+        )
+
     async def fault(request: Request) -> Response:
         rules = switchable(observed)
         if rules is None:
             return _refused(404, "this server obeys no rules: start it with --fault none")
-        # A browser says where a request that changes something comes from.
-        page = request.headers.get("origin", "").partition("://")[2]
-        if page not in ("", request.headers.get("host")):
+        if _is_foreign(request):
             return _refused(403, "a page of another site asks for this")
         try:
             if request.method == "POST":
@@ -108,6 +122,7 @@ def make_app(
             Route("/metrics", metric),
             Route("/explain", explain),
             Route("/events", events),
+            Route("/record", record, methods=["POST"]),
             Route("/fault", fault, methods=["GET", "POST", "DELETE"]),
         ],
         exception_handlers={Exception: failed},
@@ -126,6 +141,12 @@ def make_app(
 
 def _refused(status: int, why: str) -> Response:
     return PlainTextResponse(f"{why}\n", status_code=status)
+
+
+def _is_foreign(request: Request) -> bool:
+    """Whether a page of another site asks: a browser says so where something is changed."""
+    page = request.headers.get("origin", "").partition("://")[2]
+    return page not in ("", request.headers.get("host"))
 
 
 def switchable(observed: Observed) -> Switchable | None:
@@ -193,7 +214,12 @@ async def _stream(
     """Events as server-sent events; those that are too many are counted as lost."""
     streams[0] += 1
     quiet = 0
-    wanted = [int(what) for what in What if what.group & groups and (not kinds or what in kinds)]
+    wanted = [
+        int(what)
+        for what in What
+        # Bytes of a guest's are for recordings.
+        if what.group & groups and what != What.DATA and (not kinds or what in kinds)
+    ]
     try:
         with Tracing(groups), TraceReader() as reader:
             yield ": guestio events\n\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -45,6 +46,34 @@ class _UnixConnection(http.client.HTTPConnection):
                 time.sleep(0.01)
             else:
                 return
+
+
+class Stream:
+    """Lines of an answer that goes on; made by :meth:`ControlClient.stream`."""
+
+    def __init__(
+        self, connection: http.client.HTTPConnection, answer: http.client.HTTPResponse
+    ) -> None:
+        self._connection, self._answer = connection, answer
+        self._socket = connection.sock
+
+    def readline(self) -> bytes:
+        """The next line; empty at the end.
+
+        Raises:
+            DeviceError: The connection failed, or nothing came for the client's timeout.
+        """
+        try:
+            return self._answer.readline(MOST_BYTES)
+        except (OSError, ValueError, AttributeError, http.client.HTTPException) as error:
+            # AttributeError: http.client has been closed meanwhile.
+            raise DeviceError(f"the control socket's answer ends: {error}") from None
+
+    def close(self) -> None:
+        """End it, from any thread: a call of :meth:`readline` returns. May be called again."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
 
 
 class ControlClient:
@@ -100,6 +129,29 @@ class ControlClient:
             text = content[:200].decode(errors="replace").strip()
             raise DeviceError(f"{self.where} refuses: {answer.status} {answer.reason}: {text}")
         return content
+
+    def stream(self, target: str) -> Stream:
+        """The answer to ``POST target`` that goes on, line by line.
+
+        Raises:
+            DeviceError: As from :meth:`get`.
+        """
+        connection = self._connection()
+        try:
+            headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+            connection.request("POST", target, headers=headers)
+            answer = connection.getresponse()
+            if answer.status != http.client.OK:
+                text = answer.read(200).decode(errors="replace").strip()
+                raise DeviceError(f"{self.where} refuses: {answer.status} {answer.reason}: {text}")
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise DeviceError(f"no answer from the control socket {self.where}: {reason}") from None
+        except BaseException:
+            connection.close()
+            raise
+        return Stream(connection, answer)
 
     def _json(self, target: str) -> Any:
         try:

@@ -35,6 +35,10 @@ class DeviceInfo(TypedDict):
     """Its socket; empty if that has no name."""
     origin: int
     """The number of the server in records of tracepoints."""
+    device_id: int | None
+    """The type of a virtio device (virtio 1.4, section 5); null of a PCI device that is none."""
+    config: str
+    """Its configuration space when the server began, in hexadecimal."""
 
 
 class Peer(TypedDict):
@@ -46,6 +50,8 @@ class Peer(TypedDict):
     """For how long."""
     features: list[str]
     """The feature bits that were negotiated, by name; ``bit N`` if it has none here."""
+    feature_bits: int
+    """The same as a number."""
     protocol_features: list[str]
     """Those of vhost-user's protocol."""
     status: list[str]

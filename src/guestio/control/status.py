@@ -14,6 +14,7 @@ from guestio._core.trace.latencies import Latencies
 from guestio.control import schema
 from guestio.iommu import Iotlb
 from guestio.trace import VERSION, Group, wanted
+from guestio.virtio.device import Device
 from guestio.virtio.device import Status as DeviceStatus
 from guestio.virtio.features import feature_names
 from guestio.virtio.host import DeviceHost
@@ -176,6 +177,7 @@ def peer_status(
         "number": number,
         "connected_s": time.monotonic() - since,
         "features": feature_names(host.features, getattr(host.device, "device_id", 0)),
+        "feature_bits": host.features,
         "protocol_features": list(protocol_features),
         "status": status_names(host.status),
     }
@@ -212,14 +214,17 @@ class Source:
 
     Args:
         kind, transport, origin: As in `schema.DeviceInfo`.
+        device: The virtio device, if it is one.
     """
 
-    def __init__(self, kind: str, transport: str, origin: int) -> None:
+    def __init__(self, kind: str, transport: str, origin: int, device: Device | None) -> None:
         self._device: schema.DeviceInfo = {
             "kind": kind,
             "transport": transport,
             "path": "",
             "origin": origin,
+            "device_id": None if device is None else device.device_id,
+            "config": "" if device is None else device.config().hex(),
         }
         self._started, self._since = time.time(), time.monotonic()
 

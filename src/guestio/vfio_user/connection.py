@@ -577,6 +577,7 @@ class Connection(PeerConnection[Header]):
             "number": self._stats.connections,
             "connected_s": time.monotonic() - self.since,
             "features": [],
+            "feature_bits": 0,
             "protocol_features": [],
             "status": [],
         }

@@ -97,8 +97,9 @@ class Server(WatchedServer):
         self._loop.core.watch = self._poll_us / 1e6
         self._host = PciHost(self.device, self._loop)
         virtio = self.device.virtio
-        served = self.device if virtio is None else virtio.device
-        self._source = Source(type(served).__name__, "vfio-user", self._host.origin)
+        served = None if virtio is None else virtio.device
+        kind = type(served or self.device).__name__
+        self._source = Source(kind, "vfio-user", self._host.origin, served)
         self.statistics.device_failures = lambda: self._host.failures
         self.statistics.interrupts_sent = lambda: self._host.interrupts.delivered
 

@@ -137,7 +137,8 @@ class Backend(WatchedServer):
             failed=self._thread_failed,
         )
         self._host.ending = self._stopping.is_set
-        self._source = Source(type(self.device).__name__, "vhost-user", self._host.origin)
+        kind = type(self.device).__name__
+        self._source = Source(kind, "vhost-user", self._host.origin, self.device)
         undo.callback(self._host.close)
         self.statistics.device_holds = lambda: self._host.outstanding
 

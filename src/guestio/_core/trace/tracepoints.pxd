@@ -66,6 +66,8 @@ cdef enum:
     LIFE = 4
     MEASURE = 8
     BUFFERS = 16
+    CONTENTS = 32
+    DATA = 64
 
 
 cdef enum What:
@@ -78,6 +80,9 @@ cdef enum What:
     WHAT_INTERRUPT = 6
     WHAT_FAILED = 7
     WHAT_BUFFER = 8
+    WHAT_LACKING = 9
+    WHAT_CONTENT = 10
+    WHAT_DATA = 11
     WHAT_MISS = 16
     WHAT_UPDATE = 17
     WHAT_INVALIDATE = 18

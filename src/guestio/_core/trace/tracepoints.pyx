@@ -63,9 +63,9 @@ cdef extern from *:
     static pthread_mutex_t trace_mutex = PTHREAD_MUTEX_INITIALIZER;
     static TraceRing *trace_rings;
     static uint32_t trace_count, trace_made;
-    static uint64_t trace_capacity, trace_unheld;
+    static uint64_t trace_capacity, trace_normal, trace_unheld;
     static pthread_key_t trace_key;
-    /* Raised when all rings are released: what threads have of before is gone. */
+    /* Raised when all rings are released, or are to be larger: threads look for one again. */
     static uint32_t trace_era = 1;
     static __thread uint32_t trace_my_era;
     static __thread TraceRing *trace_mine;
@@ -175,6 +175,21 @@ cdef extern from *:
     {
         pthread_mutex_lock(&trace_mutex);
         trace_drop_all();
+        trace_capacity = trace_normal;
+        pthread_mutex_unlock(&trace_mutex);
+    }
+
+    /* All threads go on in rings of so many records at least; what they wrote stays to be read. */
+    static void trace_enlarge(uint64_t capacity)
+    {
+        pthread_mutex_lock(&trace_mutex);
+        if (capacity > trace_capacity) {
+            trace_capacity = capacity;
+            for (TraceRing *ring = trace_rings; ring; ring = ring->following)
+                if (ring->capacity < capacity)
+                    ring->ended = 1;
+            trace_era++;
+        }
         pthread_mutex_unlock(&trace_mutex);
     }
 
@@ -196,7 +211,7 @@ cdef extern from *:
     static int trace_begin(int *on, uint64_t capacity)
     {
         trace_switch = on;
-        trace_capacity = capacity;
+        trace_capacity = trace_normal = capacity;
         if (pthread_key_create(&trace_key, trace_thread_ends))
             return -1;
         return pthread_atfork(trace_before_fork, trace_in_parent, trace_in_child);
@@ -322,9 +337,10 @@ cdef extern from *:
         uint32_t number
         uint64_t claimed
         uint64_t written
-    uint64_t trace_capacity, trace_unheld
+    uint64_t trace_capacity, trace_normal, trace_unheld
     int trace_begin(int *on, uint64_t capacity) nogil
     void trace_release()
+    void trace_enlarge(uint64_t capacity)
     void trace_put(TraceRecord *record, uint64_t now) nogil
     int trace_list(int *fds, uint32_t *numbers, int most) nogil
     int trace_numbers(uint32_t *numbers, int *fds, int most) nogil
@@ -344,12 +360,13 @@ NO_QUEUE = TRACE_NO_QUEUE
 NO_HEAD = TRACE_NO_HEAD
 GROUPS = {
     "requests": REQUESTS, "translations": TRANSLATIONS, "life": LIFE, "measure": MEASURE,
-    "buffers": BUFFERS,
+    "buffers": BUFFERS, "contents": CONTENTS, "data": DATA,
 }
 CORE_WHAT = {
     "available": WHAT_AVAILABLE, "taken": WHAT_TAKEN, "stalled": WHAT_STALLED,
     "served": WHAT_SERVED, "completed": WHAT_COMPLETED, "interrupt": WHAT_INTERRUPT,
-    "failed": WHAT_FAILED, "buffer": WHAT_BUFFER, "miss": WHAT_MISS, "update": WHAT_UPDATE,
+    "failed": WHAT_FAILED, "buffer": WHAT_BUFFER,
+    "lacking": WHAT_LACKING, "content": WHAT_CONTENT, "data": WHAT_DATA, "miss": WHAT_MISS, "update": WHAT_UPDATE,
     "invalidate": WHAT_INVALIDATE, "refused": WHAT_REFUSED, "evicted": WHAT_EVICTED,
     "dma_map": WHAT_DMA_MAP, "dma_unmap": WHAT_DMA_UNMAP, "harvest": WHAT_HARVEST,
 }
@@ -372,7 +389,7 @@ def want(groups):
     """Have these groups written from now on, and no others."""
     global tracing
     cdef uint64_t bits = as_address(groups, "groups")
-    if bits > 31:
+    if bits > 127:
         raise ValueError(f"groups {groups:#x} has unknown bits")
     tracing = <int>bits
 
@@ -383,11 +400,26 @@ def set_capacity(records):
     Raises:
         ValueError: Not in 1..2**24.
     """
-    global trace_capacity
+    global trace_capacity, trace_normal
+    trace_capacity = trace_normal = as_capacity(records)
+
+
+def enlarge(records):
+    """Have all threads go on in rings that hold so many at least, until all rings are released.
+
+    The GIL keeps every thread from writing at this moment.
+
+    Raises:
+        ValueError: Not in 1..2**24.
+    """
+    trace_enlarge(as_capacity(records))
+
+
+cdef uint64_t as_capacity(records) except 0:
     cdef uint64_t count = as_size(records, "records")
     if not 1 <= count <= TRACE_MOST:
         raise ValueError(f"records {records} is not in 1..{TRACE_MOST}")
-    trace_capacity = count
+    return count
 
 
 def unheld():

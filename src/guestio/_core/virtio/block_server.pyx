@@ -149,7 +149,7 @@ cdef class BlockServer(Server):
             plan.data.length > self.image.size_now - header.sector * SECTOR
         ) or not (plan.data.reading or self.writable):
             plan.status = S_IOERR
-        plan.data.offset = header.sector * SECTOR
+        chain.offset = plan.data.offset = header.sector * SECTOR
         return True
 
     cdef i64 finish(self, Chain chain, Plan *plan) noexcept:

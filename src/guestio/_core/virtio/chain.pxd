@@ -25,6 +25,9 @@ cdef class Chain:
     cdef u64 written
     cdef u64 since        # when it was found available, ns, if that is measured
     cdef int kind         # of the operation, as in Latencies
+    cdef u64 offset       # of a read or write in the image, bytes
+    cdef u16 origin       # for records of tracepoints, once it was handed out
+    cdef u16 queue
     cdef u64 charge       # pieces that its ring's quota counts for it
     cdef bint finished
     cdef bint done

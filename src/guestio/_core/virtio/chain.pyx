@@ -2,6 +2,10 @@
 
 from guestio._core.base.naming cimport publish_type
 from guestio._core.base.checks cimport as_address
+from guestio._core.trace.tracepoints cimport CONTENTS, tracing
+from guestio._core.virtio.contents cimport trace_answer
+
+from libc.stdint cimport uint32_t
 
 cdef enum:
     READ = 1
@@ -112,6 +116,8 @@ cdef class Chain:
         self.finished, self.written = True, count
         if self.writable.stamp and not self.writable.users:
             self.writable.put_stamp()
+        if tracing & CONTENTS and self.ring is not None:
+            trace_answer(self.writable, count, self.origin, self.queue, <uint32_t>self.head)
         # What was written through buffers of its slices is marked dirty by this.
         self.readable.close()
         self.writable.close()

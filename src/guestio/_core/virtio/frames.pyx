@@ -24,9 +24,10 @@ from guestio._core.base.checks cimport as_size, u8, u32, u64
 from guestio._core.base.syscalls cimport notify
 from guestio._core.iommu.misses cimport Misses
 from guestio._core.memory.vector cimport IoVector, iovec
-from guestio._core.trace.tracepoints cimport REQUESTS, WHAT_TAKEN, tracing
+from guestio._core.trace.tracepoints cimport CONTENTS, REQUESTS, WHAT_TAKEN, tracing
 from guestio._core.virtio.areas cimport current
 from guestio._core.virtio.chain cimport NOT_SERVED, Chain, Server, i64, u16
+from guestio._core.virtio.contents cimport trace_answer
 from guestio._core.virtio.ring cimport Ring
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -626,7 +627,9 @@ cdef class FrameFiller:
         chain.position = ring.taken_at
         ring.bytes += written
         if tracing & REQUESTS:
-            ring.trace_head(WHAT_TAKEN, chain, 0)
+            ring.trace_head(WHAT_TAKEN, chain, chain.position)
+            if tracing & CONTENTS:
+                trace_answer(chain.writable, written, ring.origin, ring.queue, <u32>chain.head)
         chain.clear()
         chain.written = written
         ring.add_pending(chain)

@@ -19,6 +19,7 @@ cdef struct Completed:
     UsedElem element
     int done              # 1 + the kind of its operation; not positive once it is published
     u64 since
+    u64 offset
 
 
 cdef class Ring(RingAreas):
@@ -93,6 +94,7 @@ cdef class Ring(RingAreas):
     cdef void trace_head(self, int what, Chain chain, i64 result) noexcept
     cdef void trace_buffers(self, IoVector memory, u32 head) noexcept
     cdef void trace_available(self, int count) noexcept
+    cdef void trace_lacking(self, int head, Misses misses, size_t known) noexcept
     cdef void trace_stalled(self, Misses misses) noexcept
     cdef void trace_published(self, u32 count) noexcept
     cdef bint wants_notification(self, u16 before) except -1

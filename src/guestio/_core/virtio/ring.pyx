@@ -19,11 +19,12 @@ from guestio._core.virtio.chain cimport (
     NOT_SERVED, Chain, Quota, Server, i64, is_in_use, is_moving, new_chain,
 )
 from guestio._core.base.syscalls cimport notify
+from guestio._core.virtio.contents cimport trace_answer, trace_given
 from guestio._core.virtio.inflight cimport InflightQueue
 from guestio._core.memory.mapping cimport holes, met_holes
 from guestio._core.trace.tracepoints cimport (
-    BUFFERS, MEASURE, REQUESTS, TraceRecord, WHAT_AVAILABLE, WHAT_BUFFER, WHAT_COMPLETED,
-    WHAT_INTERRUPT, WHAT_SERVED, WHAT_STALLED, WHAT_TAKEN, trace, trace_record, tracing,
+    BUFFERS, CONTENTS, MEASURE, REQUESTS, TraceRecord, WHAT_AVAILABLE, WHAT_BUFFER, WHAT_COMPLETED,
+    WHAT_INTERRUPT, WHAT_LACKING, WHAT_SERVED, WHAT_STALLED, WHAT_TAKEN, trace, trace_record, tracing,
 )
 from guestio._core.iommu.misses cimport Misses
 
@@ -340,7 +341,11 @@ cdef class Ring(RingAreas):
         # Which request it is was read from the ring: from nothing, if that is gone.
         if met_holes(&holes):
             self.check_areas()
-        return misses.count == known
+        if misses.count == known:
+            return True
+        if tracing & REQUESTS:
+            self.trace_lacking(head, misses, known)
+        return False
 
     cdef int dispatch(self, Server server, list chains) except -1:
         """Have the request in the scratch chain served, or hand it out; 1 if it was served."""
@@ -350,12 +355,16 @@ cdef class Ring(RingAreas):
         # Looked at once, for a request that is served as well.
         cdef int traced = tracing & REQUESTS
         if traced:
-            self.trace_head(WHAT_TAKEN, chain, 0)
+            self.trace_head(WHAT_TAKEN, chain, chain.position)
         if server is not None and chain.fault is None:
             written = server.serve(chain)
             if written != NOT_SERVED:
                 if traced:
                     self.trace_head(WHAT_SERVED, chain, written)
+                    if tracing & CONTENTS:
+                        trace_answer(
+                            chain.writable, <u64>written, self.origin, self.queue, <u32>chain.head
+                        )
                 self.moved += chain.readable.total + chain.writable.total
                 chain.clear()
                 chain.written = <u64>written
@@ -376,6 +385,7 @@ cdef class Ring(RingAreas):
         """Give the scratch chain away; only from now on does it refer to the ring."""
         cdef Chain chain = self.scratch
         chain.ring, self.scratch = self, None
+        chain.origin, chain.queue = self.origin, self.queue
         chain.charge = CHAIN_CHARGE + chain.readable.count + chain.writable.count
         self.bytes += chain.readable.total + chain.writable.total
         self.charged += chain.charge
@@ -430,7 +440,9 @@ cdef class Ring(RingAreas):
                 self.forget_held()
             else:
                 self.advance(head)
-            self.scratch.position = self.taken_at
+            self.scratch.position, self.scratch.kind = self.taken_at, 0
+            if tracing & REQUESTS:
+                self.trace_head(WHAT_TAKEN, self.scratch, self.taken_at)
             return self.hand_out()
         finally:
             self.keep_nothing()
@@ -521,6 +533,7 @@ cdef class Ring(RingAreas):
         completed.element.head = chain.head
         completed.element.written = <u32>min(chain.written, <u64>0xFFFFFFFF)
         completed.done, completed.since = 1 + chain.kind, chain.since
+        completed.offset = chain.offset
         discharge(self, chain)
         self.outstanding -= 1
         self.pending_count += 1
@@ -725,9 +738,12 @@ cdef class Ring(RingAreas):
         elif chain.writable.count:
             record.address = chain.writable.addr[0]
         trace(&record)
-        if what == WHAT_TAKEN and tracing & BUFFERS:
-            self.trace_buffers(chain.readable, record.head)
-            self.trace_buffers(chain.writable, record.head)
+        if what == WHAT_TAKEN and tracing & (BUFFERS | CONTENTS):
+            if tracing & BUFFERS:
+                self.trace_buffers(chain.readable, record.head)
+                self.trace_buffers(chain.writable, record.head)
+            if tracing & CONTENTS:
+                trace_given(chain.readable, self.origin, self.queue, record.head)
 
     cdef void trace_buffers(self, IoVector memory, u32 head) noexcept:
         """Write each contiguous piece of a request's memory."""
@@ -738,6 +754,15 @@ cdef class Ring(RingAreas):
             record.address, record.length, record.detail = memory.addr[i], memory.vec[i].iov_len, i
             record.time = 0
             trace(&record)
+
+    cdef void trace_lacking(self, int head, Misses misses, size_t known) noexcept:
+        """Write that a request lacks what was added to the misses: the first of them."""
+        cdef TraceRecord record = trace_record(WHAT_LACKING, self.origin)
+        record.queue, record.head, record.detail = self.queue, <u32>head, misses.count - known
+        record.address = misses.item[known].first
+        record.length = misses.item[known].last - misses.item[known].first + 1
+        record.access, record.since = misses.item[known].access, self.since
+        trace(&record)
 
     cdef void trace_stalled(self, Misses misses) noexcept:
         """Write that the requests from the next one on wait for translations: the first of them."""
@@ -762,7 +787,7 @@ cdef class Ring(RingAreas):
                 record = trace_record(WHAT_COMPLETED, self.origin)
                 record.queue, record.head, record.time = self.queue, completed.element.head, now
                 record.length, record.since = completed.element.written, completed.since
-                record.access = <u16>(-completed.done - 1)
+                record.access, record.detail = <u16>(-completed.done - 1), completed.offset
                 trace(&record)
 
     # Ring format: the seam between this class, which decides what is taken and published and when,

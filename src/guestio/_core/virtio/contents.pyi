@@ -1,0 +1,3 @@
+MOST_BYTES: int
+
+def xxh64(data: bytes) -> int: ...

@@ -1,0 +1,286 @@
+"""Records what a running server does, in its process or from another one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol, Self, TypeAlias
+
+import numpy as np
+
+from guestio.budgets import RECORD_BYTES, RECORD_DISK_FREE, RECORD_PEERS, RECORD_RING
+from guestio.control.record import groups_of
+from guestio.control.schema import Status
+from guestio.control.status import Observed
+from guestio.observe.finish import finish
+from guestio.observe.remote import ControlSource
+from guestio.observe.schema import VERSION
+from guestio.observe.spool import Description, Spool
+from guestio.trace import RECORD, Batch, Records, TraceReader, Tracing, What, enlarge_rings
+
+log = logging.getLogger("guestio.observe")
+
+Payload: TypeAlias = Literal["none", "headers", "all"]
+"""How much of what requests carry is recorded: nothing; the layout of their memory, their first
+64 bytes, and status and hash of the answer; or all bytes as well."""
+
+STEP: Final = 0.02
+"""Seconds between looks for new records."""
+
+DESCRIBE_SECONDS: Final = 0.25
+"""Seconds between looks at what was negotiated."""
+
+
+class Source(Protocol):
+    """Where records come from."""
+
+    def status(self) -> Status | None:
+        """The latest status of the server; None once it is gone."""
+        ...
+
+    def refresh(self) -> None:
+        """Make sure that the next read finds whatever was written before this call."""
+        ...
+
+    def read(self) -> Batch:
+        """What was written since the last time."""
+        ...
+
+    def close(self) -> None:
+        """Have nothing written any more for this."""
+        ...
+
+
+class _OwnSource:
+    """A server in this process."""
+
+    def __init__(self, server: Observed, payload: Payload) -> None:
+        self._server = server
+        with contextlib.ExitStack() as undo:
+            self._reader = undo.enter_context(TraceReader())
+            enlarge_rings(RECORD_RING)
+            undo.enter_context(Tracing(groups_of(payload)))
+            self._undo = undo.pop_all()
+
+    def status(self) -> Status | None:
+        return self._server.status()
+
+    def refresh(self) -> None:
+        """Do nothing: a reader of this process knows all rings."""
+
+    def read(self) -> Batch:
+        return self._reader.read()
+
+    def close(self) -> None:
+        self._undo.close()
+
+
+class Recorder:
+    """Records what a server does, from its making to :meth:`close`.
+
+    Args:
+        source: A server of this process, such as a `Backend`; or the path of a control socket, of a
+            server of the same user on this machine.
+        path: The file to write; it must not be there yet. While it is written it can be read up to
+            a second ago or so, also if this process dies; :meth:`close` makes it a Parquet file.
+        payload: How much of what requests carry is recorded.
+        most_bytes: Bytes of the file while it is written; recording ends there.
+
+    Raises:
+        DeviceError: Nothing answers there, or the extra ``record`` is not installed.
+        OSError: The file is there already, or cannot be made.
+
+    Attributes:
+        path: As given.
+        ended: Why recording ended before :meth:`close`; None as long as it goes on.
+
+    Threads: it has one of its own; :meth:`close` may be called from any. Cost: the server's threads
+    write a record of 64 bytes for each event, which this thread copies to the file. With a server
+    in another process only the former is the server's.
+    """
+
+    def __init__(
+        self,
+        source: Observed | str | os.PathLike[str],
+        path: str | os.PathLike[str],
+        *,
+        payload: Payload = "none",
+        most_bytes: int = RECORD_BYTES,
+    ) -> None:
+        self.path = Path(path)
+        self.ended: str | None = None
+        self._most_bytes = most_bytes
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._result: Description | None = None
+        self._pending: Records = np.zeros(0, RECORD)
+        self._origin: int | None = None
+        self._known: Description = {}
+        with contextlib.ExitStack() as undo:
+            self._spool = Spool(self.path)
+            undo.callback(self.path.unlink)
+            undo.callback(self._spool.close)
+            self._source: Source
+            if isinstance(source, str | os.PathLike):
+                self._source = ControlSource(source, payload)
+            else:
+                self._source = _OwnSource(source, payload)
+            undo.callback(self._source.close)
+            self._description: Description = {
+                "version": VERSION,
+                "payload": payload,
+                "began": {"monotonic_ns": time.monotonic_ns(), "realtime_ns": time.time_ns()},
+                "peers": [],
+                "lost": 0,
+                "ended": None,
+            }
+            self._describe()
+            self._spool.write(self._pending, self._description)
+            self._thread = threading.Thread(target=self._run, name="guestio-record", daemon=True)
+            self._thread.start()
+            undo.pop_all()
+
+    def _describe(self) -> bool:
+        """Note what was negotiated, if that changed; whether the server is still there."""
+        status = self._source.status()
+        if status is None:
+            return False
+        found = description_of(status)
+        if found != self._known:
+            self._known = found
+            peers, peer = self._description["peers"], found["peer"]
+            self._description |= {
+                "guestio": status["version"],
+                "process": status["process"],
+                "device": found["device"],
+            }
+            self._origin = found["device"]["origin"]
+            if peer is not None:
+                peer = {"time_ns": time.monotonic_ns(), **peer}
+                if peers and peers[-1]["number"] == peer["number"]:
+                    # From its beginning on, as it is now; what has ended stays.
+                    before = peers.pop()
+                    peer["time_ns"] = before["time_ns"]
+                    known = {queue["index"]: queue for queue in before["queues"]}
+                    known |= {queue["index"]: queue for queue in peer["queues"]}
+                    peer["queues"] = [known[index] for index in sorted(known)]
+                    peer["memory"] = peer["memory"] or before["memory"]
+                peers.append(peer)
+                del peers[:-RECORD_PEERS]
+        return True
+
+    def _step(self, *, last: bool = False) -> None:
+        """Write what is there, in the order of time over all threads."""
+        # Records before this moment have all been written: each is, with its time, while the
+        # interpreter's lock is held.
+        until = time.monotonic_ns()
+        batch = self._source.read()
+        self._description["lost"] += batch.lost
+        records = batch.records
+        strange = (records["origin"] != self._origin) & (records["origin"] != 0)
+        if strange.any():
+            records = records[~strange]
+        if len(self._pending):
+            records = np.concatenate([self._pending, records])
+            records = records[np.argsort(records["time"], kind="stable")]
+        end = len(records) if last else int(np.searchsorted(records["time"], until, "right"))
+        self._pending = records[end:].copy()
+        if end or last:
+            if (records["what"][:end] == What.QUEUE_STARTED).any():
+                # A front-end may be gone before the next regular look.
+                self._describe()
+            self._spool.write(records[:end], self._description)
+
+    def _run(self) -> None:
+        try:
+            described = 0.0
+            while not self._stop.wait(STEP):
+                now = time.monotonic()
+                if now - described >= DESCRIBE_SECONDS:
+                    described = now
+                    if not self._describe():
+                        self._end("the server has ended")
+                        return
+                    free = shutil.disk_usage(self.path.parent).free
+                    if self._spool.bytes >= self._most_bytes:
+                        self._end(f"the file has reached {self._most_bytes} bytes")
+                        return
+                    if free < RECORD_DISK_FREE:
+                        self._end(f"only {free} bytes are left on its file system")
+                        return
+                self._step()
+        except Exception as error:
+            self._end(f"{type(error).__name__}: {error}")
+
+    def _end(self, why: str) -> None:
+        self.ended = self._description["ended"] = why
+        log.warning("the recording %s ends: %s", self.path, why)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until recording ends by itself; whether it did, within so many seconds."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def close(self, *, finished: bool = True) -> Description:
+        """End the recording. Calling it again does nothing.
+
+        Args:
+            finished: Whether to make it a Parquet file, which takes about a second for a million
+                requests. What is left as it is can be read all the same, and finished later by
+                `finish`.
+
+        Returns:
+            What describes the recording; with its counts if it is finished.
+
+        Raises:
+            OSError: There is no room for the Parquet file; what was written is still there.
+        """
+        with self._lock:
+            if self._result is not None:
+                return self._result
+            self._stop.set()
+            self._thread.join()
+            try:
+                with contextlib.suppress(OSError):
+                    # A disk that is full keeps what it has.
+                    self._source.refresh()
+                    self._describe()
+                    self._step(last=True)
+            finally:
+                self._source.close()
+                with contextlib.suppress(OSError):
+                    self._spool.close()
+            self._result = self._description
+            if finished:
+                self._result = finish(self.path)
+            return self._result
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def description_of(status: Status) -> dict[str, Any]:
+    """What of a status a recording keeps, and a replay needs to set up the same."""
+    peer = status["peer"]
+    found: dict[str, Any] = {"device": status["device"], "peer": None}
+    if peer is not None:
+        found["peer"] = {
+            "number": peer["number"],
+            "features": peer["features"],
+            "feature_bits": peer["feature_bits"],
+            "protocol_features": peer["protocol_features"],
+            "queues": [
+                {"index": queue["index"], "size": queue["size"]}
+                for queue in status["queues"]
+                if queue["running"]
+            ],
+            "memory": status["memory"],
+        }
+    return found

@@ -1,0 +1,112 @@
+"""Recordings: what they count is what the load generator counts, exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guestio.control.client import ControlClient
+from guestio.guest.load import Load
+from guestio.guest.plan import LoadPlan
+from guestio.observe import Recorder, open_recording, xxh64
+from guestio.trace import What
+from guestio.virtio.blk import BlockDevice
+from tests.kit.serving import Serving, nothing_left, until
+
+SIZE = 4 << 20
+REQUESTS = 300
+
+
+@contextlib.contextmanager
+def disk(directory: Path) -> Iterator[tuple[Serving, bytes]]:
+    """A disk that is served, with a control socket, and what is on it."""
+    image = directory / "image"
+    content = os.urandom(SIZE)
+    image.write_bytes(content)
+    device = BlockDevice(image)
+    try:
+        with Serving(device, directory / "disk.sock", control=directory / "control") as serving:
+            yield serving, content
+    finally:
+        device.close()
+
+
+def counts(table: Any, what: What) -> Any:
+    return table["what"].to_pylist().count(int(what))
+
+
+@pytest.mark.parametrize("iommu", ["off", "static", "strict"])
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_recording_counts_what_the_guest_does(tmp_path: Path, iommu: Any, outside: bool) -> None:
+    path = tmp_path / "recording.parquet"
+    with nothing_left(), disk(tmp_path) as (serving, _):
+        source: Any = tmp_path / "control" if outside else serving.backend
+        plan = LoadPlan(workload="randrw", depth=8, iommu=iommu)
+        with Load(os.fspath(tmp_path / "disk.sock"), plan) as load:
+            load.run_requests(20)
+            client = ControlClient(tmp_path / "control")
+            before = client.status()
+            with Recorder(source, path) as recorder:
+                result = load.run_requests(REQUESTS)
+                expected = before["counts"]["iotlb_invalidations"] + result.invalidations
+                until(lambda: client.status()["counts"]["iotlb_invalidations"] == expected)
+            assert recorder.ended is None
+    with open_recording(path) as recording:
+        assert recording.description["lost"] == 0
+        requests, translations = recording.requests(), recording.translations()
+    assert len(requests) == REQUESTS
+    operations = requests["operation"].to_pylist()
+    assert operations.count("read") == result.reads
+    assert operations.count("write") == result.writes
+    assert counts(translations, What.MISS) == result.misses
+    assert counts(translations, What.UPDATE) == result.updates
+    assert counts(translations, What.INVALIDATE) == result.invalidations
+    assert requests["sequence"].to_pylist() == sorted(requests["sequence"].to_pylist())
+    order = ["available", "taken", "served", "completed", "interrupted"]
+    for row in requests.to_pylist():
+        times = [row[name] for name in order if row[name] is not None]
+        assert times == sorted(times)
+        assert None not in (row["taken"], row["served"], row["completed"])
+        assert (row["misses"] > 0) == (row["stalled"] is not None)
+        moved = max(row["readable"], row["writable"])
+        assert row["offset"] + moved <= SIZE + 16
+    if iommu == "strict":
+        assert min(requests["misses"].to_pylist()) > 0
+
+
+@pytest.mark.parametrize("payload", ["headers", "all"])
+def test_what_requests_carry_is_recorded(tmp_path: Path, payload: Any) -> None:
+    path = tmp_path / "recording.parquet"
+    plan = LoadPlan(workload="randread", depth=4)
+    with (
+        nothing_left(),
+        disk(tmp_path) as (serving, content),
+        Recorder(serving.backend, path, payload=payload),
+        Load(os.fspath(tmp_path / "disk.sock"), plan) as load,
+    ):
+        load.run_requests(50)
+        # What was negotiated is looked at now and then.
+        time.sleep(0.2)
+    with open_recording(path) as recording:
+        rows = recording.requests().to_pylist()
+        peers = recording.description["peers"]
+    assert len(peers) == 1
+    assert peers[0]["queues"][0]["size"] > 0
+    assert len(rows) == 50
+    for row in rows:
+        assert row["status"] == 0
+        header = row["content"]
+        assert int.from_bytes(header[8:16], "little") * 512 == row["offset"]
+        data = content[row["offset"] : row["offset"] + row["writable"] - 1]
+        assert row["written"] == row["writable"] == len(data) + 1
+        assert row["answer_hash"] == xxh64(data + b"\0")
+        assert row["answer"] == (data + b"\0" if payload == "all" else None)
+        assert sum(each["length"] for each in row["read_pieces"]) == row["readable"] == 16
+        assert sum(each["length"] for each in row["write_pieces"]) == row["writable"]
+        assert row["read_pieces"][0]["address"] == row["address"]
