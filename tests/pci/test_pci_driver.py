@@ -268,7 +268,11 @@ def test_interrupts_by_msi_and_by_the_pin(device: Copier, driver: PciDriver) -> 
     # There are fewer messages than vectors: they are shared.
     for vector in (0, 1, 2):
         fire.store(FIRE, vector, 4)
-    assert (driver.wait_interrupt(0), driver.wait_interrupt(1)) == (2, 1)
+    # A store is answered before its interrupt has come.
+    came = driver.wait_interrupt(0)
+    while came < 2:
+        came += driver.wait_interrupt(0)
+    assert (came, driver.wait_interrupt(1)) == (2, 1)
     for bad in (ERR, 77):
         with pytest.raises(ValueError, match="of kind MSIX, MSI or INTX"):
             driver.start_interrupts(bad)
