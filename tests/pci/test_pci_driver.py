@@ -238,6 +238,8 @@ def test_interrupts_by_msix(driver: PciDriver) -> None:
     assert driver.config.load(4, 2) & 0x400, "the pin is off"
     for vector in (2, 0, 2):
         fire.store(FIRE, vector, 4)
+    # Stores are posted: once a load is answered, all before it have been obeyed.
+    fire.load(LENGTH, 4)
     assert driver.wait_interrupt(2) == 2
     assert driver.wait_interrupt(0) == 1
     assert [driver.poll_interrupt(vector) for vector in range(3)] == [0, 0, 0]
@@ -247,6 +249,7 @@ def test_interrupts_by_msix(driver: PciDriver) -> None:
         driver.wait_interrupt(3)
     driver.bus_master = False
     fire.store(FIRE, 1, 4)
+    fire.load(LENGTH, 4)
     with pytest.raises(NoAnswerError, match=r"not bus master; call enable\(\)"):
         driver.wait_interrupt(1, timeout=0.01)
     driver.enable()
@@ -268,11 +271,8 @@ def test_interrupts_by_msi_and_by_the_pin(device: Copier, driver: PciDriver) -> 
     # There are fewer messages than vectors: they are shared.
     for vector in (0, 1, 2):
         fire.store(FIRE, vector, 4)
-    # A store is answered before its interrupt has come.
-    came = driver.wait_interrupt(0)
-    while came < 2:
-        came += driver.wait_interrupt(0)
-    assert (came, driver.wait_interrupt(1)) == (2, 1)
+    fire.load(LENGTH, 4)
+    assert (driver.wait_interrupt(0), driver.wait_interrupt(1)) == (2, 1)
     for bad in (ERR, 77):
         with pytest.raises(ValueError, match="of kind MSIX, MSI or INTX"):
             driver.start_interrupts(bad)
