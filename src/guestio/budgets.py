@@ -262,6 +262,10 @@ DMA_NESTED = 16
 """Answers of a client that are waited for at a time: what it writes to registers meanwhile may have
 the device ask again. One more access fails."""
 
+BAR_ACCESSES = 8
+"""Accesses to a PCI device's registers that one message asks for and that are made before it is
+looked whether the turn (TURN_SECONDS) is over; the rest is gone on with when others had theirs."""
+
 DMA_LOOK = 0.001
 """Seconds between looks whether such an access has ended."""
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import socket
 import struct
+from pathlib import Path
 
 import pytest
 
+from guestio.pci import Bar, CallbackDoorbell, PciExpress
 from guestio.vfio_user.messages import HEADER_SIZE, Command, HeaderFlag, IrqSet
 from tests.kit.serving import nothing_left, until
 from tests.kit.vfio_client import PAGE, Client, ServingPci, Toy, memory_file, number
@@ -509,3 +512,97 @@ def test_a_client_that_does_not_read(serving: ServingPci) -> None:
                 client.socket.sendall(asked)
     with serving.connect() as following:
         assert not following.version().error
+
+
+def test_a_second_client_is_told_of_in_the_log(
+    serving: ServingPci, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It hangs until the first one goes, and nothing else tells why."""
+    caplog.set_level(logging.INFO, "guestio.vfio_user")
+    with serving.connect() as first:
+        first.begin()
+        assert "second" not in caplog.text
+        with serving.connect() as second:
+            until(lambda: "a second client has connected" in caplog.text)
+            second.send(Command.VERSION, struct.pack("<HH", 0, 1))
+            first.socket.close()
+            assert second.receive()[1] == Command.VERSION
+
+
+def test_a_function_level_reset_is_counted(tmp_path: Path) -> None:
+    class Express(Toy):
+        capabilities = (PciExpress(),)
+
+    device = Express()
+    with ServingPci(device, tmp_path / "express.sock") as serving, serving.connect() as client:
+        client.begin()
+        assert client.read(7, 0x40, 1) == b"\x10"
+        # Other bits of the register are not.
+        assert client.write(7, 0x48, b"\x10\x28") == 0
+        assert (serving.stats.resets, device.resets) == (0, 0)
+        assert client.write(7, 0x48, b"\x10\xa8") == 0
+        assert (serving.stats.resets, device.resets) == (1, 1)
+        multi = struct.pack("<QQII8s", 1, 0x49, 7, 1, b"\x80")
+        assert client.request(Command.REGION_WRITE_MULTI, multi).error == 0
+        assert client.request(Command.DEVICE_RESET).error == 0
+        assert (serving.stats.resets, device.resets) == (3, 3)
+
+
+ONES = b"\xff" * 8
+
+
+def test_registers_whose_space_is_switched_off(client: Client, toy: Toy) -> None:
+    """They read as ones, and what is written is lost, a doorbell's writes as well."""
+    rung: list[tuple[int, int, int]] = []
+    toy.host.call_soon_threadsafe(
+        lambda: toy.host.add_doorbell(
+            0, 0x200, 64, CallbackDoorbell(lambda *args: rung.append(args))
+        )
+    )
+    client.write(0, 0x100, number(7))
+    client.write(0, 0x204, number(1, 4))
+    assert client.read(0, 0x100, 8) == number(7)
+    assert rung == [(4, 4, 1)]
+    seen = len(toy.seen)
+    client.write(7, 4, b"\x05\x00")
+    assert client.read(0, 0x100, 8) == ONES
+    assert client.read(0, 0, 100) == b"\xff" * 100
+    # That of MSI-X as well.
+    assert client.read(1, 0, 8) == ONES
+    client.write(0, 0x100, number(9))
+    client.write(0, 0x204, number(2, 4))
+    client.post(0, 0x204, number(3, 4))
+    assert client.read(7, 4, 2) == b"\x05\x00"
+    assert (len(toy.seen), len(rung)) == (seen, 1)
+    client.write(7, 4, b"\x06\x00")
+    assert client.read(0, 0x100, 8) == number(7)
+    client.post(0, 0x204, number(4, 4))
+    client.read(0, 0x100, 8)
+    assert rung == [(4, 4, 1), (4, 4, 4)]
+
+
+def test_a_space_that_was_never_switched_on(serving: ServingPci) -> None:
+    """SPDK's driver makes a function bus master, and nothing else."""
+    with serving.connect() as client:
+        client.version()
+        client.write(0, 0x100, number(7))
+        assert client.read(0, 0x100, 8) == number(7)
+        client.write(7, 4, b"\x04\x04")
+        assert client.read(0, 0x100, 8) == number(7)
+        client.write(7, 4, b"\x06\x04")
+        client.write(7, 4, b"\x00\x00")
+        assert client.read(0, 0x100, 8) == ONES
+        client.request(Command.DEVICE_RESET)
+        assert client.read(0, 0x100, 8) == bytes(8)
+
+
+def test_each_bar_obeys_the_switch_of_its_space(tmp_path: Path) -> None:
+    class Ports(Toy):
+        bars = {0: Bar(16, io=True), 2: Bar(PAGE)}  # noqa: RUF012 - never changed
+
+    with ServingPci(Ports(), tmp_path / "ports.sock") as serving, serving.connect() as client:
+        client.version()
+        client.write(7, 4, b"\x03\x00")
+        for command, ports, memory in ((2, ONES, bytes(8)), (1, bytes(8), ONES), (0, ONES, ONES)):
+            client.write(7, 4, bytes([command, 0]))
+            assert (client.read(0, 8, 8), client.read(2, 8, 8)) == (ports, memory)

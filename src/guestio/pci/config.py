@@ -32,6 +32,8 @@ _FIRST_CAPABILITY: Final = 0x40
 _FIRST_EXTENDED: Final = 0x100
 _CAPABILITIES_POINTER: Final = 0x34
 
+COMMAND_IO: Final = 1 << 0
+COMMAND_MEMORY: Final = 1 << 1
 COMMAND_MASTER: Final = 1 << 2
 COMMAND_INTX_DISABLE: Final = 1 << 10
 _COMMAND_WRITABLE: Final = 0x0547  # I/O, memory, master, parity, SERR, INTx disable

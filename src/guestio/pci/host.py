@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from operator import index as as_index
 from typing import TYPE_CHECKING, Final
@@ -12,11 +13,17 @@ from typing import TYPE_CHECKING, Final
 from guestio._core.memory.slices import VolatileSlice
 from guestio._core.pci.doorbell import Doorbell, Doorbells
 from guestio.addr import check_int
+from guestio.budgets import BAR_ACCESSES
 from guestio.errors import DeviceError
 from guestio.memory import Backing
 from guestio.memory.backing import close_fd
 from guestio.pci.capabilities import Msi, MsiX
-from guestio.pci.config import COMMAND_INTX_DISABLE, ConfigSpace
+from guestio.pci.config import (
+    COMMAND_INTX_DISABLE,
+    COMMAND_IO,
+    COMMAND_MEMORY,
+    ConfigSpace,
+)
 from guestio.pci.device import Bar, PciDevice, check_device, complete
 from guestio.pci.interrupts import InterruptKind, Interrupts
 from guestio.pci.memory import BusMemory, RemoteMemory
@@ -310,10 +317,21 @@ class PciHost(LoopCalls):
         if self._msix is not None:
             # Each vector is masked at first.
             self._table[:] = (bytes(12) + b"\1\0\0\0") * self._msix.vectors
+        self._spaces = 0
         self._obey_config()
 
     def _obey_config(self) -> None:
         config = self.config
+        # Clients that decode addresses themselves need not switch spaces on, and SPDK's does not:
+        # what was never on is not off.
+        self._spaces |= config.command
+        off = self._spaces & ~config.command
+        self._silent = sum(
+            1 << number
+            for number, bar in self.bars.items()
+            if off & (COMMAND_IO if bar.io else COMMAND_MEMORY)
+        )
+        self.doorbells.silent = self._silent
         changed = self.memory.enabled != config.bus_master
         self.memory.enabled = config.bus_master
         self.interrupts.allow(
@@ -351,30 +369,76 @@ class PciHost(LoopCalls):
         target = self._window_target()
         self.config.set_window_data(b"\xff" * 4 if target is None else self.read_bar(*target))
 
-    def write_config(self, offset: int, data: bytes) -> None:
-        """Write the configuration space; the range does not leave it."""
+    def write_config(self, offset: int, data: bytes) -> bool:
+        """Write the configuration space; the range does not leave it.
+
+        Returns:
+            Whether that was a function level reset.
+        """
         if self.config.write(offset, data):
             self.reset()
-            return
+            return True
         self._obey_config()
         written = self.config.window_data(offset, len(data))
         if written is not None and (target := self._window_target()) is not None:
             index, at, length = target
             self.write_bar(index, at, self.config.read(written, length))
+        return False
 
     def read_bar(self, index: int, offset: int, size: int) -> bytes:
         """Read a range of a BAR, which it does not leave."""
+        return b"".join(self._reads(index, offset, size))
+
+    def _reads(self, index: int, offset: int, size: int) -> Iterator[bytes]:
         bar = self.bars[index]
-        found = bytearray()
         for at, length in _accesses(bar, offset, size):
-            found += self._read(index, bar, at, length)
-        return bytes(found)
+            yield self._read(index, bar, at, length)
 
     def write_bar(self, index: int, offset: int, data: bytes) -> None:
         """Write a range of a BAR, which it does not leave."""
+        for _ in self._writes(index, offset, data):
+            pass
+
+    def _writes(self, index: int, offset: int, data: bytes) -> Iterator[int]:
+        """Make one access of a write after the other; how many bytes are written by then."""
         bar = self.bars[index]
         for at, length in _accesses(bar, offset, len(data)):
             self._write(index, bar, at, data[at - offset : at - offset + length])
+            yield at - offset + length
+
+    def read_part(self, index: int, offset: int, size: int, until: float) -> bytes:
+        """Read the beginning of a range of a BAR for a client: BAR_ACCESSES at least.
+
+        Args:
+            index: The BAR.
+            offset: Where the range begins, which does not leave the BAR.
+            size: Its bytes.
+            until: When to stop (monotonic time).
+
+        Returns:
+            The bytes that were read; ones where the driver has switched the BAR's space off.
+        """
+        if self._silent >> index & 1:
+            return b"\xff" * size
+        found = bytearray()
+        for number, part in enumerate(self._reads(index, offset, size), 1):
+            found += part
+            if not number % BAR_ACCESSES and len(found) < size and time.monotonic() >= until:
+                break
+        return bytes(found)
+
+    def write_part(self, index: int, offset: int, data: bytes, until: float) -> int:
+        """Write the beginning of a range of a BAR, as :meth:`read_part` reads it.
+
+        Returns:
+            How many bytes were written; what is written to a BAR that is switched off is lost.
+        """
+        if self._silent >> index & 1:
+            return len(data)
+        for number, done in enumerate(self._writes(index, offset, data), 1):
+            if not number % BAR_ACCESSES and done < len(data) and time.monotonic() >= until:
+                return done
+        return len(data)
 
     def _read(self, index: int, bar: Bar, at: int, length: int) -> bytes:
         if bar.mapped(at, length):

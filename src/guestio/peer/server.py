@@ -204,6 +204,12 @@ class PeerServer(ABC):
             self._waiting.remove(silent)
             close_socket(silent)
         first = not self._waiting
+        LOG.report(
+            self._log,
+            logging.INFO,
+            "a second %s has connected: it is served when the one that is there has gone",
+            self.peer_name,
+        )
         try:
             self._waiting.append(connected)
         except BaseException:

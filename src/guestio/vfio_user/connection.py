@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
+import select
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from guestio._core.base.syscalls import drain_eventfd, notify_eventfd
@@ -38,6 +40,7 @@ from guestio.vfio_user.memory import DmaSpace, Unmapping
 from guestio.vfio_user.messages import (
     CONFIG_REGION,
     MAX_DATA,
+    REGION_ACCESS,
     UNMAP_ALL,
     DmaMap,
     DmaUnmap,
@@ -48,7 +51,7 @@ from guestio.vfio_user.messages import (
     command_name,
 )
 from guestio.vfio_user.remote import ClientMemory
-from guestio.vfio_user.session import Region, Session
+from guestio.vfio_user.session import Region, RegionWrite, Session
 from guestio.vfio_user.statistics import Statistics
 from guestio.virtio.host import DeviceHost
 from guestio.virtio.loop import EventLoop
@@ -77,6 +80,26 @@ class _Revocation:
     header: Header
     unmapping: Unmapping
     until: float | None = None
+
+
+@dataclass
+class _Access:
+    """Registers whose reading or writing takes so long that others have their turn in between.
+
+    Attributes:
+        header: Of the request that is answered then; None if it was answered.
+        go_on: Does a part of it, as much as there is time for; whether all is done.
+        begin: What the answer begins with.
+        found: What was read so far.
+        active: Whether it is being gone on with: what the device asks the client for meanwhile has
+            messages obeyed.
+    """
+
+    header: Header | None
+    go_on: Callable[[float], bool]
+    begin: bytes = b""
+    found: bytearray = field(default_factory=bytearray)
+    active: bool = False
 
 
 @dataclass
@@ -141,14 +164,16 @@ class Connection(PeerConnection[Header]):
         self._session = Session(self)
         self._handled: Header | None = None
         self._revocation: _Revocation | None = None
+        self._access: _Access | None = None
         host.connect(self._dma.space, self._remote)
         loop.core.add_feed(self._feed)
         self._start()
         event(What.CONNECTED, origin=host.origin, detail=statistics.connections)
 
     def _may_read(self) -> bool:
-        # Messages are obeyed in their order: what follows an unmap that waits, waits, too.
-        return self._revocation is None and not self._channel.backlog
+        # Messages are obeyed in their order: what follows an unmap that waits, or an access that
+        # takes long, waits, too.
+        return self._revocation is None and self._access is None and not self._channel.backlog
 
     def _receive(self) -> None:
         # What the core does not handle has come, or what it has not handled yet is there.
@@ -198,8 +223,9 @@ class Connection(PeerConnection[Header]):
         return sent
 
     def _resume(self) -> None:
-        super()._resume()
-        self._feed_core()
+        if self._may_read():
+            super()._resume()
+            self._feed_core()
 
     def _watch_half_message(self) -> None:
         at = self._channel.inbox.position
@@ -307,6 +333,9 @@ class Connection(PeerConnection[Header]):
                 time.sleep(DMA_LOOK)
                 self._look()
                 continue
+            if self._access is not None and not self._access.active:
+                self._go_on()
+                continue
             left = max(until - time.monotonic(), 0)
             message = self._channel.recv(min(left, DMA_STOP_LOOK))
             # The answer may have come in time, behind other messages: some are read on for it.
@@ -366,7 +395,8 @@ class Connection(PeerConnection[Header]):
         self._loop.core.remove_feed(self._feed)
         super()._hang_up()
         self._loop.clear_timer((self, "revocation"))
-        self._revocation = None
+        self._loop.clear_timer((self, "access"))
+        self._revocation = self._access = None
 
     def region(self, index: int) -> Region:
         """See :class:`SessionHandler`."""
@@ -466,20 +496,103 @@ class Connection(PeerConnection[Header]):
         if self._dma.cut_off(unmapping.address, unmapping.size, unmapping.used):
             self._host.connect(self._dma.space, self._remote)
 
-    def read_region(self, index: int, offset: int, size: int) -> bytes:
+    def read_region(self, index: int, offset: int, size: int) -> bytes | None:
         """See :class:`SessionHandler`."""
         self._stats.messages.region_reads += 1
         if index == CONFIG_REGION:
             return self._host.read_config(offset, size)
-        return self._host.read_bar(index, offset, size) if size else b""
+        if not size:
+            # There need not be such a BAR.
+            return b""
+        found = bytearray(self._host.read_part(index, offset, size, self._turn_end()))
+        if len(found) == size:
+            return bytes(found)
+        begin = REGION_ACCESS.pack(offset, index, size)
 
-    def write_region(self, index: int, offset: int, data: bytes) -> None:
+        def go_on(until: float) -> bool:
+            at = len(found)
+            found.extend(self._host.read_part(index, offset + at, size - at, until))
+            return len(found) == size
+
+        header = self._handled
+        assert header is not None
+        self._put_off(_Access(header if header.wants_reply else None, go_on, begin, found))
+        return None
+
+    def write_regions(self, writes: Sequence[RegionWrite]) -> None:
         """See :class:`SessionHandler`."""
-        self._stats.messages.region_writes += 1
-        if index == CONFIG_REGION:
-            self._host.write_config(offset, data)
-        elif data:
-            self._host.write_bar(index, offset, data)
+        at = done = 0
+
+        def go_on(until: float) -> bool:
+            nonlocal at, done
+            while at < len(writes):
+                index, offset, data = writes[at]
+                if index == CONFIG_REGION:
+                    self._stats.resets += self._host.write_config(offset, data)
+                elif done < len(data):
+                    done += self._host.write_part(index, offset + done, data[done:], until)
+                    if done < len(data):
+                        return False
+                self._stats.messages.region_writes += 1
+                at, done = at + 1, 0
+                if at < len(writes) and time.monotonic() >= until:
+                    return False
+            return True
+
+        if not go_on(self._turn_end()):
+            self._put_off(_Access(None, go_on))
+
+    def _turn_end(self) -> float:
+        """Until when an access that is made now may take.
+
+        While the device waits for the client, all of it is done: the loop waits anyway, and what
+        the device does is inside of an access, which would be gone on with later.
+        """
+        return math.inf if self._questions else time.monotonic() + TURN_SECONDS
+
+    def _put_off(self, access: _Access) -> None:
+        """Go on with an access when the loop's others have had their turn."""
+        if self.closed:
+            return
+        self._access = access
+        self._feed.main = -1
+        self._loop.remove_reader(self._channel.fileno())
+        self._loop.set_timer((self, "access"), time.monotonic(), self._go_on)
+
+    def _is_gone(self) -> bool:
+        """Whether the client has hung up, while nothing is read from it."""
+        poll = select.poll()
+        poll.register(self._channel.fileno(), 0)
+        return bool(poll.poll(0))
+
+    def _go_on(self) -> None:
+        """Go on with the access that takes long, and answer it once it is done."""
+        access = self._access
+        if access is None or access.active:
+            return
+        if self._is_gone():
+            self.close()
+            return
+        access.active, self._busy = True, access.header is not None
+        try:
+            done = access.go_on(time.monotonic() + TURN_SECONDS)
+        finally:
+            access.active = self._busy = False
+        if self.closed:
+            return
+        if not done:
+            self._loop.set_timer((self, "access"), time.monotonic(), self._go_on)
+            return
+        self._access = None
+        try:
+            if access.header is None or self._send(
+                access.header.reply(access.begin + bytes(access.found))
+            ):
+                self._resume()
+        except PeerGoneError:
+            self.close()
+        except ProtocolError as error:
+            self.disconnect(str(error))
 
     def set_triggers(self, index: int, start: int, fds: list[int | None]) -> None:
         """See :class:`SessionHandler`."""

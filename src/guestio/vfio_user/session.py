@@ -13,7 +13,7 @@ import errno
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from guestio.dma.device import kind_name
 from guestio.errors import GuestioError, ProtocolError
@@ -80,6 +80,14 @@ class Region:
     areas: Sequence[tuple[int, int]] = ()
 
 
+class RegionWrite(NamedTuple):
+    """A write to a region."""
+
+    region: int
+    offset: int
+    data: bytes
+
+
 class SessionHandler(Protocol):
     """What a session asks of the connection; each method may raise `RefusalError`."""
 
@@ -106,12 +114,16 @@ class SessionHandler(Protocol):
         """Let it reach memory no more; False if that is to be answered later."""
         ...
 
-    def read_region(self, index: int, offset: int, size: int) -> bytes:
-        """Read a range that is in the region."""
+    def read_region(self, index: int, offset: int, size: int) -> bytes | None:
+        """Read a range that is in the region; None if that takes long and is answered later."""
         ...
 
-    def write_region(self, index: int, offset: int, data: bytes) -> None:
-        """Write a range that is in the region."""
+    def write_regions(self, writes: Sequence[RegionWrite]) -> None:
+        """Write ranges that are in their regions, in order.
+
+        What takes long goes on later: nothing else of the client is obeyed before. Writes to the
+        configuration space are done when this returns.
+        """
         ...
 
     def set_triggers(self, index: int, start: int, fds: list[int | None]) -> None:
@@ -171,8 +183,8 @@ class Session:
         """Obey a command.
 
         Returns:
-            The answer; None if the client wants none, or a DMA_UNMAP is to be answered later, with
-            ``message.header.reply()``.
+            The answer; None if the client wants none, or it is given later: to a DMA_UNMAP or a
+            REGION_READ that the handler goes on with.
 
         Raises:
             ProtocolError: The client must be disconnected.
@@ -366,12 +378,11 @@ class Session:
                 f"{region.size:#x} bytes",
             )
 
-    def _region_read(self, message: Message) -> bytes:
+    def _region_read(self, message: Message) -> bytes | None:
         access = RegionAccess._make(_unpack(REGION_ACCESS, message))
         self._access(access.offset, access.region, access.length)
-        return message.payload + self._handler.read_region(
-            access.region, access.offset, access.length
-        )
+        found = self._handler.read_region(access.region, access.offset, access.length)
+        return None if found is None else message.payload + found
 
     def _region_write(self, message: Message) -> bytes:
         if len(message.payload) < REGION_ACCESS.size:
@@ -383,11 +394,12 @@ class Session:
                 errno.EINVAL, f"REGION_WRITE of {access.length} bytes with {len(data)}"
             )
         self._access(access.offset, access.region, access.length)
+        writes = [RegionWrite(access.region, access.offset, data)]
         if access.region == CONFIG_REGION:
             # Not before it is in effect: the device may be bus master no more.
-            self._handler.write_region(access.region, access.offset, data)
+            self._handler.write_regions(writes)
         else:
-            self.afterwards = lambda: self._handler.write_region(access.region, access.offset, data)
+            self.afterwards = lambda: self._handler.write_regions(writes)
         return REGION_ACCESS.pack(*access)
 
     def _region_write_multi(self, message: Message) -> bytes:
@@ -395,19 +407,16 @@ class Session:
         if len(payload) < MULTI_COUNT.size or (len(payload) - MULTI_COUNT.size) % MULTI_WRITE.size:
             raise RefusalError(errno.EINVAL, f"REGION_WRITE_MULTI of {len(payload)} bytes")
         (count,) = MULTI_COUNT.unpack_from(payload)
-        writes = list(MULTI_WRITE.iter_unpack(payload[MULTI_COUNT.size :]))
-        if len(writes) != count:
-            raise RefusalError(errno.EINVAL, f"{len(writes)} writes, said to be {count}")
-        for offset, index, size, _ in writes:
+        entries = list(MULTI_WRITE.iter_unpack(payload[MULTI_COUNT.size :]))
+        if len(entries) != count:
+            raise RefusalError(errno.EINVAL, f"{len(entries)} writes, said to be {count}")
+        writes = []
+        for offset, index, size, data in entries:
             if size > 8:
                 raise RefusalError(errno.EINVAL, f"REGION_WRITE_MULTI with {size} bytes in a write")
             self._access(offset, index, size)
-
-        def write() -> None:
-            for offset, index, size, data in writes:
-                self._handler.write_region(index, offset, data[:size])
-
-        self.afterwards = write
+            writes.append(RegionWrite(index, offset, data[:size]))
+        self.afterwards = lambda: self._handler.write_regions(writes)
         return MULTI_COUNT.pack(count)
 
     def _reset(self, message: Message) -> bytes:

@@ -23,7 +23,7 @@ class Statistics:
         delayed_unmaps: Those of them that had to wait for an access to end.
         cut_off: Those of them that did not wait any longer: the memory was taken from the access.
         dma_messages: Accesses to memory that a client does not share: messages to it.
-        resets: Resets that clients asked for by message.
+        resets: Resets that clients asked for, by message, or as function level reset.
         virtio: What is counted of requests and queues, if the device is a `VirtioPci`.
         messages: What the core counts: mappings and accesses.
         device_failures: Tells how many calls of the device failed.

@@ -27,6 +27,7 @@ cdef class Doorbells:
     cdef list rung
     cdef object failed
     cdef bint reported
+    cdef public u64 silent         # the BARs, as bits, whose writes ring nothing
 
     cdef int find(self, u64 bar, u64 offset, u64 size) noexcept
     cdef bint ring(self, int place, u64 offset, u64 value, int size) except -1

@@ -118,6 +118,9 @@ cdef class Doorbells:
         failed: Called with the name of a method of a doorbell that raised, while the exception is
             being handled.
 
+    Attributes:
+        silent: BARs whose writes ring nothing at the moment, as bits.
+
     For the thread of the event loop.
     """
 
@@ -213,6 +216,8 @@ cdef class Doorbells:
         """
         cdef int low = 0, high = self.count, middle
         cdef DoorbellRange *found
+        if self.silent and (bar > 63 or self.silent >> bar & 1):
+            return -1
         while low < high:
             middle = (low + high) // 2
             found = &self.range_of[middle]
