@@ -183,7 +183,7 @@ def test_a_server_is_stopped_amid_a_long_access(
     client.send(Command.REGION_READ, struct.pack("<QII", 0, 0, 65536))
     until(lambda: len(device.accesses) > 2 * IN_A_TURN)
     serving.server.stop()
-    until(lambda: not serving.serving, 4)
+    until(lambda: not serving.serving)
     assert len(device.accesses) < 8192
 
 
