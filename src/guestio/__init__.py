@@ -5,9 +5,9 @@ Packages, each importing only from those before it: ``errors``, ``addr``, ``_cor
 changes go out), ``iommu`` (which of it a device may touch), ``virtio`` (queues and devices),
 ``pci`` (PCI functions), ``peer`` (processes at the other end of a socket), ``control`` (a server,
 watched from outside), ``vhost_user`` and ``vfio_user`` (transports), ``serving`` (a device, served
-until a signal), ``guest`` (a guest without a VM), ``cli``. ``testing`` is a kit for users' own
-tests. This module only re-exports; the packages are its attributes, imported when they are first
-used.
+until a signal), ``guest`` (a guest without a VM), ``observe`` (recordings), ``cli``. ``testing`` is
+a kit for users' own tests. This module only re-exports; the packages are its attributes, imported
+when they are first used.
 """
 
 import importlib
@@ -84,6 +84,7 @@ _PACKAGES = frozenset(
         "guest",
         "iommu",
         "memory",
+        "observe",
         "pci",
         "testing",
         "trace",

@@ -381,6 +381,7 @@ JUDGE_MISSES = 4096
 
 JUDGE_PIECE = 1 << 20
 """Bytes that such a judge's device moves in one step."""
+
 RECORD_OPEN_REQUESTS = 1 << 20
 """Requests of a recording that wait for their completion; beyond, all of them are written as they
 are."""
@@ -397,8 +398,15 @@ RECORD_CONTENT_BYTES = 1 << 20
 RECORD_BYTES = 16 << 30
 """Bytes of a recording while it runs, unless it is told otherwise; it ends then."""
 
+RECORD_FINISH_BYTES = 8 << 20
+"""Bytes of records that a server command makes a Parquet file at its end, which is due in a moment;
+more are left as they were written."""
+
 RECORD_DISK_FREE = 64 << 20
 """Bytes that a recording leaves free in its file system; it ends before."""
 
 RECORD_PEERS = 1000
 """Front-ends or clients that a recording describes; the oldest of more is left out."""
+
+REPORT_MEMORY_BYTES = 600 << 20
+"""Bytes of memory that DuckDB may use for a report; more goes to temporary files."""

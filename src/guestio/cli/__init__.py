@@ -17,6 +17,8 @@ from guestio.cli.faults import faults
 from guestio.cli.input import input_
 from guestio.cli.net import net
 from guestio.cli.nvme import nvme
+from guestio.cli.record import record
+from guestio.cli.report import report
 from guestio.cli.rng import rng
 from guestio.cli.seconds import Seconds
 from guestio.cli.serve import serve
@@ -60,6 +62,8 @@ for _command in (
     input_,
     net,
     nvme,
+    record,
+    report,
     rng,
     serve,
     top,

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from guestio.budgets import DMA_REVOKE_AFTER, LONGEST_TIMEOUT, STOP_TIMEOUT
+from guestio.cli.extras import observing
 from guestio.cli.seconds import Seconds
 from guestio.cli.stderr import StderrLog
 from guestio.control.rates import with_rates
@@ -76,6 +77,21 @@ _WATCH_OPTIONS = (
         metavar="HOST:PORT",
         help="The same over TCP, [::1]:8080 for example. What other machines can reach needs a "
         "token, in GUESTIO_CONTROL_TOKEN.",
+    ),
+)
+_RECORD_OPTIONS = (
+    click.option(
+        "--record",
+        metavar="FILE",
+        help="Record what becomes of each request, translation and fault, to a file that must not "
+        "be there yet. `guestio report FILE` says what happened.",
+    ),
+    click.option(
+        "--record-payload",
+        type=click.Choice(["none", "headers", "all"]),
+        default="none",
+        show_default=True,
+        help="What requests carry, as --payload of `guestio record`.",
     ),
 )
 _FAULT = click.option(
@@ -239,6 +255,8 @@ def _with_server(
         fd: int | None,
         transport: Transport | None = None,
         faults: Sequence[str] = (),
+        record: str | None = None,
+        record_payload: str = "none",
         **arguments: Any,
     ) -> None:
         if sum(given is not None for given in (socket, connect, fd)) > 1:
@@ -258,11 +276,13 @@ def _with_server(
             connect=connect,
             fd=fd,
             faults=_parse_faults(faults),
+            record=record,
+            record_payload=record_payload,
         )
         command(server=server, **arguments)
 
     decorated: Any = collected
-    for option in reversed((*_PLACE_OPTIONS, *more, *_WATCH_OPTIONS, _FAULT)):
+    for option in reversed((*_PLACE_OPTIONS, *more, *_WATCH_OPTIONS, *_RECORD_OPTIONS, _FAULT)):
         decorated = option(decorated)
     result: Command = decorated
     return result
@@ -279,6 +299,8 @@ class Server:
         connect: Where to connect to.
         fd: A socket to use. With none of the three it is systemd's.
         faults: Rules that the device is to misbehave by; None for a device as it is.
+        record: Where to record what it does, or None.
+        record_payload: How much of what requests carry is recorded.
     """
 
     def __init__(
@@ -291,7 +313,10 @@ class Server:
         connect: str | None = None,
         fd: int | None = None,
         faults: Faults | None = None,
+        record: str | None = None,
+        record_payload: str = "none",
     ) -> None:
+        self._record, self._record_payload = record, record_payload
         self.faults = faults
         self.options = dict(options)
         self._given = given
@@ -364,6 +389,22 @@ class Server:
             )
         return self._make(device, handed[0])
 
+    def _start_recording(self, backend: AnyServer, stack: contextlib.ExitStack) -> None:
+        """Record until the stack is closed, if that is wanted."""
+        if self._record is None:
+            return
+        with observing():
+            from guestio.observe import Recorder
+        try:
+            recorder = Recorder(
+                backend,
+                self._record,
+                payload=self._record_payload,  # type: ignore[arg-type] # the option's choices
+            )
+        except OSError as error:
+            fail(f"--record {_reason(error)}")
+        stack.callback(recorder.close, finished=None)
+
     def run(
         self,
         make: Callable[[], Device | PciDevice],
@@ -415,6 +456,7 @@ class Server:
                     backend = self._backend(device)
                     stack.callback(backend.close)
                     served.append(backend)
+                    self._start_recording(backend, stack)
 
                 def ready() -> None:
                     for line in (backend.ready_line, *more(), *self._fault_lines()):

@@ -3,6 +3,13 @@
 `Recorder` writes one, `open_recording` reads it. Needs the extra ``record``.
 """
 
+try:
+    import pyarrow  # noqa: F401 - only whether it is there
+except ImportError as _error:
+    raise ImportError(
+        f"recordings need the extra 'record' (pip install 'guestio[record]'): {_error}"
+    ) from _error
+
 from guestio._core.virtio.contents import xxh64
 from guestio.observe.recorder import Payload, Recorder
 from guestio.observe.recording import Recording, RecordingError, open_recording

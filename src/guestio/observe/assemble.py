@@ -162,63 +162,51 @@ class Assembler:
         """The rows of chosen segments."""
         what = ordered["what"]
         first = np.searchsorted(segment, done)
-        taken, is_taken = _value(what == What.TAKEN, segment, count, ordered)
-        lacking, is_lacking = _value(what == What.LACKING, segment, count, ordered, first=True)
-        served, is_served = _value(what == What.SERVED, segment, count, ordered)
-        ended, is_ended = _value(what == What.COMPLETED, segment, count, ordered)
-        _, is_failed = _value(what == What.FAILED, segment, count, ordered)
-        given, is_given = _value(
-            (what == What.CONTENT) & (ordered["access"] == 2), segment, count, ordered
-        )
-        sequence = np.zeros(count, np.uint64)
-        at = np.flatnonzero(what == What.TAKEN)
-        sequence[segment[at]] = sequences[at]
+        taken = _Chosen(ordered, what == What.TAKEN, segment, count, done)
+        lacking = _Chosen(ordered, what == What.LACKING, segment, count, done, first=True)
+        served = _Chosen(ordered, what == What.SERVED, segment, count, done)
+        ended = _Chosen(ordered, what == What.COMPLETED, segment, count, done)
+        failed = _Chosen(ordered, what == What.FAILED, segment, count, done)
+        answered = (what == What.CONTENT) & (ordered["access"] == 2)
+        given = _Chosen(ordered, answered, segment, count, done)
         misses = np.zeros(count, np.uint32)
         at = np.flatnonzero(what == What.LACKING)
         np.maximum.at(misses, segment[at], ordered["detail"][at].astype(np.uint32))
         kind = np.minimum(ended["access"], 3)
-        moves = is_ended & ((kind == 1) | (kind == 2))
-        offset = ended["detail"]
-        length = np.where(kind == 1, taken["detail"] - np.uint64(1), taken["length"]) - np.where(
-            kind == 2, np.uint64(16), np.uint64(0)
-        )
+        moves = ended.there & ((kind == 1) | (kind == 2))
+        offset, readable, writable = ended["detail"], taken["length"], taken["detail"]
+        length = np.where(kind == 1, writable - np.uint64(1), readable - np.uint64(16))
         heads = ordered[first]
-        gap, is_gap = self._gaps(
-            _queue_of(heads), offset[done], length[done], (moves & is_taken)[done]
-        )
-        status = given["result"].astype(np.int64)
-        since = np.where(is_taken, taken["since"], ended["since"])
-        since = np.where(is_lacking & (lacking["since"] > 0), lacking["since"], since)
+        gap, is_gap = self._gaps(_queue_of(heads), offset, length, moves & taken.there)
+        since = np.where(taken.there, taken["since"], ended["since"])
+        since = np.where(lacking.there & (lacking["since"] > 0), lacking["since"], since)
+        status = given["result"]
         arrays = {
             "origin": heads["origin"],
             "queue": heads["queue"],
             "head": heads["head"],
-            "sequence": _column(sequence, is_taken, done),
-            "position": _column(
-                np.where(is_taken, taken["result"], lacking["result"]).astype(np.uint16),
-                is_taken | is_lacking,
-                done,
-            ),
+            "sequence": pa.array(sequences[taken.at], mask=~taken.there),
+            "position": taken.column("result", np.uint16),
             "thread": heads["thread"],
             "operation": pa.DictionaryArray.from_arrays(
-                _column(kind.astype(np.int8), is_ended, done), pa.array(OPERATIONS)
+                pa.array(kind.astype(np.int8), mask=~ended.there), pa.array(OPERATIONS)
             ),
-            "offset": _column(offset, moves, done),
+            "offset": pa.array(offset, mask=~moves),
             "gap": pa.array(gap, mask=~is_gap),
-            "available": _column(since, since > 0, done),
-            "stalled": _column(lacking["time"], is_lacking, done),
-            "taken": _column(taken["time"], is_taken, done),
-            "served": _column(served["time"], is_served, done),
-            "completed": _column(ended["time"], is_ended, done),
+            "available": pa.array(since, mask=since == 0),
+            "stalled": lacking.column("time"),
+            "taken": taken.column("time"),
+            "served": served.column("time"),
+            "completed": ended.column("time"),
             "interrupted": pa.nulls(len(done), pa.uint64()),
-            "address": _column(taken["address"], is_taken, done),
-            "readable": _column(taken["length"], is_taken, done),
-            "writable": _column(taken["detail"], is_taken, done),
-            "written": _column(ended["length"], is_ended, done),
+            "address": taken.column("address"),
+            "readable": pa.array(readable, mask=~taken.there),
+            "writable": pa.array(writable, mask=~taken.there),
+            "written": ended.column("length"),
             "misses": misses[done],
-            "failed": is_failed[done],
-            "status": _column(status.astype(np.uint8), is_given & (status >= 0), done),
-            "answer_hash": _column(given["since"], is_given, done),
+            "failed": failed.there,
+            "status": pa.array(status.astype(np.uint8), mask=~(given.there & (status >= 0))),
+            "answer_hash": given.column("since"),
             "content": _contents(ordered, segment, count, done, access=1),
             "answer": _contents(ordered, segment, count, done, access=2),
             "read_pieces": _pieces(ordered, segment, count, done, access=1),
@@ -298,21 +286,42 @@ def _dense(key: _Array) -> _Array:
     return key
 
 
-def _value(
-    chosen: _Array, segment: _Array, count: int, records: Records, *, first: bool = False
-) -> tuple[Records, _Array]:
-    """The last, or first, of the chosen records of each segment, and whether there is one."""
-    at = np.flatnonzero(chosen)
-    values, is_there = np.zeros(count, RECORD), np.zeros(count, dtype=bool)
-    if first:
-        at = at[::-1]
-    values[segment[at]] = records[at]
-    is_there[segment[at]] = True
-    return values, is_there
+class _Chosen:
+    """The last, or first, record of a kind of each segment that becomes a row.
 
+    Attributes:
+        at: Where it is; anything if there is none.
+        there: Whether there is one.
+    """
 
-def _column(values: _Array, is_there: _Array, done: _Array) -> pa.Array:
-    return pa.array(np.ascontiguousarray(values[done]), mask=~is_there[done])
+    def __init__(
+        self,
+        records: Records,
+        chosen: _Array,
+        segment: _Array,
+        count: int,
+        done: _Array,
+        *,
+        first: bool = False,
+    ) -> None:
+        self._records = records
+        where = np.full(count, -1, np.int64)
+        at = np.flatnonzero(chosen)
+        if first:
+            at = at[::-1]
+        where[segment[at]] = at
+        self.at = where[done]
+        self.there: _Array = self.at >= 0
+
+    def __getitem__(self, field: str) -> _Array:
+        """A field of these records."""
+        found: _Array = self._records[field][self.at]
+        return found
+
+    def column(self, field: str, kind: type[np.generic] | None = None) -> pa.Array:
+        """The same as a column, null where there is none."""
+        values = self[field] if kind is None else self[field].astype(kind)
+        return pa.array(values, mask=~self.there)
 
 
 def _pieces(

@@ -8,12 +8,19 @@ import os
 import shutil
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, Self, TypeAlias
 
 import numpy as np
 
-from guestio.budgets import RECORD_BYTES, RECORD_DISK_FREE, RECORD_PEERS, RECORD_RING
+from guestio.budgets import (
+    RECORD_BYTES,
+    RECORD_DISK_FREE,
+    RECORD_FINISH_BYTES,
+    RECORD_PEERS,
+    RECORD_RING,
+)
 from guestio.control.record import groups_of
 from guestio.control.schema import Status
 from guestio.control.status import Observed
@@ -92,11 +99,12 @@ class Recorder:
         most_bytes: Bytes of the file while it is written; recording ends there.
 
     Raises:
-        DeviceError: Nothing answers there, or the extra ``record`` is not installed.
+        DeviceError: Nothing answers there, or it refuses.
         OSError: The file is there already, or cannot be made.
 
     Attributes:
         path: As given.
+        ending: Done once recording has ended, by itself or by :meth:`close`.
         ended: Why recording ended before :meth:`close`; None as long as it goes on.
 
     Threads: it has one of its own; :meth:`close` may be called from any. Cost: the server's threads
@@ -114,11 +122,13 @@ class Recorder:
     ) -> None:
         self.path = Path(path)
         self.ended: str | None = None
+        self.ending: Future[None] = Future()
         self._most_bytes = most_bytes
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._result: Description | None = None
         self._pending: Records = np.zeros(0, RECORD)
         self._origin: int | None = None
+        self._spool_bytes = 0
         self._known: Description = {}
         with contextlib.ExitStack() as undo:
             self._spool = Spool(self.path)
@@ -214,24 +224,22 @@ class Recorder:
                         return
                 self._step()
         except Exception as error:
+            # Whatever fails here, a disk that is full for example, must not harm the server.
             self._end(f"{type(error).__name__}: {error}")
+        finally:
+            self.ending.set_result(None)
 
     def _end(self, why: str) -> None:
         self.ended = self._description["ended"] = why
         log.warning("the recording %s ends: %s", self.path, why)
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until recording ends by itself; whether it did, within so many seconds."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def close(self, *, finished: bool = True) -> Description:
+    def close(self, *, finished: bool | None = True) -> Description:
         """End the recording. Calling it again does nothing.
 
         Args:
-            finished: Whether to make it a Parquet file, which takes about a second for a million
-                requests. What is left as it is can be read all the same, and finished later by
-                `finish`.
+            finished: Whether to make it a Parquet file, which takes some seconds for a million
+                requests; None to do so only if that takes a fraction of a second. What is left as
+                it is can be read all the same, and finished later by `finish`.
 
         Returns:
             What describes the recording; with its counts if it is finished.
@@ -252,9 +260,19 @@ class Recorder:
                     self._step(last=True)
             finally:
                 self._source.close()
+                self._spool_bytes = self._spool.bytes
                 with contextlib.suppress(OSError):
                     self._spool.close()
             self._result = self._description
+            if finished is None:
+                finished = self._spool_bytes <= RECORD_FINISH_BYTES
+                if not finished:
+                    log.warning(
+                        "the recording %s stays a stream of records, of %d bytes: `guestio report` "
+                        "reads it, and `guestio report --finish` makes it a Parquet file",
+                        self.path,
+                        self._spool_bytes,
+                    )
             if finished:
                 self._result = finish(self.path)
             return self._result
