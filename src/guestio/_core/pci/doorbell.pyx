@@ -322,10 +322,38 @@ cdef class Doorbells:
         self.rung = []
 
 
-publish_type(Doorbell, "guestio.pci.Doorbell", "Doorbell()\n--\n\n")
 publish_type(
-    EventfdDoorbell, "guestio.pci.EventfdDoorbell", "EventfdDoorbell(fd)\n--\n\n"
+    Doorbell,
+    "guestio.pci.Doorbell",
+    "Doorbell()\n--\n\n"
+    "A range of a BAR's registers where a driver's writes are handled in the core.\n\n"
+    "Registered with `PciHost.add_doorbell`, it is rung by writes that lie in its range, and\n"
+    "serves once after those that had arrived. `CallbackDoorbell` and `EventfdDoorbell` are\n"
+    "ready-made; others are subclasses in Cython, with `ring` and `serve`. All is called in the\n"
+    "thread of the event loop.",
 )
 publish_type(
-    CallbackDoorbell, "guestio.pci.CallbackDoorbell", "CallbackDoorbell(callback)\n--\n\n"
+    EventfdDoorbell,
+    "guestio.pci.EventfdDoorbell",
+    "EventfdDoorbell(fd)\n--\n\n"
+    "Adds one to an eventfd when it is rung; several times in a turn count as one.\n\n"
+    "Args:\n"
+    "    fd: The eventfd. It stays the caller's, and is to be open while the doorbell is\n"
+    "        registered.\n\n"
+    "Raises:\n"
+    "    TypeError, ValueError: That is no descriptor.",
+)
+publish_type(
+    CallbackDoorbell,
+    "guestio.pci.CallbackDoorbell",
+    "CallbackDoorbell(callback)\n--\n\n"
+    "Calls a Python function for what a driver wrote.\n\n"
+    "Of several writes to one offset in a turn only the last one is passed on, in the order of\n"
+    "the first ones, as suits the tail of a queue. What it raises is logged and counted.\n\n"
+    "Args:\n"
+    "    callback: Called with (offset, size, value) in the thread of the event loop. The offset\n"
+    "        is counted in bytes from where the doorbell's own range begins, not from that of\n"
+    "        the BAR; size is 1, 2, 4 or 8.\n\n"
+    "Raises:\n"
+    "    TypeError: It cannot be called.",
 )
