@@ -289,6 +289,7 @@ def test_a_server_that_refuses_what_the_last_one_had(tmp_path: Path) -> None:
                 DmaMapRequest(start, PAGE, memory.host_address + start, memory.fd, start)
             )
         first.hang_up()
+        until(lambda: client.failure is not None)
 
         def refuse(server: HandServer, asked: Asked) -> Answer:
             (address,) = struct.unpack_from("<Q", asked.payload, 16)

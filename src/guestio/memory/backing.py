@@ -147,6 +147,9 @@ class Backing:
             skip = begin % page
             mapping = HostMapping(own, begin - skip, length + skip, writable=writable, guard=guard)
             return cls(mapping, length, skip, own, begin)
+        except OSError as error:
+            close_fd(own)
+            raise BackingError(f"fd {fd} cannot be looked at: {error.strerror}") from error
         except BaseException:
             close_fd(own)
             raise

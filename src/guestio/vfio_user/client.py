@@ -33,7 +33,7 @@ from guestio.vfio_user.messages import (
     IrqSet,
     RefusalError,
 )
-from guestio.vfio_user.region import ClientRegion
+from guestio.vfio_user.region import ClientRegion, own_fd
 
 _CONNECT_PAUSE: Final = 0.01
 
@@ -122,7 +122,12 @@ class Client(PciFunction):
         self._life: Life
         self._stopping = threading.Event()
         self._candidate: Exchange | None = None
-        self._state_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._state_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            if given is not None:
+                _close_socket(given)
+            raise DeviceError(f"cannot watch {self.address}: {error.strerror}") from error
         try:
             connected = given or self._connect(time.monotonic() + wait)
             self._life = self._begin(connected)
@@ -159,23 +164,26 @@ class Client(PciFunction):
         if self._path is None:
             raise DeviceError(f"{self.address} cannot be connected again: it has no path")
         while True:
-            made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            except OSError as error:
+                raise DeviceError(f"cannot connect to {self._path}: {error.strerror}") from error
             try:
                 # Without waiting for room among those that a server has not accepted.
                 made.setblocking(False)
                 made.connect(self._path)
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
-                made.close()
+                _close_socket(made)
                 if time.monotonic() >= until or self._stopping.is_set():
                     raise DeviceError(
                         f"no vfio-user server listens on {self._path}: {error.strerror}"
                     ) from None
                 self._stopping.wait(_CONNECT_PAUSE)
             except OSError as error:
-                made.close()
+                _close_socket(made)
                 raise DeviceError(f"cannot connect to {self._path}: {error.strerror}") from error
             except BaseException:
-                made.close()
+                _close_socket(made)
                 raise
             else:
                 return made
@@ -217,7 +225,13 @@ class Client(PciFunction):
                 self._restarting = threading.Thread(
                     target=self._restart, name="guestio-vfio-user-restart", daemon=True
                 )
-                self._restarting.start()
+                try:
+                    self._restarting.start()
+                except RuntimeError as error:
+                    # The system has no thread left.
+                    self._restarting = None
+                    self._restart_error = ServerGoneError(f"{life.exchange.failure}; {error}")
+                    self._changed.notify_all()
         self._signal()
 
     def _restart(self) -> None:
@@ -283,10 +297,11 @@ class Client(PciFunction):
                     raise
 
     def _resume(self, connected: socket.socket, *, automatic: bool) -> Restored:
+        begun = False
         try:
-            # Closed if the client was meanwhile.
-            with connected, self._operation() as old:
-                life = self._begin(connected.dup())
+            with self._operation() as old:
+                begun = True
+                life = self._begin(connected)
                 try:
                     if life.facts != old.facts:
                         raise DeviceError(
@@ -301,6 +316,9 @@ class Client(PciFunction):
                     self._restart_error = None
                     self._life = life
         finally:
+            if not begun:
+                # The client was closed meanwhile.
+                _close_socket(connected)
             self._candidate = None
         old.close()
         self._look_after()
@@ -523,11 +541,9 @@ class Client(PciFunction):
             raise DeviceError(f"{self.address} takes no descriptors, and so no eventfds")
         events: list[int] = []
         try:
-            events += (-1 if fd < 0 else os.dup(fd) for fd in eventfds)
+            # Those made before one fails are in the list.
+            events.extend(-1 if fd < 0 else own_fd(fd, "an eventfd") for fd in eventfds)
             self._enable(kind, events)
-        except OSError as error:
-            _close_all(events)
-            raise ValueError(f"{eventfds} are not descriptors: {error.strerror}") from None
         except BaseException:
             _close_all(events)
             raise
@@ -615,7 +631,7 @@ class Client(PciFunction):
 
     def _mask_by(self, action: int, kind: int, eventfd: int, vector: int) -> None:
         self._check_vector(kind, vector)
-        event = -1 if eventfd < 0 else os.dup(eventfd)
+        event = -1 if eventfd < 0 else own_fd(eventfd, "an eventfd")
         try:
             with self._operation() as life:
                 fds = [event] if event >= 0 else []
@@ -680,6 +696,11 @@ def _set_triggers(life: Life, kind: int, events: Sequence[int]) -> None:
         flags = IrqSet.DATA_EVENTFD | IrqSet.TRIGGER
         _set_irqs(life, flags, kind, start, end - start, events[start:end] if there else ())
         start = end
+
+
+def _close_socket(sock: socket.socket) -> None:
+    """Close a socket, which is closed also if that fails."""
+    close_fd(sock.detach())
 
 
 def _close_all(fds: Sequence[int]) -> None:

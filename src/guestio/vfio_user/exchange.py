@@ -61,6 +61,9 @@ class Exchange:
         serve: Answers a DMA_READ or DMA_WRITE of the server: the payload, or a `RefusalError`.
             Called in the thread of this object.
         ended: Called there when the connection is of no more use, but not after :meth:`close`.
+
+    Raises:
+        DeviceError: The system has no thread left; the socket is closed.
     """
 
     def __init__(
@@ -88,6 +91,9 @@ class Exchange:
         self._thread = threading.Thread(target=self._run, name="guestio-vfio-user", daemon=True)
         try:
             self._thread.start()
+        except RuntimeError as error:
+            self._channel.close()
+            raise DeviceError(f"no thread for the messages of {name}: {error}") from error
         except BaseException:
             self._channel.close()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Self
@@ -9,6 +10,7 @@ from typing import Final, Self
 from guestio._core.base.syscalls import notify_eventfd
 from guestio.budgets import CLIENT_AREAS
 from guestio.dma import PciRegion
+from guestio.errors import DeviceError
 from guestio.memory import Backing
 from guestio.peer.foreign import Eventfd
 from guestio.vfio_user import answers
@@ -31,6 +33,21 @@ _REGISTER: Final = 8
 """Bytes of one write of REGION_WRITE_MULTI."""
 _MULTI_WRITES: Final = 512
 """Writes of one such message."""
+
+
+def own_fd(fd: int, what: str) -> int:
+    """A descriptor of our own for what another one is.
+
+    Raises:
+        ValueError: It is none.
+        DeviceError: There is no descriptor left.
+    """
+    try:
+        return os.dup(fd)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise ValueError(f"{fd} is not the descriptor of {what}: {error.strerror}") from None
+        raise DeviceError(f"no descriptor for {what}: {error.strerror}") from error
 
 
 class Doorbell:
@@ -246,7 +263,10 @@ class ClientRegion(PciRegion):
                 count = message.fd_count
                 areas = answers.io_fds(message.payload, self.index, self.size, count)
                 # Several may share one.
-                made.extend(Doorbell(area, os.dup(message.fds[area.fd_index])) for area in areas)
+                made.extend(
+                    Doorbell(area, own_fd(message.fds[area.fd_index], "a doorbell"))
+                    for area in areas
+                )
         except BaseException:
             for doorbell in made:
                 doorbell.close()

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import functools
 import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from tests.kit.fail_nth.case import Case
+from tests.kit.fail_nth.client import ClientProcess
 from tests.kit.fail_nth.script import (
     Contents,
     next_one_is_served,
@@ -24,7 +26,7 @@ from tests.kit.fail_nth.script import (
     whole_connection,
     whole_pci_connection,
 )
-from tests.kit.fail_nth.shim import ERRORS, SIGTERM, Server, build, serving
+from tests.kit.fail_nth.shim import CLIENT_ERRORS, ERRORS, Server, build, serving
 from tests.kit.pci_disks import NvmeDisk, VirtioDisk
 
 SERVED_WITHIN = 1.0
@@ -47,6 +49,15 @@ class Mode:
     whole: Callable[[Path, Contents], list[str]] = whole_connection
     following: Callable[[Path, Contents], float] = next_one_is_served
 
+    errors: ClassVar = ERRORS
+
+    @contextlib.contextmanager
+    def bench(self, library: Path, directory: Path) -> Iterator[Bench]:
+        """A server in the shim whose calls fail one after the other, with an image of its own."""
+        contents = Contents(directory / "disk.img")
+        with self.serving(library, directory, contents.path) as server:
+            yield Bench(server, contents, self)
+
     @contextlib.contextmanager
     def serving(self, library: Path, directory: Path, image: Path) -> Iterator[Server]:
         """A server in the shim."""
@@ -54,7 +65,19 @@ class Mode:
             yield server
 
 
-MODES = {
+class ClientMode:
+    """A client of vfio-user whose calls fail."""
+
+    errors: ClassVar = CLIENT_ERRORS
+
+    @contextlib.contextmanager
+    def bench(self, library: Path, directory: Path) -> Iterator[ClientProcess]:
+        """A client in the shim whose calls fail one after the other."""
+        with ClientProcess(library, directory) as client:
+            yield client
+
+
+MODES: dict[str, Mode | ClientMode] = {
     "one thread": Mode(),
     "queue threads": Mode(("--queue-threads",)),
     "vfio-user": Mode(
@@ -67,26 +90,8 @@ MODES = {
         whole=functools.partial(whole_pci_connection, NvmeDisk),
         following=functools.partial(next_pci_one_is_served, NvmeDisk),
     ),
+    "client": ClientMode(),
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """The nth call of a function fails with an error.
-
-    Attributes:
-        function: Its name in the shim.
-        nth: Which call, from 1.
-        error: Number of the error.
-    """
-
-    function: str
-    nth: int
-    error: int
-
-    def __str__(self) -> str:
-        name = "SIGTERM" if self.error == SIGTERM else errno.errorcode[self.error]
-        return f"{self.function} {self.nth} {name}"
 
 
 class Bench:
@@ -99,10 +104,12 @@ class Bench:
 
     Attributes:
         calls: How often each function is called in a connection where nothing fails.
+        log: The last lines that the server wrote.
     """
 
     def __init__(self, server: Server, contents: Contents, mode: Mode) -> None:
         self.server, self.contents, self.mode = server, contents, mode
+        self.log = server.log
         self._own = server.footprint()[2]
         for _ in range(2):
             server.arm()
@@ -146,7 +153,11 @@ class Bench:
 
 
 def cases(
-    calls: dict[str, int], functions: Sequence[str], *, most: int | None = None
+    calls: dict[str, int],
+    functions: Sequence[str],
+    *,
+    most: int | None = None,
+    errors: Mapping[str, Sequence[int]] = ERRORS,
 ) -> Iterator[Case]:
     """Every call that a connection makes and every error, or so many calls spread over them.
 
@@ -154,16 +165,17 @@ def cases(
         calls: How often each function is called.
         functions: Those that are to fail.
         most: Calls of each function, for each of its errors; None for all of them.
+        errors: What errors each may have.
     """
     for function in functions:
         # A connection in which something failed may make more calls than one in which nothing did.
         total = calls[function] + (2 if calls[function] else 0)
-        for shift, error in enumerate(ERRORS[function]):
+        for shift, error in enumerate(errors[function]):
             if most is None or total <= most:
                 chosen = range(1, total + 1)
             else:
                 chosen = range(
-                    1 + shift * total // most // len(ERRORS[function]), total + 1, -(-total // most)
+                    1 + shift * total // most // len(errors[function]), total + 1, -(-total // most)
                 )
             for nth in chosen:
                 yield Case(function, nth, error)
@@ -177,24 +189,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=int, help="calls of a function per error, not all")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so long")
     given = parser.parse_args(arguments)
-    functions = given.only or [name for name in ERRORS if name != "python"]
     until, bad, done = time.monotonic() + given.seconds, 0, 0
     slowest = (0.0, "")
     for name in given.mode or MODES:
         mode = MODES[name]
+        functions = [each for each in given.only or mode.errors if each in mode.errors]
+        if not given.only:
+            functions.remove("python")
         with tempfile.TemporaryDirectory(prefix="guestio-fail-nth-") as made:
             directory = Path(made)
             library = build(directory)
-            contents = Contents(directory / "disk.img")
-            with mode.serving(library, directory, contents.path) as server:
-                calls = Bench(server, contents, mode).calls
+            with mode.bench(library, directory) as bench:
+                calls = bench.calls
             print(f"{name}: {calls}", flush=True)
-            pending = list(cases(calls, functions, most=given.most))
+            pending = list(cases(calls, functions, most=given.most, errors=mode.errors))
             while pending and time.monotonic() < until:
-                contents = Contents(directory / "disk.img")
+                log: Sequence[str] = ()
                 try:
-                    with mode.serving(library, directory, contents.path) as server:
-                        bench = Bench(server, contents, mode)
+                    with mode.bench(library, directory) as bench:
+                        log = bench.log
                         while pending and time.monotonic() < until:
                             case = pending.pop(0)
                             done += 1
@@ -205,9 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 except Exception as error:
                     bad += 1
                     print(f"BAD {name}: {case}: {type(error).__name__}: {error}", flush=True)
-                    for line in itertools.islice(server.log, max(0, len(server.log) - 25), None):
+                    for line in itertools.islice(log, max(0, len(log) - 25), None):
                         print("    ", line, flush=True)
-                    server.close()
             if pending:
                 print(f"{name}: {len(pending)} cases were not run", flush=True)
     print(f"{done} cases, {bad} bad; the next front-end waited at most {slowest}")

@@ -2,7 +2,7 @@
  *
  * Another process says what is to happen in a shared page (the file FAIL_NTH names), at any moment.
  * Until then, and afterwards, every call does what it always does. A failing call has no effect,
- * except that close(2) does close, as Linux does whatever it returns.
+ * except that close(2) does close, as Linux does whatever it returns, and shutdown(2) shuts down.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -29,7 +29,8 @@
     f(read) f(write) f(close) f(recv) f(send) f(recvmsg) f(sendmsg) f(accept4) f(epoll_create1) \
     f(epoll_ctl) f(epoll_wait) f(eventfd) f(eventfd_write) f(mmap) f(ftruncate) \
     f(memfd_create) f(fallocate) f(fdatasync) f(preadv2) f(pwritev) f(pwrite) f(poll) f(fstat) \
-    f(fcntl) f(getpeername) f(pthread_create) f(malloc) f(python)
+    f(fcntl) f(getpeername) f(pthread_create) f(malloc) f(python) \
+    f(socket) f(connect) f(shutdown) f(open) f(process_vm_readv) f(process_vm_writev)
 
 #define NUMBER(name) F_##name,
 enum { EACH(NUMBER) FUNCTIONS };
@@ -122,6 +123,36 @@ WRAP(poll, int, poll, (struct pollfd *fds, nfds_t count, int timeout), (fds, cou
 WRAP(fstat, int, fstat64, (int fd, struct stat64 *status), (fd, status))
 WRAP(getpeername, int, getpeername, (int fd, struct sockaddr *address, socklen_t *size),
      (fd, address, size))
+WRAP(socket, int, socket, (int family, int type, int protocol), (family, type, protocol))
+WRAP(connect, int, connect, (int fd, const struct sockaddr *to, socklen_t size), (fd, to, size))
+WRAP(process_vm_readv, ssize_t, process_vm_readv,
+     (pid_t pid, const struct iovec *here, unsigned long count, const struct iovec *there,
+      unsigned long pieces, unsigned long flags),
+     (pid, here, count, there, pieces, flags))
+WRAP(process_vm_writev, ssize_t, process_vm_writev,
+     (pid_t pid, const struct iovec *here, unsigned long count, const struct iovec *there,
+      unsigned long pieces, unsigned long flags),
+     (pid, here, count, there, pieces, flags))
+
+int shutdown(int fd, int how)
+{
+    REAL(shutdown);
+    int result = real(fd, how), kept = errno;
+    if (fails(F_shutdown))
+        return -1;
+    errno = kept;
+    return result;
+}
+
+int open64(const char *path, int flags, ...)
+{
+    REAL(open64);
+    va_list rest;
+    va_start(rest, flags);
+    int mode = va_arg(rest, int);
+    va_end(rest);
+    return fails(F_open) ? -1 : real(path, flags, mode);
+}
 
 int epoll_ctl(int epoll, int what, int fd, struct epoll_event *event)
 {

@@ -24,6 +24,7 @@ FUNCTIONS = (
     *("epoll_ctl", "epoll_wait", "eventfd", "eventfd_write", "mmap", "ftruncate"),
     *("memfd_create", "fallocate", "fdatasync", "preadv2", "pwritev", "pwrite", "poll", "fstat"),
     *("fcntl", "getpeername", "pthread_create", "malloc", "python"),
+    *("socket", "connect", "shutdown", "open", "process_vm_readv", "process_vm_writev"),
 )
 """What can fail. `malloc` is memory for the compiled core, `python` memory for anything else."""
 
@@ -63,7 +64,24 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "malloc": (errno.ENOMEM,),
     "python": (errno.ENOMEM,),
 }
-"""The errors that each may have here."""
+"""The errors that each may have in a server."""
+
+CLIENT_ERRORS: dict[str, tuple[int, ...]] = {
+    **{
+        name: ERRORS[name]
+        for name in (
+            *("close", "recv", "send", "recvmsg", "sendmsg", "eventfd", "mmap", "ftruncate"),
+            *("memfd_create", "poll", "fstat", "fcntl", "pthread_create", "malloc", "python"),
+        )
+    },
+    "socket": (errno.EMFILE, errno.ENFILE, errno.ENOBUFS),
+    "connect": (errno.EINTR, errno.EAGAIN, errno.ECONNREFUSED, errno.EACCES),
+    "shutdown": (errno.ENOTCONN, errno.ENOBUFS),
+    "open": (errno.EMFILE, errno.ENOMEM, errno.EACCES),
+    "process_vm_readv": (errno.ENOMEM, errno.EFAULT, errno.EPERM),
+    "process_vm_writev": (errno.ENOMEM, errno.EFAULT, errno.EPERM),
+}
+"""The same in a vfio-user client."""
 
 _PAGE = struct.Struct("=IIQiI64Q")
 _WAIT = 30.0
@@ -79,14 +97,22 @@ def build(directory: Path) -> Path:
     return library
 
 
-def _arm(page: mmap.mmap, function: str | None, nth: int, error: int) -> None:
+def arm_page(page: mmap.mmap, function: str | None, nth: int, error: int) -> None:
+    """Count calls from now on, and have the nth one of a function fail."""
     number = 0 if function is None else FUNCTIONS.index(function)
     struct.pack_into("=IIQiI", page, 0, 0, number, nth, error, 0)
     page[24 : _PAGE.size] = bytes(_PAGE.size - 24)
     struct.pack_into("=I", page, 0, 1)
 
 
-def _open_page(directory: Path) -> tuple[mmap.mmap, dict[str, str]]:
+def disarm_page(page: mmap.mmap) -> tuple[dict[str, int], bool]:
+    """Have no more calls fail; how often each was called, and whether one did fail."""
+    struct.pack_into("=I", page, 0, 0)
+    _, _, _, _, injected, *calls = _PAGE.unpack(page[: _PAGE.size])
+    return dict(zip(FUNCTIONS, calls, strict=False)), bool(injected)
+
+
+def open_page(directory: Path) -> tuple[mmap.mmap, dict[str, str]]:
     """The page by which the shim is told what to do, and the environment that has it look there."""
     control = directory / "control"
     control.write_bytes(bytes(_PAGE.size))
@@ -103,9 +129,9 @@ def fail_at_start(
 
     If it does start it is ended.
     """
-    page, environment = _open_page(directory)
+    page, environment = open_page(directory)
     with page:
-        _arm(page, function, nth, error)
+        arm_page(page, function, nth, error)
         process = subprocess.Popen(
             [sys.executable, "-m", "guestio", "blk", str(image), "--socket", str(directory / "s")],
             env=environment | {"LD_PRELOAD": str(library)},
@@ -141,7 +167,7 @@ class Server:
         self, library: Path, directory: Path, image: Path, *options: str, command: str = "blk"
     ) -> None:
         self.socket = directory / "disk.sock"
-        self._page, environment = _open_page(directory)
+        self._page, environment = open_page(directory)
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "guestio", command, str(image)),
@@ -166,13 +192,11 @@ class Server:
 
     def arm(self, function: str | None = None, nth: int = 0, error: int = 0) -> None:
         """Count calls from now on, and have the nth one of a function fail."""
-        _arm(self._page, function, nth, error)
+        arm_page(self._page, function, nth, error)
 
     def disarm(self) -> tuple[dict[str, int], bool]:
         """Have no more fail; how often each was called, and whether one did fail."""
-        struct.pack_into("=I", self._page, 0, 0)
-        _, _, _, _, injected, *calls = _PAGE.unpack(self._page[:])
-        return dict(zip(FUNCTIONS, calls, strict=False)), bool(injected)
+        return disarm_page(self._page)
 
     @property
     def status(self) -> int | None:
