@@ -68,7 +68,8 @@ class What(IntEnum):
     ``detail``."""
     TAKEN = 2
     """A request was taken: ``length`` bytes to read, ``detail`` to write, the first of them at
-    ``address``; ``since``: when its batch was found; ``result``: its ring position."""
+    ``address``; ``since``: when its batch was found; ``result``: its ring position, or -1 if a
+    proxy saw it too late to know more than that it was there."""
     STALLED = 3
     """The requests from ring position ``result`` on wait for ``detail`` translations, the first for
     ``access`` to ``address``, ``length``."""
