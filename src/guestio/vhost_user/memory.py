@@ -25,6 +25,7 @@ class SharedMemory:
         regions: As the front-end described them, and as they were mapped.
         track_dirty: Whether regions that are added later keep the pages that are written.
         log: Where they mark them as well; None for nowhere.
+        writable: Whether regions that are added later may be written.
 
     Attributes:
         memory: It by guest physical address.
@@ -36,8 +37,9 @@ class SharedMemory:
         *,
         track_dirty: bool = False,
         log: DirtyLog | None = None,
+        writable: bool = True,
     ) -> None:
-        self._track_dirty, self._log = track_dirty, log
+        self._track_dirty, self._log, self._writable = track_dirty, log, writable
         self._regions = sorted(regions, key=lambda pair: pair[0].user_addr)
         self._starts = [description.user_addr for description, _ in self._regions]
         placed = sorted((region for _, region in regions), key=lambda region: region.start)
@@ -97,7 +99,9 @@ class SharedMemory:
         return self._with([pair for pair in self._regions if pair[0] != description])
 
     def _with(self, regions: Sequence[tuple[MemoryRegion, MmapRegion]]) -> SharedMemory:
-        return SharedMemory(regions, track_dirty=self._track_dirty, log=self._log)
+        return SharedMemory(
+            regions, track_dirty=self._track_dirty, log=self._log, writable=self._writable
+        )
 
     def _map(self, description: MemoryRegion, fd: int) -> MmapRegion:
         if description.size + description.mmap_offset >= MAX_FILE:
@@ -106,7 +110,9 @@ class SharedMemory:
                 "the end of any file"
             )
         check_memory(fd)
-        backing = Backing.from_fd(fd, description.size, description.mmap_offset)
+        backing = Backing.from_fd(
+            fd, description.size, description.mmap_offset, writable=self._writable
+        )
         bitmap = None
         if self._track_dirty or self._log is not None:
             bitmap = AtomicBitmap(

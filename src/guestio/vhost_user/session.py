@@ -228,6 +228,20 @@ class Session:
         self.reply_fds: tuple[int, ...] = ()
         self._may_enable = False
 
+    @classmethod
+    def knows(cls, request: int) -> bool:
+        """Whether there is a rule for a request: whether :meth:`handle` can do what it says."""
+        return request in cls._RULES
+
+    @classmethod
+    def has_reply(cls, request: int) -> bool:
+        """Whether a request is answered by a reply of its own, rather than by an acknowledgement.
+
+        That of IOTLB_MSG other back-ends send only where NEED_REPLY asks for it.
+        """
+        rule = cls._RULES.get(request)
+        return request in _UNSUPPORTED_WITH_REPLY if rule is None else rule.replies
+
     @property
     def access_platform(self) -> bool:
         """Whether an IOMMU is in front of the device (VIRTIO_F_ACCESS_PLATFORM negotiated)."""

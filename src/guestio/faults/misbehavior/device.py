@@ -17,7 +17,7 @@ from guestio.faults.misbehavior.force import Fault, Faults
 from guestio.faults.misbehavior.iommu import MisbehavingTranslator, Sandbox
 from guestio.faults.misbehavior.requests import TITLES, Request, describe, ops_of
 from guestio.faults.misbehavior.rings import RingLies
-from guestio.faults.misbehavior.rules import Level, Rule
+from guestio.faults.misbehavior.rules import NO_PROXY, Level, Rule
 from guestio.faults.misbehavior.wire import misbehaving_channel
 from guestio.iommu.events import Event
 from guestio.pci import PciDevice
@@ -69,6 +69,7 @@ class Misbehaving(Device):
         title = TITLES.get(device.device_id, f"a device of type {device.device_id}")
         for level in (Level.DEVICE, Level.RING):
             self.faults.expect(level, ops_of(device.device_id), title)
+        self.faults.refuse(Level.PROXY, NO_PROXY)
         self._host: DeviceHost | None = None
         self._lock = threading.Lock()
         self._queues: dict[int, MisbehavingQueue] = {}

@@ -118,6 +118,7 @@ class Faults:
         self._count = 0
         self._known: dict[Level, tuple[Collection[str] | None, str]] = {}
         self._unserved: dict[Level, str] = {}
+        self._only: tuple[Collection[str], str] | None = None
         self._watchers: list[Callable[[], object]] = []
         if isinstance(rules, str):
             raise TypeError(f"rules is a list of lines: say [{rules!r}]")
@@ -204,8 +205,26 @@ class Faults:
             for each in self._faults:
                 self._check(each.rule)
 
+    def allow(self, names: Collection[str], why: str) -> None:
+        """Say that only some misbehaviors are possible.
+
+        Args:
+            names: Those that are.
+            why: What is said of the others.
+
+        Raises:
+            ValueError: A rule in force is another one.
+        """
+        with self._lock:
+            self._only = names, why
+            for each in self._faults:
+                self._check(each.rule)
+
     def _check(self, rule: Rule) -> None:
         level = rule.what.level
+        if self._only is not None and rule.what.name not in self._only[0]:
+            known = ", ".join(self._only[0])
+            raise ValueError(f"{rule.what.name}: {self._only[1]}; say one of {known}")
         if level in self._unserved:
             raise ValueError(f"{rule.what.name}: {self._unserved[level]}")
         ops, where = self._known.get(level, (None, ""))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from guestio.faults.misbehavior.force import Fault, Faults
-from guestio.faults.misbehavior.rules import Level, Rule
+from guestio.faults.misbehavior.rules import NO_PROXY, Level, Rule
 from guestio.faults.misbehavior.wire import flipped
 from guestio.pci import PciDevice, VirtioPci
 from guestio.pci.virtio_pci import CONFIG
@@ -61,6 +61,7 @@ class MisbehavingPci(PciDevice):
         self.faults.expect(Level.PCI, ("read", "write"), "a PCI function")
         for level in (Level.WIRE, Level.IOMMU):
             self.faults.refuse(level, "over vhost-user only")
+        self.faults.refuse(Level.PROXY, NO_PROXY)
         self._virtio = isinstance(device, VirtioPci)
         if not self._virtio:
             for level in (Level.DEVICE, Level.RING, Level.CONFIG):

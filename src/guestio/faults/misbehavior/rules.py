@@ -28,6 +28,11 @@ class Level(enum.StrEnum):
     WIRE = "wire"
     IOMMU = "iommu"
     PCI = "pci"
+    PROXY = "proxy"
+
+
+NO_PROXY: Final = "only `guestio proxy` passes kicks on"
+"""Why a device has no rules of that level."""
 
 
 class Span(NamedTuple):
@@ -453,6 +458,21 @@ MISBEHAVIORS: Final[dict[str, Misbehavior]] = {
             ),
             ("op", "bar", "offset"),
         ),
+        # Proxy
+        Misbehavior(
+            "skip-kick",
+            Level.PROXY,
+            "The device is not notified of the requests that the driver announces.",
+            ("queue",),
+        ),
+        Misbehavior(
+            "late-kick",
+            Level.PROXY,
+            "The device is notified so much later than it should be.",
+            ("queue",),
+            _TIME,
+            0.02,
+        ),
     )
 }
 """What can go wrong, by name."""
@@ -632,6 +652,7 @@ _HEADINGS: Final = {
     Level.WIRE: "The wire: vhost-user",
     Level.IOMMU: "The IOMMU: vhost-user",
     Level.PCI: "The PCI function: vfio-user",
+    Level.PROXY: "What a proxy passes on: `guestio proxy`",
 }
 
 

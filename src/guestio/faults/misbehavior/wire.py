@@ -7,7 +7,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from guestio.errors import ProtocolError
 from guestio.faults.misbehavior.force import Faults
@@ -96,32 +96,28 @@ class MisbehavingChannel(Channel):
 
     def post(self, data: bytes, fds: Sequence[int] = ()) -> bool:
         """Send an answer, if the rules let it; see :class:`Channel`."""
-        name, faults = self._request, self._faults
-        answer = f"the answer to {name}"
-        data = self._told(data)
+        data, invented = told(self._faults, self._code, data)
+        self._invented |= invented
+        answer = struck_answer(self._faults, self._request, data, fds=bool(fds))
+        if answer is None:
+            return True
         extra = -1
-        for fault in faults.strike(("no-reply", "bad-reply", "wrong-fds", "slow"), answer, op=name):
-            match fault.rule.what.name:
-                case "no-reply":
-                    return True
-                case "bad-reply" if len(data) > HEADER_SIZE:
-                    at = fault.random.randrange(8 * (len(data) - HEADER_SIZE))
-                    data = _with_bit(data, HEADER_SIZE + at // 8, at % 8)
-                case "wrong-fds":
-                    if not fds:
-                        extra = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-                    fds = () if fds else (extra,)
-                case "slow":
-                    self._slow_until = time.monotonic() + fault.seconds
+        if not answer.fds:
+            fds = ()
+        elif not fds:
+            extra = open_extra()
+            fds = (extra,)
         try:
+            if answer.delay:
+                self._slow_until = time.monotonic() + answer.delay
             if self._slow_until > time.monotonic():
                 # As if its reader had no room for it yet.
                 kept = tuple(os.dup(fd) for fd in fds)
-                self._unsent, self._unsent_fds = self._unsent + data, kept
+                self._unsent, self._unsent_fds = self._unsent + answer.data, kept
                 self._owned_fds = kept
                 self._stuck_since = self._slow_until
                 return False
-            return super().post(data, fds)
+            return super().post(answer.data, fds)
         finally:
             if extra >= 0:
                 close_fd(extra)
@@ -148,26 +144,80 @@ class MisbehavingChannel(Channel):
         for fd in owned:
             close_fd(fd)
 
-    def _told(self, data: bytes) -> bytes:
-        """An answer with lies about features, status and configuration space."""
-        faults, size = self._faults, len(data) - HEADER_SIZE
-        if self._code == _F.GET_FEATURES and size == _U64.size:
-            (features,) = _U64.unpack_from(data, HEADER_SIZE)
-            for fault in faults.strike(("feature-lie",), "the features that are offered"):
-                bit = 1 << fault.value
-                self._invented |= bit & ~features
-                features ^= bit
-            return data[:HEADER_SIZE] + _U64.pack(features)
-        if self._code == _F.GET_STATUS and size == _U64.size:
-            (status,) = _U64.unpack_from(data, HEADER_SIZE)
-            for fault in faults.strike(("status-lie",), f"the device status {status:#x}"):
-                status ^= fault.value
-            return data[:HEADER_SIZE] + _U64.pack(status)
-        begin = HEADER_SIZE + _CONFIG.size
-        if self._code == _F.GET_CONFIG and len(data) > begin:
-            offset = _CONFIG.unpack_from(data, HEADER_SIZE)[0]
-            return data[:begin] + flipped(faults, offset, data[begin:])
-        return data
+
+class Answer(NamedTuple):
+    """An answer as rules have made it.
+
+    Attributes:
+        data: The message.
+        fds: Whether descriptors go with it.
+        delay: Seconds until it is to be sent.
+    """
+
+    data: bytes
+    fds: bool
+    delay: float
+
+
+def struck_answer(faults: Faults, name: str, data: bytes, *, fds: bool) -> Answer | None:
+    """What rules of the wire make of an answer; None if it is not to be sent.
+
+    Args:
+        faults: The rules.
+        name: Of the message that it answers.
+        data: The answer.
+        fds: Whether it has descriptors.
+    """
+    delay = 0.0
+    rules = ("no-reply", "bad-reply", "wrong-fds", "slow")
+    for fault in faults.strike(rules, f"the answer to {name}", op=name):
+        match fault.rule.what.name:
+            case "no-reply":
+                return None
+            case "bad-reply" if len(data) > HEADER_SIZE:
+                at = fault.random.randrange(8 * (len(data) - HEADER_SIZE))
+                data = _with_bit(data, HEADER_SIZE + at // 8, at % 8)
+            case "wrong-fds":
+                fds = not fds
+            case "slow":
+                delay = fault.seconds
+    return Answer(data, fds, delay)
+
+
+def open_extra() -> int:
+    """A descriptor for an answer that should have none; the caller's to close."""
+    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def told(faults: Faults, request: int, data: bytes) -> tuple[bytes, int]:
+    """An answer with lies about features, status and configuration space.
+
+    Args:
+        faults: The rules.
+        request: What it answers.
+        data: The answer.
+
+    Returns:
+        The answer, and the feature bits that were invented.
+    """
+    size, invented = len(data) - HEADER_SIZE, 0
+    if request == _F.GET_FEATURES and size == _U64.size:
+        (features,) = _U64.unpack_from(data, HEADER_SIZE)
+        for fault in faults.strike(("feature-lie",), "the features that are offered"):
+            bit = 1 << fault.value
+            invented |= bit & ~features
+            features ^= bit
+        return data[:HEADER_SIZE] + _U64.pack(features), invented
+    if request == _F.GET_STATUS and size == _U64.size:
+        (status,) = _U64.unpack_from(data, HEADER_SIZE)
+        for fault in faults.strike(("status-lie",), f"the device status {status:#x}"):
+            status ^= fault.value
+        return data[:HEADER_SIZE] + _U64.pack(status), 0
+    begin = HEADER_SIZE + _CONFIG.size
+    if request == _F.GET_CONFIG and len(data) > begin:
+        offset = _CONFIG.unpack_from(data, HEADER_SIZE)[0]
+        return data[:begin] + flipped(faults, offset, data[begin:]), 0
+    return data, 0
 
 
 def flipped(faults: Faults, offset: int, data: bytes) -> bytes:
