@@ -410,3 +410,22 @@ RECORD_PEERS = 1000
 
 REPORT_MEMORY_BYTES = 600 << 20
 """Bytes of memory that DuckDB may use for a report; more goes to temporary files."""
+
+PROXY_MESSAGES = 64
+"""Messages that wait in a proxy for one peer to read them, what a rule delays included; nothing
+more is read from the others meanwhile."""
+
+PROXY_PENDING = 1024
+"""Requests on their way through a proxy whose answers are to come; with more the connection is
+cut."""
+
+PROXY_CONNECT_SECONDS = 5.0
+"""Seconds that a front-end of a proxy waits for a back-end that does not listen yet, or not any
+more; then it is cut."""
+
+PROXY_CONNECT_RETRY = 0.05
+"""Seconds between attempts to connect to it."""
+
+PROXY_LOOK = 0.01
+"""Seconds between looks at rings in use whose notifications were not seen; ten times as many while
+nothing happens there."""

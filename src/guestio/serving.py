@@ -20,6 +20,7 @@ from guestio.control.rates import with_rates
 from guestio.control.summary import text_of
 from guestio.faults import Faults, Level, Misbehaving, MisbehavingPci
 from guestio.pci import PciDevice, VirtioPci
+from guestio.peer.server import PeerServer
 from guestio.ratelog import LOG
 from guestio.vhost_user import Backend
 from guestio.virtio.device import Device
@@ -285,7 +286,7 @@ class Signals:
 
 
 def run_until_signaled(
-    backend: AnyServer, signals: Signals, ready: Callable[[], object] = lambda: None
+    backend: PeerServer, signals: Signals, ready: Callable[[], object] = lambda: None
 ) -> bool:
     """Serve in a thread, so that a signal is obeyed whatever keeps that thread.
 

@@ -17,6 +17,7 @@ from guestio.cli.faults import faults
 from guestio.cli.input import input_
 from guestio.cli.net import net
 from guestio.cli.nvme import nvme
+from guestio.cli.proxy import proxy
 from guestio.cli.record import record
 from guestio.cli.report import report
 from guestio.cli.rng import rng
@@ -62,6 +63,7 @@ for _command in (
     input_,
     net,
     nvme,
+    proxy,
     record,
     report,
     rng,

@@ -22,6 +22,7 @@ from guestio.cli.seconds import Seconds
 from guestio.cli.stderr import StderrLog
 from guestio.control.rates import with_rates
 from guestio.control.summary import text_of
+from guestio.control.watched import WatchedServer
 from guestio.errors import DeviceMethodError, GuestioError
 from guestio.faults import Faults, Misbehaving, MisbehavingPci
 from guestio.pci import PciDevice
@@ -79,7 +80,7 @@ _WATCH_OPTIONS = (
         "token, in GUESTIO_CONTROL_TOKEN.",
     ),
 )
-_RECORD_OPTIONS = (
+RECORD_OPTIONS = (
     click.option(
         "--record",
         metavar="FILE",
@@ -275,14 +276,14 @@ def _with_server(
             socket=socket,
             connect=connect,
             fd=fd,
-            faults=_parse_faults(faults),
+            faults=parse_faults(faults),
             record=record,
             record_payload=record_payload,
         )
         command(server=server, **arguments)
 
     decorated: Any = collected
-    for option in reversed((*_PLACE_OPTIONS, *more, *_WATCH_OPTIONS, *_RECORD_OPTIONS, _FAULT)):
+    for option in reversed((*_PLACE_OPTIONS, *more, *_WATCH_OPTIONS, *RECORD_OPTIONS, _FAULT)):
         decorated = option(decorated)
     result: Command = decorated
     return result
@@ -361,8 +362,10 @@ class Server:
     def _fault_lines(self) -> list[str]:
         if self.faults is None:
             return []
-        rules = [f"fault {number}: {rule}" for number, rule, *_ in self.faults.counts()]
-        return ["guestio: misbehaves by rules; every request passes through Python", *rules]
+        return [
+            "guestio: misbehaves by rules; every request passes through Python",
+            *fault_lines(self.faults),
+        ]
 
     def _make(
         self, device: Device | PciDevice, place: str | socket.socket, **more: Any
@@ -389,22 +392,6 @@ class Server:
             )
         return self._make(device, handed[0])
 
-    def _start_recording(self, backend: AnyServer, stack: contextlib.ExitStack) -> None:
-        """Record until the stack is closed, if that is wanted."""
-        if self._record is None:
-            return
-        with observing():
-            from guestio.observe import Recorder
-        try:
-            recorder = Recorder(
-                backend,
-                self._record,
-                payload=self._record_payload,  # type: ignore[arg-type] # the option's choices
-            )
-        except OSError as error:
-            fail(f"--record {_reason(error)}")
-        stack.callback(recorder.close, finished=None)
-
     def run(
         self,
         make: Callable[[], Device | PciDevice],
@@ -427,80 +414,146 @@ class Server:
             cleanup: Called at the end, whatever happened, also if the device hangs.
             more: Lines to print after the one that says where the server listens.
         """
-        log = StderrLog()
-        served: list[AnyServer] = []
 
-        def summarize() -> None:
-            for backend in served:
-                log.say(text_of(with_rates(backend, RATE_SECONDS)))
+        def open_server(stack: contextlib.ExitStack) -> AnyServer:
+            device = self._misbehaving(make())
+            stack.callback(_close, device)
+            return self._backend(device)
 
-        stop = Signals({signal.SIGUSR1: summarize} | dict(signals or {}))
-        status, why = 1, ""
+        run_server(
+            open_server,
+            what,
+            signals=signals,
+            cleanup=cleanup,
+            started=lambda backend, stack: start_recording(
+                backend, stack, self._record, self._record_payload
+            ),
+            more=lambda: [*more(), *self._fault_lines()],
+            faults=self.faults,
+        )
 
-        def give_up() -> None:
-            try:
-                log.say("guestio: ended although a request or the device hangs")
-                remove_sockets()
-                cleanup()
-                log.drain(EXIT_GRACE)
-            finally:
-                os._exit(0)
 
-        stack = contextlib.ExitStack()
+def start_recording(
+    server: WatchedServer, stack: contextlib.ExitStack, file: str | None, payload: str
+) -> None:
+    """Record what a server does until the stack is closed, if a file is named."""
+    if file is None:
+        return
+    with observing():
+        from guestio.observe import Recorder
+    try:
+        recorder = Recorder(
+            server,
+            file,
+            payload=payload,  # type: ignore[arg-type] # the option's choices
+        )
+    except OSError as error:
+        fail(f"--record {_reason(error)}")
+    stack.callback(recorder.close, finished=None)
+
+
+Served = TypeVar("Served", bound=WatchedServer)
+
+
+def run_server(
+    open_server: Callable[[contextlib.ExitStack], Served],
+    what: str,
+    *,
+    signals: Mapping[int, Callable[[], object]] | None = None,
+    cleanup: Callable[[], object] = lambda: None,
+    started: Callable[[Served, contextlib.ExitStack], object] = lambda *_: None,
+    more: Callable[[], Sequence[str]] = lambda: (),
+    faults: Faults | None = None,
+) -> None:
+    """Make a server and have it serve until SIGINT, SIGTERM or SIGHUP, or its end.
+
+    Args:
+        open_server: Makes it, with what is to be closed after it put on the stack; see `Server.run`
+            for what its errors lead to.
+        what: What is served, for messages.
+        signals: Called in the main thread for other signals.
+        cleanup: Called at the end, whatever happened, also if the server hangs.
+        started: Called with the server before it serves; what it puts on the stack ends before.
+        more: Lines to print after the one that says where the server listens.
+        faults: Rules whose counts are logged at the end.
+    """
+    log = StderrLog()
+    served: list[Served] = []
+
+    def summarize() -> None:
+        for backend in served:
+            log.say(text_of(with_rates(backend, RATE_SECONDS)))
+
+    stop = Signals({signal.SIGUSR1: summarize} | dict(signals or {}))
+    status, why = 1, ""
+
+    def give_up() -> None:
         try:
-            try:
-                stack.callback(cleanup)
-                with stop.limiting(give_up), _refusals():
-                    device = self._misbehaving(make())
-                    stack.callback(_close, device)
-                    backend = self._backend(device)
-                    stack.callback(backend.close)
-                    served.append(backend)
-                    self._start_recording(backend, stack)
-
-                def ready() -> None:
-                    for line in (backend.ready_line, *more(), *self._fault_lines()):
-                        log.say(line)
-
-                if not run_until_signaled(backend, stop, ready):
-                    give_up()
-            finally:
-                with stop.limiting(give_up):
-                    stack.close()
-            _log.info("%s ended: %s", what, backend.statistics)
-            for each in () if self.faults is None else self.faults.counts():
-                _log.info(
-                    "fault %d (%s) struck %d of %d",
-                    each.number,
-                    each.rule,
-                    each.struck,
-                    each.matched,
-                )
-            status = 0
-        except GuestioError as error:
-            why = str(error)
-        except OSError as error:
-            why = _reason(error)
-        except RuntimeError as error:
-            if "new thread" not in str(error):
-                raise
-            why = f"{error} (ulimit -u, pids.max)"
-        except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else 1
-            raise
+            log.say("guestio: ended although a request or the device hangs")
+            remove_sockets()
+            cleanup()
+            log.drain(EXIT_GRACE)
         finally:
-            if why:
-                # Not directly: a reader of standard error that reads nothing must not keep us.
-                log.say(f"guestio: {what} cannot be served: {' '.join(why.split())}")
-            if not log.drain(EXIT_GRACE):
-                # The end of Python waits for what is written to standard error.
-                os._exit(status)
-            _leave_within(stop.seconds_left, log, status)
-        if status:
-            sys.exit(status)
+            os._exit(0)
+
+    stack = contextlib.ExitStack()
+    try:
+        try:
+            stack.callback(cleanup)
+            with stop.limiting(give_up), _refusals():
+                backend = open_server(stack)
+                stack.callback(backend.close)
+                served.append(backend)
+                started(backend, stack)
+
+            def ready() -> None:
+                for line in (backend.ready_line, *more()):
+                    log.say(line)
+
+            if not run_until_signaled(backend, stop, ready):
+                give_up()
+        finally:
+            with stop.limiting(give_up):
+                stack.close()
+        _log.info("%s ended: %s", what, backend.statistics)
+        for each in () if faults is None else faults.counts():
+            _log.info(
+                "fault %d (%s) struck %d of %d",
+                each.number,
+                each.rule,
+                each.struck,
+                each.matched,
+            )
+        status = 0
+    except GuestioError as error:
+        why = str(error)
+    except OSError as error:
+        why = _reason(error)
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        why = f"{error} (ulimit -u, pids.max)"
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+        raise
+    finally:
+        if why:
+            # Not directly: a reader of standard error that reads nothing must not keep us.
+            log.say(f"guestio: {what} cannot be served: {' '.join(why.split())}")
+        if not log.drain(EXIT_GRACE):
+            # The end of Python waits for what is written to standard error.
+            os._exit(status)
+        _leave_within(stop.seconds_left, log, status)
+    if status:
+        sys.exit(status)
 
 
-def _parse_faults(rules: Sequence[str]) -> Faults | None:
+def fault_lines(faults: Faults) -> list[str]:
+    """The rules in force, a line each."""
+    return [f"fault {number}: {rule}" for number, rule, *_ in faults.counts()]
+
+
+def parse_faults(rules: Sequence[str]) -> Faults | None:
     """The rules of a command line; ends the process for one that is none."""
     if not rules:
         return None

@@ -150,8 +150,10 @@ def _is_foreign(request: Request) -> bool:
 
 
 def switchable(observed: Observed) -> Switchable | None:
-    """The rules that a server's device misbehaves by; None of one that does not."""
-    found = getattr(getattr(observed, "device", None), "faults", None)
+    """The rules that a server, or its device, misbehaves by; None of one that does not."""
+    found = getattr(observed, "faults", None) or getattr(
+        getattr(observed, "device", None), "faults", None
+    )
     return found if isinstance(found, Switchable) else None
 
 
