@@ -26,7 +26,6 @@ cdef class RingAreas:
     cdef Misses ignored
     cdef bint resolved
     cdef bint begun
-    cdef int used_access   # what is done to the used ring
     cdef u64 generation
 
     cdef object wrong(self, str what)

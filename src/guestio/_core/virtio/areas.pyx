@@ -49,7 +49,6 @@ cdef class RingAreas:
                 f"ring areas at {self.desc_addr:#x}, {self.avail_addr:#x}, {self.used_addr:#x} "
                 "are not aligned to 16, 2 and 4 bytes"
             )
-        self.used_access = READ | WRITE
         self.desc, self.avail, self.used = IoVector(), IoVector(), IoVector()
         self.ignored = Misses()
 
@@ -98,7 +97,7 @@ cdef class RingAreas:
         found = self.area(self.desc, self.desc_addr, sizes.desc, READ, misses)
         found &= self.area(self.avail, self.avail_addr, sizes.avail, READ, misses)
         found &= self.area(
-            self.used, self.used_addr, sizes.used, self.used_access, misses
+            self.used, self.used_addr, sizes.used, READ | WRITE, misses
         )
         if not found:
             return False

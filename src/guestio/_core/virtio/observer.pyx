@@ -21,7 +21,8 @@ from guestio._core.trace.tracepoints cimport (
     BUFFERS, MEASURE, REQUESTS, TraceRecord, WHAT_AVAILABLE, WHAT_BUFFER, WHAT_COMPLETED,
     WHAT_INTERRUPT, WHAT_TAKEN, trace, trace_record, tracing,
 )
-from guestio._core.virtio.areas cimport RingAreas, Sizes
+from guestio._core.iommu.misses cimport Misses
+from guestio._core.virtio.areas cimport RingAreas, Sizes, current
 from guestio._core.virtio.chain cimport u16
 from guestio._core.virtio.loop cimport Feed
 from guestio._core.virtio.split cimport Desc
@@ -123,7 +124,6 @@ cdef class RingObserver(RingAreas):
         self.next_avail = as_address(base, "base") & 0xFFFF
         self.queue = as_address(queue, "queue") & 0xFFFF
         self.origin = as_address(origin, "origin") & 0xFFFF
-        self.used_access = READ
         self.table, self.scratch = IoVector(), IoVector()
         self.held = <Held *>PyMem_Calloc(self.size, sizeof(Held))
         if self.held is NULL:
@@ -136,6 +136,29 @@ cdef class RingObserver(RingAreas):
         desc, avail, used = area_bytes(self.size, self.event_idx)
         sizes[0] = Sizes(desc, avail, used)
         return 0
+
+    cdef bint areas_ready(self, Misses misses) except -1:
+        """As for a device, which writes to the used ring; here it is only read."""
+        cdef Sizes sizes
+        cdef bint found
+        if self.broken is not None:
+            raise QueueError(self.broken)
+        if self.resolved and current(self):
+            return True
+        self.measure(&sizes)
+        self.resolved = False
+        if self.space.iotlb is not None:
+            self.generation = self.space.iotlb.at.generation
+        found = self.area(self.desc, self.desc_addr, sizes.desc, READ, misses)
+        found &= self.area(self.avail, self.avail_addr, sizes.avail, READ, misses)
+        found &= self.area(self.used, self.used_addr, sizes.used, READ, misses)
+        if not found:
+            return False
+        self.resolved = True
+        if not self.begun:
+            self.begun = True
+            self.begin()
+        return True
 
     cdef int begin(self) except -1:
         """Find out what the device has: it was there before."""
