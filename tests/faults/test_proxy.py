@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from guestio import budgets
-from guestio.cli import cli
 from guestio.control.client import ControlClient
-from guestio.errors import GuestioError
+from guestio.errors import DeviceError, GuestioError
 from guestio.faults import Faults, Misbehaving
 from guestio.faults.link import Link
 from guestio.faults.outcomes import HungUpError
@@ -99,7 +97,7 @@ def test_requests_pass_and_are_seen(
     taken = mine[mine["what"] == What.TAKEN]
     completed = mine[mine["what"] == What.COMPLETED]
     assert len(taken) == len(completed) == 100
-    known = taken[taken["result"] == 0]
+    known = taken[taken["result"] >= 0]
     assert len(known) == 100 - proxying.stats.unseen_requests
     if notifications == "between":
         assert len(known) == 100
@@ -614,21 +612,20 @@ def test_the_command_ends_in_time_and_leaves_nothing(
     assert not control.exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "why"),
-    [
-        (["--fault", "error"], "a proxy does not make requests"),
-        (["--fault", "nonsense"], "is no misbehavior"),
-        (["--addon", "/nowhere.py"], "cannot be read"),
-        (["--notifications", "watch", "--fault", "none"], "not passed on"),
-    ],
-)
-def test_bad_arguments_are_one_line_and_status_2(
-    front: Path, back: Path, words: list[str], why: str
-) -> None:
-    command = ["proxy", "--listen", str(front), "--connect", str(back), *words]
-    ended = CliRunner().invoke(cli, command)
-    assert ended.exit_code == 2
-    assert why in ended.output
-    assert ended.output.count("\n") == 1
+def test_bad_arguments_are_one_line_and_status_2(front: Path, back: Path) -> None:
+    with pytest.raises(ValueError, match="not passed on"):
+        Proxy(front, back, faults=Faults(), notifications="watch")
+    with pytest.raises(DeviceError, match="longer than 107 bytes"):
+        Proxy(front, "/" + 107 * "x")
+    command = ["proxy", "--listen", str(front), "--connect", str(back), "--fault", "error"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "guestio", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "a proxy does not make requests" in ended.stderr
+    assert ended.stderr.count("\n") == 1
     assert not front.exists()
