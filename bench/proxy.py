@@ -2,9 +2,9 @@
 
 `guestio bench` drives the same disk of `guestio blk` directly, through `guestio proxy
 --notifications watch`, and through one with `between`, in turn, each with fresh processes; load on
-one CPU and disk on another, the proxy wherever there is room, or on `--proxy-cpu`. What is shown are
-medians over the rounds: latencies as the driver sees them, what a request takes longer than directly
-in the same round, and the proxy's CPU time per request.
+one CPU and disk on another, the proxy wherever there is room, or on `--proxy-cpu`. What is shown
+are medians over the rounds: latencies as the driver sees them, what a request takes longer than
+directly in the same round, and the proxy's CPU time per request.
 """
 
 from __future__ import annotations
