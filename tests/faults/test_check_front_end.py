@@ -274,8 +274,8 @@ def test_sigint_ends_the_command_with_its_verdicts(tmp_path: Path) -> None:
     ("words", "line"),
     [
         ((), "say on which SOCKET to listen"),
-        (("x", "--writable"), "--writable is for a check without --front-end"),
-        (("x", "--device", "input"), "no device of type 'input'"),
+        (("x", "--writable"), "--writable is not for a check with --front-end"),
+        (("x", "--device", "input"), "no device type 'input' here"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(words: tuple[str, ...], line: str) -> None:

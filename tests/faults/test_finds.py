@@ -246,11 +246,12 @@ def test_a_defect_is_found(name: str, faults: str, socket: str) -> None:
 def find(socket: str, name: str, faults: str) -> Verdict:
     from guestio.faults.catalogue import catalogue, select
     from guestio.faults.kinds import KINDS
+    from guestio.faults.link import Link
     from guestio.faults.runner import Target, _Run
 
     (each,) = select(catalogue("blk"), [name])
     patience = patience_for(faults)
-    run = _Run(Target(socket, None), KINDS["blk"], 0, None, patience, 10.0, writable=True)
+    run = _Run(Target(socket, None, Link), KINDS["blk"], 0, None, patience, 10.0, writable=True)
     return run.examine(each)[0]
 
 

@@ -14,6 +14,7 @@ import pytest
 from guestio.faults import Faults, Level, Misbehaving, Verdict, parse
 from guestio.faults.catalogue import catalogue, select
 from guestio.faults.kinds import KINDS
+from guestio.faults.link import Link
 from guestio.faults.runner import Target, _Run
 from guestio.testing import serving
 from guestio.virtio import BlockDevice
@@ -87,7 +88,7 @@ class Disk:
 
     def examine(self, name: str, patience: float) -> tuple[Verdict, str]:
         (each,) = select(catalogue("blk"), [name])
-        target = Target(self.path, None)
+        target = Target(self.path, None, Link)
         return _Run(target, KINDS["blk"], 0, None, patience, 10.0, writable=True).examine(each)
 
 

@@ -67,14 +67,29 @@ over, or SIGINT. What did not happen is a SKIP, so let the guest do what is to b
     -device vhost-user-blk-pci,chardev=c0,num-queues=1 \\
     -kernel vmlinuz -initrd initrd -append "root=/dev/vda"
 
+--vfio-user checks a vfio-user server of any PCI device in the same way as a back-end: negotiation,
+regions, configuration space, interrupts, DMA mappings, resets, and clients that break the rules.
+--device nvme and virtio add what such a device does:
+
+\b
+  guestio nvme disk.img --socket /tmp/nvme.sock &
+  guestio check --vfio-user /tmp/nvme.sock --device nvme
+
 Exit status: 0 if nothing is FAIL, WEDGED or CRASH, 1 if something is or the back-end cannot be
 reached, 2 for bad arguments, 130 after SIGINT, with the verdicts until then; with --front-end
 SIGINT is one of its ends.
 """
 
-_DEVICES: Final = ("blk", "net", "console", "rng", "input", "fs", "any")
-_FRONT_END_ONLY: Final = ("image", "queues", "iommu", "seconds")
-_BACK_END_ONLY: Final = ("severity", "seed", "queue", "writable", "command")
+_DEVICES: Final = ("blk", "net", "console", "rng", "input", "fs", "any", "nvme", "virtio")
+_BACK_END: Final = "a vhost-user back-end"
+_FRONT_END: Final = "--front-end"
+_VFIO_USER: Final = "--vfio-user"
+_OPTIONS: Final = {
+    _BACK_END: {"severity", "seed", "queue", "writable", "patience", "command"},
+    _FRONT_END: {"image", "queues", "iommu", "seconds", "patience"},
+    _VFIO_USER: {"severity", "seed", "patience", "command"},
+}
+"""Options that not every kind of check has."""
 _COLORS: Final = {
     "PASS": "green",
     "REJECT": "cyan",
@@ -93,12 +108,14 @@ _COLORS: Final = {
     help="Listen on SOCKET as a back-end, and judge the front-end that connects.",
 )
 @click.option(
+    "--vfio-user", is_flag=True, help="Check the vfio-user server that listens on SOCKET."
+)
+@click.option(
     "--device",
     type=click.Choice(_DEVICES),
-    default="blk",
-    show_default=True,
     help="Type of the device. 'any' applies the rules of messages and rings alone. With "
-    "--front-end: blk, net, console or rng.",
+    "--front-end: blk, net, console or rng. With --vfio-user: nvme, virtio, or 'any' for what all "
+    "PCI devices have in common.  [default: blk, with --vfio-user any]",
 )
 @click.option(
     "--only",
@@ -171,7 +188,8 @@ def check(
     context: click.Context,
     socket: str | None,
     front_end: bool,
-    device: str,
+    vfio_user: bool,
+    device: str | None,
     only: tuple[str, ...],
     severity: str,
     seed: int,
@@ -192,19 +210,23 @@ def check(
     from guestio import faults
     from guestio.faults.catalogue import select
 
-    _refuse_others(context, front_end=front_end)
+    if front_end and vfio_user:
+        raise click.UsageError("say one of --front-end and --vfio-user")
+    kind = _FRONT_END if front_end else _VFIO_USER if vfio_user else _BACK_END
+    _refuse_others(context, kind)
+    if device is None:
+        device = "any" if vfio_user else "blk"
     try:
-        chosen: Sequence[Check | Demand] = select(
-            faults.demands(device) if front_end else faults.catalogue(device), only
-        )
+        chosen: Sequence[Check | Demand] = select(_known(kind, device), only)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if list_:
         _list(chosen, as_json=as_json)
         return
     if socket is None:
+        who = {_FRONT_END: "to listen", _VFIO_USER: "the server listens"}
         raise click.UsageError(
-            f"say on which SOCKET {'to listen' if front_end else 'the back-end listens'}, or --list"
+            f"say on which SOCKET {who.get(kind, 'the back-end listens')}, or --list"
         )
     if front_end:
         judged = _judge(
@@ -229,19 +251,19 @@ def check(
         if not as_json and (show_all or result.bad or result.verdict == "REJECT"):
             _show(result)
 
+    options: dict[str, Any] = {
+        "only": only,
+        "severity": severity,
+        "seed": seed,
+        "patience": 1.0 if patience is None else patience,
+        "command": command,
+        "progress": progress,
+    }
     try:
-        report = faults.check(
-            socket,
-            device,
-            only=only,
-            severity=severity,
-            seed=seed,
-            queue=queue,
-            writable=writable,
-            patience=1.0 if patience is None else patience,
-            command=command,
-            progress=progress,
-        )
+        if vfio_user:
+            report = faults.check_server(socket, device, **options)
+        else:
+            report = faults.check(socket, device, queue=queue, writable=writable, **options)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     except DeviceError as error:
@@ -255,12 +277,32 @@ def check(
     sys.exit(0 if report.passed else 1)
 
 
-def _refuse_others(context: click.Context, *, front_end: bool) -> None:
+def _refuse_others(context: click.Context, kind: str) -> None:
     """End the command for an option that was given and says nothing here."""
-    for name in _BACK_END_ONLY if front_end else _FRONT_END_ONLY:
+    for name in sorted(set().union(*_OPTIONS.values()) - _OPTIONS[kind]):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            where = "without" if front_end else "with"
-            raise click.UsageError(f"--{name} is for a check {where} --front-end")
+            where = kind if kind == _BACK_END else f"a check with {kind}"
+            raise click.UsageError(f"--{name} is not for {where}")
+
+
+def _known(kind: str, device: str) -> Sequence[Check | Demand]:
+    """What there is to check, for a type of device.
+
+    Raises:
+        ValueError: There is no such type for that.
+    """
+    from guestio import faults
+
+    types = {
+        _BACK_END: tuple(faults.KINDS),
+        _FRONT_END: faults.JUDGED_DEVICES,
+        _VFIO_USER: faults.SERVED_DEVICES,
+    }[kind]
+    if device not in types:
+        raise ValueError(f"there is no device type {device!r} here; say one of {', '.join(types)}")
+    if kind == _FRONT_END:
+        return faults.demands(device)
+    return faults.server_catalogue(device) if kind == _VFIO_USER else faults.catalogue(device)
 
 
 def _judge(socket: str, device: str, only: tuple[str, ...], **options: Any) -> Report:

@@ -3,15 +3,19 @@
 :class:`Misbehaving` is any virtio device, wrong where rules say so (:func:`parse`), and
 :class:`MisbehavingPci` any PCI function; a :class:`Faults` switches rules at run time.
 
-:func:`check_front_end` turns that round: it listens as a back-end, and judges the front-end that
-connects, and its driver, by what they do; :func:`demands` lists what it looks at.
-
 :func:`check` runs the catalogue against any vhost-user back-end, without a VM, and returns a
 :class:`Report`; :func:`catalogue` lists the checks.
+
+:func:`check_server` does the same for vfio-user servers, with the checks of
+:func:`server_catalogue`.
+
+:func:`check_front_end` turns that round: it listens as a back-end, and judges the front-end that
+connects, and its driver, by what they do; :func:`demands` lists what it looks at.
 """
 
 from guestio.faults.catalogue import Check, catalogue
 from guestio.faults.frontend.demands import Demand, demands
+from guestio.faults.frontend.devices import DEVICES as JUDGED_DEVICES
 from guestio.faults.frontend.runner import JudgedRun, check_front_end
 from guestio.faults.kinds import KINDS, Kind
 from guestio.faults.misbehavior.device import Misbehaving
@@ -29,12 +33,17 @@ from guestio.faults.misbehavior.rules import (
 )
 from guestio.faults.report import Report, Result, Severity, Verdict
 from guestio.faults.runner import check
+from guestio.faults.vfio_user.catalogue import DEVICES as SERVED_DEVICES
+from guestio.faults.vfio_user.catalogue import server_catalogue
+from guestio.faults.vfio_user.runner import check_server
 
 __all__ = [
     "ALWAYS",
+    "JUDGED_DEVICES",
     "KINDS",
     "MISBEHAVIORS",
     "SELECTORS",
+    "SERVED_DEVICES",
     "Check",
     "Demand",
     "FaultCounts",
@@ -53,7 +62,9 @@ __all__ = [
     "catalogue",
     "check",
     "check_front_end",
+    "check_server",
     "demands",
     "parse",
     "reference",
+    "server_catalogue",
 ]

@@ -7,18 +7,16 @@ A check is a function of a :class:`~guestio.faults.trial.Trial`; the modules of
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 from guestio.faults.report import Severity
 
 if TYPE_CHECKING:
     from guestio.faults.trial import Trial
 
-Body = Callable[["Trial"], None]
-"""The work of a check: returns for PASS, raises one of the errors of
-:mod:`guestio.faults.outcomes` for any other verdict."""
+_T = TypeVar("_T")
 
 
 def virtio(section: str, in_1_3: str | None = None) -> str:
@@ -59,52 +57,74 @@ class Check:
     severity: Severity
     devices: frozenset[str]
     hostile: bool
-    body: Body
+    body: Callable[..., None]
 
     def applies_to(self, device: str) -> bool:
         """Whether it is for this type of device."""
         return not self.devices or device in self.devices
 
 
-_REGISTERED: Final[dict[str, Check]] = {}
+class Registry(Generic[_T]):
+    """The checks of one kind of peer, in the order in which they were registered.
 
-
-def register(
-    name: str,
-    source: str,
-    text: str,
-    *,
-    severity: Severity = Severity.MUST,
-    devices: Sequence[str] = (),
-    hostile: bool = False,
-) -> Callable[[Body], Body]:
-    """Put a function into the catalogue; see :class:`Check` for the arguments.
-
-    Raises:
-        ValueError: There is a check of that name already.
+    Its type parameter is what a check works with.
     """
 
-    def add(body: Body) -> Body:
-        if name in _REGISTERED:
-            raise ValueError(f"there is a check {name} already")
-        _REGISTERED[name] = Check(name, source, text, severity, frozenset(devices), hostile, body)
-        return body
+    def __init__(self) -> None:
+        self._checks: dict[str, Check] = {}
 
-    return add
+    def __iter__(self) -> Iterator[Check]:
+        return iter(self._checks.values())
+
+    def register(
+        self,
+        name: str,
+        source: str,
+        text: str,
+        *,
+        severity: Severity = Severity.MUST,
+        devices: Sequence[str] = (),
+        hostile: bool = False,
+    ) -> Callable[[Callable[[_T], None]], Callable[[_T], None]]:
+        """Put a function into the catalogue; see :class:`Check` for the arguments.
+
+        The function returns for PASS, and raises one of the errors of
+        :mod:`guestio.faults.outcomes` for any other verdict.
+
+        Raises:
+            ValueError: There is a check of that name already.
+        """
+
+        def add(body: Callable[[_T], None]) -> Callable[[_T], None]:
+            if name in self._checks:
+                raise ValueError(f"there is a check {name} already")
+            self._checks[name] = Check(
+                name, source, text, severity, frozenset(devices), hostile, body
+            )
+            return body
+
+        return add
+
+    def hostile(
+        self, name: str, source: str, text: str, *, devices: Sequence[str] = ()
+    ) -> Callable[[Callable[[_T], None]], Callable[[_T], None]]:
+        """Like :meth:`register`, for a check that breaks a rule on purpose."""
+        return self.register(
+            name, source, text, severity=Severity.SAFETY, devices=devices, hostile=True
+        )
 
 
-def hostile(
-    name: str, source: str, text: str, *, devices: Sequence[str] = ()
-) -> Callable[[Body], Body]:
-    """Like :func:`register`, for a check that breaks a rule on purpose."""
-    return register(name, source, text, severity=Severity.SAFETY, devices=devices, hostile=True)
+BACK_ENDS: Final[Registry[Trial]] = Registry()
+"""The checks of vhost-user back-ends."""
+register = BACK_ENDS.register
+hostile = BACK_ENDS.hostile
 
 
 def catalogue(device: str | None = None) -> tuple[Check, ...]:
     """Every check, or those that apply to a type of device, in the order in which they run."""
     import guestio.faults.checks  # noqa: F401 - importing them registers them
 
-    return tuple(each for each in _REGISTERED.values() if device is None or each.applies_to(device))
+    return tuple(each for each in BACK_ENDS if device is None or each.applies_to(device))
 
 
 class Named(Protocol):

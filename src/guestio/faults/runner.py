@@ -7,9 +7,10 @@ import shlex
 import signal
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from guestio.errors import DeviceError
 from guestio.faults.catalogue import Check, catalogue, select
@@ -24,10 +25,12 @@ from guestio.faults.outcomes import (
     SilentError,
     SkipError,
 )
+from guestio.faults.raw_link import RawLink
 from guestio.faults.report import Report, Result, Severity, Verdict, printable
 from guestio.faults.trial import Trial
 
 if TYPE_CHECKING:
+    from guestio.faults.base_trial import BaseTrial
     from guestio.faults.kinds import Kind
 
 PATIENCE: Final = 1.0
@@ -39,16 +42,21 @@ _PANIC: Final = 101
 _ORDER: Final = (Severity.SAFETY, Severity.MUST, Severity.SHOULD)
 
 
-class Target:
-    """The back-end: a socket, and the command that starts it, if that is known.
+L = TypeVar("L", bound=RawLink)
+
+
+class Target(Generic[L]):
+    """What is examined: a socket, and the command that starts what listens, if that is known.
 
     Args:
         path: The socket.
         command: Words of the command; None if something else started it.
+        link: What a connection is.
     """
 
-    def __init__(self, path: str, command: Sequence[str] | None) -> None:
+    def __init__(self, path: str, command: Sequence[str] | None, link: type[L]) -> None:
         self.path = path
+        self._link = link
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._died: str | None = None
@@ -88,7 +96,7 @@ class Target:
         """Whether it can be started again."""
         return self._command is not None
 
-    def connect(self, patience: float) -> Link:
+    def connect(self, patience: float) -> L:
         """Connect to it; one that ended with its last front-end is started anew.
 
         Raises:
@@ -96,12 +104,19 @@ class Target:
             SilentError: Too many connections wait to be accepted.
         """
         try:
-            return Link.connect(self.path, patience)
+            return self._link.connect(self.path, patience)
         except AbsentError:
             if not self.replaceable or not self.ended(patience):
                 raise
         self.start()
-        return Link.connect(self.path, patience)
+        deadline = time.monotonic() + START
+        while True:
+            try:
+                return self._link.connect(self.path, patience)
+            except AbsentError:
+                # It has bound the socket, and does not listen yet.
+                if time.monotonic() >= deadline or self.ended(_PAUSE):
+                    raise
 
     def take_death(self) -> str | None:
         """How its process died since this was last asked, if otherwise than by an ordinary exit."""
@@ -184,73 +199,42 @@ def check(
     if device not in KINDS:
         raise ValueError(f"there is no device type {device!r}; say one of {', '.join(KINDS)}")
     kind = KINDS[device]
-    chosen = _as_strong(select(catalogue(device), only), Severity(severity))
+    chosen = as_strong(select(catalogue(device), only), Severity(severity))
     words = shlex.split(command) if isinstance(command, str) else command
     report = Report(os.fspath(path), device, seed)
-    target = Target(report.target, words)
+    target = Target(report.target, words, Link)
     run = _Run(target, kind, seed, queue, patience, recovery, writable=writable)
     try:
-        if reason := run.recover():
-            raise DeviceError(f"{report.target} serves no honest request: {reason}")
-        gone = ""
-        for each in chosen:
-            started = time.monotonic()
-            verdict, reason = (Verdict.SKIP, gone) if gone else run.examine(each)
-            if not gone and verdict in {Verdict.WEDGED, Verdict.CRASH} and run.recover():
-                gone = f"the back-end does not serve since {each.id}"
-            result = Result(
-                each.id,
-                each.text,
-                each.source,
-                each.severity,
-                verdict,
-                printable(reason),
-                time.monotonic() - started,
-            )
-            report.results.append(result)
-            if progress is not None:
-                progress(result)
+        report.results += run.run(chosen, progress)
     finally:
         target.close()
     return report
 
 
-def _as_strong(checks: Sequence[Check], least: Severity) -> list[Check]:
+def as_strong(checks: Sequence[Check], least: Severity) -> list[Check]:
+    """Those that are of this kind or a stronger one."""
     allowed = _ORDER[: _ORDER.index(least) + 1]
     return [each for each in checks if each.severity in allowed]
 
 
-class _Run:
-    """Runs one check after the other; see :func:`check` for the arguments."""
+class Examination(ABC):
+    """Runs one check after the other, and finds out after each whether what it examined lives on.
 
-    def __init__(
-        self,
-        target: Target,
-        kind: Kind,
-        seed: int,
-        queue: int | None,
-        patience: float,
-        recovery: float,
-        *,
-        writable: bool,
-    ) -> None:
-        self._recovery = recovery
+    Args:
+        target: What is examined.
+        patience: Seconds that an honest request may take.
+        recovery: Seconds that it may take until it serves for the first time, and again after it
+            was wedged or started anew.
+    """
+
+    def __init__(self, target: Target[Any], patience: float, recovery: float) -> None:
         self._target = target
-        self._kind = kind
-        self._seed = seed
-        self._queue = queue
         self._patience = patience
-        self._writable = writable
+        self._recovery = recovery
 
-    def _trial(self, name: str) -> Trial:
-        return Trial(
-            self._target.connect,
-            self._kind,
-            queue=self._queue,
-            patience=self._patience,
-            seed=f"{self._seed}:{name}",
-            writable=self._writable,
-        )
+    @abstractmethod
+    def _trial(self, name: str) -> BaseTrial:
+        """What a check of that name works with."""
 
     def examine(self, each: Check) -> tuple[Verdict, str]:
         """Run one check, and find out whether the back-end lives on."""
@@ -298,7 +282,7 @@ class _Run:
         """Whether an honest request is served; what is wrong otherwise."""
         with self._trial("probe") as trial:
             try:
-                trial.serves(trial.ready())
+                trial.probe()
             except OutcomeError as outcome:
                 return outcome
         return None
@@ -322,3 +306,66 @@ class _Run:
             elif isinstance(complaint, FailError):
                 return str(complaint)
             time.sleep(_PAUSE)
+
+    def run(
+        self, checks: Sequence[Check], progress: Callable[[Result], None] | None
+    ) -> list[Result]:
+        """Run checks in their order.
+
+        Raises:
+            DeviceError: What is examined serves no honest request before anything else was done.
+        """
+        if reason := self.recover():
+            raise DeviceError(f"{self._target.path} serves no honest request: {reason}")
+        gone = ""
+        results = []
+        for each in checks:
+            started = time.monotonic()
+            verdict, reason = (Verdict.SKIP, gone) if gone else self.examine(each)
+            if not gone and verdict in {Verdict.WEDGED, Verdict.CRASH} and self.recover():
+                gone = f"nothing serves any more since {each.id}"
+            result = Result(
+                each.id,
+                each.text,
+                each.source,
+                each.severity,
+                verdict,
+                printable(reason),
+                time.monotonic() - started,
+            )
+            results.append(result)
+            if progress is not None:
+                progress(result)
+        return results
+
+
+class _Run(Examination):
+    """Runs the catalogue for back-ends; see :func:`check` for the arguments."""
+
+    def __init__(
+        self,
+        target: Target[Link],
+        kind: Kind,
+        seed: int,
+        queue: int | None,
+        patience: float,
+        recovery: float,
+        *,
+        writable: bool,
+    ) -> None:
+        super().__init__(target, patience, recovery)
+        self._connect = target.connect
+        self._kind = kind
+        self._seed = seed
+        self._queue = queue
+        self._writable = writable
+
+    def _trial(self, name: str) -> Trial:
+        return Trial(
+            self._connect,
+            self._kind,
+            queue=self._queue,
+            patience=self._patience,
+            seed=f"{self._seed}:{name}",
+            writable=self._writable,
+        )

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import random
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
+from guestio.faults import base_trial
+from guestio.faults.base_trial import BaseTrial
 from guestio.faults.memory import Bytes, Ram
 from guestio.faults.outcomes import (
-    FailError,
     HungUpError,
-    RejectError,
     SilentError,
-    SkipError,
 )
 from guestio.faults.ring import Buffer, Queue
 from guestio.vhost_user.messages import U64, FrontendRequest, ProtocolFeature
@@ -39,15 +34,13 @@ LOG_ALL: Final = 1 << 26
 PLAIN: Final = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG
 """Protocol features that are negotiated unless a check says otherwise, where they are offered."""
 
-QUIET: Final = 0.1
-"""Seconds after which something that must not happen is taken not to happen."""
-
+QUIET: Final = base_trial.QUIET
 ENTRIES: Final = 64
 """Entries of a ring, unless a check says otherwise."""
 
 
-class Trial:
-    """One run of one check.
+class Trial(BaseTrial):
+    """One run of one check against a vhost-user back-end.
 
     Everything that it opens is closed by :meth:`close`. Its methods raise the errors of
     :mod:`guestio.faults.outcomes`, which end the check.
@@ -63,8 +56,6 @@ class Trial:
     Attributes:
         kind: Type of the device.
         index: The queue that requests are made on.
-        patience: Seconds that an answer may take.
-        random: Random numbers of this check's own.
         writable: Whether the disk may be written.
     """
 
@@ -78,51 +69,23 @@ class Trial:
         seed: str = "0",
         writable: bool = False,
     ) -> None:
+        super().__init__(patience, seed)
         self._connect = connect
         self.kind = kind
         self.index = kind.queue if queue is None else queue
-        self.patience = patience
         self.writable = writable
-        # Not for secrets: a run must be repeatable.
-        self.random = random.Random(seed)  # noqa: S311
-        self._open = contextlib.ExitStack()
         self._link: Link | None = None
         self._ram: Ram | None = None
         self._before: Bytes | None = None
 
     def close(self) -> None:
         """Close every connection and give everything back. May be called again."""
-        self._open.close()
+        super().close()
         self._link = self._ram = None
 
-    def __enter__(self) -> Trial:  # noqa: PYI034 - it is final
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    # Verdicts
-
-    @staticmethod
-    def fail(reason: str) -> NoReturn:
-        """End the check with FAIL."""
-        raise FailError(reason)
-
-    @staticmethod
-    def reject(reason: str) -> NoReturn:
-        """End the check with REJECT."""
-        raise RejectError(reason)
-
-    @staticmethod
-    def skip(reason: str) -> NoReturn:
-        """End the check with SKIP."""
-        raise SkipError(reason)
-
-    @staticmethod
-    def expect(condition: bool, reason: str) -> None:
-        """End the check with FAIL unless the condition holds."""
-        if not condition:
-            raise FailError(reason)
+    def probe(self) -> None:
+        """Make an honest request, which must be served."""
+        self.serves(self.ready())
 
     # Connections
 
@@ -157,36 +120,6 @@ class Trial:
         ram = Ram(**place)
         self._open.callback(ram.close)
         return ram
-
-    def eventfd(self) -> int:
-        """An eventfd for as long as the check runs."""
-        return self.own(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-
-    def own(self, fd: int) -> int:
-        """Close a descriptor when the check ends."""
-        self._open.callback(os.close, fd)
-        return fd
-
-    def duplicate(self, fd: int) -> int:
-        """Another descriptor of the same file."""
-        return self.own(os.dup(fd))
-
-    def on_close(self, call: Callable[[], object]) -> None:
-        """Have something done when the check ends, before what was opened earlier is closed."""
-        self._open.callback(call)
-
-    def memfd(self, size: int) -> int:
-        """A file in memory."""
-        fd = self.own(os.memfd_create("guestio-check"))
-        os.ftruncate(fd, size)
-        return fd
-
-    def socket_pair(self) -> tuple[socket.socket, socket.socket]:
-        """Two connected stream sockets."""
-        pair = socket.socketpair()
-        for each in pair:
-            self._open.callback(each.close)
-        return pair
 
     # Negotiation
 

@@ -1,0 +1,1 @@
+"""A conformance catalogue for vfio-user servers, run without a virtual machine."""
