@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -168,6 +169,26 @@ def test_the_status_is_that_of_a_server(front: Path, back: Path, tmp_path: Path)
         assert status["device"]["kind"] == "rng"
         assert b"guestio_queue_requests_completed_total" in client.get("/metrics")
         proxying.let_go()
+
+
+def test_every_question_is_answered_as_without_a_proxy(serving: Serving, front: Path) -> None:
+    questions = (F.GET_FEATURES, F.GET_PROTOCOL_FEATURES, F.GET_QUEUE_NUM, F.GET_MAX_MEM_SLOTS)
+    answers = []
+    with Proxying(front, serving.path, strict=True) as proxying:
+        for path in (serving.path, front):
+            link = Link.connect(str(path), PATIENCE)
+            found = []
+            for question in questions:
+                found.append(link.u64(question))
+                if question == F.GET_PROTOCOL_FEATURES:
+                    link.do(F.SET_PROTOCOL_FEATURES, struct.pack("=Q", found[-1]))
+                    link.protocol = found[-1]
+            link.do(F.SET_OWNER)
+            link.close()
+            serving.let_go()
+            answers.append(found)
+        assert answers[0] == answers[1]
+        assert proxying.stats.violations == 0
 
 
 # Ends

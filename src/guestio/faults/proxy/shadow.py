@@ -86,7 +86,7 @@ class Shadow:
     def __init__(self, queue: Callable[[int], ProxyQueue], origin: int) -> None:
         self.features = _ALL & ~_WIRE_BITS
         self.protocol_features = 0
-        self.max_mem_slots = ADDRESS_SPACE
+        self.max_mem_slots = _ALL
         self.session = Session(self)
         self.protocol_features = _ALL
         self.translations = Iotlb(MAX_TRANSLATIONS)
