@@ -429,3 +429,19 @@ PROXY_CONNECT_RETRY = 0.05
 PROXY_LOOK = 0.01
 """Seconds between looks at rings in use whose notifications were not seen; ten times as many while
 nothing happens there."""
+
+REPLAY_MEMORY = 1 << 42
+"""Bytes of guest memory that the recorded addresses of a replay may span; more is refused. Only
+what is written takes memory."""
+
+REPLAY_REGIONS = 6
+"""Regions of guest memory that a replay shares besides one for its rings: with those, as many as
+every back-end takes. Addresses far apart share a region, whose gaps take no memory."""
+
+REPLAY_PAGES = 1 << 22
+"""Pages of I/O virtual addresses that the requests of a replay may use behind an IOMMU, about 200
+bytes each; more is refused."""
+
+RECORD_CONVERTED = 1 << 25
+"""Events of a recording that are converted for other programs at a time, about 5 GiB of memory;
+more is refused."""

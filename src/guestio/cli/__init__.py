@@ -12,7 +12,9 @@ from guestio.cli.bench import bench
 from guestio.cli.blk import blk
 from guestio.cli.check import check
 from guestio.cli.console import console
+from guestio.cli.convert import convert
 from guestio.cli.explain import explain
+from guestio.cli.extcap import extcap
 from guestio.cli.faults import faults
 from guestio.cli.input import input_
 from guestio.cli.net import net
@@ -20,6 +22,7 @@ from guestio.cli.nvme import nvme
 from guestio.cli.proxy import proxy
 from guestio.cli.record import record
 from guestio.cli.report import report
+from guestio.cli.replay import replay
 from guestio.cli.rng import rng
 from guestio.cli.seconds import Seconds
 from guestio.cli.serve import serve
@@ -58,7 +61,9 @@ for _command in (
     blk,
     check,
     console,
+    convert,
     explain,
+    extcap,
     faults,
     input_,
     net,
@@ -66,6 +71,7 @@ for _command in (
     proxy,
     record,
     report,
+    replay,
     rng,
     serve,
     top,

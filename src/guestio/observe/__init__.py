@@ -1,6 +1,7 @@
 """Recordings: what a server did, written down to be looked at, compared and repeated.
 
-`Recorder` writes one, `open_recording` reads it. Needs the extra ``record``.
+`Recorder` writes one, `open_recording` reads it, `replay` repeats its requests. Needs the extra
+``record``.
 """
 
 try:
@@ -11,7 +12,20 @@ except ImportError as _error:
     ) from _error
 
 from guestio._core.virtio.contents import xxh64
+from guestio.observe.player import Difference, ReplayResult, replay
 from guestio.observe.recorder import Payload, Recorder
 from guestio.observe.recording import Recording, RecordingError, open_recording
+from guestio.observe.script import NotReplayableError
 
-__all__ = ["Payload", "Recorder", "Recording", "RecordingError", "open_recording", "xxh64"]
+__all__ = [
+    "Difference",
+    "NotReplayableError",
+    "Payload",
+    "Recorder",
+    "Recording",
+    "RecordingError",
+    "ReplayResult",
+    "open_recording",
+    "replay",
+    "xxh64",
+]

@@ -2,8 +2,8 @@
 
 The guest without a virtual machine comes from :mod:`guestio.guest`, with a driver for any virtio
 device and one for disks; ``pci_driver`` drives a PCI function; ``server`` serves a device for as
-long as a test lasts; ``targets`` has DMA targets that remember and that fail, ``host_iommu`` a
-host's IOMMU without hardware.
+long as a test lasts; ``recordings`` repeats what was recorded of one; ``targets`` has DMA targets
+that remember and that fail, ``host_iommu`` a host's IOMMU without hardware.
 """
 
 from guestio.guest import (
@@ -18,6 +18,7 @@ from guestio.guest import (
 )
 from guestio.testing.host_iommu import DmaFaultError, SimulatedBar, SimulatedHostIommu
 from guestio.testing.pci_driver import DmaBuffer, PciDriver
+from guestio.testing.recordings import replay
 from guestio.testing.server import serving
 from guestio.testing.targets import DmaEvent, FailAfter, RecordingTarget, ReplacingTarget
 
@@ -39,5 +40,6 @@ __all__ = [
     "Shape",
     "SimulatedBar",
     "SimulatedHostIommu",
+    "replay",
     "serving",
 ]

@@ -1,4 +1,6 @@
-"""Frames in a file that Wireshark reads: pcapng, with times and directions.
+"""Files that Wireshark reads: pcapng with times in nanoseconds, and a card's frames in one.
+
+:func:`begin_section` and :func:`packet` are the format, which recordings are converted to as well.
 
 Source: draft-ietf-opsawg-pcapng, sections 4.1 (section header), 4.2 (interface description) and
 4.3 (enhanced packet).
@@ -22,14 +24,50 @@ _SECTION_HEADER: Final = 0x0A0D0D0A
 _INTERFACE: Final = 1
 _ENHANCED_PACKET: Final = 6
 _BYTE_ORDER: Final = 0x1A2B3C4D
-_LINKTYPE_ETHERNET: Final = 1
+LINKTYPE_ETHERNET: Final = 1
 _OPT_IF_NAME: Final = 2
+_OPT_IF_DESCRIPTION: Final = 3
 _OPT_IF_TSRESOL: Final = 9
 _OPT_EPB_FLAGS: Final = 2
 _NANOSECONDS: Final = 9
 _INBOUND, _OUTBOUND = 1, 2
 _PACKET: Final = struct.Struct("<IIIIIII")
-_TAIL: Final = struct.Struct("<HHIHHI")
+_LENGTH: Final = struct.Struct("<I")
+
+
+def begin_section(linktype: int, name: str, description: str = "") -> bytes:
+    """What a file begins with: one interface, whose times are in nanoseconds.
+
+    Args:
+        linktype: What its packets are, as https://www.tcpdump.org/linktypes.html numbers it.
+        name: The interface's name.
+        description: More about it.
+    """
+    interface = struct.pack("<HHI", linktype, 0, 0) + _option(_OPT_IF_NAME, name.encode())
+    if description:
+        interface += _option(_OPT_IF_DESCRIPTION, description.encode())
+    interface += _option(_OPT_IF_TSRESOL, bytes([_NANOSECONDS])) + _option(0, b"")
+    section = _block(_SECTION_HEADER, struct.pack("<IHHq", _BYTE_ORDER, 1, 0, -1))
+    return section + _block(_INTERFACE, interface)
+
+
+def packet(data: bytes, time_ns: int, flags: int = 0, *, original: int | None = None) -> bytes:
+    """A packet of the section's interface.
+
+    Args:
+        data: What it holds.
+        time_ns: When it passed, in nanoseconds since 1970.
+        flags: Its `epb_flags`; 0 for none.
+        original: How many bytes it had; None for as many as it holds.
+    """
+    size = len(data)
+    whole = size if original is None else original
+    options = _option(_OPT_EPB_FLAGS, _LENGTH.pack(flags)) + _option(0, b"") if flags else b""
+    padding = -size % 4
+    length = _PACKET.size + size + padding + len(options) + _LENGTH.size
+    high, low = time_ns >> 32, time_ns & 0xFFFFFFFF
+    head = _PACKET.pack(_ENHANCED_PACKET, length, 0, high, low, size, whole)
+    return b"".join((head, data, bytes(padding), options, _LENGTH.pack(length)))
 
 
 class CaptureFile:
@@ -58,13 +96,7 @@ class CaptureFile:
             self._fd = os.open(self.path, flags, 0o644)
         except OSError as error:
             raise DeviceError(f"cannot write the capture {self.path}: {error.strerror}") from error
-        interface = struct.pack("<HHI", _LINKTYPE_ETHERNET, 0, 0)
-        interface += _option(_OPT_IF_NAME, name.encode())
-        interface += _option(_OPT_IF_TSRESOL, bytes([_NANOSECONDS]))
-        self._write(
-            _block(_SECTION_HEADER, struct.pack("<IHHq", _BYTE_ORDER, 1, 0, -1))
-            + _block(_INTERFACE, interface + _option(0, b""))
-        )
+        self._write(begin_section(LINKTYPE_ETHERNET, name))
 
     def write(self, frame: bytes, *, sent: bool) -> None:
         """Record a frame.
@@ -75,16 +107,7 @@ class CaptureFile:
         """
         if self._fd < 0:
             return
-        now = time.time_ns()
-        size = len(frame)
-        padding = -size % 4
-        length = _PACKET.size + size + padding + _TAIL.size
-        self._write(
-            _PACKET.pack(_ENHANCED_PACKET, length, 0, now >> 32, now & 0xFFFFFFFF, size, size)
-            + frame
-            + bytes(padding)
-            + _TAIL.pack(_OPT_EPB_FLAGS, 4, _OUTBOUND if sent else _INBOUND, 0, 0, length)
-        )
+        self._write(packet(frame, time.time_ns(), _OUTBOUND if sent else _INBOUND))
 
     def _write(self, block: bytes) -> None:
         with self._lock:

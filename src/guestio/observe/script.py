@@ -1,0 +1,376 @@
+"""What a recording has to be replayed: its requests in their order, and what came between them.
+
+A :class:`Script` is made of a recording's tables once, and knows nothing of how it is replayed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from guestio.addr import ADDRESS_SPACE
+from guestio.budgets import RECORD_CONTENT_BYTES
+from guestio.errors import DeviceError
+from guestio.guest.dma import PAGE, Segment
+from guestio.trace import What
+from guestio.virtio.device import VIRTIO_F_ACCESS_PLATFORM
+from guestio.virtio.layout import MAX_QUEUE_SIZE
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from guestio.observe.recording import Recording
+
+BLOCK: Final = 2
+"""The type of a virtio-blk device (virtio 1.4, section 5.2)."""
+_ENTROPY: Final = 4
+_MOST_BYTES: Final = 1 << 32
+"""Bytes of a request: the driver is told how many were written in 32 bits."""
+
+_COLUMNS: Final = (
+    "origin", "queue", "sequence", "operation", "offset", "available", "taken", "served",
+    "completed", "readable", "writable", "written", "failed", "status", "answer_hash", "content",
+    "answer", "read_pieces", "write_pieces",
+)  # fmt: skip
+
+
+class NotReplayableError(DeviceError):
+    """A recording has not what is needed to repeat its requests."""
+
+
+@dataclass(slots=True, eq=False)
+class RecordedRequest:
+    """A request as it was recorded.
+
+    Attributes:
+        number: Which one of the recording it is, from 0, in the order in which they are repeated.
+        queue: Its queue.
+        sequence: Which one of its queue it is.
+        operation: ``read``, ``write``, ``flush`` or ``other``.
+        offset: Where in the image it begins, or None.
+        start: When it was found in the ring, in nanoseconds.
+        end: When it had been served.
+        readable, writable: What it gave: addresses and lengths.
+        content: What the device was given to read.
+        written: How many bytes the device said it had written.
+        status: The last byte of what it gave to write, or None.
+        answer: What was written, or None.
+        answer_hash: XXH64 of that, or None.
+        refused: Pages that the device was refused while it had it.
+        repeatable: Whether another device must answer the same.
+    """
+
+    number: int
+    queue: int
+    sequence: int
+    operation: str
+    offset: int | None
+    start: int
+    end: int
+    readable: list[Segment]
+    writable: list[Segment]
+    content: bytes
+    written: int
+    status: int | None
+    answer: bytes | None
+    answer_hash: int | None
+    refused: frozenset[int] = frozenset()
+    repeatable: bool = True
+
+    @property
+    def room(self) -> int:
+        """Bytes that it gave to write."""
+        return sum(length for _, length in self.writable)
+
+
+class Revocation(NamedTuple):
+    """Translations were revoked.
+
+    Attributes:
+        time: When.
+        address, length: Which.
+    """
+
+    time: int
+    address: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A recording, to be repeated.
+
+    Attributes:
+        requests: In the order in which they are repeated: that in which they were found.
+        ends: When each of them had been served, in order; and :attr:`by_end`, which that was.
+        by_end: Numbers of requests in the order of their ends.
+        revocations: In the order of time.
+        device_id: The type of device, or None.
+        features: The feature bits that were negotiated last.
+        iommu: Whether an IOMMU was in front of the device.
+        sizes: Entries of each queue that was used.
+        left_out: How many requests are not repeated, by the reason.
+    """
+
+    requests: list[RecordedRequest]
+    ends: list[int]
+    by_end: list[int]
+    revocations: list[Revocation]
+    device_id: int | None
+    features: int | None
+    iommu: bool
+    sizes: dict[int, int]
+    left_out: dict[str, int]
+
+    @property
+    def seconds(self) -> float:
+        """From the first request to the end of the last."""
+        if not self.requests:
+            return 0.0
+        return (self.ends[-1] - self.requests[0].start) / 1e9
+
+    def before(self, time: int) -> int:
+        """How many requests had been served before a moment: the first ones of `by_end`."""
+        return bisect_left(self.ends, time)
+
+
+def script_of(recording: Recording) -> Script:
+    """What a recording has to be replayed.
+
+    Raises:
+        NotReplayableError: It was recorded without the content of requests, or of another version;
+            the message says what to record with.
+    """
+    events = recording.events()
+    description = recording.description
+    payload = description.get("payload", "none")
+    name = recording.path
+    if payload == "none":
+        raise NotReplayableError(
+            f"{name} was recorded without what requests carry; record with --payload all to replay "
+            "it, or with --payload headers if its requests only read"
+        )
+    requests, left_out, short = _requests(recording.requests())
+    if short:
+        total = len(requests) + len(short)
+        first = short[0]
+        advice = "record with --payload all"
+        if lost := description.get("lost"):
+            advice = f"{lost} records were lost, as the recorder got too little processor time"
+        elif payload == "all":
+            advice = f"of a request, {RECORD_CONTENT_BYTES} bytes are recorded at most"
+        raise NotReplayableError(
+            f"{name} was recorded with --payload {payload}, which does not hold all of what "
+            f"{len(short)} of its {total} requests gave to read (the first: request {first[1]} of "
+            f"queue {first[0]}, {first[2]} of {first[3]} bytes); {advice}"
+        )
+    if not requests:
+        raise NotReplayableError(
+            f"{name} has no request that can be replayed"
+            + "".join(f"; {count} {why}" for why, count in left_out.items())
+        )
+    peers = description.get("peers") or [{}]
+    features = peers[-1].get("feature_bits")
+    revocations, refusals = _translations(events)
+    iommu = bool(revocations or refusals) or _had_updates(events)
+    if features is not None and not iommu:
+        iommu = bool(features >> VIRTIO_F_ACCESS_PLATFORM & 1)
+    if iommu:
+        for request in requests:
+            request.readable = _merged(request.readable)
+            request.writable = _merged(request.writable)
+    device_id = (description.get("device") or {}).get("device_id")
+    _note_refusals(requests, refusals)
+    _note_unrepeatable(requests, device_id)
+    order = sorted(range(len(requests)), key=lambda number: requests[number].end)
+    return Script(
+        requests=requests,
+        ends=[requests[number].end for number in order],
+        by_end=order,
+        revocations=revocations,
+        device_id=device_id,
+        features=features,
+        iommu=iommu,
+        sizes=_sizes(events, peers, requests),
+        left_out=left_out,
+    )
+
+
+def _requests(
+    table: pa.Table,
+) -> tuple[list[RecordedRequest], dict[str, int], list[tuple[int, int, int, int]]]:
+    """Requests in their order, how many are left out and why, and those whose content is short."""
+    found: list[RecordedRequest] = []
+    short: list[tuple[int, int, int, int]] = []
+    left_out: dict[str, int] = {}
+
+    def leave_out(why: str) -> None:
+        left_out[why] = left_out.get(why, 0) + 1
+
+    for row in _rows(table):
+        if row["taken"] is None:
+            leave_out("were taken before the recording began")
+            continue
+        if row["completed"] is None:
+            leave_out("have no end in the recording")
+            continue
+        readable = _segments(row["read_pieces"], row["readable"])
+        writable = _segments(row["write_pieces"], row["writable"])
+        content = row["content"] or b""
+        needed = row["readable"] or 0
+        if len(content) < needed or readable is None or writable is None:
+            short.append((row["queue"], row["sequence"] or 0, len(content), needed))
+            continue
+        if not readable and not writable:
+            leave_out("gave no memory")
+            continue
+        start = row["available"] or row["taken"]
+        found.append(
+            RecordedRequest(
+                number=0,
+                queue=row["queue"],
+                sequence=row["sequence"] or 0,
+                operation=row["operation"] or "other",
+                offset=row["offset"],
+                start=start,
+                end=max(row["served"] or row["completed"], start),
+                readable=readable,
+                writable=writable,
+                content=content[:needed],
+                written=row["written"] or 0,
+                status=row["status"],
+                answer=row["answer"],
+                answer_hash=row["answer_hash"],
+            )
+        )
+    found.sort(key=lambda request: (request.start, request.queue, request.sequence))
+    for number, request in enumerate(found):
+        request.number = number
+    return found, left_out, short
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    for batch in table.select(list(_COLUMNS)).to_batches(max_chunksize=4096):
+        yield from batch.to_pylist()
+
+
+def _segments(pieces: list[dict[str, int]] | None, expected: int | None) -> list[Segment] | None:
+    """Where memory was; None if that was not recorded.
+
+    Raises:
+        NotReplayableError: No request can have such memory.
+    """
+    found = [(each["address"], each["length"]) for each in pieces or () if each["length"]]
+    total = sum(length for _, length in found)
+    if any(address + length > ADDRESS_SPACE for address, length in found) or total > _MOST_BYTES:
+        raise NotReplayableError(f"a request of {total} bytes at {found[0][0]:#x} cannot be")
+    return found if total == (expected or 0) else None
+
+
+def _merged(segments: list[Segment]) -> list[Segment]:
+    """Pieces of a buffer that an IOMMU has on several pages, as one buffer again."""
+    found: list[Segment] = []
+    for address, length in segments:
+        if found and address % PAGE == 0 and sum(found[-1]) == address:
+            found[-1] = found[-1][0], found[-1][1] + length
+        else:
+            found.append((address, length))
+    return found
+
+
+def _had_updates(events: pa.Table) -> bool:
+    import pyarrow.compute as pc
+
+    return bool(pc.any(pc.equal(events["what"], int(What.UPDATE))).as_py())
+
+
+def _of_kind(events: pa.Table, what: What, columns: list[str]) -> list[dict[str, Any]]:
+    import pyarrow.compute as pc
+
+    chosen = events.filter(pc.equal(events["what"], int(what))).select(columns)
+    found: list[dict[str, Any]] = chosen.to_pylist()
+    return found
+
+
+def _translations(events: pa.Table) -> tuple[list[Revocation], list[Revocation]]:
+    """What was revoked, and what was refused."""
+    columns = ["time", "address", "length"]
+    revoked = [Revocation(**each) for each in _of_kind(events, What.INVALIDATE, columns)]
+    refused = [Revocation(**each) for each in _of_kind(events, What.REFUSED, columns)]
+    return sorted(revoked), sorted(refused)
+
+
+def _note_refusals(requests: list[RecordedRequest], refusals: list[Revocation]) -> None:
+    """Which pages each request was refused."""
+    times = [each.time for each in refusals]
+    if not times:
+        return
+    for request in requests:
+        near = refusals[bisect_left(times, request.start) : bisect_right(times, request.end)]
+        if near:
+            pages = {
+                page
+                for address, length in request.readable + request.writable
+                for page in pages_of(address, length)
+            }
+            request.refused = frozenset(
+                page
+                for page in pages
+                if any(each.address < page + PAGE and page < each.address + each.length
+                       for each in near)
+            )  # fmt: skip
+
+
+def _note_unrepeatable(requests: list[RecordedRequest], device_id: int | None) -> None:
+    """Which answers depend on chance: random numbers, and reads of what was being written."""
+    if device_id == _ENTROPY:
+        for request in requests:
+            request.repeatable = False
+    if device_id != BLOCK:
+        return
+    moving: list[tuple[RecordedRequest, int, int]] = []
+    for request in requests:
+        moving = [each for each in moving if each[0].end >= request.start]
+        if request.offset is None:
+            continue
+        if request.operation == "read":
+            length = request.room - 1
+        else:
+            length = sum(n for _, n in request.readable) - 16
+        end = request.offset + length
+        for other, first, last in moving:
+            if (
+                first < end
+                and request.offset < last
+                and "write"
+                in (
+                    request.operation,
+                    other.operation,
+                )
+            ):
+                request.repeatable = request.repeatable and request.operation != "read"
+                other.repeatable = other.repeatable and other.operation != "read"
+        moving.append((request, request.offset, end))
+
+
+def _sizes(
+    events: pa.Table, peers: list[dict[str, Any]], requests: list[RecordedRequest]
+) -> dict[int, int]:
+    """The largest size of each queue that has requests."""
+    seen = [(each["index"], each["size"]) for peer in peers for each in peer.get("queues") or ()]
+    started = _of_kind(events, What.QUEUE_STARTED, ["queue", "length"])
+    seen += [(each["queue"], each["length"]) for each in started]
+    used = {request.queue for request in requests}
+    found: dict[int, int] = {}
+    for queue, size in seen:
+        # A queue that never started has no size.
+        if queue in used and 0 < size <= MAX_QUEUE_SIZE and not size & (size - 1):
+            found[queue] = max(found.get(queue, 0), size)
+    return found
+
+
+def pages_of(address: int, length: int) -> range:
+    """The pages that a range touches."""
+    return range(address - address % PAGE, address + length, PAGE)
