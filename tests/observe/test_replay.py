@@ -87,7 +87,7 @@ def test_a_load_is_repeated(tmp_path: Path, iommu: Any) -> None:
     if iommu == "strict":
         # As Linux does: each request maps, and unmaps. Rings are set up once more.
         assert abs(again.invalidations - result.invalidations) < 20
-        assert abs(again.misses - result.misses) < 40
+        assert again.misses > 2 * REQUESTS
     elif iommu == "off":
         assert again.misses == 0
 

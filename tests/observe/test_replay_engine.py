@@ -77,6 +77,7 @@ class Tape:
             sequence=len(self.requests),
             operation="write" if kind == OUT else "read",
             offset=at,
+            found=start,
             start=start,
             end=end,
             readable=readable,

@@ -21,8 +21,8 @@ from guestio.cli.net import net
 from guestio.cli.nvme import nvme
 from guestio.cli.proxy import proxy
 from guestio.cli.record import record
-from guestio.cli.report import report
 from guestio.cli.replay import replay
+from guestio.cli.report import report
 from guestio.cli.rng import rng
 from guestio.cli.seconds import Seconds
 from guestio.cli.serve import serve

@@ -28,7 +28,8 @@ overlap; what was found after the answer to another request waits for that answe
 
 \b
   cp disk.img disk-as-it-was.img
-  guestio blk disk.img --socket /tmp/blk.sock --record boot.parquet --payload all
+  guestio blk disk.img --socket /tmp/blk.sock --record boot.parquet \
+    --record-payload all
   guestio blk disk-as-it-was.img --socket /tmp/blk2.sock &
   guestio replay boot.parquet /tmp/blk2.sock
 

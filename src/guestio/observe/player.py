@@ -1,8 +1,8 @@
 """Repeats the requests of a recording against a vhost-user back-end, and compares the answers.
 
 Requests come in their recorded order, with their layout in memory, and at their recorded times or
-faster. Those that overlapped in the recording may overlap; one that was found after another one had
-been served is published after that was answered again, so a read that followed a write sees it.
+faster. Those that overlapped in the recording may overlap; one that was taken after the answer to
+another one is published after that was answered again, so a read that followed a write sees it.
 """
 
 from __future__ import annotations
@@ -397,7 +397,7 @@ class _Player:
         assert memory is not None
         requests, revocations = script.requests, script.revocations
         began = heard = told = time.monotonic()
-        origin = requests[0].start
+        origin = script.began
         done = [False] * len(requests)
         answered = prefix = next_request = next_revocation = 0
         held = -1
@@ -427,7 +427,7 @@ class _Player:
                     held = next_request
                     break
                 if speed is not None:
-                    due = began + (request.start - origin) / 1e9 / speed
+                    due = began + (request.found - origin) / 1e9 / speed
                     wait = due - time.monotonic()
                     if wait > 0:
                         break

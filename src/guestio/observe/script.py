@@ -6,7 +6,7 @@ A :class:`Script` is made of a recording's tables once, and knows nothing of how
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -50,8 +50,10 @@ class RecordedRequest:
         sequence: Which one of its queue it is.
         operation: ``read``, ``write``, ``flush`` or ``other``.
         offset: Where in the image it begins, or None.
-        start: When it was found in the ring, in nanoseconds.
-        end: When it had been served.
+        found: When its batch was found in the ring, in nanoseconds.
+        start: When it was taken: its driver had published it before.
+        end: When it had been served, and so had all that were published with it: its driver knew
+            no earlier.
         readable, writable: What it gave: addresses and lengths.
         content: What the device was given to read.
         written: How many bytes the device said it had written.
@@ -67,6 +69,7 @@ class RecordedRequest:
     sequence: int
     operation: str
     offset: int | None
+    found: int
     start: int
     end: int
     readable: list[Segment]
@@ -103,7 +106,7 @@ class Script:
     """A recording, to be repeated.
 
     Attributes:
-        requests: In the order in which they are repeated: that in which they were found.
+        requests: In the order in which they are repeated: that in which they were taken.
         ends: When each of them had been served, in order; and :attr:`by_end`, which that was.
         by_end: Numbers of requests in the order of their ends.
         revocations: In the order of time.
@@ -129,7 +132,12 @@ class Script:
         """From the first request to the end of the last."""
         if not self.requests:
             return 0.0
-        return (self.ends[-1] - self.requests[0].start) / 1e9
+        return (self.ends[-1] - self.began) / 1e9
+
+    @property
+    def began(self) -> int:
+        """When the first request was found."""
+        return min(request.found for request in self.requests)
 
     def before(self, time: int) -> int:
         """How many requests had been served before a moment: the first ones of `by_end`."""
@@ -209,7 +217,12 @@ def _requests(
     def leave_out(why: str) -> None:
         left_out[why] = left_out.get(why, 0) + 1
 
-    for row in _rows(table):
+    published: dict[tuple[int, int], int] = {}
+    for row in _rows(table, ["queue", "served", "completed"]):
+        if row["completed"] is not None:
+            key = row["queue"], row["completed"]
+            published[key] = max(published.get(key, 0), row["served"] or row["completed"])
+    for row in _rows(table, _COLUMNS):
         if row["taken"] is None:
             leave_out("were taken before the recording began")
             continue
@@ -226,7 +239,7 @@ def _requests(
         if not readable and not writable:
             leave_out("gave no memory")
             continue
-        start = row["available"] or row["taken"]
+        start = row["taken"]
         found.append(
             RecordedRequest(
                 number=0,
@@ -234,8 +247,9 @@ def _requests(
                 sequence=row["sequence"] or 0,
                 operation=row["operation"] or "other",
                 offset=row["offset"],
+                found=min(row["available"] or start, start),
                 start=start,
-                end=max(row["served"] or row["completed"], start),
+                end=max(published[row["queue"], row["completed"]], start),
                 readable=readable,
                 writable=writable,
                 content=content[:needed],
@@ -251,8 +265,8 @@ def _requests(
     return found, left_out, short
 
 
-def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in table.select(list(_COLUMNS)).to_batches(max_chunksize=4096):
+def _rows(table: pa.Table, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for batch in table.select(list(columns)).to_batches(max_chunksize=4096):
         yield from batch.to_pylist()
 
 
