@@ -5,6 +5,10 @@
 -- Each packet holds "gio", a version, the length of a request's content, a record of 64 bytes (the
 -- fields of guestio.trace.RECORD, little-endian), and that content.
 
+-- Installed, and named on the command line as well.
+local known, dissector = pcall(Dissector.get, "guestio")
+if known and dissector then return end
+
 local WHAT = {
   [1] = "available", [2] = "taken", [3] = "stalled", [4] = "served", [5] = "completed",
   [6] = "interrupt", [7] = "failed", [8] = "buffer",
