@@ -11,6 +11,8 @@ shown is (I(2N) - I(N)) / N.
 Its core must have been built there: `python setup.py build_ext --inplace`.
 
 `--log` compares with and without a dirty log, which is emptied before each count as in a migration.
+`--record` compares with and without a recording, which this process makes: what its files cost is
+not counted, as it is not the server's.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from rich.table import Table
 
 from guestio.guest.load import Load
 from guestio.guest.plan import LoadPlan
+from guestio.observe import Recorder
 from guestio.vhost_user import Frontend
 
 IMAGE_BYTES = 16 << 20
@@ -238,16 +241,24 @@ class Server:
         self._log = threading.Thread(target=self._process.stderr.read)
         self._log.start()
 
-    def count(self, row: Row, repeats: int, *, logs: bool = False) -> float:
+    def count(self, row: Row, repeats: int, *, logs: bool = False, recorded: bool = False) -> float:
         """Instructions per request: the median of so many pairs of N and 2 N requests.
 
         Args:
             row: Of what load.
             repeats: Pairs.
             logs: Whether the pages that are written are logged meanwhile.
+            recorded: Whether a recording is made meanwhile.
         """
         found = []
-        with Load(self._socket, row.plan, timeout=60.0, connect_wait=60.0) as load:
+        with contextlib.ExitStack() as stack:
+            load = stack.enter_context(
+                Load(self._socket, row.plan, timeout=60.0, connect_wait=60.0)
+            )
+            if recorded:
+                recording = self._directory / "recording"
+                stack.callback(recording.unlink)
+                stack.enter_context(Recorder(self._directory / "control", recording))
             log = None
             if logs:
                 assert isinstance(load.frontend, Frontend)
@@ -283,6 +294,7 @@ def measure(
     *,
     logs: bool = False,
     control: bool = False,
+    recorded: bool = False,
 ) -> dict[str, float]:
     """Instructions per request of every row for a checkout, one server for all of them.
 
@@ -294,13 +306,14 @@ def measure(
         keep: Where to keep the last file that callgrind wrote for each row, if anywhere.
         logs: Whether the pages that are written are logged meanwhile.
         control: Whether the server has a control socket.
+        recorded: Whether a recording is made over it.
     """
     found = {}
     with tempfile.TemporaryDirectory(prefix="guestio-bench-", dir="/dev/shm") as name:
         server = Server(tree, counter, Path(name), control=control)
         try:
             for row in rows:
-                found[row.name] = server.count(row, repeats, logs=logs)
+                found[row.name] = server.count(row, repeats, logs=logs, recorded=recorded)
                 if keep is not None and isinstance(counter, Callgrind):
                     keep.mkdir(parents=True, exist_ok=True)
                     target = keep / row.name.replace(" ", "-").replace(",", "")
@@ -338,13 +351,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--log", action="store_true", help="count with a dirty log, and compare with none"
     )
+    parser.add_argument(
+        "--record", action="store_true", help="count with a recording, and compare with none"
+    )
     parser.add_argument("--control", action="store_true", help="with a control socket open")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--keep", type=Path, help="where to keep callgrind's files")
     given = parser.parse_args(arguments)
     rows = [row for row in _rows() if given.only in row.name]
-    if given.log and (given.against or given.baseline):
-        parser.error("--log compares with no other checkout")
+    if (given.log or given.record) and (given.against or given.baseline):
+        parser.error("--log and --record compare with no other checkout")
     if not rows or given.repeats < 1:
         parser.error("nothing to count")
     counter: Counter
@@ -365,6 +381,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.log:
         with console.status("counting without a log"):
             before = measure(rows, HERE, counter, given.repeats, None)
+    if given.record:
+        with console.status("counting without a recording"):
+            before = measure(rows, HERE, counter, given.repeats, None, control=True)
     with console.status("counting"):
         now = measure(
             rows,
@@ -373,7 +392,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.repeats,
             given.keep,
             logs=given.log,
-            control=given.control,
+            control=given.control or given.record,
+            recorded=given.record,
         )
     if given.json:
         print(json.dumps(now, indent=1))

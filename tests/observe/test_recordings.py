@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +13,14 @@ from typing import Any
 
 import pytest
 
+from guestio.budgets import CONTROL_STREAMS
 from guestio.control.client import ControlClient
+from guestio.control.server import RECORDED
+from guestio.errors import DeviceError
 from guestio.guest.load import Load
 from guestio.guest.plan import LoadPlan
 from guestio.observe import Recorder, open_recording, xxh64
-from guestio.trace import What
+from guestio.trace import Group, What, wanted
 from guestio.virtio.blk import BlockDevice
 from tests.kit.serving import Serving, nothing_left, until
 
@@ -110,3 +115,73 @@ def test_what_requests_carry_is_recorded(tmp_path: Path, payload: Any) -> None:
         assert sum(each["length"] for each in row["read_pieces"]) == row["readable"] == 16
         assert sum(each["length"] for each in row["write_pieces"]) == row["writable"]
         assert row["read_pieces"][0]["address"] == row["address"]
+
+
+def test_a_recording_ends_at_its_limit_and_the_disk_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "recording.parquet"
+    with nothing_left(), disk(tmp_path) as (serving, _):
+        with (
+            Recorder(serving.backend, path, most_bytes=50_000) as recorder,
+            Load(os.fspath(tmp_path / "disk.sock"), LoadPlan(workload="randread")) as load,
+        ):
+            until(lambda: load.run_requests(50).requests and recorder.ended is not None)
+            assert "50000 bytes" in (recorder.ended or "")
+            recorder.ending.result(10)
+            # What is recorded costs nothing to the disk any more, nor does it fail.
+            assert load.run_requests(50).requests == 50
+        with open_recording(path) as recording:
+            assert recording.description["ended"] == recorder.ended
+            assert recording.requests().num_rows > 0
+
+
+def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
+    path = tmp_path / "recording.parquet"
+    path.write_text("mine")
+    with nothing_left(), disk(tmp_path) as (serving, _):
+        for source in (serving.backend, tmp_path / "control"):
+            with pytest.raises(FileExistsError):
+                Recorder(source, path)
+        with pytest.raises(ValueError, match="payload"):
+            Recorder(serving.backend, tmp_path / "other", payload="some")  # type: ignore[arg-type]
+        with pytest.raises(DeviceError, match="no answer"):
+            Recorder(tmp_path / "nothing", tmp_path / "other")
+        with pytest.raises(DeviceError, match="on this machine"):
+            Recorder("http://localhost:1", tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+        assert wanted() == RECORDED
+    assert path.read_text() == "mine"
+
+
+def test_streams_for_recorders_are_limited_and_for_nobody_else(tmp_path: Path) -> None:
+    with nothing_left(), disk(tmp_path):
+        client = ControlClient(tmp_path / "control")
+        with pytest.raises(DeviceError, match=r"400.*payload"):
+            client.stream("/record?payload=some")
+        with contextlib.closing(http.client.HTTPConnection("localhost")) as connection:
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.connect(os.fspath(tmp_path / "control"))
+            connection.request("POST", "/record", headers={"Origin": "https://elsewhere.example"})
+            assert connection.getresponse().status == 403
+        streams = [client.stream("/record") for _ in range(CONTROL_STREAMS)]
+        assert all(stream.readline() for stream in streams)
+        with pytest.raises(DeviceError, match="503"):
+            client.stream("/record")
+        assert wanted() & Group.REQUESTS
+        for stream in streams:
+            stream.close()
+        # Nothing is written once the last of them has gone.
+        until(lambda: wanted() == RECORDED)
+        Recorder(tmp_path / "control", tmp_path / "recording").close()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", 0xEF46DB3751D8E999),
+        (b"a", 0xD24EC4F1A98C6E5B),
+        (b"abc", 0x44BC2CF5AD770999),
+        (b"Nobody inspects the spammish repetition", 0xFBCEA83C8A378BF1),
+    ],
+)
+def test_the_hash_is_xxh64(data: bytes, expected: int) -> None:
+    assert xxh64(data) == expected

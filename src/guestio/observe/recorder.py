@@ -43,6 +43,9 @@ DESCRIBE_SECONDS: Final = 0.25
 """Seconds between looks at what was negotiated."""
 
 
+_OF_PEERS: Final = np.array([What.CONNECTED, What.QUEUE_STARTED], np.uint16)
+
+
 class Source(Protocol):
     """Where records come from."""
 
@@ -130,6 +133,8 @@ class Recorder:
         self._origin: int | None = None
         self._spool_bytes = 0
         self._known: Description = {}
+        # Whether the description differs from what was written last, and when that was.
+        self._changed, self._written_at = False, 0.0
         with contextlib.ExitStack() as undo:
             self._spool = Spool(self.path)
             undo.callback(self.path.unlink)
@@ -161,8 +166,8 @@ class Recorder:
             return False
         found = description_of(status)
         if found != self._known:
-            self._known = found
-            peers, peer = self._description["peers"], found["peer"]
+            self._known, self._changed = found, True
+            peer = found["peer"]
             self._description |= {
                 "guestio": status["version"],
                 "process": status["process"],
@@ -170,18 +175,48 @@ class Recorder:
             }
             self._origin = found["device"]["origin"]
             if peer is not None:
-                peer = {"time_ns": time.monotonic_ns(), **peer}
-                if peers and peers[-1]["number"] == peer["number"]:
-                    # From its beginning on, as it is now; what has ended stays.
-                    before = peers.pop()
-                    peer["time_ns"] = before["time_ns"]
-                    known = {queue["index"]: queue for queue in before["queues"]}
-                    known |= {queue["index"]: queue for queue in peer["queues"]}
-                    peer["queues"] = [known[index] for index in sorted(known)]
-                    peer["memory"] = peer["memory"] or before["memory"]
-                peers.append(peer)
-                del peers[:-RECORD_PEERS]
+                known = self._peer(peer["number"], time.monotonic_ns())
+                queues = {queue["index"]: queue for queue in known["queues"]}
+                queues |= {queue["index"]: queue for queue in peer["queues"]}
+                # As it is now, but what has ended stays.
+                memory = peer["memory"] or known["memory"]
+                known |= peer
+                known["queues"] = [queues[index] for index in sorted(queues)]
+                known["memory"] = memory
         return True
+
+    def _peer(self, number: int, time_ns: int) -> dict[str, Any]:
+        """What describes a front-end or client, from now on if it is new."""
+        peers: list[dict[str, Any]] = self._description["peers"]
+        known = next((each for each in reversed(peers) if each["number"] == number), None)
+        if known is not None:
+            return known
+        self._changed = True
+        peers.append(
+            {
+                "time_ns": time_ns,
+                "number": number,
+                "features": [],
+                "feature_bits": None,
+                "protocol_features": [],
+                "queues": [],
+                "memory": [],
+            }
+        )
+        del peers[:-RECORD_PEERS]
+        return peers[-1]
+
+    def _note_peers(self, records: Records) -> None:
+        """Note those that come and go between two looks at the status."""
+        for each in records[np.isin(records["what"], _OF_PEERS)]:
+            if each["what"] == What.CONNECTED:
+                self._peer(int(each["detail"]), int(each["time"]))
+            elif self._description["peers"]:
+                queues = self._description["peers"][-1]["queues"]
+                index, size = int(each["queue"]), int(each["length"])
+                if all(queue["index"] != index for queue in queues):
+                    queues.append({"index": index, "size": size})
+                    self._changed = True
 
     def _step(self, *, last: bool = False) -> None:
         """Write what is there, in the order of time over all threads."""
@@ -189,7 +224,9 @@ class Recorder:
         # interpreter's lock is held.
         until = time.monotonic_ns()
         batch = self._source.read()
-        self._description["lost"] += batch.lost
+        if batch.lost:
+            self._description["lost"] += batch.lost
+            self._changed = True
         records = batch.records
         strange = (records["origin"] != self._origin) & (records["origin"] != 0)
         if strange.any():
@@ -200,10 +237,13 @@ class Recorder:
         end = len(records) if last else int(np.searchsorted(records["time"], until, "right"))
         self._pending = records[end:].copy()
         if end or last:
-            if (records["what"][:end] == What.QUEUE_STARTED).any():
-                # A front-end may be gone before the next regular look.
-                self._describe()
-            self._spool.write(records[:end], self._description)
+            self._note_peers(records[:end])
+            now = time.monotonic()
+            # It is long once many front-ends have come and gone.
+            told = last or (self._changed and now - self._written_at >= DESCRIBE_SECONDS)
+            self._spool.write(records[:end], self._description if told else None)
+            if told:
+                self._changed, self._written_at = False, now
 
     def _run(self) -> None:
         try:

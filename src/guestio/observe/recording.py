@@ -129,7 +129,7 @@ def describe(parquet: Path, path: Path) -> dict[str, Any]:
     try:
         with pq.ParquetFile(parquet) as file:
             schema, metadata = file.schema_arrow, file.metadata.metadata or {}
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise RecordingError(f"{path} is no recording: {_first_line(error)}") from None
     try:
         found = json.loads(metadata[METADATA_KEY])

@@ -44,6 +44,7 @@ class ControlSource:
                 "its control socket on this machine"
             )
         self._lost = self._unheld = 0
+        self._lock = threading.Lock()
         self._latest: Status | None = None
         self._stream = ControlClient(path).stream(f"/record?payload={payload}")
         self._reader: TraceReader | None = None
@@ -85,18 +86,23 @@ class ControlSource:
                 status = self._next()
             except (OSError, DeviceError):
                 status = None
+            if status is not None:
+                self._take_rings(status)
             self._latest = status
 
-    def status(self) -> Status | None:
-        """The latest status; None once the server is gone."""
-        status = self._latest
-        if status is not None and self._reader is not None:
-            # A thread ends between the status and now, with its descriptor: its ring is known.
+    def _take_rings(self, status: Status) -> None:
+        """Open the rings that are new, at once: they go with the process."""
+        assert self._reader is not None
+        with self._lock:
+            # A thread may end between the status and now; its ring is known then.
             with contextlib.suppress(OSError):
                 self._reader.add(_rings(status), process=self._process)
             self._lost += status["trace"]["unheld"] - self._unheld
             self._unheld = status["trace"]["unheld"]
-        return status
+
+    def status(self) -> Status | None:
+        """The latest status; None once the server is gone."""
+        return self._latest
 
     def refresh(self) -> None:
         """Wait for a status of now, a second at most: it names all rings that there are."""
@@ -111,8 +117,9 @@ class ControlSource:
         """What was written since the last time."""
         if self._reader is None:
             return Batch(np.zeros(0, RECORD), 0)
-        records, lost = self._reader.read()
-        lost, self._lost = lost + self._lost, 0
+        with self._lock:
+            records, lost = self._reader.read()
+            lost, self._lost = lost + self._lost, 0
         return Batch(records, lost)
 
     def close(self) -> None:

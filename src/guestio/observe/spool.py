@@ -76,7 +76,8 @@ def read_spool(path: Path) -> Iterator[tuple[Records, Description | None]]:
     with pa.OSFile(os.fspath(path)) as file:
         try:
             reader = pa.ipc.open_stream(file)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
+            # Which of them junk leads to is a matter of chance.
             raise ValueError(str(error)) from None
         if reader.schema.names != _SCHEMA.names:
             raise ValueError("its columns are not those of records")
@@ -86,7 +87,7 @@ def read_spool(path: Path) -> Iterator[tuple[Records, Description | None]]:
         while True:
             try:
                 batch, metadata = reader.read_next_batch_with_custom_metadata()
-            except (StopIteration, pa.ArrowInvalid, OSError):
+            except (StopIteration, pa.ArrowException, OSError):
                 # The end, or where a crash has left it.
                 return
             array = batch.column(0)
