@@ -188,7 +188,8 @@ class Recorder:
     def _peer(self, number: int, time_ns: int) -> dict[str, Any]:
         """What describes a front-end or client, from now on if it is new."""
         peers: list[dict[str, Any]] = self._description["peers"]
-        known = next((each for each in reversed(peers) if each["number"] == number), None)
+        same = [each for each in peers if each["number"] == number]
+        known: dict[str, Any] | None = same[-1] if same else None
         if known is not None:
             return known
         self._changed = True
