@@ -124,6 +124,9 @@ def test_which_mappings_are_for_the_core(side: Side) -> None:
         assert not core(map_payload(BASE, PAGE), read_only)
         assert not core(map_payload(BASE, PAGE), other)
         assert not core(map_payload(BASE, PAGE), other, other)
+        os.ftruncate(other, 4 * PAGE)
+        assert not core(map_payload(BASE, PAGE, 3 * PAGE), other)  # beyond what is mapped of it
+        assert core(map_payload(BASE, PAGE, 3 * PAGE), other)
         os.ftruncate(other, PAGE)
         assert not core(map_payload(BASE, PAGE, PAGE), other)
         assert core(map_payload(BASE, PAGE), other)

@@ -97,6 +97,30 @@ def test_a_reset_comes_meanwhile(far: NvmeDriver, image: Path, skip: int, how: s
     assert far.write(DOORBELLS + 8, far.queues[1].tail) is None
 
 
+@pytest.mark.parametrize("skip", range(3))
+def test_another_life_begins_meanwhile(far: NvmeDriver, skip: int) -> None:
+    """What an earlier life's access brings is not taken for a command of the next one."""
+    old, new = far.take(), far.take()
+    far.put(old, b"o" * PAGE)
+    cids: list[int] = []
+
+    def live_again() -> None:
+        far.write(CC, 0)
+        far.enable()
+        far.submit(0, far.command(6, cid=2001, prp1=new, w10=1))
+
+    meanwhile(far, skip, live_again)
+    far.submit(0, far.command(6, cid=2000, prp1=old, w10=1))
+    cids.append(far.wait(0).cid)
+    far.settle()
+    assert (cids, far.next(0)) == ([2001], None)
+    assert b"guestio" in far.get(new, PAGE)
+    assert not far.status & FATAL
+    if not skip:
+        assert far.get(old, PAGE) == b"o" * PAGE
+    assert far.device._queues.outstanding(0) == 0
+
+
 def test_a_write_is_not_done_after_a_reset(far: NvmeDriver, image: Path) -> None:
     before = image.read_bytes()
     page = far.take()
