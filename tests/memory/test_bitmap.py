@@ -9,12 +9,14 @@ import pytest
 
 from guestio import (
     AtomicBitmap,
+    Backing,
     GuestRegionCollection,
     InvalidAddressError,
     MmapRegion,
     Permissions,
     VolatileSlice,
 )
+from guestio.memory import DirtyLog
 
 MAX = 2**64 - 1
 R, W = Permissions.READ, Permissions.WRITE
@@ -47,6 +49,64 @@ def test_sizes(size, page, pages):
     bitmap = AtomicBitmap(size, page)
     assert (len(bitmap), bitmap.pages, bitmap.byte_size) == (pages, pages, size)
     assert bitmap.page_size == page
+
+
+class TestMerging:
+    """Another bitmap's bits, such as a kernel's, with pages of its own size."""
+
+    @pytest.mark.parametrize("unit", [1, 3, 4096, 5000, 8192, 1 << 20])
+    @pytest.mark.parametrize("page", [1, 7, 4096, 1 << 16])
+    @pytest.mark.parametrize("start", [0, 1, 4096, 12345])
+    def test_every_size_and_place(self, unit, page, start):
+        random = np.random.default_rng(start + unit + page)
+        for share in (0.02, 0.5, 0.97, 1.0):
+            flags = random.random(200) < share
+            words = np.zeros(4, np.uint64)
+            words.view(np.uint8)[:25] = np.packbits(flags, bitorder="little")
+            size = start + 150 * unit + 11  # not all of it fits
+            bitmap, model = AtomicBitmap(size, page), AtomicBitmap(size, page)
+            assert bitmap.merge(start, words, unit) == np.count_nonzero(flags)
+            for number in np.flatnonzero(flags).tolist():
+                model.set_range(start + number * unit, unit)
+            assert np.array_equal(bitmap.peek(), model.peek())
+
+    def test_what_is_set_stays_and_goes_into_the_log(self):
+        log = DirtyLog()
+        with Backing.memfd(4096) as space:
+            log.use(space._mapping, 0, 64)
+            log.enabled = True
+            bitmap = AtomicBitmap(1 << 20, log=log, log_start=1 << 16)
+            bitmap.set_bit(1)
+            log.take()
+            words = np.array([1 << 63, 0b101], np.uint64)
+            assert bitmap.merge(0, words) == 3
+            assert list(bitmap.dirty_pages()) == [1, 63, 64, 66]
+            assert list(log.take()) == [16 + 63, 16 + 64, 16 + 66]
+            log.clear()
+
+    def test_the_end_of_the_address_space(self):
+        everything = np.full(2, MAX, np.uint64)
+        bitmap = AtomicBitmap(MAX, 1 << 57)
+        assert bitmap.merge(MAX - 4095, everything, 4096) == 128
+        assert list(bitmap.dirty_pages()) == [127]
+        bitmap.reset()
+        bitmap.merge(0, everything, 1 << 57)
+        assert bitmap.count() == 128
+        bitmap.reset()
+        bitmap.merge(MAX, everything, MAX)
+        assert list(bitmap.dirty_pages()) == [127]
+
+    def test_misuse(self):
+        bitmap = AtomicBitmap(4096)
+        for words in (None, bytes(8), np.zeros(1, np.int64), np.zeros((1, 1), np.uint64)):
+            with pytest.raises((TypeError, ValueError, BufferError)):
+                bitmap.merge(0, words)
+        with pytest.raises(ValueError, match="page_size"):
+            bitmap.merge(0, np.ones(1, np.uint64), 0)
+        with pytest.raises(ValueError):
+            bitmap.merge(-1, np.ones(1, np.uint64))
+        assert bitmap.merge(0, np.zeros(0, np.uint64)) == 0
+        assert not bitmap.count()
 
 
 def test_set_copy_reset_harvest():

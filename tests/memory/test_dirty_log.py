@@ -9,8 +9,16 @@ import threading
 import numpy as np
 import pytest
 
+from guestio import Iommu, IommuMemory, Iotlb, Permissions
 from guestio.errors import InvalidAddressError
-from guestio.memory import AtomicBitmap, Backing, DirtyLog, GuestRegionCollection, MmapRegion
+from guestio.memory import (
+    AtomicBitmap,
+    Backing,
+    DirtyLog,
+    GuestRegionCollection,
+    IoVector,
+    MmapRegion,
+)
 
 PAGE = 4096
 TOP = 2**64
@@ -181,6 +189,92 @@ def test_every_write_to_a_region_is_logged_by_its_address() -> None:
     assert log.take().tolist() == [0x125]
     memory.fill(start + 3 * PAGE, 1, 7)
     assert log.take().tolist() == [0x126]
+
+
+def test_gathered_memory_is_logged_piece_by_piece() -> None:
+    """Windows of pieces of regions that have one log: with own bits too, beyond it, without it."""
+    rng = random.Random(7)
+    size = 64 * PAGE
+    log = log_over(Backing.memfd(PAGE), 40)  # room for 320 pages
+    # Where each begins in the log, and whether it has own bits.
+    kinds = [
+        (64 * PAGE, False),
+        (128 * PAGE, True),
+        (200 * PAGE + 77, False),  # its pages are not the log's
+        (290 * PAGE, False),  # the log ends within
+        (TOP - size, False),
+        None,
+    ]
+    regions = []
+    for number, kind in enumerate(kinds):
+        bitmap = None
+        if kind is not None:
+            bitmap = AtomicBitmap(size, log=log, log_start=kind[0], own=kind[1])
+        regions.append(MmapRegion(number * size, Backing.memfd(size), bitmap=bitmap))
+    for _ in range(600):
+        pieces, places = [], []
+        few = rng.sample(range(len(kinds)), rng.randrange(1, 4))
+        for _ in range(rng.randrange(1, 12)):
+            region, at = (
+                rng.choice(few),
+                rng.choice([rng.randrange(size), PAGE * rng.randrange(64)]),
+            )
+            length = min(rng.choice([0, 1, 8, PAGE, PAGE + 1, 3 * PAGE]), size - at)
+            pieces.append(regions[region].slice(at, length))
+            places.append((region, at, length))
+        vector = IoVector.of_slices(pieces, Permissions.WRITE)
+        start = rng.randrange(vector.total + 1)
+        count = rng.randrange(vector.total - start + 1)
+        vector.fill(1, start, count)
+        expected: set[int] = set()
+        for region, at, length in places:
+            skip = min(start, length)
+            n = min(length - skip, count)
+            start, count = start - skip, count - n
+            kind = kinds[region]
+            if kind is None or not n:
+                continue
+            first = kind[0] + at + skip
+            last = first + n - 1
+            expected |= set(range(first // PAGE, min(last // PAGE, 319) + 1))
+        assert set(log.take().tolist()) == expected
+        vector.close()
+
+
+class Tables(Iommu):
+    def __init__(self) -> None:
+        self._iotlb = Iotlb()
+
+    @property
+    def iotlb(self) -> Iotlb:
+        return self._iotlb
+
+
+@pytest.mark.parametrize("room", [1024 // 8, 260 // 8, 1])
+def test_scattered_pages_of_regions_are_logged(room: int) -> None:
+    """As a request's are: windows of pages that lie anywhere, in regions with one log."""
+    rng = random.Random(room)
+    log = log_over(Backing.memfd(PAGE), room)
+    # By the page they begin with; not each one of them begins with a byte of the log.
+    begins = (0, 8, 16 * 8, 129 + 8 * 4, 256, 500)
+    regions = []
+    for begin in begins:
+        bitmap = AtomicBitmap(8 * PAGE, log=log, log_start=begin * PAGE, own=False)
+        backing = Backing.memfd(8 * PAGE)
+        regions.append(MmapRegion(begin * PAGE, backing, bitmap=bitmap if begin != 256 else None))
+    iommu = Tables()
+    memory = IommuMemory(GuestRegionCollection.from_regions(regions), iommu)
+    for _ in range(300):
+        pages = [rng.choice(begins[:: rng.choice([1, 5])]) + rng.randrange(8) for _ in range(40)]
+        for at, page in enumerate(pages):
+            iommu.iotlb.set_mapping(at * PAGE, page * PAGE, PAGE, Permissions.READ_WRITE)
+        start = rng.randrange(39 * PAGE)
+        count = rng.choice([1, PAGE, rng.randrange(1, 40 * PAGE - start)])
+        memory.fill(start, count, 1)
+        touched = pages[start // PAGE : (start + count - 1) // PAGE + 1]
+        assert set(log.take().tolist()) == {
+            page for page in touched if page < 8 * room and not 256 <= page < 264
+        }
 
 
 def test_a_log_whose_file_was_cut_kills_nothing() -> None:

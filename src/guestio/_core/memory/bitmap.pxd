@@ -25,6 +25,7 @@ cdef class AtomicBitmap:
     cdef u64 log_start
 
     cdef void mark(self, u64 start, u64 length) noexcept nogil
+    cdef void mark_pages(self, u64 base, u64 first, u64 count, u64 unit) noexcept
     cdef void clear_pages(self, u64 first, u64 last) noexcept nogil
     cdef int grow(self, u64 byte_size) except -1
     cdef int pages_of(self, object start, object length, u64 *first, u64 *last) except -1
@@ -39,6 +40,28 @@ cdef class AtomicBitmap:
 cdef inline bint takes_marks(void *bitmap) noexcept nogil:
     """Whether a bitmap, as fragments of memory refer to it, has anywhere to mark in now."""
     return (<AtomicBitmap>bitmap).pages or (<AtomicBitmap>bitmap).target.enabled
+
+
+cdef inline bint in_log_alone(void *bitmap) noexcept nogil:
+    """Whether a bitmap marks now, and in its dirty log alone."""
+    return (<AtomicBitmap>bitmap).target.enabled and not (<AtomicBitmap>bitmap).pages
+
+
+cdef inline u64 logged_end(void *bitmap) noexcept nogil:
+    """Where in a bitmap ends what it covers and its log has room for.
+
+    0 if it does not begin with a byte of the log.
+    """
+    cdef u64 start = (<AtomicBitmap>bitmap).log_start
+    cdef u64 room = (<AtomicBitmap>bitmap).target.pages << 12
+    if start & 0x7FFF or room <= start:
+        return 0
+    return min((<AtomicBitmap>bitmap).byte_size, room - start)
+
+
+cdef inline u8 *logged_at(void *bitmap) noexcept nogil:
+    """The byte of the log that a bitmap begins with; only before :func:`logged_end`."""
+    return (<AtomicBitmap>bitmap).target.at + ((<AtomicBitmap>bitmap).log_start >> 15)
 
 
 cdef inline void mark_in(void *bitmap, u64 start, u64 length) noexcept nogil:

@@ -121,6 +121,7 @@ cdef extern from * nogil:
         return (uint64_t)(at - group);
     }
     #define count_bits(bits) __builtin_popcountll(bits)
+    #define lowest_bit(bits) __builtin_ctzll(bits)
     """
     void set_bits(u64 *word, u64 bits)
     void clear_bits(u64 *word, u64 bits)
@@ -134,6 +135,7 @@ cdef extern from * nogil:
         const u64 *seen, size_t n, u64 first, u64 pages, u64 *next, u64 *group
     )
     int count_bits(u64 bits)
+    int lowest_bit(u64 bits)
 
 
 cdef inline u64 word_mask(u64 index, u64 first, u64 last) noexcept nogil:
@@ -286,6 +288,57 @@ cdef class AtomicBitmap:
     def is_bit_set(self, page):
         """Whether page number ``page`` is dirty."""
         return is_dirty(self, as_address(page, "page"))
+
+    def merge(self, start, const u64[::1] words not None, page_size=None):
+        """Mark what another bitmap has set, such as one that a kernel has filled.
+
+        Args:
+            start: The address that its first bit stands for.
+            words: A ``uint64`` array; bit ``i`` of word ``w`` is the page at
+                ``start + (64 * w + i) * page_size``. What would be beyond ``2**64`` is nothing.
+            page_size: Bytes to one of its bits; by default as here.
+
+        Returns:
+            How many bits are set there.
+
+        Cost: O(words + runs of set bits), with the GIL held.
+        """
+        cdef u64 base = as_address(start, "start")
+        cdef u64 unit = self.page_size if page_size is None else as_address(page_size, "page_size")
+        cdef u64 found = 0, first = 0, run = 0, bits, at, ones
+        cdef size_t i
+        if not unit:
+            raise ValueError("page_size must be greater than 0")
+        for i in range(<size_t>words.shape[0]):
+            bits, at = words[i], 64 * <u64>i
+            found += count_bits(bits)
+            while bits:
+                at += lowest_bit(bits)
+                bits >>= lowest_bit(bits)
+                ones = 64 if bits == <u64>-1 else lowest_bit(~bits)
+                if run and first + run != at:
+                    self.mark_pages(base, first, run, unit)
+                    run = 0
+                if not run:
+                    first = at
+                run += ones
+                at += ones
+                bits = 0 if ones == 64 else bits >> ones
+        if run:
+            self.mark_pages(base, first, run, unit)
+        return found
+
+    cdef void mark_pages(self, u64 base, u64 first, u64 count, u64 unit) noexcept:
+        """Mark pages of another size, counted from ``base``. Plain C: it cannot raise."""
+        cdef u64 most = (<u64>-1 - base) // unit, begin, last
+        if first > most:
+            return
+        last = min(first + (count - 1), most)
+        begin = base + first * unit
+        last = base + last * unit
+        last += min(unit - 1, <u64>-1 - last)
+        # As in `set_range`: a length of 2**64 would not fit, nor does its last byte matter.
+        self.mark(begin, min(last - begin, <u64>-2) + 1)
 
     def slice_at(self, offset):
         """The bitmap seen from byte ``offset`` on, as a :class:`BitmapSlice`."""
