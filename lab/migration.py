@@ -3,11 +3,16 @@
     ./run lab-migrate                          without an IOMMU, behind virtio-iommu and intel-iommu
     ./run lab-migrate --guest virtio --hops 20 --queue-threads
     ./run lab-migrate --qemu /usr/bin/qemu-system-x86_64
+    ./run lab-migrate --against qemu-storage-daemon --rounds 5
 
 The load is `lab/migration.c`: it checks memory that only the disk writes long after it was written.
 After each hop, while neither QEMU lets the guest run, all of its memory is compared page by page.
 The table has a line for each hop: for how long the guest stood still, as QEMU tells it, how long
 the migration took, and what the load did afterwards.
+
+With `--against` the same guest hops in turn between two of `guestio blk` and two of
+`qemu-storage-daemon`, a boot each in every round, and the medians of their downtimes are compared.
+That daemon serves no guest behind an IOMMU.
 """
 
 import argparse
@@ -15,16 +20,19 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from lab.guest import MIB, Guest, GuestError, RunningGuest, Script, VhostUserDisk, Viommu
 from lab.parts import PartsError, require_program
@@ -46,6 +54,9 @@ LIMIT = 120.0
 """Seconds that any one step may take."""
 TICKS = 4
 """Seconds of load to be seen between two hops."""
+
+Serve: TypeAlias = Callable[[Path, Path], AbstractContextManager[tuple[Path, Path]]]
+"""Begins a back-end of an image, in a directory of its own: its socket and its log."""
 
 
 class MigrationError(AssertionError):
@@ -128,6 +139,45 @@ class Hop:
     gap: int
 
 
+def by_guestio(*options: str) -> Serve:
+    """`guestio blk` with some options."""
+    return lambda image, directory: served(image, directory, *options)
+
+
+def by_daemon(program: str, queues: int) -> Serve:
+    """`qemu-storage-daemon`, by its path."""
+
+    @contextlib.contextmanager
+    def serve(image: Path, directory: Path) -> Iterator[tuple[Path, Path]]:
+        path, log = directory / "blk.sock", directory / "blk.log"
+        export = f"addr.type=unix,addr.path={path},writable=on,num-queues={queues}"
+        command = [
+            program,
+            # The one at the other end has the image open as well.
+            *("--blockdev", f"driver=file,filename={image},node-name=file,locking=off"),
+            *("--blockdev", "driver=raw,file=file,node-name=disk"),
+            *("--export", f"type=vhost-user-blk,id=disk,node-name=disk,{export}"),
+        ]
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(command, stderr=stderr)
+        try:
+            end = time.monotonic() + LIMIT
+            while not path.exists():
+                if process.poll() is not None or time.monotonic() > end:
+                    raise MigrationError(f"{program} does not start: {log.read_text()}")
+                time.sleep(0.02)
+            yield path, log
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(LIMIT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    return serve
+
+
 class Place:
     """A QEMU with a back-end of its own, on an image that others use as well, one at a time."""
 
@@ -136,7 +186,7 @@ class Place:
         guest: Guest,
         image: Path,
         directory: Path,
-        options: Sequence[str],
+        serve: Serve,
         *,
         incoming: bool,
         queues: int,
@@ -145,7 +195,7 @@ class Place:
         self.directory = directory
         self._exit = contextlib.ExitStack()
         try:
-            self.socket, self.log = self._exit.enter_context(served(image, directory, *options))
+            self.socket, self.log = self._exit.enter_context(serve(image, directory))
             monitor = directory / "qmp"
             arguments = ["-qmp", f"unix:{monitor},server=on,wait=off"]
             if incoming:
@@ -299,8 +349,17 @@ def hops(
     options: Sequence[str] = (),
     *,
     queues: int = 1,
+    serve: Serve | None = None,
 ) -> Iterator[Hop]:
     """Boot one guest and have it hop so many times; each hop as it was made.
+
+    Args:
+        viommu: Behind which IOMMU.
+        count: How many hops.
+        directory: For everything, and empty.
+        options: Of `guestio blk`.
+        queues: How many the disk has.
+        serve: Another back-end than that.
 
     Raises:
         MigrationError: Something was not right.
@@ -310,12 +369,13 @@ def hops(
     image = directory / "disk.img"
     image.write_bytes(bytes(DISK_SIZE))
     guest = described(viommu, directory)
-    here = Place(guest, image, directory / "place-0", options, incoming=False, queues=queues)
+    serve = serve or by_guestio(*options)
+    here = Place(guest, image, directory / "place-0", serve, incoming=False, queues=queues)
     try:
         here.see_load(TICKS)
         for number in range(1, count + 1):
             there = Place(
-                guest, image, directory / f"place-{number}", options, incoming=True, queues=queues
+                guest, image, directory / f"place-{number}", serve, incoming=True, queues=queues
             )
             try:
                 made = hop(here, there)
@@ -340,6 +400,39 @@ def version_of(qemu: Mapping[str, str]) -> str:
     return found.group(1) if found else "?"
 
 
+TITLE = "QEMU    guest         hop  down/ms  total/ms  passes  pages differ  ops/s  gap/ms"
+
+
+def line(version: str, name: str, number: int, made: Hop) -> str:
+    """A line of the table."""
+    return (
+        f"{version:7} {name:13} {number:3} {made.downtime:8} {made.total:9} {made.passes:7} "
+        f"{made.different:13} {made.rate:6} {made.gap:7}"
+    )
+
+
+def compare(
+    version: str, servers: Mapping[str, Serve], rounds: int, count: int, queues: int
+) -> dict[str, list[int]]:
+    """Have a guest hop with each server in turn, and print each hop; the downtimes of each.
+
+    Raises:
+        MigrationError, GuestError, PartsError: As :func:`hops`.
+    """
+    found: dict[str, list[int]] = {name: [] for name in servers}
+    print(TITLE.replace("guest ", "server"))
+    for turn in range(rounds):
+        # The one that begins has the machine as the other left it, so they take turns.
+        order = list(servers) if turn % 2 == 0 else list(reversed(servers))
+        for name in order:
+            with tempfile.TemporaryDirectory(prefix="guestio-migrate-") as directory:
+                made = hops(Viommu.NONE, count, Path(directory), queues=queues, serve=servers[name])
+                for number, each in enumerate(made, 1):
+                    found[name].append(each.downtime)
+                    print(line(version, name, number, each), flush=True)
+    return found
+
+
 def main() -> int:
     """Run the campaign; a table on standard output."""
     parser = argparse.ArgumentParser(prog="./run lab-migrate", description=__doc__.split("\n")[0])
@@ -348,16 +441,44 @@ def main() -> int:
     parser.add_argument("--queues", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--queue-threads", action="store_true")
     parser.add_argument(
+        "--against",
+        metavar="PROGRAM",
+        help="compare downtimes with this qemu-storage-daemon; without a path, the one of the "
+        "QEMU that runs the guest",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="with --against: %(default)s")
+    parser.add_argument(
         "--qemu", help="default: $GUESTIO_LAB_QEMU, else that of python -m lab.qemu"
     )
     arguments = parser.parse_args()
+    if arguments.against and arguments.guest not in (None, ["none"]):
+        parser.error("qemu-storage-daemon serves no guest behind an IOMMU: --guest none")
     if arguments.qemu or "GUESTIO_LAB_QEMU" not in os.environ:
         os.environ["GUESTIO_LAB_QEMU"] = arguments.qemu or str(new_qemu())
     options = ["--migration", "local", "--num-queues", str(arguments.queues)]
     options += ["--queue-threads"] if arguments.queue_threads else []
     version = version_of(os.environ)
+    if arguments.against:
+        daemon = arguments.against
+        beside = Path(os.environ["GUESTIO_LAB_QEMU"]).with_name(daemon)
+        if "/" not in daemon and beside.exists():
+            daemon = str(beside)
+        servers = {
+            "guestio": by_guestio(*options),
+            "daemon": by_daemon(daemon, arguments.queues),
+        }
+        try:
+            found = compare(version, servers, arguments.rounds, arguments.hops, arguments.queues)
+        except (MigrationError, ReloadError, GuestError, PartsError, OSError) as error:
+            print(f"FAILED\n{error}", flush=True)
+            return 1
+        middle = {name: statistics.median(times) for name, times in found.items()}
+        for name, times in found.items():
+            print(f"{name}: median {middle[name]:g} ms of {len(times)} hops, {sorted(times)}")
+        print(f"guestio's is {middle['guestio'] / middle['daemon']:.2f} of {daemon}'s")
+        return 0
     failed = False
-    print("QEMU    guest         hop  down/ms  total/ms  passes  pages differ  ops/s  gap/ms")
+    print(TITLE)
     for name in arguments.guest or GUESTS:
         try:
             with tempfile.TemporaryDirectory(prefix="guestio-migrate-") as directory:
@@ -369,11 +490,7 @@ def main() -> int:
                     queues=arguments.queues,
                 )
                 for number, each in enumerate(made, 1):
-                    print(
-                        f"{version:7} {name:13} {number:3} {each.downtime:8} {each.total:9} "
-                        f"{each.passes:7} {each.different:13} {each.rate:6} {each.gap:7}",
-                        flush=True,
-                    )
+                    print(line(version, name, number, each), flush=True)
         except (MigrationError, ReloadError, GuestError, PartsError) as error:
             failed = True
             print(f"{version} {name}: FAILED\n{error}", flush=True)
