@@ -423,7 +423,7 @@ def compare(
     print(TITLE.replace("guest ", "server"))
     for turn in range(rounds):
         # The one that begins has the machine as the other left it, so they take turns.
-        order = list(servers) if turn % 2 == 0 else list(reversed(servers))
+        order = list(servers)[:: 1 if turn % 2 == 0 else -1]
         for name in order:
             with tempfile.TemporaryDirectory(prefix="guestio-migrate-") as directory:
                 made = hops(Viommu.NONE, count, Path(directory), queues=queues, serve=servers[name])

@@ -46,8 +46,17 @@ LIBELF = Path("/usr/include/libelf.h")
 
 
 def cached() -> Path | None:
-    """The newest cached kernel image, or None."""
-    images = (cache_directory() / "iommufd").glob("[0-9]*/bzImage")
+    """The newest cached kernel image, or None.
+
+    One that was built here must be of the present configuration; of one that was put there,
+    without a digest in its directory's name, that is not known.
+    """
+    directory = cache_directory() / "iommufd"
+    images = [
+        image
+        for image in directory.glob("[0-9]*/bzImage")
+        if image.parent.name.partition("-")[2] in ("", _digest())
+    ]
     return max(images, key=lambda image: _numbers(image.parent.name), default=None)
 
 
@@ -119,8 +128,7 @@ def _build_in(work: Path, home: Path, progress: Progress) -> Path:
         tail = (work / "build.log").read_text(errors="replace").splitlines()[-20:]
         raise PartsError("the kernel does not compile:\n" + "\n".join(tail))
     version = run([*make, "kernelversion"]).strip()
-    digest = hashlib.sha256(CONFIG.read_bytes()).hexdigest()[:8]
-    target = home / f"{version}-{digest}"
+    target = home / f"{version}-{_digest()}"
     staged = work / "done"
     staged.mkdir()
     shutil.copy(output / "arch/x86/boot/bzImage", staged / "bzImage")
@@ -168,6 +176,10 @@ def _check_config(config: Path) -> None:
     lost = [line for line in wanted if line not in taken]
     if lost:
         raise PartsError(f"this kernel does not take {', '.join(lost)} of {CONFIG}")
+
+
+def _digest() -> str:
+    return hashlib.sha256(CONFIG.read_bytes()).hexdigest()[:8]
 
 
 def _numbers(name: str) -> tuple[int, ...]:

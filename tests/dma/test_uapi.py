@@ -88,6 +88,56 @@ YOUNGER = {
         40,  # 8 bytes of struct vfio_device_feature in front, one range behind
         {"region_index": 8, "open_flags": 12, "flags": 16, "nr_ranges": 20, "offset": 24},
     ),
+    "struct vfio_device_feature_dma_logging_control": (
+        _uapi.VfioDeviceFeatureDmaLoggingControl,
+        32,  # 8 bytes of struct vfio_device_feature in front
+        {"page_size": 8, "num_ranges": 16, "ranges": 24},
+    ),
+    "struct vfio_device_feature_dma_logging_range": (
+        _uapi.VfioDeviceFeatureDmaLoggingRange,
+        16,
+        {"iova": 0, "length": 8},
+    ),
+    "struct vfio_device_feature_dma_logging_report": (
+        _uapi.VfioDeviceFeatureDmaLoggingReport,
+        40,  # the same in front
+        {"iova": 8, "length": 16, "page_size": 24, "bitmap": 32},
+    ),
+    "struct vfio_iommu_type1_dma_unmap with struct vfio_bitmap": (
+        _uapi.VfioIommuType1DmaUnmapBitmap,
+        48,
+        {"flags": 4, "iova": 8, "size": 16, "pgsize": 24, "bitmap_size": 32, "data": 40},
+    ),
+    "struct vfio_iommu_type1_dirty_bitmap": (
+        _uapi.VfioIommuType1DirtyBitmap,
+        8,
+        {"argsz": 0, "flags": 4},
+    ),
+    "struct vfio_iommu_type1_dirty_bitmap_get": (
+        _uapi.VfioIommuType1DirtyBitmapGet,
+        48,  # 8 bytes of struct vfio_iommu_type1_dirty_bitmap in front
+        {"flags": 4, "iova": 8, "size": 16, "pgsize": 24, "bitmap_size": 32, "data": 40},
+    ),
+    "struct iommu_hwpt_alloc": (
+        _uapi.IommuHwptAlloc,
+        40,  # before fault_id
+        {"flags": 4, "dev_id": 8, "pt_id": 12, "out_hwpt_id": 16, "data_type": 24, "data_uptr": 32},
+    ),
+    "struct iommu_hw_info": (
+        _uapi.IommuHwInfo,
+        40,
+        {"flags": 4, "dev_id": 8, "data_len": 12, "data_uptr": 16, "out_capabilities": 32},
+    ),
+    "struct iommu_hwpt_set_dirty_tracking": (
+        _uapi.IommuHwptSetDirtyTracking,
+        16,
+        {"size": 0, "flags": 4, "hwpt_id": 8},
+    ),
+    "struct iommu_hwpt_get_dirty_bitmap": (
+        _uapi.IommuHwptGetDirtyBitmap,
+        48,
+        {"hwpt_id": 4, "flags": 8, "iova": 16, "length": 24, "page_size": 32, "data": 40},
+    ),
     "struct iommu_destroy": (_uapi.IommuDestroy, 8, {"size": 0, "id": 4}),
     "struct iommu_ioas_alloc": (
         _uapi.IommuIoasAlloc,
@@ -133,6 +183,7 @@ NUMBERS = {
     "VFIO_IOMMU_GET_INFO": 0x3B70,
     "VFIO_IOMMU_MAP_DMA": 0x3B71,
     "VFIO_IOMMU_UNMAP_DMA": 0x3B72,
+    "VFIO_IOMMU_DIRTY_PAGES": 0x3B75,
     "VFIO_DEVICE_FEATURE": 0x3B75,
     "VFIO_GROUP_FLAGS_VIABLE": 1,
     "VFIO_DEVICE_FLAGS_RESET": 1,
@@ -151,6 +202,13 @@ NUMBERS = {
     "VFIO_IRQ_SET_ACTION_UNMASK": 16,
     "VFIO_IRQ_SET_ACTION_TRIGGER": 32,
     "VFIO_DEVICE_FEATURE_GET": 0x10000,
+    "VFIO_DEVICE_FEATURE_SET": 0x20000,
+    "VFIO_DEVICE_FEATURE_PROBE": 0x40000,
+    "VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION": 2,
+    "VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP": 1,
+    "VFIO_IOMMU_DIRTY_PAGES_FLAG_START": 1,
+    "VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP": 2,
+    "VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP": 4,
     "VFIO_IOMMU_INFO_PGSIZES": 1,
     "VFIO_IOMMU_INFO_CAPS": 2,
     "VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE": 1,
@@ -159,6 +217,9 @@ NUMBERS = {
     "VFIO_DMA_MAP_FLAG_WRITE": 2,
 }
 YOUNGER_NUMBERS = {
+    "VFIO_DEVICE_FEATURE_DMA_LOGGING_START": 6,
+    "VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP": 7,
+    "VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT": 8,
     "VFIO_DEVICE_FEATURE_DMA_BUF": 11,
     "VFIO_DEVICE_BIND_IOMMUFD": 0x3B76,
     "VFIO_DEVICE_ATTACH_IOMMUFD_PT": 0x3B77,
@@ -167,6 +228,14 @@ YOUNGER_NUMBERS = {
     "IOMMU_IOAS_IOVA_RANGES": 0x3B84,
     "IOMMU_IOAS_MAP": 0x3B85,
     "IOMMU_IOAS_UNMAP": 0x3B86,
+    "IOMMU_HWPT_ALLOC": 0x3B89,
+    "IOMMU_GET_HW_INFO": 0x3B8A,
+    "IOMMU_HWPT_SET_DIRTY_TRACKING": 0x3B8B,
+    "IOMMU_HWPT_GET_DIRTY_BITMAP": 0x3B8C,
+    "IOMMU_HWPT_ALLOC_DIRTY_TRACKING": 2,
+    "IOMMU_HW_CAP_DIRTY_TRACKING": 1,
+    "IOMMU_HWPT_DIRTY_TRACKING_ENABLE": 1,
+    "IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR": 1,
     "IOMMU_IOAS_MAP_FILE": 0x3B8F,
     "IOMMU_IOAS_MAP_FIXED_IOVA": 1,
     "IOMMU_IOAS_MAP_WRITEABLE": 2,

@@ -1,5 +1,6 @@
 """`./run lab FILE`: what it runs, with what, and what it says when it cannot."""
 
+import hashlib
 import subprocess
 import sys
 import textwrap
@@ -59,13 +60,25 @@ def test_every_line_of_the_kernel_configuration_is_an_option():
 
 
 def test_the_newest_cached_kernel_is_taken(tmp_path: Path, monkeypatch):
+    """Of those of this configuration; and those whose configuration is not known."""
     monkeypatch.setenv("GUESTIO_LAB_CACHE", str(tmp_path))
-    assert cached() is None
-    for name in ("7.2.12-ffffffff", "7.10.1-00000000", "7.9.30-99999999", "building-x"):
+    digest = hashlib.sha256(CONFIG.read_bytes()).hexdigest()[:8]
+
+    def cache(name: str) -> Path:
         (tmp_path / "iommufd" / name).mkdir(parents=True)
         if name != "building-x":
             (tmp_path / "iommufd" / name / "bzImage").touch()
-    assert cached() == tmp_path / "iommufd/7.10.1-00000000/bzImage"
+        return tmp_path / "iommufd" / name / "bzImage"
+
+    for name in ("building-x", "7.2.12-ffffffff"):
+        cache(name)
+        assert cached() is None
+    cache(f"7.9.30-{digest}")
+    newer = cache(f"7.10.1-{digest}")
+    cache("7.11.0-ffffffff")
+    assert cached() == newer
+    put_there = cache("7.11.0")
+    assert cached() == put_there
 
 
 def test_a_file_that_is_not_there():

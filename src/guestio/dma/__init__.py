@@ -14,6 +14,7 @@ from guestio.dma.device import (
     PciRegion,
     VfioDevice,
 )
+from guestio.dma.dirty import DirtyBits, DirtySupport, TrackingDmaTarget
 from guestio.dma.iommufd import IommufdTarget
 from guestio.dma.ledger import FailedMapping, TargetDiff, TargetStats
 from guestio.dma.regions import Region, RegionManager, SubMapping, TargetHandle
@@ -34,6 +35,8 @@ __all__ = [
     "MSIX",
     "REQ",
     "DeviceRegion",
+    "DirtyBits",
+    "DirtySupport",
     "DmaError",
     "DmaMapRequest",
     "DmaTarget",
@@ -54,6 +57,7 @@ __all__ = [
     "TargetDiff",
     "TargetHandle",
     "TargetStats",
+    "TrackingDmaTarget",
     "VfioDevice",
     "VfioType1Target",
 ]

@@ -40,6 +40,7 @@ VFIO_DEVICE_RESET = _TYPE | 111
 VFIO_IOMMU_GET_INFO = _TYPE | 112
 VFIO_IOMMU_MAP_DMA = _TYPE | 113
 VFIO_IOMMU_UNMAP_DMA = _TYPE | 114
+VFIO_IOMMU_DIRTY_PAGES = _TYPE | 117
 VFIO_DEVICE_FEATURE = _TYPE | 117
 VFIO_DEVICE_BIND_IOMMUFD = _TYPE | 118
 VFIO_DEVICE_ATTACH_IOMMUFD_PT = _TYPE | 119
@@ -69,16 +70,27 @@ VFIO_IRQ_SET_ACTION_UNMASK = 1 << 4
 VFIO_IRQ_SET_ACTION_TRIGGER = 1 << 5
 
 VFIO_DEVICE_FEATURE_GET = 1 << 16
+VFIO_DEVICE_FEATURE_SET = 1 << 17
 VFIO_DEVICE_FEATURE_PROBE = 1 << 18
+VFIO_DEVICE_FEATURE_DMA_LOGGING_START = 6
+VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP = 7
+VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT = 8
 VFIO_DEVICE_FEATURE_DMA_BUF = 11
 
 VFIO_IOMMU_INFO_PGSIZES = 1 << 0
 VFIO_IOMMU_INFO_CAPS = 1 << 1
 VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE = 1
+VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION = 2
 VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL = 3
 
 VFIO_DMA_MAP_FLAG_READ = 1 << 0
 VFIO_DMA_MAP_FLAG_WRITE = 1 << 1
+
+VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP = 1 << 0
+
+VFIO_IOMMU_DIRTY_PAGES_FLAG_START = 1 << 0
+VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP = 1 << 1
+VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP = 1 << 2
 
 # iommufd.h
 
@@ -87,11 +99,20 @@ IOMMU_IOAS_ALLOC = _TYPE | 0x81
 IOMMU_IOAS_IOVA_RANGES = _TYPE | 0x84
 IOMMU_IOAS_MAP = _TYPE | 0x85
 IOMMU_IOAS_UNMAP = _TYPE | 0x86
+IOMMU_HWPT_ALLOC = _TYPE | 0x89
+IOMMU_GET_HW_INFO = _TYPE | 0x8A
+IOMMU_HWPT_SET_DIRTY_TRACKING = _TYPE | 0x8B
+IOMMU_HWPT_GET_DIRTY_BITMAP = _TYPE | 0x8C
 IOMMU_IOAS_MAP_FILE = _TYPE | 0x8F
 
 IOMMU_IOAS_MAP_FIXED_IOVA = 1 << 0
 IOMMU_IOAS_MAP_WRITEABLE = 1 << 1
 IOMMU_IOAS_MAP_READABLE = 1 << 2
+
+IOMMU_HWPT_ALLOC_DIRTY_TRACKING = 1 << 1
+IOMMU_HW_CAP_DIRTY_TRACKING = 1 << 0
+IOMMU_HWPT_DIRTY_TRACKING_ENABLE = 1 << 0
+IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR = 1 << 0
 
 
 class _Struct(ctypes.Structure):
@@ -199,6 +220,38 @@ class VfioDeviceFeatureDmaBuf(_Struct):
     ]
 
 
+class VfioDeviceFeatureDmaLoggingControl(_Struct):
+    """``struct vfio_device_feature`` with ``struct vfio_device_feature_dma_logging_control``."""
+
+    _fields_: ClassVar[Fields] = [
+        ("argsz", c_uint32),
+        ("feature_flags", c_uint32),
+        ("page_size", c_uint64),
+        ("num_ranges", c_uint32),
+        ("reserved", c_uint32),
+        ("ranges", c_uint64),
+    ]
+
+
+class VfioDeviceFeatureDmaLoggingRange(ctypes.Structure):
+    """``struct vfio_device_feature_dma_logging_range``."""
+
+    _fields_: ClassVar[Fields] = [("iova", c_uint64), ("length", c_uint64)]
+
+
+class VfioDeviceFeatureDmaLoggingReport(_Struct):
+    """``struct vfio_device_feature`` with ``struct vfio_device_feature_dma_logging_report``."""
+
+    _fields_: ClassVar[Fields] = [
+        ("argsz", c_uint32),
+        ("feature_flags", c_uint32),
+        ("iova", c_uint64),
+        ("length", c_uint64),
+        ("page_size", c_uint64),
+        ("bitmap", c_uint64),
+    ]
+
+
 class VfioDeviceBindIommufd(_Struct):
     """``struct vfio_device_bind_iommufd``."""
 
@@ -273,6 +326,40 @@ class VfioIommuType1DmaUnmap(_Struct):
     ]
 
 
+class VfioIommuType1DmaUnmapBitmap(_Struct):
+    """``struct vfio_iommu_type1_dma_unmap`` with ``struct vfio_bitmap``."""
+
+    _fields_: ClassVar[Fields] = [
+        ("argsz", c_uint32),
+        ("flags", c_uint32),
+        ("iova", c_uint64),
+        ("size", c_uint64),
+        ("pgsize", c_uint64),
+        ("bitmap_size", c_uint64),
+        ("data", c_uint64),
+    ]
+
+
+class VfioIommuType1DirtyBitmap(_Struct):
+    """``struct vfio_iommu_type1_dirty_bitmap``, without its data."""
+
+    _fields_: ClassVar[Fields] = [("argsz", c_uint32), ("flags", c_uint32)]
+
+
+class VfioIommuType1DirtyBitmapGet(_Struct):
+    """``struct vfio_iommu_type1_dirty_bitmap`` with that of ``GET_BITMAP``."""
+
+    _fields_: ClassVar[Fields] = [
+        ("argsz", c_uint32),
+        ("flags", c_uint32),
+        ("iova", c_uint64),
+        ("size", c_uint64),
+        ("pgsize", c_uint64),
+        ("bitmap_size", c_uint64),
+        ("data", c_uint64),
+    ]
+
+
 class IommuDestroy(_Struct):
     """``struct iommu_destroy``."""
 
@@ -344,6 +431,63 @@ class IommuIoasUnmap(_Struct):
         ("ioas_id", c_uint32),
         ("iova", c_uint64),
         ("length", c_uint64),
+    ]
+
+
+class IommuHwptAlloc(_Struct):
+    """``struct iommu_hwpt_alloc``, as it was before it took a fault queue."""
+
+    _fields_: ClassVar[Fields] = [
+        ("size", c_uint32),
+        ("flags", c_uint32),
+        ("dev_id", c_uint32),
+        ("pt_id", c_uint32),
+        ("out_hwpt_id", c_uint32),
+        ("reserved", c_uint32),
+        ("data_type", c_uint32),
+        ("data_len", c_uint32),
+        ("data_uptr", c_uint64),
+    ]
+
+
+class IommuHwInfo(_Struct):
+    """``struct iommu_hw_info``."""
+
+    _fields_: ClassVar[Fields] = [
+        ("size", c_uint32),
+        ("flags", c_uint32),
+        ("dev_id", c_uint32),
+        ("data_len", c_uint32),
+        ("data_uptr", c_uint64),
+        ("out_data_type", c_uint32),
+        ("reserved", c_uint32),
+        ("out_capabilities", c_uint64),
+    ]
+
+
+class IommuHwptSetDirtyTracking(_Struct):
+    """``struct iommu_hwpt_set_dirty_tracking``."""
+
+    _fields_: ClassVar[Fields] = [
+        ("size", c_uint32),
+        ("flags", c_uint32),
+        ("hwpt_id", c_uint32),
+        ("reserved", c_uint32),
+    ]
+
+
+class IommuHwptGetDirtyBitmap(_Struct):
+    """``struct iommu_hwpt_get_dirty_bitmap``."""
+
+    _fields_: ClassVar[Fields] = [
+        ("size", c_uint32),
+        ("hwpt_id", c_uint32),
+        ("flags", c_uint32),
+        ("reserved", c_uint32),
+        ("iova", c_uint64),
+        ("length", c_uint64),
+        ("page_size", c_uint64),
+        ("data", c_uint64),
     ]
 
 

@@ -22,6 +22,9 @@ from guestio.memory.backing import Backing
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from guestio.addr import IovaRange
+    from guestio.dma.dirty import DirtyBits
+
 PCI_COMMAND = 0x04
 PCI_COMMAND_MEMORY = 0x2
 PCI_COMMAND_MASTER = 0x4
@@ -504,6 +507,77 @@ class VfioDevice(PciFunction):
         """
         action = _uapi.VFIO_IRQ_SET_DATA_NONE | _uapi.VFIO_IRQ_SET_ACTION_UNMASK
         self._set_interrupts(kind, action, 1)
+
+    @property
+    def has_dma_log(self) -> bool:
+        """Whether the device can keep a log of what it writes by DMA."""
+        flags = _uapi.VFIO_DEVICE_FEATURE_PROBE | _uapi.VFIO_DEVICE_FEATURE_SET
+        call = _uapi.VfioDeviceFeature(flags=flags | _uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_START)
+        try:
+            _uapi.ioctl(self.fileno(), _uapi.VFIO_DEVICE_FEATURE, call)
+        except OSError:
+            return False
+        return True
+
+    def start_dma_log(self, ranges: Sequence[IovaRange]) -> None:
+        """Have the device note what it writes; targets do that, see :mod:`guestio.dma.dirty`.
+
+        Args:
+            ranges: Where; a device may take only few.
+
+        Raises:
+            DeviceError: It keeps no log, keeps one already, or cannot for so much memory.
+        """
+        kind = _uapi.VfioDeviceFeatureDmaLoggingRange
+        array = (kind * len(ranges))(*(kind(*each) for each in ranges))
+        flags = _uapi.VFIO_DEVICE_FEATURE_SET | _uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_START
+        call = _uapi.VfioDeviceFeatureDmaLoggingControl(
+            feature_flags=flags,
+            page_size=mmap.PAGESIZE,
+            num_ranges=len(ranges),
+            ranges=ctypes.addressof(array),
+        )
+        try:
+            _uapi.ioctl(self.fileno(), _uapi.VFIO_DEVICE_FEATURE, call)
+        except OSError as error:
+            places = ", ".join(map(repr, ranges)) or "nothing"
+            raise DeviceError(
+                f"{self.address} cannot log its writes to {places}: {error.strerror}"
+            ) from error
+
+    def stop_dma_log(self) -> None:
+        """End the log.
+
+        Raises:
+            DeviceError: There is none.
+        """
+        flags = _uapi.VFIO_DEVICE_FEATURE_SET | _uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP
+        call = _uapi.VfioDeviceFeature(flags=flags)
+        try:
+            _uapi.ioctl(self.fileno(), _uapi.VFIO_DEVICE_FEATURE, call)
+        except OSError as error:
+            reason = f"{self.address} cannot end its log of writes: {error.strerror}"
+            raise DeviceError(reason) from error
+
+    def read_dma_log(self, bits: DirtyBits, size: int) -> None:
+        """Set the bits of what the log has of a range, which is clean in the log then.
+
+        Args:
+            bits: Where the range begins, the page size, and the bits; set ones stay set.
+            size: Bytes of the range.
+
+        Raises:
+            OSError: The kernel refused; what the device wrote is not known any more.
+        """
+        flags = _uapi.VFIO_DEVICE_FEATURE_GET | _uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT
+        call = _uapi.VfioDeviceFeatureDmaLoggingReport(
+            feature_flags=flags,
+            iova=bits.start,
+            length=size,
+            page_size=bits.page_size,
+            bitmap=bits.words.ctypes.data,
+        )
+        _uapi.ioctl(self.fileno(), _uapi.VFIO_DEVICE_FEATURE, call)
 
     def close(self) -> None:
         """Close the device. Its mapped regions stay mapped, and keep it busy, until they go."""

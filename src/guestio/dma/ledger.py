@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from guestio.addr import ADDRESS_SPACE
 from guestio.dma.changes import Step, plan
+from guestio.dma.dirty import TrackingDmaTarget, finest, is_tracked
 from guestio.dma.target import (
     DmaError,
     DmaMapRequest,
@@ -28,12 +29,14 @@ from guestio.dma.target import (
     Journal,
     MappingType,
 )
-from guestio.errors import GuestioError
+from guestio.errors import DeviceError, GuestioError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from guestio.addr import IovaRange
     from guestio.dma.changes import Entry
+    from guestio.dma.dirty import DirtyMarks
     from guestio.memory.backing import Backing
 
 
@@ -152,6 +155,8 @@ class Ledger:
             target, "replace_dma", None
         )
         self.broken: DmaError | None = None
+        # Where what devices write is marked, while that is tracked at this target.
+        self.marks: DirtyMarks | None = None
         self._held: dict[int, _Held] = {}
         self._stuck: set[int] = set()
         self._failed: dict[int, _Failure] = {}
@@ -184,6 +189,8 @@ class Ledger:
             and self._replace_dma is not None
             and self._holds(old.request)
             and self.broken is None
+            # An exchange would forget what was written in the old memory.
+            and self.marks is None
         ):
             self._replace(old, new, journal)
             return
@@ -338,8 +345,62 @@ class Ledger:
             raise
         self.broken = None
 
+    def start_tracking(self, marks: DirtyMarks, ranges: Sequence[IovaRange]) -> None:
+        """Have the target note what devices write from now on; see :class:`TrackingDmaTarget`.
+
+        Raises:
+            DeviceError: It cannot; nothing has changed.
+        """
+        target = self.target
+        if not isinstance(target, TrackingDmaTarget):
+            raise DeviceError(
+                f"{target!r} cannot tell what devices write: it has no start_dirty_tracking; add "
+                "it with marks_itself=True if what writes through it marks that elsewhere"
+            )
+        target.start_dirty_tracking(ranges)
+        self.marks = marks
+
+    def stop_tracking(self) -> None:
+        """Have it note nothing any more; does nothing if it does not."""
+        marks, self.marks = self.marks, None
+        if marks is not None:
+            assert isinstance(self.target, TrackingDmaTarget)
+            self.target.stop_dirty_tracking()
+
+    def harvest(self) -> tuple[int, list[DmaError]]:
+        """Mark what devices have written; where that is not known, everything.
+
+        Returns:
+            How many pages were reported, and where it is not known.
+        """
+        marks, target = self.marks, self.target
+        found, failures = 0, []
+        if marks is None:
+            return 0, []
+        assert isinstance(target, TrackingDmaTarget)
+        for held in list(self._held.values()):
+            request = held.entry.request
+            if not is_tracked(request):
+                continue
+            unit = finest(request, marks.bitmap.page_size)
+            bits = None
+            try:
+                bits = target.read_dirty(request.start, request.size, unit)
+            except DmaError as error:
+                failures.append(_kept_error(error))
+            finally:
+                # Also when interrupted: what the target gave away then, is nowhere else.
+                found += marks.take(request, bits)
+        return found, failures
+
     def forget(self) -> None:
         """Let go of everything without calling the target, which is gone."""
+        if self.marks is not None:
+            # It took along what was written through it since the last harvest.
+            for held in self._held.values():
+                if is_tracked(held.entry.request):
+                    self.marks.take(held.entry.request, None)
+            self.marks = None
         for start in list(self._held):
             self._drop(start)
         with self._lock:
@@ -451,7 +512,7 @@ class Ledger:
             return
         request = held.entry.request
         try:
-            self.target.unmap_dma(request.start, request.size)
+            self._unmap_at_target(request)
         except BaseException as error:
             # One that is not raised: it would refer to this frame, and this frame to it.
             failure = _kept_error(_as_dma_error("unmap", request, error))
@@ -469,6 +530,15 @@ class Ledger:
             raise _as_dma_error("unmap", request, error) from _cause(error)
         self._count("unmap")
         self._drop(start)
+
+    def _unmap_at_target(self, request: DmaMapRequest) -> None:
+        marks, target = self.marks, self.target
+        if marks is None or not is_tracked(request):
+            target.unmap_dma(request.start, request.size)
+            return
+        assert isinstance(target, TrackingDmaTarget)
+        unit = finest(request, marks.bitmap.page_size)
+        marks.take(request, target.unmap_dirty(request.start, request.size, unit))
 
     def _stick(self, start: int, error: DmaError, journal: Journal | None = None) -> None:
         """Note that a mapping must go and the target did not give it up."""

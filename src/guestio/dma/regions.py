@@ -22,12 +22,14 @@ import mmap
 from bisect import bisect_left, bisect_right, insort
 from typing import TYPE_CHECKING, NamedTuple, Self, SupportsIndex, get_args
 
-from guestio.addr import ADDRESS_SPACE, check_flag, check_int, check_range
+from guestio.addr import ADDRESS_SPACE, IovaRange, check_flag, check_int, check_range
 from guestio.dma.changes import Entry, FairLock, Step, carry_out, meet, plan, raise_failures
+from guestio.dma.dirty import DirtyMarks, DirtySupport, TrackingDmaTarget, is_tracked
 from guestio.dma.ledger import DeviceFailures, Ledger, TargetDiff, TargetStats, keep
 from guestio.dma.physical import PhysicalMap
-from guestio.dma.target import DmaError, DmaMapRequest, DmaTarget, MappingType
+from guestio.dma.target import DmaError, DmaMapRequest, DmaTarget, Journal, MappingType
 from guestio.errors import MemoryRegionOverlapError, RegionError
+from guestio.memory import AtomicBitmap
 from guestio.memory.backing import Backing
 from guestio.memory.followed import Followed
 
@@ -379,6 +381,7 @@ class TargetHandle:
         target: The target.
         needs_fd: Whether it can only hold memory that has a file.
         device_failures: ``"record"`` or ``"raise"``, see :meth:`RegionManager.add_target`.
+        marks_itself: Whether dirty tracking leaves it out.
     """
 
     def __init__(
@@ -387,11 +390,13 @@ class TargetHandle:
         target: DmaTarget,
         needs_fd: bool,
         device_failures: DeviceFailures,
+        marks_itself: bool,
     ) -> None:
         self._manager = manager
         self.target = target
         self.needs_fd = needs_fd
         self.device_failures = device_failures
+        self.marks_itself = marks_itself
         self._ledger = Ledger(target, device_failures)
         self._closed = False
 
@@ -412,6 +417,17 @@ class TargetHandle:
     def diff(self) -> TargetDiff:
         """How what the target holds differs from what it should hold."""
         return self._ledger.diff([] if self._closed else self._manager._truth())
+
+    def dirty_support(self) -> DirtySupport:
+        """How the target can tell what devices write, and what is missing if it cannot.
+
+        Raises:
+            DeviceError: It cannot be asked yet, such as a container without a device.
+        """
+        with self._manager._operations:
+            if isinstance(self.target, TrackingDmaTarget):
+                return self.target.dirty_support()
+            return DirtySupport({}, f"{self.target!r} has no start_dirty_tracking")
 
     def retry(self) -> TargetDiff:
         """Mend the target: unmap what is in doubt, map what is missing.
@@ -442,6 +458,7 @@ class TargetHandle:
             failures = self._ledger.release_all(self._manager._truth())
             if not failures:
                 self._discard()
+                self._ledger.stop_tracking()
         raise_failures(failures)
 
     def forget(self) -> None:
@@ -531,6 +548,8 @@ class RegionManager:
         self._targets: tuple[TargetHandle, ...] = ()
         # The mappings of all active regions, from the moment on when they were asked for.
         self._followed: Followed[PhysicalMap] | None = None
+        # While what devices write is tracked.
+        self._marks: DirtyMarks | None = None
 
     def __repr__(self) -> str:
         return f"<RegionManager: {len(self._regions)} regions, {len(self._targets)} targets>"
@@ -607,6 +626,7 @@ class RegionManager:
         needs_fd: bool = False,
         *,
         device_failures: DeviceFailures = "record",
+        marks_itself: bool = False,
     ) -> TargetHandle:
         """Make a target hold all active mappings, now and from now on.
 
@@ -618,9 +638,12 @@ class RegionManager:
                 :class:`~guestio.GuestioError` or an OSError: ``"record"`` goes on and lists it in
                 :meth:`TargetHandle.stats`, ``"raise"`` fails the operation, as for RAM. Any other
                 exception is a bug of the target and always fails the operation.
+            marks_itself: True if what is written through it is marked by the one who writes, such
+                as a vhost-user back-end in its dirty log: dirty tracking leaves it out.
 
         Raises:
             TypeError, ValueError: Not a target, registered already, or a bad argument.
+            DeviceError: Dirty tracking is on, and it cannot tell what devices write.
             DmaError: It refused a mapping, or a mapping has no file. It holds nothing then and
                 is not registered; only if it failed even to undo does it stay in
                 :attr:`targets`, broken.
@@ -630,26 +653,128 @@ class RegionManager:
         if not isinstance(target, DmaTarget):
             raise TypeError(f"target {type(target).__name__} has no map_dma and unmap_dma")
         needs_fd = check_flag(needs_fd, "needs_fd")
+        marks_itself = check_flag(marks_itself, "marks_itself")
         if not isinstance(device_failures, str) or device_failures not in get_args(DeviceFailures):
             raise ValueError(f"device_failures {device_failures!r} is neither 'record' nor 'raise'")
         with self._operations:
             if any(handle.target is target for handle in self._targets):
                 raise ValueError("this target is registered already")
-            handle = TargetHandle(self, target, needs_fd, device_failures)
+            handle = TargetHandle(self, target, needs_fd, device_failures, marks_itself)
             if needs_fd:
                 everything = [r._request(m) for r in self.regions for m in r.mappings]
                 _check_fds(everything)
+            if self._marks is not None and not marks_itself:
+                # First, as devices may write as soon as something is mapped.
+                handle._ledger.start_tracking(self._marks, self._tracked_ranges())
             try:
                 carry_out([Step(None, entry) for entry in self._truth()], [handle._ledger])
-            except BaseException:
+            except BaseException as error:
                 if not handle._ledger.empty:
                     self._targets = (*self._targets, handle)
+                    raise
+                journal = Journal()
+                journal.did(handle._ledger.stop_tracking)
+                for undoing in journal.undo():
+                    error.add_note(f"while undoing: {undoing}")
                 raise
             self._targets = (*self._targets, handle)
         return handle
 
+    @property
+    def dirty_tracking(self) -> AtomicBitmap | None:
+        """Where what devices write is marked; None while that is not tracked."""
+        return None if self._marks is None else self._marks.bitmap
+
+    def start_dirty_tracking(self, marks: AtomicBitmap) -> None:
+        """Note from now on what devices write through all targets, or through none.
+
+        What had been written before is not told: a migration copies all memory once after this.
+        Memory of kind ``DEVICE`` and memory that devices may only read is left out. Mappings that
+        come while it is on are tracked as well. What was written in one that goes is marked
+        before the operation returns.
+
+        Args:
+            marks: Covers all memory, by guest physical address from 0 on; what is written is
+                marked there by :meth:`harvest_dirty`. It may have a dirty log
+                (``AtomicBitmap(log=...)``), which then has it too.
+
+        Raises:
+            TypeError: ``marks`` is no AtomicBitmap.
+            ValueError: Tracking is on.
+            DmaError: Some memory lies beyond ``marks``.
+            DeviceError: A target cannot: its message names the devices and what is missing.
+                Nothing is tracked at any target.
+        """
+        if not isinstance(marks, AtomicBitmap):
+            raise TypeError(f"marks must be an AtomicBitmap, not {type(marks).__name__}")
+        with self._operations:
+            if self._marks is not None:
+                raise ValueError("dirty tracking is on; stop it first")
+            tracked = DirtyMarks(marks)
+            tracked.check(entry.request for entry in self._truth())
+            ranges, journal = self._tracked_ranges(), Journal()
+            try:
+                for handle in self._targets:
+                    if not handle.marks_itself:
+                        handle._ledger.start_tracking(tracked, ranges)
+                        journal.did(handle._ledger.stop_tracking)
+            except BaseException as error:
+                for undoing in journal.undo():
+                    error.add_note(f"while undoing: {undoing}")
+                raise
+            self._marks = tracked
+
+    def harvest_dirty(self) -> int:
+        """Mark what devices have written since the last harvest, or the start.
+
+        A page that is written meanwhile is marked by this harvest or the next. So once the devices
+        have been stopped, one harvest more has everything.
+
+        Returns:
+            How many pages the targets reported; one that two of them report counts twice.
+
+        Raises:
+            ValueError: Tracking is off.
+            DmaError: A target could not tell for some mapping; the first such error, the others
+                are its notes. Everything there is marked, so nothing is lost, and all else was
+                harvested; but it will not become less until tracking is stopped and started.
+
+        Cost: a few system calls for each mapping and target, which walk the IOMMU's page tables;
+        changes of regions wait.
+        """
+        with self._operations:
+            if self._marks is None:
+                raise ValueError("dirty tracking is off; start it first")
+            found = 0
+            failures: list[DmaError] = []
+            for handle in self._targets:
+                pages, failed = handle._ledger.harvest()
+                found += pages
+                failures += failed
+        if failures:
+            first, *others = failures
+            for other in others:
+                first.add_note(f"also: {other}")
+            raise first
+        return found
+
+    def stop_dirty_tracking(self) -> None:
+        """End it; what was written since the last harvest is not told. Off already: does nothing.
+
+        Raises:
+            OSError, DeviceError: A target failed; the first such error. It is off all the same.
+        """
+        with self._operations:
+            self._marks = None
+            journal = Journal()
+            for handle in self._targets:
+                journal.did(handle._ledger.stop_tracking)
+            failures = journal.undo()
+        if failures:
+            raise failures[0]
+
     def close(self) -> None:
-        """Close all targets, the latest first, then all regions.
+        """Close all targets, the latest first, then all regions. Dirty tracking ends.
 
         Raises:
             DmaError: A target could not unmap something; it is the only thing left open.
@@ -657,6 +782,7 @@ class RegionManager:
         failures: list[DmaError] = []
         closers: list[Callable[[], None]] = [t.close for t in reversed(self._targets)]
         closers += [r.close for r in reversed(self.regions)]
+        closers.append(self.stop_dirty_tracking)
         for close in closers:
             try:
                 close()
@@ -669,6 +795,11 @@ class RegionManager:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _tracked_ranges(self) -> list[IovaRange]:
+        """Where devices' writes are of interest."""
+        requests = [entry.request for entry in self._truth()]
+        return [IovaRange(r.start, r.size) for r in requests if is_tracked(r)]
 
     def _truth(self) -> list[Entry]:
         return [entry for region in self.regions if region._active for entry in region._entries()]
@@ -779,6 +910,8 @@ class RegionManager:
             if self._followed is not None and steps:
                 self._followed.replace(self._followed.value.after(steps), failures)
 
+        if self._marks is not None:
+            self._marks.check(step.new.request for step in steps if step.new is not None)
         ledgers = [handle._ledger for handle in self._targets]
         return carry_out(steps, ledgers, onwards=onwards, then=tell_followers)
 

@@ -33,10 +33,10 @@ class MappingType(enum.Enum):
 
 
 class DmaError(GuestioError):
-    """A target could not map or unmap a range.
+    """A target could not map or unmap a range, or not tell what devices wrote there.
 
     Attributes:
-        operation: ``"map"``, ``"unmap"`` or ``"replace"``.
+        operation: ``"map"``, ``"unmap"``, ``"replace"`` or ``"track"``.
         start: First I/O virtual address of the range.
         size: Bytes of the range.
         reason: Why, and what to do about it.

@@ -17,14 +17,26 @@ import os
 import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from weakref import WeakSet
 
 from guestio.addr import IovaRange
 from guestio.dma import _uapi
 from guestio.dma.device import VfioDevice, sysfs_directory
+from guestio.dma.dirty import (
+    NO_LOG,
+    DeviceLogs,
+    DirtyBits,
+    DirtySupport,
+    not_told,
+    unsupported,
+    words_for,
+)
 from guestio.dma.target import DmaError
 from guestio.errors import DeviceError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from guestio.dma.target import DmaMapRequest
 
 
@@ -35,11 +47,13 @@ class IommuInfo(NamedTuple):
         page_size: What addresses and sizes must be multiples of, in bytes.
         ranges: The addresses that may be mapped, ascending; everything, if empty.
         available: How many more mappings it takes, or None if it does not say.
+        tracks: Whether type1 can be asked which pages were written.
     """
 
     page_size: int
     ranges: tuple[IovaRange, ...]
     available: int | None
+    tracks: bool = False
 
 
 class Type1Calls(Protocol):
@@ -59,6 +73,22 @@ class Type1Calls(Protocol):
 
     def kernel_unmap(self, iova: int, size: int) -> int:
         """``VFIO_IOMMU_UNMAP_DMA``; returns how many bytes were unmapped.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        ...
+
+    def kernel_read_dirty(self, bits: DirtyBits, size: int) -> None:
+        """``VFIO_IOMMU_DIRTY_PAGES`` with ``GET_BITMAP``.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        ...
+
+    def kernel_unmap_dirty(self, bits: DirtyBits, size: int) -> int:
+        """``VFIO_IOMMU_UNMAP_DMA`` that also says what was written.
 
         Raises:
             OSError: The kernel refused.
@@ -89,10 +119,40 @@ def unmap_type1(calls: Type1Calls, start: int, size: int) -> None:
     try:
         calls.kernel_unmap(start, size)
     except OSError as error:
-        reason = error.strerror
-        if error.errno == errno.EINVAL:
-            reason = "the range is not aligned to pages, or it would cut a mapping in two"
-        raise DmaError("unmap", start, size, str(reason), errno=error.errno) from error
+        raise _not_unmapped(start, size, error) from error
+
+
+def _not_unmapped(start: int, size: int, error: OSError) -> DmaError:
+    reason = error.strerror
+    if error.errno == errno.EINVAL:
+        reason = "the range is not aligned to pages, or it would cut a mapping in two"
+    return DmaError("unmap", start, size, str(reason), errno=error.errno)
+
+
+def read_type1(calls: Type1Calls, start: int, size: int) -> DirtyBits:
+    """What was written in a mapping of a container; see :class:`TrackingDmaTarget`."""
+    bits = _type1_bits(calls, start, size)
+    try:
+        calls.kernel_read_dirty(bits, size)
+    except OSError as error:
+        raise not_told(start, size, error) from error
+    return bits
+
+
+def unmap_dirty_type1(calls: Type1Calls, start: int, size: int) -> DirtyBits:
+    """As :func:`unmap_type1`, and what was written before: one call, which forgets nothing."""
+    bits = _type1_bits(calls, start, size)
+    try:
+        calls.kernel_unmap_dirty(bits, size)
+    except OSError as error:
+        raise _not_unmapped(start, size, error) from error
+    return bits
+
+
+def _type1_bits(calls: Type1Calls, start: int, size: int) -> DirtyBits:
+    # It counts in its smallest pages only.
+    page_size = calls.info().page_size
+    return DirtyBits(start, page_size, words_for(size, page_size))
 
 
 class VfioType1Target:
@@ -110,6 +170,10 @@ class VfioType1Target:
 
     def __init__(self, path: str = "/dev/vfio/vfio") -> None:
         self._groups: dict[int, int] = {}
+        self._devices: WeakSet[VfioDevice] = WeakSet()
+        self._logs = DeviceLogs()
+        # Whether the container itself tracks, and not its devices.
+        self._tracks = False
         self._fd = open_node(path, "load the kernel module vfio_iommu_type1")
         try:
             version = _uapi.ioctl(self._fd, _uapi.VFIO_GET_API_VERSION, bytearray(1))
@@ -128,9 +192,11 @@ class VfioType1Target:
             address: Its PCI address, such as ``0000:00:03.0``; ``vfio-pci`` must drive it.
 
         Raises:
-            DeviceError: There is no such device, its group is in use or not complete, or its IOMMU
-                does not fit those already in the container.
+            DeviceError: There is no such device, its group is in use or not complete, its IOMMU
+                does not fit those already in the container, or the devices that are there log
+                what they write (see :meth:`start_dirty_tracking`).
         """
+        self._logs.check_closed_to(address)
         directory = sysfs_directory(address)
         link = directory / "iommu_group"
         if not link.exists():
@@ -141,7 +207,9 @@ class VfioType1Target:
             fd = _uapi.ioctl(group, _uapi.VFIO_GROUP_GET_DEVICE_FD, name)
         except OSError as error:
             raise DeviceError(f"cannot open {address}: {error.strerror}") from error
-        return VfioDevice(fd, address)
+        device = VfioDevice(fd, address)
+        self._devices.add(device)
+        return device
 
     def map_dma(self, request: DmaMapRequest) -> None:
         """Let the devices reach memory of this process; it is pinned until it is unmapped.
@@ -162,6 +230,68 @@ class VfioType1Target:
         """
         unmap_type1(self, start, size)
 
+    def dirty_support(self) -> DirtySupport:
+        """By the devices' own logs if each has one, else by the container, which is not exact.
+
+        Raises:
+            DeviceError: No device was ever open.
+        """
+        devices = self._open_devices()
+        if devices and all(device.has_dma_log for device in devices):
+            return DirtySupport({device.address: "device" for device in devices}, "")
+        if self.info().tracks:
+            return DirtySupport({device.address: "container" for device in devices}, "")
+        without = ", ".join(d.address for d in devices if not d.has_dma_log) or "no device is open"
+        return DirtySupport(
+            {},
+            f"{without}: {NO_LOG}, and this type1 tracks no pages "
+            "(VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION: Linux 5.8 or newer)",
+        )
+
+    def start_dirty_tracking(self, ranges: Sequence[IovaRange]) -> None:
+        """See :class:`TrackingDmaTarget`.
+
+        Raises:
+            ValueError: It is on.
+            DeviceError: The kernel or a device cannot.
+        """
+        if self._tracks or self._logs.devices:
+            raise ValueError(f"{self!r} tracks already what devices write")
+        support = self.dirty_support()
+        if support.missing:
+            raise unsupported(self, support)
+        if "device" in support.ways.values():
+            self._logs.start(self._open_devices(), ranges)
+            return
+        try:
+            self._track(True)
+        except OSError as error:
+            reason = f"{self!r} cannot track what devices write: {error.strerror}"
+            raise DeviceError(reason) from error
+        self._tracks = True
+
+    def stop_dirty_tracking(self) -> None:
+        """See :class:`TrackingDmaTarget`."""
+        if self._tracks:
+            self._tracks = False
+            self._track(False)
+        self._logs.stop()
+
+    def read_dirty(self, start: int, size: int, page_size: int) -> DirtyBits | None:
+        """See :class:`TrackingDmaTarget`."""
+        if not self._logs.devices:
+            return read_type1(self, start, size)
+        bits = DirtyBits(start, page_size, words_for(size, page_size))
+        return bits if self._logs.read(bits, size) else None
+
+    def unmap_dirty(self, start: int, size: int, page_size: int) -> DirtyBits | None:
+        """See :class:`TrackingDmaTarget`; nothing is forgotten that is written meanwhile."""
+        if not self._logs.devices:
+            return unmap_dirty_type1(self, start, size)
+        unmap_type1(self, start, size)
+        bits = DirtyBits(start, page_size, words_for(size, page_size))
+        return bits if self._logs.read_last(bits, size) else None
+
     def info(self) -> IommuInfo:
         """Page size, valid addresses and free entries, as the kernel has them now.
 
@@ -177,7 +307,7 @@ class VfioType1Target:
         if info.flags & _uapi.VFIO_IOMMU_INFO_PGSIZES and info.iova_pgsizes:
             page_size = info.iova_pgsizes & -info.iova_pgsizes
         ranges: tuple[IovaRange, ...] = ()
-        available = None
+        available, tracks = None, False
         offset = info.cap_offset if info.flags & _uapi.VFIO_IOMMU_INFO_CAPS else 0
         for kind, at in _uapi.capabilities(raw, offset):
             if kind == _uapi.VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE:
@@ -187,7 +317,8 @@ class VfioType1Target:
                 ranges = tuple(IovaRange(r.start, r.end - r.start + 1) for r in found)
             elif kind == _uapi.VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL:
                 available = _uapi.VfioIommuType1InfoDmaAvail.from_buffer_copy(raw, at).avail
-        return IommuInfo(page_size, ranges, available)
+            tracks |= kind == _uapi.VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION
+        return IommuInfo(page_size, ranges, available, tracks)
 
     def kernel_map(self, iova: int, size: int, address: int, writable: bool) -> None:
         """``VFIO_IOMMU_MAP_DMA``; see :meth:`Type1Calls.kernel_map`."""
@@ -202,6 +333,34 @@ class VfioType1Target:
         """``VFIO_IOMMU_UNMAP_DMA``; see :meth:`Type1Calls.kernel_unmap`."""
         self._check_ready()
         call = _uapi.VfioIommuType1DmaUnmap(iova=iova, size=size)
+        _uapi.ioctl(self._fd, _uapi.VFIO_IOMMU_UNMAP_DMA, call)
+        unmapped: int = call.size
+        return unmapped
+
+    def kernel_read_dirty(self, bits: DirtyBits, size: int) -> None:
+        """``VFIO_IOMMU_DIRTY_PAGES``; see :meth:`Type1Calls.kernel_read_dirty`."""
+        self._check_ready()
+        call = _uapi.VfioIommuType1DirtyBitmapGet(
+            flags=_uapi.VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP,
+            iova=bits.start,
+            size=size,
+            pgsize=bits.page_size,
+            bitmap_size=bits.words.nbytes,
+            data=bits.words.ctypes.data,
+        )
+        _uapi.ioctl(self._fd, _uapi.VFIO_IOMMU_DIRTY_PAGES, call)
+
+    def kernel_unmap_dirty(self, bits: DirtyBits, size: int) -> int:
+        """``VFIO_IOMMU_UNMAP_DMA``; see :meth:`Type1Calls.kernel_unmap_dirty`."""
+        self._check_ready()
+        call = _uapi.VfioIommuType1DmaUnmapBitmap(
+            flags=_uapi.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP,
+            iova=bits.start,
+            size=size,
+            pgsize=bits.page_size,
+            bitmap_size=bits.words.nbytes,
+            data=bits.words.ctypes.data,
+        )
         _uapi.ioctl(self._fd, _uapi.VFIO_IOMMU_UNMAP_DMA, call)
         unmapped: int = call.size
         return unmapped
@@ -235,6 +394,21 @@ class VfioType1Target:
     def __repr__(self) -> str:
         groups = ", ".join(map(str, self._groups)) or "none"
         return f"<VfioType1Target {'closed' if self._fd < 0 else f'groups: {groups}'}>"
+
+    def _track(self, on: bool) -> None:
+        self._check_ready()
+        flags = (
+            _uapi.VFIO_IOMMU_DIRTY_PAGES_FLAG_START
+            if on
+            else _uapi.VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP
+        )
+        call = _uapi.VfioIommuType1DirtyBitmap(flags=flags)
+        _uapi.ioctl(self._fd, _uapi.VFIO_IOMMU_DIRTY_PAGES, call)
+
+    def _open_devices(self) -> list[VfioDevice]:
+        return sorted(
+            (device for device in self._devices if not device.closed), key=lambda d: d.address
+        )
 
     def _extension(self, number: int) -> bool:
         return fcntl.ioctl(self._fd, _uapi.VFIO_CHECK_EXTENSION, number) > 0

@@ -22,22 +22,26 @@ import os
 import stat
 import threading
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+import numpy as np
+
 from guestio.addr import ADDRESS_SPACE, IovaRange, Permissions, check_int, check_range
-from guestio.dma.iommufd import map_ioas, unmap_ioas
-from guestio.dma.vfio import IommuInfo, map_type1, unmap_type1
-from guestio.errors import AccessError
+from guestio.dma.dirty import NO_IOMMU_TRACKING, NO_LOG, DirtyBits, DirtySupport, unsupported
+from guestio.dma.iommufd import map_ioas, read_ioas, unmap_dirty_ioas, unmap_ioas
+from guestio.dma.vfio import IommuInfo, map_type1, read_type1, unmap_dirty_type1, unmap_type1
+from guestio.errors import AccessError, DeviceError
 from guestio.memory import Backing
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
     from guestio.dma import DmaMapRequest
+    from guestio.dma.dirty import DirtyWay
 
 Interface = Literal["type1", "iommufd"]
-KernelCall = Literal["map", "map_file", "unmap", "export"]
+KernelCall = Literal["map", "map_file", "unmap", "export", "track", "read_dirty"]
 
 # An Intel IOMMU with 48 bits; between the two ranges lies the window for interrupts.
 X86_RANGES = (IovaRange(0, 0xFEE00000), IovaRange(0xFEF00000, (1 << 48) - 0xFEF00000))
@@ -170,6 +174,8 @@ class _Map:
     writable: bool
     source: _Source
     locked: int
+    # Pages that were written, as the IOMMU's page table has them.
+    dirty: set[int] = field(default_factory=set)
 
     @property
     def end(self) -> int:
@@ -189,6 +195,8 @@ class SimulatedHostIommu:
         locked_limit: RLIMIT_MEMLOCK in bytes for a process without CAP_IPC_LOCK; None for no
             limit.
         linux: The kernel's version; before 6.19 it exports no BARs.
+        tracks: Whether it can tell what devices write. Type1 then counts everything as written
+            that is mapped, as Linux does; iommufd tells exactly what was.
 
     Attributes:
         calls: The kernel's calls so far, those that failed included.
@@ -203,6 +211,7 @@ class SimulatedHostIommu:
         entries: int = ENTRY_LIMIT,
         locked_limit: int | None = None,
         linux: tuple[int, int] = (7, 2),
+        tracks: bool = True,
     ) -> None:
         if interface not in ("type1", "iommufd"):
             raise ValueError(f"interface {interface!r} is neither 'type1' nor 'iommufd'")
@@ -220,6 +229,8 @@ class SimulatedHostIommu:
         self._entries = entries
         self._limit = locked_limit
         self._linux = linux
+        self._can_track = tracks
+        self._tracks = False
         self._maps: dict[int, _Map] = {}
         self._starts: list[int] = []
         self._locked = 0
@@ -260,8 +271,53 @@ class SimulatedHostIommu:
 
     def info(self) -> IommuInfo:
         """Page size, valid addresses and free entries."""
-        left = self._entries - len(self._maps) if self.interface == "type1" else None
-        return IommuInfo(self._page, self._ranges, left)
+        if self.interface == "iommufd":
+            return IommuInfo(self._page, self._ranges, None)
+        left = self._entries - len(self._maps)
+        return IommuInfo(self._page, self._ranges, left, self._can_track)
+
+    def dirty_support(self) -> DirtySupport:
+        """As the real target, of one device."""
+        if not self._can_track:
+            reason = NO_IOMMU_TRACKING if self.interface == "iommufd" else "type1 does not track"
+            return DirtySupport({}, f"simulated: {reason}, and {NO_LOG}")
+        way: DirtyWay = "iommu" if self.interface == "iommufd" else "container"
+        return DirtySupport({"simulated": way}, "")
+
+    def start_dirty_tracking(self, ranges: Sequence[IovaRange]) -> None:
+        """As the real target.
+
+        Raises:
+            ValueError: It is on.
+            DeviceError: It cannot.
+        """
+        del ranges  # only devices' own logs need them
+        if self._tracks:
+            raise ValueError(f"{self!r} tracks already what devices write")
+        support = self.dirty_support()
+        if support.missing:
+            raise unsupported(self, support)
+        try:
+            self.kernel_track(True)
+        except OSError as error:
+            reason = f"{self!r} cannot track what devices write: {error.strerror}"
+            raise DeviceError(reason) from error
+
+    def stop_dirty_tracking(self) -> None:
+        """As the real target."""
+        self.kernel_track(False)
+
+    def read_dirty(self, start: int, size: int, page_size: int) -> DirtyBits | None:
+        """As the real target."""
+        if self.interface == "type1":
+            return read_type1(self, start, size)
+        return read_ioas(self, start, size, page_size)
+
+    def unmap_dirty(self, start: int, size: int, page_size: int) -> DirtyBits | None:
+        """As the real target."""
+        if self.interface == "type1":
+            return unmap_dirty_type1(self, start, size)
+        return unmap_dirty_ioas(self, start, size, page_size)
 
     # What a device does.
 
@@ -294,6 +350,8 @@ class SimulatedHostIommu:
                 part = data[at - iova : at - iova + size]
                 if not found.source.write(at - found.iova, part):
                     raise _gone(at, size, Permissions.WRITE, found)
+                if self._tracks:
+                    found.dirty.update(range(at // self._page, (at + size - 1) // self._page + 1))
 
     # What a test does.
 
@@ -416,6 +474,78 @@ class SimulatedHostIommu:
             made = os.memfd_create("simulated-dma-buf", os.MFD_CLOEXEC)
             self._exports[os.fstat(made).st_ino] = (bar, start, size)
             return made
+
+    def kernel_track(self, on: bool) -> None:
+        """``VFIO_IOMMU_DIRTY_PAGES`` or ``IOMMU_HWPT_SET_DIRTY_TRACKING``.
+
+        Raises:
+            OSError: As the kernel would.
+        """
+        with self._lock:
+            self._enter("track")
+            if on and not self._can_track:
+                raise _error(errno.EOPNOTSUPP)
+            if on and not self._tracks:
+                # A clean start: iopt_set_dirty_tracking().
+                for item in self._maps.values():
+                    item.dirty.clear()
+            self._tracks = on
+
+    def kernel_read_dirty(self, bits: DirtyBits, size: int, *, clear: bool = True) -> None:
+        """``VFIO_IOMMU_DIRTY_PAGES`` or ``IOMMU_HWPT_GET_DIRTY_BITMAP``.
+
+        Raises:
+            OSError: As the kernel would.
+        """
+        with self._lock:
+            self._enter("read_dirty")
+            if self.interface == "type1":
+                self._read_type1(bits, size)
+            else:
+                self._read_ioas(bits, size, clear=clear)
+
+    def kernel_unmap_dirty(self, bits: DirtyBits, size: int) -> int:
+        """``VFIO_IOMMU_UNMAP_DMA`` that also says what was written.
+
+        Raises:
+            OSError: As the kernel would.
+        """
+        with self._lock:
+            self._enter("unmap")
+            if not self._tracks or bits.page_size != self._page:
+                raise _error(errno.EINVAL)
+            gone = self._overlapping(bits.start, size)
+            unmapped = self._unmap_type1(bits.start, size)
+            for item in gone:
+                _set(bits, item.iova, item.size)
+            return unmapped
+
+    def _read_type1(self, bits: DirtyBits, size: int) -> None:
+        # vfio_iova_dirty_bitmap(): whole mappings only, and all of each.
+        start, end = bits.start, bits.start + size
+        if not size or bits.page_size != self._page or (start | size) % self._page:
+            raise _error(errno.EINVAL)
+        found = self._overlapping(start, size)
+        if not self._tracks or any(item.iova < start or item.end > end for item in found):
+            raise _error(errno.EINVAL)
+        for item in found:
+            _set(bits, item.iova, item.size)
+
+    def _read_ioas(self, bits: DirtyBits, size: int, *, clear: bool) -> None:
+        # iopt_read_and_clear_dirty_data(), whose failures past its checks are not told.
+        start, end = bits.start, bits.start + size
+        if not size or (start | end) % max(self._page, bits.page_size):
+            raise _error(errno.EINVAL)
+        at = start
+        for item in self._overlapping(start, size):
+            if not self._tracks or item.iova > at:
+                return
+            at = item.end
+            for page in sorted(item.dirty):
+                if start <= page * self._page < end:
+                    _set(bits, page * self._page, self._page)
+                    if clear:
+                        item.dirty.discard(page)
 
     def _enter(self, call: KernelCall) -> None:
         self.calls += 1
@@ -546,6 +676,13 @@ _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def _set(bits: DirtyBits, start: int, size: int) -> None:
+    first = (start - bits.start) // bits.page_size
+    last = (start + size - 1 - bits.start) // bits.page_size
+    for page in range(first, last + 1):
+        bits.words[page // 64] |= np.uint64(1 << page % 64)
 
 
 def _error(number: int) -> OSError:
