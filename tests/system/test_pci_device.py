@@ -165,7 +165,9 @@ def test_it_is_reset_and_uses_msi_on_pci_express(
     assert result.facts["sum"] == str(SUM)
     assert result.facts["method"].split()[0] == "flr"
     said = log.read_text()
-    messages = int(re.search(r" resets=(\d+)", said)[1])
-    # One at first, one for each message, at least three of the function, one at the end.
-    assert said.count("reset of the function") >= 1 + messages + 3 + 1
+    resets = int(re.search(r" resets=(\d+)", said)[1])
+    # The client's messages, and at least three of the function that the driver asked for.
+    assert resets >= 1 + 3
+    # One at first, and one for each that is counted.
+    assert said.count("reset of the function") >= 1 + resets
     assert re.search(r" interrupts=(\d+)", said)[1] == str(ROUNDS + 1)
