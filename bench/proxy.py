@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.block import BACKEND_CPU, IMAGE_BYTES, LOAD_CPU, START_LIMIT, warn_if_busy
-from guestio.guest.load import cpu_seconds
 
 
 @dataclass
@@ -97,7 +96,8 @@ def measure(case: Case, directory: Path, seconds: float, depth: int, cpus: set[i
             *("--workload", "randread", "--block-size", "4k", "--depth", str(depth)),
             *("--time", str(seconds), "--warm-up", str(seconds / 5)),
         ]
-        before = 0.0 if proxy is None else cpu_seconds(proxy)
+        if proxy is not None:
+            drive += ["--pid", str(proxy)]
         done = subprocess.run(
             ["taskset", "-c", str(LOAD_CPU), sys.executable, *drive],
             capture_output=True,
@@ -106,11 +106,9 @@ def measure(case: Case, directory: Path, seconds: float, depth: int, cpus: set[i
         )
         if done.returncode:
             raise SystemExit(f"{case.name}: {done.stderr.strip()}")
-        result = json.loads(done.stdout)
-        used = 0.0 if proxy is None else cpu_seconds(proxy) - before
+    result = json.loads(done.stdout)
     case.measured.append(result)
-    # The warm-up is a sixth of all.
-    case.cpu_us.append(used * 1e6 / (result["requests"] * 1.2))
+    case.cpu_us.append(0.0 if proxy is None else result["cpu"]["us_per_request"])
 
 
 def show(cases: Sequence[Case], depth: int, console: Console) -> None:
