@@ -22,7 +22,8 @@ Those that any part may raise are here. Those of one part are defined there, whi
     ├── DeviceError                 a device cannot be built or cannot do what it was asked
     │   ├── DeviceMethodError       a method of the device raised something else
     │   ├── ServerGoneError         vfio_user.exchange: the connection to a server has ended
-    │   └── DeviceRestartedError    vfio_user.client: it is another server's device now
+    │   ├── DeviceRestartedError    vfio_user.client: it is another server's device now
+    │   └── NotReplayableError      observe.script: a recording lacks what its requests carried
     ├── DmaError                    dma.target: a DMA target refused or failed
     ├── ReentrantCallError          dma.changes: a DMA target called its manager back
     ├── ExportError                 iommu.mapper: memory cannot be exported, or no more

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from guestio.observe import open_recording
 from lab.guest import MIB, GuestResult, Script, VhostUserDisk, Viommu
 from lab.reloads import served
