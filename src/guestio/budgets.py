@@ -360,6 +360,14 @@ CONTROL_EXPLAIN_BYTES = 1 << 20
 """Bytes of a range that is explained at once; a longer one is refused (400)."""
 CONTROL_RECALL_SECONDS = 600.0
 """Seconds after the last question about an address for which translations are recorded."""
+CONTROL_HEAT_SECONDS = 5.0
+"""Seconds after the last survey with hits for which requests are recorded."""
+CONTROL_SURVEY_PARTS = 4096
+"""Parts of a survey of addresses; one with more is refused (400)."""
+CONTROL_SURVEY_ENTRIES = 64
+"""Mappings that a survey looks at in each part; what comes after them in it is not looked at."""
+CONTROL_RELAY_BYTES = 65536
+"""Bytes of a request's body that `guestio inspect` passes on; a longer one is refused (413)."""
 CONTROL_END_SECONDS = 1.0
 """Seconds that the end of a server waits for its control thread."""
 

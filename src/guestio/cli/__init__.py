@@ -17,6 +17,7 @@ from guestio.cli.explain import explain
 from guestio.cli.extcap import extcap
 from guestio.cli.faults import faults
 from guestio.cli.input import input_
+from guestio.cli.inspect import inspect
 from guestio.cli.net import net
 from guestio.cli.nvme import nvme
 from guestio.cli.proxy import proxy
@@ -66,6 +67,7 @@ for _command in (
     extcap,
     faults,
     input_,
+    inspect,
     net,
     nvme,
     proxy,

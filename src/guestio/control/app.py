@@ -17,10 +17,12 @@ from starlette.routing import Route
 from guestio.budgets import CONTROL_EVENTS, CONTROL_STREAMS, FAULT_RULE_CHARS
 from guestio.control import metrics
 from guestio.control.explain import access_text
+from guestio.control.page import is_page, page_routes
 from guestio.control.rates import Rates
 from guestio.control.recall import Recall
 from guestio.control.record import groups_of, record_stream
-from guestio.control.status import Observed, Switchable
+from guestio.control.status import Observed, rules_of
+from guestio.control.survey import add_history
 from guestio.errors import GuestioError
 from guestio.trace import Group, Records, TraceReader, Tracing, What
 
@@ -29,6 +31,9 @@ STREAM_STEP: Final = 0.1
 
 STREAM_QUIET: Final = 50
 """Looks without events after which a line is sent, so that a client that is gone is noticed."""
+
+MAP_NUMBERS: Final = ("address", "length", "parts")
+"""What a survey is asked with."""
 
 LOCAL_NAMES: Final = ("localhost", "127.0.0.1", "::1")
 
@@ -69,6 +74,23 @@ def make_app(
         except (ValueError, GuestioError) as error:
             return _refused(400, str(error))
 
+    async def map_(request: Request) -> Response:
+        wanted = request.query_params
+        try:
+            address, length, parts = (int(wanted[name], 0) for name in MAP_NUMBERS)
+            found = observed.survey(address, length, parts, memory=wanted.get("of") == "memory")
+        except KeyError as error:
+            return _refused(400, f"{error} is missing: /map?address=0&length=0x100000&parts=256")
+        except (ValueError, GuestioError) as error:
+            return _refused(400, str(error))
+        add_history(
+            found,
+            observed.status()["device"]["origin"],
+            recorded_s=recall.ask() if "age" in wanted else None,
+            uses_s=recall.ask_uses() if "hits" in wanted else None,
+        )
+        return JSONResponse(found)
+
     async def events(request: Request) -> Response:
         try:
             groups, kinds = _chosen(request)
@@ -84,7 +106,7 @@ def make_app(
         )
 
     async def record(request: Request) -> Response:
-        if _is_foreign(request):
+        if is_foreign(request):
             return _refused(403, "a page of another site asks for this")
         try:
             groups = groups_of(request.query_params.get("payload", "none"))
@@ -99,10 +121,10 @@ def make_app(
         )
 
     async def fault(request: Request) -> Response:
-        rules = switchable(observed)
+        rules = rules_of(observed)
         if rules is None:
             return _refused(404, "this server obeys no rules: start it with --fault none")
-        if _is_foreign(request):
+        if is_foreign(request):
             return _refused(403, "a page of another site asks for this")
         try:
             if request.method == "POST":
@@ -121,16 +143,20 @@ def make_app(
             Route("/status", status),
             Route("/metrics", metric),
             Route("/explain", explain),
+            Route("/map", map_),
             Route("/events", events),
             Route("/record", record, methods=["POST"]),
             Route("/fault", fault, methods=["GET", "POST", "DELETE"]),
+            *page_routes(),
         ],
         exception_handlers={Exception: failed},
     )
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            refusal = _check(Request(scope), token, local=local)
+            # The page is the same everywhere, and asks for the token.
+            needed = None if is_page(scope["path"]) else token
+            refusal = check_allowed(Request(scope), needed, local=local)
             if refusal is not None:
                 await refusal(scope, receive, send)
                 return
@@ -143,18 +169,10 @@ def _refused(status: int, why: str) -> Response:
     return PlainTextResponse(f"{why}\n", status_code=status)
 
 
-def _is_foreign(request: Request) -> bool:
+def is_foreign(request: Request) -> bool:
     """Whether a page of another site asks: a browser says so where something is changed."""
     page = request.headers.get("origin", "").partition("://")[2]
     return page not in ("", request.headers.get("host"))
-
-
-def switchable(observed: Observed) -> Switchable | None:
-    """The rules that a server, or its device, misbehaves by; None of one that does not."""
-    found = getattr(observed, "faults", None) or getattr(
-        getattr(observed, "device", None), "faults", None
-    )
-    return found if isinstance(found, Switchable) else None
 
 
 async def _text(request: Request) -> str:
@@ -171,7 +189,7 @@ async def _text(request: Request) -> str:
     return found.decode()
 
 
-def _check(request: Request, token: str | None, *, local: bool) -> Response | None:
+def check_allowed(request: Request, token: str | None, *, local: bool) -> Response | None:
     """What a request that may not be answered is answered; None if it may."""
     if local:
         host = request.headers.get("host", "")

@@ -242,8 +242,61 @@ class Status(TypedDict):
     """Written pages."""
     budgets: dict[str, Budget]
     """Limits."""
+    rules: int | None
+    """Rules that the device misbehaves by at this moment, see ``/fault``; null if it obeys none."""
     trace: Trace
     """Tracepoints."""
+
+
+class Cells(TypedDict):
+    """Those parts of a survey in which something is mapped, as columns of equal length."""
+
+    index: list[int]
+    """Which part, from 0; ascending."""
+    entries: list[int]
+    """Mappings that lie in it, of those that were looked at."""
+    mapped_bytes: list[int]
+    """Bytes that they map."""
+    unseen_bytes: list[int]
+    """Bytes at its end that were not looked at, since so many mappings came before."""
+    access: list[str]
+    """What is allowed: ``r``, ``w``, ``rw``, or several of them, as in ``r+rw``."""
+    address: list[int]
+    """The first mapped address in it."""
+    target: list[int]
+    """Where that leads to."""
+
+
+class Survey(TypedDict):
+    """What a range of addresses has, in equal parts."""
+
+    address: int
+    """Where the range begins."""
+    length_bytes: int
+    """How long it is."""
+    parts: int
+    """How many parts it has."""
+    translated: bool
+    """Whether there is an IOMMU in front; otherwise, and of memory, addresses are physical."""
+    entries: int
+    """Mappings, or pieces of memory, in all."""
+    extent: tuple[int, int] | None
+    """The first and the last address of all of them."""
+    cells: Cells
+    """The parts that are not empty."""
+    recorded_s: float
+    """For how long changes of translations have been recorded; 0 if that begins with this
+    question."""
+    age_s: list[float | None] | None
+    """For each cell, how long ago something was mapped in it last, as far as that is still in a
+    ring of records. null unless asked for."""
+    hits: list[int] | None
+    """For each cell, how many buffers of requests touched it, of those in the rings of records.
+    null unless asked for."""
+    hits_s: float
+    """The seconds that these hits are from; 0 if none was recorded."""
+    dirty_pages: list[int] | None
+    """For each cell, pages that the device has written in it. null unless they are counted."""
 
 
 class Recorded(TypedDict):

@@ -54,6 +54,12 @@ class Observed(Protocol):
         """What an address of the device leads to."""
         ...
 
+    def survey(
+        self, address: int, length: int, parts: int, *, memory: bool = False
+    ) -> schema.Survey:
+        """What a range of the device's addresses, or of memory, has in equal parts."""
+        ...
+
 
 @runtime_checkable
 class Switchable(Protocol):
@@ -70,6 +76,14 @@ class Switchable(Protocol):
     def counts(self) -> Sequence[Any]:
         """The rules in force, as named tuples: number, rule, matched, struck."""
         ...
+
+
+def rules_of(server: object) -> Switchable | None:
+    """The rules that a server, or its device, misbehaves by; None of one that does not."""
+    found = getattr(server, "faults", None) or getattr(
+        getattr(server, "device", None), "faults", None
+    )
+    return found if isinstance(found, Switchable) else None
 
 
 _QUANTILES: Final = (("p50_s", 0.5), ("p90_s", 0.9), ("p99_s", 0.99), ("p999_s", 0.999))
@@ -237,6 +251,7 @@ class Source:
         queues: list[schema.Queue],
         budgets: dict[str, schema.Budget],
         seen: Seen,
+        rules: Switchable | None,
     ) -> schema.Status:
         """A status.
 
@@ -247,6 +262,7 @@ class Source:
             queues: Its queues.
             budgets: Its limits.
             seen: What is known of the peer.
+            rules: Those that it obeys, or its device does.
         """
         now = time.monotonic()
         device = self._device.copy()
@@ -270,6 +286,7 @@ class Source:
             "faults": {name: counts[name] for name in faults if name in counts},
             "dirty": seen.dirty,
             "budgets": budgets | seen.budgets,
+            "rules": None if rules is None else len(rules.counts()),
             "trace": trace_status(),
         }
 

@@ -8,7 +8,7 @@ import socket
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
-from guestio.control.schema import Explanation, Status
+from guestio.control.schema import Explanation, Status, Survey
 from guestio.peer.server import PeerServer
 
 if TYPE_CHECKING:
@@ -75,6 +75,25 @@ class WatchedServer(PeerServer):
 
         Raises:
             InvalidAddressError: The range is empty, too long, or passes 2**64.
+        """
+
+    @abstractmethod
+    def survey(self, address: int, length: int, parts: int, *, memory: bool = False) -> Survey:
+        """What a range of addresses has, in equal parts, as ``/map`` shows it; without history.
+
+        From any thread; a change of the mappings waits for a few microseconds at most.
+
+        Args:
+            address: Where the range begins.
+            length: Bytes, a multiple of ``parts``; up to ``2**64``.
+            parts: How many parts, 2 to 4096.
+            memory: Whether the addresses are those of the memory that is shared, as ``/status``
+                lists it, rather than those that the device's driver uses.
+
+        Raises:
+            InvalidAddressError: The range is empty, passes 2**64, or has no such parts.
+
+        Cost: O(parts * log(mappings)), and for memory O(pages that are counted / 64).
         """
 
     def close(self) -> None:

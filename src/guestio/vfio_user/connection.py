@@ -24,8 +24,9 @@ from guestio.budgets import (
     TURN_SECONDS,
 )
 from guestio.control.explain import explain_iotlb
-from guestio.control.schema import Explanation, Peer
+from guestio.control.schema import Explanation, Peer, Survey
 from guestio.control.status import Seen, budget, iotlb_status, peer_status
+from guestio.control.survey import survey_memory, survey_of
 from guestio.dma.device import kind_name
 from guestio.errors import BackingError, ProtocolError
 from guestio.pci.host import PciHost
@@ -715,3 +716,10 @@ class Connection(PeerConnection[Header]):
         return explain_iotlb(
             self._dma.iotlb, address, length, origin=self._host.origin, pending=False
         )
+
+    def survey(self, address: int, length: int, parts: int, *, memory: bool) -> Survey:
+        """What a range of addresses has, in equal parts. From any thread, without waiting."""
+        if memory:
+            files = [(start, size, None) for start, size in self._dma.files()]
+            return survey_memory(files, address, length, parts)
+        return survey_of(self._dma.iotlb._map, address, length, parts, translated=True)

@@ -11,7 +11,8 @@ from guestio.addr import check_int, check_seconds
 from guestio.budgets import DMA_REVOKE_AFTER, LONGEST_TIMEOUT, MAX_WAITING
 from guestio.control import schema
 from guestio.control.explain import check_explained, explain_range
-from guestio.control.status import FAULTS, Seen, Source, budget, host_queues
+from guestio.control.status import FAULTS, Seen, Source, budget, host_queues, rules_of
+from guestio.control.survey import check_surveyed, survey_memory
 from guestio.control.watched import WatchedServer
 from guestio.errors import naming
 from guestio.pci.device import PciDevice, check_device
@@ -147,6 +148,7 @@ class Server(WatchedServer):
             queues=[] if host is None else host_queues(host),
             budgets=budgets,
             seen=connection.seen(host) if isinstance(connection, Connection) else Seen(),
+            rules=rules_of(self),
         )
 
     def explain(self, address: int, length: int = 1) -> schema.Explanation:
@@ -156,3 +158,13 @@ class Server(WatchedServer):
         if isinstance(connection, Connection) and not connection.closed:
             return connection.explain(address, length)
         return explain_range(address, length, [], origin=self._host.origin, translated=True)
+
+    def survey(
+        self, address: int, length: int, parts: int, *, memory: bool = False
+    ) -> schema.Survey:
+        """See :class:`~guestio.control.watched.WatchedServer`."""
+        check_surveyed(address, length, parts)
+        connection = self._connection
+        if isinstance(connection, Connection) and not connection.closed:
+            return connection.survey(address, length, parts, memory=memory)
+        return survey_memory([], address, length, parts)

@@ -12,7 +12,8 @@ from guestio.addr import check_int, check_seconds
 from guestio.budgets import LONGEST_TIMEOUT, MAX_WAITING, STOP_TIMEOUT
 from guestio.control import schema
 from guestio.control.explain import check_explained, explain_range
-from guestio.control.status import FAULTS, Seen, Source, budget, host_queues
+from guestio.control.status import FAULTS, Seen, Source, budget, host_queues, rules_of
+from guestio.control.survey import check_surveyed, survey_memory
 from guestio.control.watched import WatchedServer
 from guestio.errors import naming
 from guestio.vhost_user.channel import Channel
@@ -182,6 +183,7 @@ class Backend(WatchedServer):
                 "waiting_front_ends": budget(len(self._waiting), MAX_WAITING),
             },
             seen=seen,
+            rules=rules_of(self),
         )
 
     def explain(self, address: int, length: int = 1) -> schema.Explanation:
@@ -191,3 +193,13 @@ class Backend(WatchedServer):
         if isinstance(connection, Connection) and not connection.closed:
             return connection.explain(address, length)
         return explain_range(address, length, [], origin=self._host.origin, translated=False)
+
+    def survey(
+        self, address: int, length: int, parts: int, *, memory: bool = False
+    ) -> schema.Survey:
+        """See :class:`~guestio.control.watched.WatchedServer`."""
+        check_surveyed(address, length, parts)
+        connection = self._connection
+        if isinstance(connection, Connection) and not connection.closed:
+            return connection.survey(address, length, parts, memory=memory)
+        return survey_memory([], address, length, parts)

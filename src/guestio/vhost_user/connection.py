@@ -16,8 +16,9 @@ from guestio._core.virtio.split import area_bytes
 from guestio.addr import Permissions
 from guestio.budgets import COPY_GRACE
 from guestio.control.explain import explain_range
-from guestio.control.schema import Explanation
+from guestio.control.schema import Explanation, Survey
 from guestio.control.status import Seen, budget, peer_status
+from guestio.control.survey import survey_memory, survey_of
 from guestio.errors import DeviceError, ProtocolError, QueueError
 from guestio.memory import AtomicBitmap
 from guestio.peer.connection import PeerConnection
@@ -564,3 +565,13 @@ class Connection(PeerConnection[Header]):
             if region.guest_addr < address + length and address < region.guest_addr + region.size
         ]
         return explain_range(address, length, mappings, origin=self._host.origin, translated=False)
+
+    def survey(self, address: int, length: int, parts: int, *, memory: bool) -> Survey:
+        """What a range of addresses has, in equal parts. From any thread, without waiting."""
+        if self.translating and not memory:
+            table = self._translator.iotlb._map
+            return survey_of(table, address, length, parts, translated=True)
+        regions = [(region.start, region.size, region.bitmap) for region in self._shared.memory]
+        if not self._shared.tracks_dirty:
+            regions = [(start, size, None) for start, size, _ in regions]
+        return survey_memory(regions, address, length, parts)

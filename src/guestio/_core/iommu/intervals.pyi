@@ -49,6 +49,9 @@ class IntervalMap:
         access: Permissions,
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]: ...
     def overlapping(self, start: int, length: int) -> list[tuple[int, int, int, Permissions]]: ...
+    def survey(
+        self, start: int, length: int, parts: int, most: int
+    ) -> tuple[npt.NDArray[np.uint64], tuple[int, int] | None]: ...
     def neighbours(
         self, addr: int
     ) -> tuple[

@@ -40,6 +40,10 @@ from guestio._core.iommu.tree cimport (
 from guestio.addr import IovaRange, MappedRange, Permissions
 from guestio.errors import IotlbFails
 
+cdef enum:
+    SURVEY_COLUMNS = 6
+    SURVEY_PARTS = 64  # parts of a survey between which others may change the map
+
 cdef u64 last_generation = 0
 
 
@@ -580,6 +584,55 @@ cdef class IntervalMap:
         finally:
             close_pieces(&found)
 
+    def survey(self, start, length, parts, most):
+        """What is mapped in each of equal parts of a range, without going through all of it.
+
+        Args:
+            start: First address.
+            length: Bytes, greater than 0; a multiple of ``parts``.
+            parts: How many, 2 or more.
+            most: Entries that are looked at in a part; 1 or more.
+
+        Returns:
+            ``(rows, extent)``. A row of 64-bit numbers for each part: entries, bytes that they map,
+            bytes at its end that were not looked at because ``most`` entries came before, a bit
+            ``1 << perm`` for each kind of permission, the first address that is mapped and its
+            target. The extent is the first and the last address of all mappings, or None.
+
+        It counts as no lookup and is no use of an entry. The parts are not of one moment: a change
+        waits for SURVEY_PARTS of them at most, and lookups do not wait.
+
+        Cost: O(parts * (log n + most)); the GIL is released.
+        """
+        cdef Span span
+        cdef size_t count = as_size(parts, "parts"), limit = as_size(most, "most"), begin = 0, end
+        cdef u64 size, low = 0, high = 0
+        cdef Cursor last
+        cdef bint mapped = False
+        cdef IntervalMap source = self.source  # keeps it, whatever this map follows meanwhile
+        cdef Mappings *at = self.at
+        as_span(start, length, &span, False)
+        if count < 2 or not limit:
+            raise ValueError(f"a survey has 2 parts or more, of 1 entry or more: {parts}, {most}")
+        size = (span.last - span.first) // count + 1
+        if size * (count - 1) + (size - 1) != span.last - span.first:
+            raise ValueError(f"{length:#x} bytes are not {parts} equal parts")
+        rows = np.zeros((count, SURVEY_COLUMNS), np.uint64)
+        cdef u64[:, ::1] view = rows
+        with nogil:
+            while begin < count:
+                end = min(begin + SURVEY_PARTS, count)
+                pthread_rwlock_rdlock(&at.lock)
+                survey_parts(&at.tree, span.first, size, begin, end, limit, &view[0, 0])
+                if end == count:
+                    last = floor_of(&at.tree, UINT64_MAX)
+                    if last.leaf is not NULL:
+                        mapped = True
+                        low, high = at.tree.first_leaf.head.key[0], last.leaf.entry[last.index].last
+                pthread_rwlock_unlock(&at.lock)
+                begin = end
+        return rows, (low, high) if mapped else None
+
     def neighbours(self, addr):
         """The mapping before and the one after ``addr``, as in :meth:`overlapping`, or None each.
 
@@ -717,6 +770,39 @@ def users_of(dict maps, start, length):
     cdef IntervalMap map
     as_span(start, length, &span, False)
     return [map for map in maps.values() if map.leases.used(span.first, span.last)]
+
+
+cdef void survey_parts(
+    const Tree *tree, u64 first, u64 size, size_t part, size_t end, size_t most, u64 *rows
+) noexcept nogil:
+    """Fill the rows of some parts; they are zeroed. Plain C under the map's lock."""
+    cdef Cursor at
+    cdef Entry *entry
+    cdef u64 *row
+    cdef u64 low, high, start
+    while part < end:
+        low = first + part * size
+        high = low + (size - 1)
+        at = ceiling_of(tree, low)
+        if at.leaf is NULL:
+            return
+        if at.leaf.head.key[at.index] > high:
+            # Nothing is mapped up to there.
+            part = <size_t>min((at.leaf.head.key[at.index] - first) // size, <u64>end)
+            continue
+        row = rows + part * SURVEY_COLUMNS
+        while at.leaf is not NULL and at.leaf.head.key[at.index] <= high:
+            start, entry = max(at.leaf.head.key[at.index], low), &at.leaf.entry[at.index]
+            if row[0] == most:
+                row[2] = high - start + 1
+                break
+            if not row[0]:
+                row[4], row[5] = start, start + entry.delta
+            row[0] += 1
+            row[1] += min(entry.last, high) - start + 1
+            row[3] |= <u64>1 << entry.perm
+            step(&at)
+        part += 1
 
 
 cdef list list_of_mappings(const Pieces *pieces):

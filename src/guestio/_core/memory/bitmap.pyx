@@ -8,7 +8,7 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 from guestio._core.base.naming cimport publish_type
-from guestio._core.base.checks cimport Span, as_address, as_span, u64
+from guestio._core.base.checks cimport Span, as_address, as_size, as_span, u64
 from guestio._core.base.capacity cimport GUESTIO_ASSERT, HARVEST_WORDS
 from guestio._core.trace.tracepoints cimport (
     LIFE, TraceRecord, WHAT_HARVEST, trace, trace_record, tracing,
@@ -503,6 +503,46 @@ cdef class AtomicBitmap:
                 tail -= 1
                 taken[tail] = take_bits(&self.word[at + tail], word_mask(at + tail, first, last))
             take_words(&self.word[at + head], taken + head, tail - head)
+
+    def counts(self, start, length, parts):
+        """How many dirty pages each of equal parts of a byte range touches.
+
+        Args:
+            start: First byte of the range.
+            length: Bytes, greater than 0; a multiple of ``parts``. What is beyond the bitmap is
+                never dirty.
+            parts: How many, 1 or more.
+
+        Returns:
+            A ``uint64`` array.
+
+        Cost: O(pages / 64 + parts) at memory speed; the GIL is released.
+        """
+        cdef Span span
+        cdef size_t count = as_size(parts, "parts"), part
+        cdef u64 size, low, first, last, i, total
+        as_span(start, length, &span, False)
+        if not count:
+            raise ValueError("a range has 1 part or more")
+        size = (span.last - span.first) // count + 1
+        if (size - 1) + size * (count - 1) != span.last - span.first:
+            raise ValueError(f"{length:#x} bytes are not {parts} equal parts")
+        found = np.zeros(count, np.uint64)
+        cdef u64[::1] view = found
+        with nogil:
+            pthread_rwlock_rdlock(&self.lock)
+            for part in range(count):
+                low = span.first + part * size
+                first = low // self.page_size
+                if first >= self.pages:
+                    break
+                last = min((low + (size - 1)) // self.page_size, self.pages - 1)
+                total = 0
+                for i in range(first >> 6, (last >> 6) + 1):
+                    total += count_bits(peek_word(&self.word[i]) & word_mask(i, first, last))
+                view[part] = total
+            pthread_rwlock_unlock(&self.lock)
+        return found
 
     def count(self):
         """How many pages are dirty."""

@@ -14,7 +14,8 @@ from typing import Final, Literal
 from guestio.budgets import MAX_WAITING, PROXY_LOOK
 from guestio.control import schema
 from guestio.control.explain import check_explained, explain_range
-from guestio.control.status import Seen, Source, budget, queue_status
+from guestio.control.status import Seen, Source, budget, queue_status, rules_of
+from guestio.control.survey import check_surveyed, survey_memory
 from guestio.control.watched import WatchedServer
 from guestio.errors import DeviceError
 from guestio.faults.misbehavior.force import Faults
@@ -374,6 +375,7 @@ class Proxy(WatchedServer):
             ],
             budgets={"waiting_front_ends": budget(len(self._waiting), MAX_WAITING)},
             seen=seen,
+            rules=rules_of(self),
         )
         status["device"]["device_id"] = self.device_id or None
         return status
@@ -385,3 +387,13 @@ class Proxy(WatchedServer):
         if isinstance(connection, ProxyConnection) and not connection.closed:
             return connection.explain(address, length)
         return explain_range(address, length, [], origin=self.origin, translated=False)
+
+    def survey(
+        self, address: int, length: int, parts: int, *, memory: bool = False
+    ) -> schema.Survey:
+        """See :class:`~guestio.control.watched.WatchedServer`."""
+        check_surveyed(address, length, parts)
+        connection = self._connection
+        if isinstance(connection, ProxyConnection) and not connection.closed:
+            return connection.shadow.survey(address, length, parts, memory=memory)
+        return survey_memory([], address, length, parts)

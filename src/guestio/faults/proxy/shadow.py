@@ -15,7 +15,8 @@ from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.virtio.split import area_bytes
 from guestio.addr import ADDRESS_SPACE, Permissions
 from guestio.control.explain import explain_iotlb, explain_range
-from guestio.control.schema import Explanation
+from guestio.control.schema import Explanation, Survey
+from guestio.control.survey import survey_memory, survey_of
 from guestio.errors import GuestioError, ProtocolError
 from guestio.faults.proxy.queue import ProxyQueue, RingPlace
 from guestio.iommu import Iotlb
@@ -198,6 +199,13 @@ class Shadow:
             if region.guest_addr < address + length and address < region.guest_addr + region.size
         ]
         return explain_range(address, length, mappings, origin=self._origin, translated=False)
+
+    def survey(self, address: int, length: int, parts: int, *, memory: bool) -> Survey:
+        """What a range of addresses has, in equal parts. From any thread, without waiting."""
+        if self.translating and not memory:
+            return survey_of(self.translations._map, address, length, parts, translated=True)
+        regions = [(region.guest_addr, region.size, None) for region in self._shared.regions]
+        return survey_memory(regions, address, length, parts)
 
     def close(self) -> None:
         """Let go of everything. Calling it again does nothing."""
