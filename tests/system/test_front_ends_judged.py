@@ -69,8 +69,13 @@ def passed(report: Any) -> set[str]:
 DRIVEN = {"avail.head-free", "desc.order", "indirect.chain", "notify.sent", "blk.capacity"}
 
 
-@pytest.mark.parametrize("qemu", ["debian", "new"])
-@pytest.mark.parametrize("viommu", [Viommu.NONE, Viommu.VIRTIO], ids=["none", "virtio"])
+@pytest.mark.parametrize(
+    ("viommu", "qemu"),
+    [
+        pytest.param(Viommu.NONE, "debian", id="none-debian"),
+        pytest.param(Viommu.VIRTIO, "new", id="virtio-new"),
+    ],
+)
 def test_qemu_and_linux(
     viommu: Viommu, qemu: str, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
