@@ -250,6 +250,8 @@ def connected(files: Sequence[str]) -> Iterator[duckdb.DuckDBPyConnection]:
         )
         try:
             quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in files)
+            # It would go to standard output, between the lines of the report.
+            connection.execute("SET enable_progress_bar = false")
             make_views(connection, f"read_parquet([{quoted}], hive_partitioning = false)")
             yield connection
         finally:
@@ -266,6 +268,7 @@ def merge(parts: Sequence[dict[str, pa.Table]]) -> dict[str, list[dict[str, Any]
     found = {}
     connection = duckdb.connect()
     try:
+        connection.execute("SET enable_progress_bar = false")
         for name, query in QUERIES.items():
             together = pa.concat_tables([part[name] for part in parts])
             connection.register("part", together)
