@@ -22,6 +22,7 @@ from guestio.faults.link import Link
 from guestio.faults.outcomes import HungUpError
 from guestio.faults.proxy import AddonError, Proxy, connection
 from guestio.faults.proxy.exchange import Exchange
+from guestio.observe import Recorder, open_recording
 from guestio.trace import Group, TraceReader, Tracing, What
 from guestio.vhost_user.messages import (
     FrontendRequest,
@@ -189,6 +190,21 @@ def test_every_question_is_answered_as_without_a_proxy(serving: Serving, front: 
             answers.append(found)
         assert answers[0] == answers[1]
         assert proxying.stats.violations == 0
+
+
+def test_what_passes_is_recorded(serving: Serving, front: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recording"
+    with (
+        Proxying(front, serving.path, device="rng", notifications="between") as proxying,
+        Recorder(proxying.proxy, file),
+        Driver(front) as driver,
+    ):
+        for _ in range(20):
+            driver.run(0, b"recorded")
+    with open_recording(file) as recording:
+        requests = recording.requests()
+        assert requests.num_rows == 20
+        assert set(requests["readable"].to_pylist()) == {8}
 
 
 # Ends
