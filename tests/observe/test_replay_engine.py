@@ -306,6 +306,34 @@ def test_another_answer_is_a_difference(tmp_path: Path) -> None:
     assert "status 0, recorded 1" in text
 
 
+class Forgetful(BlockDevice):
+    """A disk that writes no data after the first read, and says that it did."""
+
+    reads = 0
+
+    def process(self, queue: int, chain: Any) -> Any:
+        self.reads += 1
+        if self.reads > 1:
+            chain.writable.write(b"\0", 512)
+            return 513
+        return super().process(queue, chain)
+
+
+def test_what_was_there_before_is_no_answer(tmp_path: Path) -> None:
+    """Two reads of a sector into the same buffer, of which the second is not written."""
+    made = Tape(10, iommu=False)
+    first = made.request(IN, 3, 1, made.now, made.now + 5)
+    second = made.request(IN, 3, 1, made.now + 10, made.now + 15)
+    second.readable, second.writable = first.readable, first.writable
+    (tmp_path / "image").write_bytes(made.start)
+    device = Forgetful(tmp_path / "image")
+    with serving(device) as path:
+        result = play(made.script(), path)
+    device.close()
+    assert [(each.number, each.what) for each in result.differences] == [(1, "data")]
+    assert "a5 a5" in result.differences[0].replayed
+
+
 class Silent(Device):
     """Answers the first requests of a disk, then none."""
 
