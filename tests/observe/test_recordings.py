@@ -20,9 +20,11 @@ from guestio.errors import DeviceError
 from guestio.guest.load import Load
 from guestio.guest.plan import LoadPlan
 from guestio.observe import Recorder, open_recording, xxh64
+from guestio.pci import VirtioPci
 from guestio.trace import Group, What, wanted
 from guestio.virtio.blk import BlockDevice
 from tests.kit.serving import Serving, nothing_left, until
+from tests.kit.vfio_client import ServingPci
 
 SIZE = 4 << 20
 REQUESTS = 300
@@ -115,6 +117,35 @@ def test_what_requests_carry_is_recorded(tmp_path: Path, payload: Any) -> None:
         assert sum(each["length"] for each in row["read_pieces"]) == row["readable"] == 16
         assert sum(each["length"] for each in row["write_pieces"]) == row["writable"]
         assert row["read_pieces"][0]["address"] == row["address"]
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_disk_over_vfio_user_is_recorded(tmp_path: Path, outside: bool) -> None:
+    image, path = tmp_path / "image", tmp_path / "recording"
+    image.write_bytes(bytes(SIZE))
+    device = BlockDevice(image)
+    socket_, control = tmp_path / "disk.sock", tmp_path / "control"
+    try:
+        with ServingPci(VirtioPci(device), socket_, control=control) as serving:
+            source: Any = control if outside else serving.server
+            plan = LoadPlan(workload="randrw", depth=8)
+            with (
+                Recorder(source, path) as recorder,
+                Load(os.fspath(socket_), plan, transport="vfio-user") as load,
+            ):
+                result = load.run_requests(REQUESTS)
+                time.sleep(0.2)
+            assert recorder.ended is None
+            maps = ControlClient(control).status()["counts"]["dma_maps"]
+    finally:
+        device.close()
+    with open_recording(path) as recording:
+        assert recording.description["lost"] == 0
+        assert recording.description["device"]["transport"] == "vfio-user"
+        operations = recording.requests()["operation"].to_pylist()
+        assert counts(recording.translations(), What.DMA_MAP) == maps
+    assert len(operations) == REQUESTS
+    assert operations.count("read") == result.reads
 
 
 def test_a_recording_ends_at_its_limit_and_the_disk_goes_on(tmp_path: Path) -> None:
