@@ -304,6 +304,22 @@ def test_descriptors_that_are_none_are_refused_and_closed(serving: Serving, fron
         proxying.check_serves()
 
 
+def test_what_cannot_be_followed_is_not_offered(front: Path, back: Path) -> None:
+    with nothing_left(), HandBackend(back) as hand, Proxying(front, back) as proxying:
+        link = Link.connect(str(front), PATIENCE)
+        hand.accept()
+        link.request(F.GET_PROTOCOL_FEATURES)
+        with hand.receive():
+            pass
+        hand.reply(F.GET_PROTOCOL_FEATURES, (1 << 24) - 1)
+        hidden = (
+            ProtocolFeature.PAGEFAULT | ProtocolFeature.XEN_MMAP | ProtocolFeature.GPA_ADDRESSES
+        )
+        assert link.receive().u64 == ((1 << 24) - 1) & ~int(hidden)
+        link.close()
+        proxying.let_go()
+
+
 # Rules that are broken
 
 
