@@ -334,7 +334,7 @@ async function look() {
     if (needed) return;
     if (!(error instanceof Refused || error instanceof TypeError || error instanceof DOMException)) console.error(error);
   }
-  again(Math.min(EVERY * Math.max(failures, 1), 5 * EVERY));
+  again(Math.min(EVERY * Math.max(failures, 1), 2 * EVERY));
 }
 
 function again(after) {

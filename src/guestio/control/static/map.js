@@ -383,6 +383,8 @@ export class AddressMap {
   describe(known) {
     const steps = [];
     for (let bits = 64; bits > this.bits; bits -= ZOOM_BITS) steps.push(bits);
+    // All of it, and the nearest ones.
+    steps.splice(1, Math.max(steps.length - 4, 0));
     this.path.replaceChildren(...steps.map((bits) => {
       const made = element("button", { type: "button", textContent: bytes(1n << BigInt(bits)) });
       made.setAttribute("aria-label", `Zoom out to ${bytes(1n << BigInt(bits))}`);

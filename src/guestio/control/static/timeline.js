@@ -24,6 +24,7 @@ export class Timeline {
     this.parts = parts; // {frame, none, key, read, note, capture, follow}
     this.clear();
     this.stop = null;
+    this.used = false; // whether anything was captured, or followed
     this.span = null; // seconds from the end that are shown; null for all
     canvas.addEventListener("keydown", (event) => this.key(event));
     canvas.addEventListener("click", (event) => this.click(event));
@@ -37,7 +38,7 @@ export class Timeline {
     const seen = new IntersectionObserver(([entry]) => {
       if (!entry.isIntersecting || document.documentElement.dataset.state !== "live") return;
       seen.disconnect();
-      if (!this.stop) this.listen(false);
+      if (!this.used) this.listen(false);
     });
     seen.observe(parts.frame.parentElement);
   }
@@ -62,6 +63,7 @@ export class Timeline {
   }
 
   async listen(follow) {
+    this.used = true;
     this.end();
     this.clear();
     const stop = this.stop = new AbortController();
