@@ -11,7 +11,7 @@ from lab.vfio import VfioKernel, guest_for, iommufd_kernel, stock_kernel
 HERE = Path(__file__).parent
 PER_INTERFACE = 22
 # With the devices of the kernel's own test of iommufd.
-MOCKED = 10
+MOCKED = 11
 
 pytestmark = pytest.mark.system
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from guestio import AtomicBitmap, Backing, DeviceError
+from guestio import AtomicBitmap, Backing, DeviceError, MmapRegion
 from guestio.dma import IommufdTarget, RegionManager
 from guestio.dma.dirty import DirtyBits, words_for
 from tests.vfio_lab.mock_device import APERTURE, APERTURE_END, PAGE, MockDevice
@@ -26,7 +26,17 @@ def target() -> Iterator[IommufdTarget]:
 
 @pytest.fixture
 def memory() -> Iterator[Backing]:
+    """No two neighbors of its pages are neighbors in the host's memory.
+
+    Of such the IOMMU would make one entry of its page table, whose pages are all written if one is.
+    """
     with Backing.memfd(0x1000000) as made:
+        view = MmapRegion(0, made).slice()
+        # Those that are made one after the other are far apart.
+        for first in range(64):
+            for page in range(first, made.size // PAGE, 64):
+                view.write(page * PAGE, b"x")
+        del view
         yield made
 
 
@@ -107,6 +117,24 @@ def test_larger_pages(target, manager, memory, page_size):
     manager.harvest_dirty()
     assert list(marks.dirty_pages(clear=True)) == sorted(wanted)
     assert manager.harvest_dirty() == 0
+
+
+def test_memory_in_one_piece_is_marked_at_least_where_it_was_written(target, manager, marks):
+    device = MockDevice(target)
+    with Backing.memfd(0x400000) as memory:
+        MmapRegion(0, memory).slice().fill(0, memory.size, 1)
+        ram(manager, memory, APERTURE, 1024)
+        handle = manager.add_target(target)
+        manager.start_dirty_tracking(marks)
+        written = some(1024, 5, 0.05)
+        device.writes(APERTURE, written)
+        manager.harvest_dirty()
+        found = set(marks.dirty_pages(clear=True).tolist())
+        assert found >= set((np.flatnonzero(written) + BASE).tolist())
+        assert found <= set(range(BASE, BASE + 1024))
+        assert manager.harvest_dirty() == 0
+        handle.close()
+        manager.close()
 
 
 def test_memory_comes_and_goes(target, manager, memory, marks):

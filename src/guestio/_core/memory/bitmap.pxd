@@ -47,23 +47,6 @@ cdef inline bint in_log_alone(void *bitmap) noexcept nogil:
     return (<AtomicBitmap>bitmap).target.enabled and not (<AtomicBitmap>bitmap).pages
 
 
-cdef inline u64 logged_end(void *bitmap) noexcept nogil:
-    """Where in a bitmap ends what it covers and its log has room for.
-
-    0 if it does not begin with a byte of the log.
-    """
-    cdef u64 start = (<AtomicBitmap>bitmap).log_start
-    cdef u64 room = (<AtomicBitmap>bitmap).target.pages << 12
-    if start & 0x7FFF or room <= start:
-        return 0
-    return min((<AtomicBitmap>bitmap).byte_size, room - start)
-
-
-cdef inline u8 *logged_at(void *bitmap) noexcept nogil:
-    """The byte of the log that a bitmap begins with; only before :func:`logged_end`."""
-    return (<AtomicBitmap>bitmap).target.at + ((<AtomicBitmap>bitmap).log_start >> 15)
-
-
 cdef inline void mark_in(void *bitmap, u64 start, u64 length) noexcept nogil:
     """:meth:`AtomicBitmap.mark`; a few pages in a dirty log alone without a call.
 

@@ -1,8 +1,6 @@
 """C view of gathered guest memory."""
 
-from guestio._core.memory.bitmap cimport (
-    AtomicBitmap, in_log_alone, logged_at, logged_end, mark_in, takes_marks,
-)
+from guestio._core.memory.bitmap cimport AtomicBitmap, in_log_alone, mark_in, takes_marks
 from guestio._core.base.checks cimport u8, u64
 from guestio._core.base.capacity cimport VECTOR_INSIDE
 from guestio._core.memory.leases cimport Leases

@@ -120,6 +120,18 @@ cdef class RegionTable:
         return low - 1 if low and addr <= self.last[low - 1] else -1
 
 
+cdef inline u64 logged_end(void *bitmap) noexcept nogil:
+    """Where in a bitmap ends what it covers and its log has room for.
+
+    0 if its pages are not pages of the log.
+    """
+    cdef u64 start = (<AtomicBitmap>bitmap).log_start
+    cdef u64 room = (<AtomicBitmap>bitmap).target.pages << 12
+    if start & 0xFFF or room <= start:
+        return 0
+    return min((<AtomicBitmap>bitmap).byte_size, room - start)
+
+
 @cython.no_gc_clear
 cdef class IoVector:
     """The host memory behind a range of addresses, ready to be read, written or handed to a file.
@@ -501,17 +513,18 @@ cdef class IoVector:
         cdef const Origin *origin = self.origin + index[0]
         cdef const Origin *behind = self.origin + self.count
         cdef void *bitmap = origin.bitmap
-        cdef u8 *log = logged_at(bitmap)
-        cdef u64 end = logged_end(bitmap), left = count
-        cdef u64 first = origin.offset + start, n = piece.iov_len - start, last
+        cdef u8 *log = (<AtomicBitmap>bitmap).target.at
+        cdef u64 page_zero = (<AtomicBitmap>bitmap).log_start >> 12, end = logged_end(bitmap)
+        cdef u64 first = origin.offset + start, n = piece.iov_len - start, last, page, left = count
         write_before_look()
         while True:
             n = min(n, left)
             last = first + (n - 1)
+            page = page_zero + (first >> 12)
             if last >= end or (first ^ last) >> 12:
                 (<AtomicBitmap>bitmap).mark(first, n)
-            elif not is_marked(log, first >> 12):
-                mark_byte(&log[first >> 15], <u8>(1 << (first >> 12 & 7)))
+            elif not is_marked(log, page):
+                mark_byte(&log[page >> 3], <u8>(1 << (page & 7)))
             left -= n
             piece += 1
             origin += 1
