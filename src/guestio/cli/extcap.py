@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from pathlib import Path
+from typing import Final
 
 import click
 
 from guestio.cli.extras import observing
-from guestio.errors import GuestioError
+from guestio.errors import DeviceError, GuestioError
 
 HELP = """Have Wireshark and tshark show what running servers do, as it happens.
 
@@ -23,6 +26,70 @@ interface of its own, and "guestio" asks for the path of one:
 
 The server must run on this machine, as the same user. Wireshark gives the other options.
 """
+
+
+NAME: Final = "guestio"
+"""The interface that asks for a control socket; others are ``guestio:PATH``."""
+
+ENVIRONMENT: Final = "GUESTIO_CONTROL"
+"""Names control sockets, separated by colons."""
+
+DLT: Final = "dlt {number=147}{name=USER0}{display=guestio events}"
+
+_VERSION: Final = "1.0"
+
+
+# Wireshark asks these each time it starts, so they load nothing of recordings.
+def interfaces() -> list[str]:
+    """Sentences that name the interfaces: one for each known control socket, and one for any."""
+    known = [
+        f"interface {{value={NAME}:{path}}}{{display=guestio server at {path}}}"
+        for path in os.environ.get(ENVIRONMENT, "").split(":")
+        if re.fullmatch(r"[^{}\s]+", path)
+    ]
+    return [
+        f"extcap {{version={_VERSION}}}{{display=guestio}}",
+        *known,
+        f"interface {{value={NAME}}}{{display=guestio server}}",
+    ]
+
+
+def control_of(interface: str) -> str:
+    """The control socket that an interface names.
+
+    Raises:
+        DeviceError: It names none.
+    """
+    name, _, path = interface.partition(":")
+    if name != NAME or not path:
+        raise DeviceError(
+            f"the interface {interface!r} names no control socket: set its option, in tshark with "
+            f"-o extcap.{NAME}.control:PATH"
+        )
+    return path
+
+
+def options(interface: str) -> list[str]:
+    """Sentences that describe the options of an interface."""
+    found = []
+    if interface == NAME:
+        found.append(
+            "arg {number=0}{call=--control}{display=Control socket}{type=string}{required=true}"
+            "{tooltip=The path that was given to a server as --control}"
+        )
+    found.append(
+        "arg {number=1}{call=--events}{display=Events}{type=selector}{default=all}"
+        "{tooltip=Which events are captured}"
+    )
+    for name, text in (
+        ("all", "Everything"),
+        ("requests", "What becomes of requests"),
+        ("translations", "IOTLB and DMA mappings"),
+        ("life", "Connections, messages, memory, errors"),
+    ):
+        chosen = "true" if name == "all" else "false"
+        found.append(f"value {{arg=1}}{{value={name}}}{{display={text}}}{{default={chosen}}}")
+    return found
 
 
 @click.command(help=HELP)
@@ -62,29 +129,28 @@ def extcap(
 ) -> None:
     """Speak Wireshark's extcap interface; the help text is ``HELP``."""
     del extcap_version, extcap_reload_option
-    with observing():
-        from guestio.observe import extcap as interface
-        from guestio.observe.pcapng import DISSECTOR
-
     try:
-        if install:
-            for path in interface.install():
+        if install or dissector:
+            with observing():
+                from guestio.observe.extcap import install as install_all
+                from guestio.observe.pcapng import DISSECTOR
+            for path in install_all() if install else (DISSECTOR,):
                 click.echo(path)
-        elif dissector:
-            click.echo(DISSECTOR)
         elif extcap_interfaces:
-            click.echo("\n".join(interface.interfaces()))
+            click.echo("\n".join(interfaces()))
         elif extcap_dlts:
-            click.echo(interface.DLT)
+            click.echo(DLT)
         elif extcap_config:
-            click.echo("\n".join(interface.options(extcap_interface or "")))
+            click.echo("\n".join(options(extcap_interface or "")))
         elif capture:
             if fifo is None or extcap_interface is None:
                 raise click.UsageError("--capture needs --extcap-interface and --fifo")
             if extcap_capture_filter:
                 raise click.UsageError("there is no capture filter; use a display filter")
-            where = control or interface.control_of(extcap_interface)
-            interface.capture(where, Path(fifo), events)
+            where = control or control_of(extcap_interface)
+            with observing():
+                from guestio.observe.extcap import capture as capture_from
+            capture_from(where, Path(fifo), events)
         else:
             raise click.UsageError("say what to do: --install, --dissector, or Wireshark's options")
     except (GuestioError, OSError) as error:

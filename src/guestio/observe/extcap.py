@@ -1,15 +1,13 @@
 """Live servers as capture interfaces of Wireshark.
 
 Wireshark runs every program in its extcap directory, asks it for interfaces and their options, and
-has it write a capture to a pipe.
+has it write a capture to a pipe. :mod:`guestio.cli.extcap` answers.
 
 Source: extcap(4) of Wireshark, and section 8.2 of its developer's guide.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import signal
 import subprocess
@@ -27,15 +25,7 @@ from guestio.observe import pcapng
 from guestio.observe.remote import ControlSource
 from guestio.trace import Group, Records, What
 
-NAME: Final = "guestio"
-"""The interface that asks for a control socket; others are ``guestio:PATH``."""
-
-ENVIRONMENT: Final = "GUESTIO_CONTROL"
-"""Names control sockets, separated by colons."""
-
-DLT: Final = f"dlt {{number={pcapng.LINKTYPE_USER0}}}{{name=USER0}}{{display=guestio events}}"
-
-_VERSION: Final = "1.0"
+_NAME: Final = "guestio"
 _STEP: Final = 0.05
 _GROUPS: Final = {
     "all": Group.REQUESTS | Group.TRANSLATIONS | Group.LIFE,
@@ -43,58 +33,6 @@ _GROUPS: Final = {
     "translations": Group.TRANSLATIONS,
     "life": Group.LIFE,
 }
-
-
-def interfaces() -> list[str]:
-    """Sentences that name the interfaces: one for each known control socket, and one for any."""
-    known = [
-        f"interface {{value={NAME}:{path}}}{{display=guestio server at {path}}}"
-        for path in os.environ.get(ENVIRONMENT, "").split(":")
-        if re.fullmatch(r"[^{}\s]+", path)
-    ]
-    return [
-        f"extcap {{version={_VERSION}}}{{display=guestio}}",
-        *known,
-        f"interface {{value={NAME}}}{{display=guestio server}}",
-    ]
-
-
-def control_of(interface: str) -> str:
-    """The control socket that an interface names.
-
-    Raises:
-        DeviceError: It names none.
-    """
-    name, _, path = interface.partition(":")
-    if name != NAME or not path:
-        raise DeviceError(
-            f"the interface {interface!r} names no control socket: set its option, in tshark with "
-            f"-o extcap.{NAME}.control:PATH"
-        )
-    return path
-
-
-def options(interface: str) -> list[str]:
-    """Sentences that describe the options of an interface."""
-    found = []
-    if interface == NAME:
-        found.append(
-            "arg {number=0}{call=--control}{display=Control socket}{type=string}{required=true}"
-            "{tooltip=The path that was given to a server as --control}"
-        )
-    found.append(
-        "arg {number=1}{call=--events}{display=Events}{type=selector}{default=all}"
-        "{tooltip=Which events are captured}"
-    )
-    for name, text in (
-        ("all", "Everything"),
-        ("requests", "What becomes of requests"),
-        ("translations", "IOTLB and DMA mappings"),
-        ("life", "Connections, messages, memory, errors"),
-    ):
-        chosen = "true" if name == "all" else "false"
-        found.append(f"value {{arg=1}}{{value={name}}}{{display={text}}}{{default={chosen}}}")
-    return found
 
 
 class _Ended(Exception):  # noqa: N818 - no error: how a capture ends
@@ -136,7 +74,7 @@ def _pieces(source: ControlSource, where: str, groups: Group) -> Iterator[bytes]
     if status is None:
         raise DeviceError(f"{where} has ended")
     origin = status["device"]["origin"]
-    yield pcapng.begin(NAME, f"{status['device']['kind']} at {status['device']['path']}")
+    yield pcapng.begin(_NAME, f"{status['device']['kind']} at {status['device']['path']}")
     wanted = [int(what) for what in What if what.group & groups]
     while status is not None:
         shift = time.time_ns() - time.monotonic_ns()
@@ -171,7 +109,7 @@ def install() -> tuple[Path, Path]:
         raise DeviceError("Wireshark was built without Lua, which the dissector needs") from None
     # Before version 4.2 it does not say so, and has it among its settings.
     programs = folders.get("Personal Extcap path", folders["Personal configuration"] / "extcap")
-    program, dissector = programs / NAME, plugins / pcapng.DISSECTOR.name
+    program, dissector = programs / _NAME, plugins / pcapng.DISSECTOR.name
     for folder in (plugins, programs):
         folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(pcapng.DISSECTOR, dissector)
