@@ -131,7 +131,7 @@ def write_perfetto(recording: Recording, path: str | os.PathLike[str]) -> int:
         DeviceError: It is too long, see :func:`events_of`.
         OSError: The file cannot be written.
 
-    Cost: 20 us for a request.
+    Cost: 60 us and 320 bytes of the file for a request.
     """
     records, _ = events_of(recording)
     trace = PerfettoTrace(_name(recording), _process(recording))

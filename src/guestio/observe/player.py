@@ -184,7 +184,7 @@ def replay(
         PeerGoneError, ProtocolError, QueueError: It went away or broke the protocol.
         OSError: It cannot be connected to.
 
-    Threads: any; works in the caller's. Cost: about 100 us for a request of a page, beside the
+    Threads: any; works in the caller's. Cost: about 30 us for a request of a page, beside the
     back-end's.
     """
     if speed is not None and not 0 < speed < float("inf"):
