@@ -42,11 +42,6 @@ cdef inline bint takes_marks(void *bitmap) noexcept nogil:
     return (<AtomicBitmap>bitmap).pages or (<AtomicBitmap>bitmap).target.enabled
 
 
-cdef inline bint in_log_alone(void *bitmap) noexcept nogil:
-    """Whether a bitmap marks now, and in its dirty log alone."""
-    return (<AtomicBitmap>bitmap).target.enabled and not (<AtomicBitmap>bitmap).pages
-
-
 cdef inline void mark_in(void *bitmap, u64 start, u64 length) noexcept nogil:
     """:meth:`AtomicBitmap.mark`; a few pages in a dirty log alone without a call.
 

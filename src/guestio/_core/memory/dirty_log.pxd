@@ -32,17 +32,9 @@ cdef extern from * nogil:
         if ((__atomic_load_n(byte, __ATOMIC_RELAXED) & bits) != bits)
             __atomic_fetch_or(byte, bits, __ATOMIC_RELEASE);
     }
-    /* For several looks after one barrier. */
-    #define guestio_write_before_look() __atomic_thread_fence(__ATOMIC_SEQ_CST)
-    static inline int guestio_is_marked(const uint8_t *log, uint64_t page)
-    {
-        return __atomic_load_n(&log[page >> 3], __ATOMIC_RELAXED) >> (page & 7) & 1;
-    }
     #endif
     """
     void mark_byte "guestio_mark_byte"(u8 *byte, u8 bits)
-    void write_before_look "guestio_write_before_look"()
-    bint is_marked "guestio_is_marked"(const u8 *log, u64 page)
 
 
 # What a bitmap without a log marks in.

@@ -24,7 +24,6 @@ from guestio._core.base.checks cimport (
     Span, as_access, as_address, as_fd, as_size, as_span, u8, u64,
 )
 from guestio._core.base.capacity cimport HOLD_GIL_UP_TO, IOV_BATCH, VECTOR_INSIDE
-from guestio._core.memory.dirty_log cimport is_marked, mark_byte, write_before_look
 from guestio._core.memory.mapping cimport HostMapping, holes, met_holes
 from guestio._core.base.atomics cimport (
     READ, WRITE, copy_from_guest, copy_to_guest, exchange_atomic, load_atomic, store_atomic,
@@ -118,18 +117,6 @@ cdef class RegionTable:
             else:
                 high = middle
         return low - 1 if low and addr <= self.last[low - 1] else -1
-
-
-cdef inline u64 logged_end(void *bitmap) noexcept nogil:
-    """Where in a bitmap ends what it covers and its log has room for.
-
-    0 if its pages are not pages of the log.
-    """
-    cdef u64 start = (<AtomicBitmap>bitmap).log_start
-    cdef u64 room = (<AtomicBitmap>bitmap).target.pages << 12
-    if start & 0xFFF or room <= start:
-        return 0
-    return min((<AtomicBitmap>bitmap).byte_size, room - start)
 
 
 @cython.no_gc_clear
@@ -483,56 +470,17 @@ cdef class IoVector:
         while count and i < self.count:
             if start >= self.vec[i].iov_len:
                 start -= self.vec[i].iov_len
-                i += 1
-                continue
-            if (
-                self.origin[i].bitmap is not NULL and in_log_alone(self.origin[i].bitmap)
-                and <void *>self.second is <void *>None
-                and <void *>self.slices_held is <void *>None
-            ):
-                # While a guest migrates.
-                count -= self.mark_in_log(&i, start, count)
+            else:
+                n = min(self.vec[i].iov_len - start, count)
+                if self.origin[i].bitmap is not NULL and takes_marks(self.origin[i].bitmap):
+                    mark_in(self.origin[i].bitmap, self.origin[i].offset + start, n)
+                if self.origin[i].second is not NULL:
+                    (<AtomicBitmap>self.origin[i].second).mark(
+                        self.origin[i].second_offset + start, n
+                    )
+                count -= n
                 start = 0
-                continue
-            n = min(self.vec[i].iov_len - start, count)
-            if self.origin[i].bitmap is not NULL and takes_marks(self.origin[i].bitmap):
-                mark_in(self.origin[i].bitmap, self.origin[i].offset + start, n)
-            if self.origin[i].second is not NULL:
-                (<AtomicBitmap>self.origin[i].second).mark(self.origin[i].second_offset + start, n)
-            count -= n
-            start = 0
             i += 1
-
-    cdef u64 mark_in_log(self, int *index, u64 start, u64 count) noexcept nogil:
-        """Record fragments of regions as written whose bitmap marks in a dirty log alone.
-
-        Those from ``index`` on that have the same bitmap, which is moved past them; how many bytes.
-        Nearly each lies in one page, which was marked before: that costs two dozen instructions.
-        """
-        cdef const iovec *piece = self.vec + index[0]
-        cdef const Origin *origin = self.origin + index[0]
-        cdef const Origin *behind = self.origin + self.count
-        cdef void *bitmap = origin.bitmap
-        cdef u8 *log = (<AtomicBitmap>bitmap).target.at
-        cdef u64 page_zero = (<AtomicBitmap>bitmap).log_start >> 12, end = logged_end(bitmap)
-        cdef u64 first = origin.offset + start, n = piece.iov_len - start, last, page, left = count
-        write_before_look()
-        while True:
-            n = min(n, left)
-            last = first + (n - 1)
-            page = page_zero + (first >> 12)
-            if last >= end or (first ^ last) >> 12:
-                (<AtomicBitmap>bitmap).mark(first, n)
-            elif not is_marked(log, page):
-                mark_byte(&log[page >> 3], <u8>(1 << (page & 7)))
-            left -= n
-            piece += 1
-            origin += 1
-            if not left or origin == behind or origin.bitmap != bitmap:
-                break
-            first, n = origin.offset, piece.iov_len
-        index[0] = <int>(origin - self.origin)
-        return count - left
 
     cdef u64 transfer(self, u8 *buffer, u64 start, u64 count, bint to_guest) noexcept nogil:
         """Copy between a private buffer and a window; the number of bytes."""
