@@ -216,3 +216,55 @@ def test_what_a_doorbell_asks_of_the_loop_is_not_slept_over() -> None:
     assert called == ["soon", "timer"]
     loop.core = core
     side.close()
+
+
+@pytest.mark.parametrize("how", ["reset", "disconnect"])
+def test_what_was_rung_before_a_reset_is_not_served_after_it(
+    host: PciHost, loop: EventLoop, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rings: list[tuple[int, ...]] = []
+    monkeypatch.setattr(host.device, "reset", lambda: rings.append(()))
+    host.add_doorbell(0, 0x1000, 8, CallbackDoorbell(lambda *ring: rings.append(ring)))
+    host.write_bar(0, 0x1000, b"\1\0\0\0")
+    host.write_bar(0, 0x1004, b"\2\0\0\0")
+    getattr(host, how)()
+    # What is rung then is all that is served.
+    host.write_bar(0, 0x1000, b"\3\0\0\0")
+    loop.run_once(0)
+    assert rings == [*([(0, 4, 1), (4, 4, 2)] if how == "reset" else []), (), (0, 4, 3)]
+
+
+def test_a_reset_amid_the_serving_ends_it(host: PciHost, loop: EventLoop) -> None:
+    rings: list[tuple[int, ...]] = []
+
+    def serve(*ring: int) -> None:
+        rings.append(ring)
+        if len(rings) == 1:
+            host.reset()
+            host.write_bar(0, 0x1000, b"\4\0\0\0")
+
+    host.add_doorbell(0, 0x1000, 8, CallbackDoorbell(serve))
+    host.add_doorbell(0, 0x1008, 4, CallbackDoorbell(lambda *ring: rings.append((9, *ring))))
+    host.write_bar(0, 0x1000, b"\1\0\0\0")
+    host.write_bar(0, 0x1004, b"\2\0\0\0")
+    host.write_bar(0, 0x1008, b"\3\0\0\0")
+    for _ in range(3):
+        loop.run_once(0)
+    assert rings == [(0, 4, 1), (0, 4, 4)]
+
+
+def test_a_call_that_raises_keeps_no_other_from_its_ring(host: PciHost, loop: EventLoop) -> None:
+    rings: list[int] = []
+
+    def serve(offset: int, size: int, value: int) -> None:
+        rings.append(offset)
+        if not offset:
+            raise RuntimeError("broken")
+
+    host.add_doorbell(0, 0x1000, 8, CallbackDoorbell(serve))
+    host.write_bar(0, 0x1000, b"\1\0\0\0")
+    host.write_bar(0, 0x1004, b"\2\0\0\0")
+    for _ in range(3):
+        loop.run_once(0)
+    assert rings == [0, 4]
+    assert host.failures == 1

@@ -306,6 +306,8 @@ class PciHost(LoopCalls):
 
     def reset(self) -> None:
         """Reset the function. Triggers of interrupts stay."""
+        # What was rung for before a reset is for the function as it was.
+        self.doorbells.finish()
         event(What.RESET, origin=self.origin)
         self.config.reset()
         self.interrupts.forget_pending()

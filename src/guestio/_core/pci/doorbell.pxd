@@ -10,6 +10,7 @@ cdef class Doorbell:
 
     cdef bint ring(self, u64 offset, u64 value, int size) except -1
     cdef bint serve(self) except -1
+    cdef int forget(self) except -1
 
 
 # Writes of up to `width` bytes, aligned, that lie within [first, last] of a BAR.
@@ -25,6 +26,8 @@ cdef class Doorbells:
     cdef int count
     cdef list doorbells
     cdef list rung
+    cdef u64 lives                 # how often what was rung for was forgotten
+    cdef int serving               # how deep
     cdef object failed
     cdef bint reported
     cdef public u64 silent         # the BARs, as bits, whose writes ring nothing
@@ -33,4 +36,5 @@ cdef class Doorbells:
     cdef bint ring(self, int place, u64 offset, u64 value, int size) except -1
     cdef int report(self, str method) except -1
     cdef bint serve(self, bint may_call_python) except -1
+    cdef int serve_each(self, list rung, bint may_call_python) except -1
     cdef bint rung_any(self) noexcept

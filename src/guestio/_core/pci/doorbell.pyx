@@ -49,6 +49,10 @@ cdef class Doorbell:
         """
         return False
 
+    cdef int forget(self) except -1:
+        """Forget what was asked for: the function is reset."""
+        return 0
+
 
 cdef class EventfdDoorbell(Doorbell):
     """Adds one to an eventfd when it is rung; several times in a turn count as one.
@@ -104,11 +108,18 @@ cdef class CallbackDoorbell(Doorbell):
         return True
 
     cdef bint serve(self) except -1:
-        cdef dict written = self.written
-        self.written = {}
-        for offset, (size, value) in written.items():
+        cdef Py_ssize_t left = len(self.written)
+        # A call may have the function be reset, which empties it.
+        while left and self.written:
+            left -= 1
+            offset = next(iter(self.written))
+            size, value = self.written.pop(offset)
             self.callback(offset, size, value)
         return False
+
+    cdef int forget(self) except -1:
+        self.written.clear()
+        return 0
 
 
 cdef class Doorbells:
@@ -285,7 +296,7 @@ cdef class Doorbells:
         """
         cdef list rung = self.rung
         cdef Doorbell doorbell
-        cdef bint more, reported = self.reported
+        cdef bint reported = self.reported
         if not rung:
             self.reported = False
             return reported
@@ -293,7 +304,22 @@ cdef class Doorbells:
         for doorbell in rung:
             # It may be rung while it serves, and is served again then.
             doorbell.rung = False
+        self.serving += 1
+        try:
+            self.serve_each(rung, may_call_python)
+        finally:
+            self.serving -= 1
+        reported, self.reported = self.reported, False
+        return reported or bool(self.rung)
+
+    cdef int serve_each(self, list rung, bint may_call_python) except -1:
+        cdef Doorbell doorbell
+        cdef bint more
+        cdef u64 lives = self.lives
         for doorbell in rung:
+            if lives != self.lives:
+                # One before it had the function be reset.
+                break
             if not doorbell.registered:
                 # One before it has removed it.
                 continue
@@ -305,21 +331,34 @@ cdef class Doorbells:
                     raise
                 except BaseException:
                     self.report("serve")
+                    # What else it was rung for.
+                    more = doorbell.in_python and lives == self.lives
             if more and not doorbell.rung and doorbell.registered:
                 self.rung.append(doorbell)
                 doorbell.rung = True
-        reported, self.reported = self.reported, False
-        return reported or bool(self.rung)
+        return 0
 
     cdef bint rung_any(self) noexcept:
         """Whether doorbells are to serve. A look at a list: it cannot raise."""
         return len(self.rung) > 0
 
+    def finish(self):
+        """Have the doorbells that were rung serve once more, and forget the rest: before a reset.
+
+        A reset that comes while they serve, as one of them waits for an answer, has them forget all.
+        """
+        if not self.serving:
+            self.serve(True)
+        self.forget_rung()
+
     def forget_rung(self):
-        """Serve nothing of what was rung for so far: the device is reset, or its driver is gone."""
-        for doorbell in self.rung:
-            (<Doorbell>doorbell).rung = False
+        """Serve nothing of what was rung for so far: its driver is gone."""
+        cdef Doorbell doorbell
         self.rung = []
+        self.lives += 1
+        for doorbell in self.doorbells:
+            doorbell.rung = False
+            doorbell.forget()
 
 
 publish_type(
