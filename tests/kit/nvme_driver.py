@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import struct
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from guestio._core.iommu.address_space import AddressSpace
-from guestio.addr import Permissions
+from guestio.addr import ADDRESS_SPACE, Permissions
 from guestio.pci import PciHost
 from guestio.pci.interrupts import InterruptKind
 from guestio.pci.nvme import NvmeController
@@ -108,6 +109,12 @@ class Remote:
         if meanwhile is not None:
             meanwhile()
 
+    def begin(self, addr: int, length: int) -> RemotePiece:
+        return RemotePiece(self, addr, length)
+
+    def end(self, reason: str, addr: int = 0, length: int = ADDRESS_SPACE) -> None:
+        """Do nothing: each access is one request."""
+
     def read(self, addr: int, length: int) -> bytearray:
         self._count()
         return bytearray(os.pread(self._fd, length, addr - BASE))
@@ -115,6 +122,25 @@ class Remote:
     def write(self, addr: int, data: memoryview) -> None:
         self._count()
         os.pwrite(self._fd, data, addr - BASE)
+
+
+@dataclasses.dataclass
+class RemotePiece:
+    """An access to it."""
+
+    memory: Remote
+    addr: int
+    length: int
+    ended: str = ""
+
+    def read(self) -> bytearray:
+        return self.memory.read(self.addr, self.length)
+
+    def write(self, data: memoryview) -> None:
+        self.memory.write(self.addr, data)
+
+    def close(self) -> None:
+        """Do nothing: it holds nothing."""
 
 
 class NvmeDriver:

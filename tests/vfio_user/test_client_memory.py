@@ -74,6 +74,68 @@ def test_a_part_is_written_back_with_what_was_there(client: Client, toy: Toy) ->
     client.answer(sent, command, payload[:16])
 
 
+def take_away(client: Client, how: str) -> None:
+    """Have the device reach nothing of what it accesses; this has been answered on return."""
+    if how == "unmap all":
+        assert client.unmap(0, 0, 2) == 0
+    elif how == "bus master":
+        client.write(7, 4, b"\x02\x00")
+        client.write(7, 4, b"\x06\x00")
+    elif how == "reset":
+        assert client.request(Command.DEVICE_RESET).error == 0
+        client.write(7, 4, b"\x06\x00")
+    else:
+        assert client.unmap(BASE, 64 * PAGE) == 0
+        if how == "remap":
+            assert client.map(BASE, 64 * PAGE, None) == 0
+
+
+WAYS = ["unmap", "unmap all", "remap", "bus master", "reset"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("register", [0x28, 0x2C])
+def test_what_is_taken_away_amid_an_access_is_not_asked_for(
+    client: Client, toy: Toy, serving: ServingPci, register: int, how: str
+) -> None:
+    """A long access is several messages, and what it was allowed may end between them."""
+    client.map(BASE, 64 * PAGE, None)
+    client.map(1 << 40, PAGE, None)
+    client.write(0, 8, number(BASE))
+    failed = serving.stats.device_failures()
+    client.write(0, register, number(3 * CHUNK, 4))
+    sent, command, payload = client.asked()
+    # What has nothing to do with it does not end it.
+    assert client.unmap(1 << 40, PAGE) == 0
+    client.answer(sent, command, payload + bytes(CHUNK) if register == 0x28 else payload[:16])
+    sent, command, payload = client.asked()
+    take_away(client, how)
+    client.answer(sent, command, payload + bytes(CHUNK) if register == 0x28 else payload[:16])
+    assert client.read(7, 0, 2) == b"\x34\x12"
+    if register == 0x28:
+        until(lambda: isinstance(toy.copied, AccessError))
+    else:
+        until(lambda: serving.stats.device_failures() == failed + 1)
+    assert serving.stats.dma_messages == 2
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_what_is_taken_away_is_not_written_back(
+    client: Client, toy: Toy, serving: ServingPci, how: str
+) -> None:
+    client.map(BASE, 64 * PAGE, None)
+    client.write(0, 8, number(BASE))
+    client.write(0, 0x20, number(1))
+    sent, command, payload = client.asked()
+    client.answer(sent, command, payload + bytes(PAGE))
+    until(lambda: toy.held is not None)
+    take_away(client, how)
+    if toy.held is not None:
+        client.write(0, 0x24, number(1))
+    assert client.read(7, 0, 2) == b"\x34\x12"
+    assert serving.stats.dma_messages == 1
+
+
 def test_the_client_is_served_before_it_answers(client: Client, toy: Toy) -> None:
     client.map(BASE, PAGE, None)
     fd = memory_file()

@@ -562,7 +562,8 @@ def test_registers_whose_space_is_switched_off(client: Client, toy: Toy) -> None
     client.write(0, 0x100, number(7))
     client.write(0, 0x204, number(1, 4))
     assert client.read(0, 0x100, 8) == number(7)
-    assert rung == [(4, 4, 1)]
+    # Doorbells serve once what had arrived is answered.
+    until(lambda: rung == [(4, 4, 1)])
     seen = len(toy.seen)
     client.write(7, 4, b"\x05\x00")
     assert client.read(0, 0x100, 8) == ONES
@@ -578,7 +579,7 @@ def test_registers_whose_space_is_switched_off(client: Client, toy: Toy) -> None
     assert client.read(0, 0x100, 8) == number(7)
     client.post(0, 0x204, number(4, 4))
     client.read(0, 0x100, 8)
-    assert rung == [(4, 4, 1), (4, 4, 4)]
+    until(lambda: rung == [(4, 4, 1), (4, 4, 4)])
 
 
 def test_a_space_that_was_never_switched_on(serving: ServingPci) -> None:

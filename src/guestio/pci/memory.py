@@ -9,7 +9,7 @@ from typing import Protocol
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.memory.slices import VolatileSlice
 from guestio._core.memory.vector import IoVector
-from guestio.addr import Permissions, check_access, check_range
+from guestio.addr import ADDRESS_SPACE, Permissions, check_access, check_range
 from guestio.budgets import DMA_COPY
 from guestio.errors import (
     AccessError,
@@ -25,16 +25,45 @@ from guestio.memory.access import HeldSlices, Shortfall, shortfall_of
 class RemoteMemory(Protocol):
     """Memory that is reached only by asking the client for each access."""
 
-    def read(self, addr: int, length: int) -> bytearray:
-        """A copy of a range, all of which is mapped.
+    def begin(self, addr: int, length: int) -> RemoteAccess:
+        """Begin an access to a range, all of which is mapped; it is to be closed."""
+        ...
 
-        Raises:
-            AccessError: The client refuses, or cannot be asked now.
+    def end(self, reason: str, addr: int = 0, length: int = ADDRESS_SPACE) -> None:
+        """Have accesses that have begun reach nothing more, if they overlap a range.
+
+        Args:
+            reason: What they raise.
+            addr: Where the range begins, which is unmapped.
+            length: Its bytes; all there are, when the function is no bus master any more.
         """
         ...
 
-    def write(self, addr: int, data: memoryview) -> None:
-        """Write a range, all of which is mapped. Raises as :meth:`read`."""
+
+class RemoteAccess(Protocol):
+    """An access to such memory. While the client is asked, it may take the memory away.
+
+    Attributes:
+        ended: Why nothing more is read or written; empty while all is as at the beginning.
+    """
+
+    ended: str
+
+    def read(self) -> bytearray:
+        """A copy of the range.
+
+        Raises:
+            AccessError: The client refuses, or cannot be asked now; or part of the range was taken
+                away since the access began.
+        """
+        ...
+
+    def write(self, data: memoryview) -> None:
+        """Write the range, or its beginning. Raises as :meth:`read`."""
+        ...
+
+    def close(self) -> None:
+        """End the access."""
         ...
 
 
@@ -87,6 +116,8 @@ class BusMemory(GuestMemory):
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._enabled = value
+        if not value and self._remote is not None:
+            self._remote.end("the driver has not enabled bus mastering")
         self._direct = self._space if value else None
 
     def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:
@@ -124,7 +155,8 @@ class BusMemory(GuestMemory):
                 asked = self._is_remote(vector)
             if asked:
                 # What is written as a whole need not be read before.
-                remote.write(addr, view)
+                with contextlib.closing(remote.begin(addr, len(view))) as access:
+                    access.write(view)
                 return len(view), None
         return super()._copy_in(addr, view)
 
@@ -155,16 +187,17 @@ def _bounce(remote: RemoteMemory, addr: int, length: int, access: Permissions) -
         raise InvalidAddressError(
             addr, length, access, f"more than {DMA_COPY} bytes of memory that is not shared"
         )
-    try:
-        copy = remote.read(addr, length)
-    except AccessError:
-        # Memory that may only be written.
-        if access & Permissions.READ or not access & Permissions.WRITE:
-            raise
-        copy = bytearray(length)
-    vector = IoVector.of_slices([VolatileSlice.over(copy)], access)
-    if access & Permissions.WRITE:
-        written_back = contextlib.ExitStack()
-        written_back.callback(remote.write, addr, memoryview(copy))
-        vector.hold(written_back)
+    with contextlib.ExitStack() as until_closed:
+        begun = until_closed.enter_context(contextlib.closing(remote.begin(addr, length)))
+        try:
+            copy = begun.read()
+        except AccessError:
+            # Memory that may only be written.
+            if begun.ended or access & Permissions.READ or not access & Permissions.WRITE:
+                raise
+            copy = bytearray(length)
+        vector = IoVector.of_slices([VolatileSlice.over(copy)], access)
+        if access & Permissions.WRITE:
+            until_closed.callback(begun.write, memoryview(copy))
+            vector.hold(until_closed.pop_all())
     return vector

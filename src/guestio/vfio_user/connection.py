@@ -156,7 +156,7 @@ class Connection(PeerConnection[Header]):
             counters=statistics.messages,
         )
         self._half_at = -1
-        self._remote = ClientMemory(self)
+        self._remote = ClientMemory(self, self._accesses_by_messages)
         self._asked = 0
         self._questions: dict[int, _Question] = {}
         self._given_up = False
@@ -436,6 +436,9 @@ class Connection(PeerConnection[Header]):
             self._host.connect(self._dma.space, self._remote)
         self._stats.messages.dma_maps += 1
 
+    def _accesses_by_messages(self, under_way: bool) -> None:
+        self._feed.unmaps = not under_way
+
     def dma_unmap(self, request: DmaUnmap) -> bool:
         """See :class:`SessionHandler`."""
         address, size = request.address, request.size
@@ -446,6 +449,7 @@ class Connection(PeerConnection[Header]):
                 raise RefusalError(errno.EINVAL, "DMA_UNMAP of everything, with a range")
             size = ADDRESS_SPACE
         unmapping = self._dma.unmap(address, size)
+        self._remote.end("its driver unmapped it", address, size)
         self._stats.messages.dma_unmaps += 1
         if unmapping.proceed() and not (unmapping.used and self._dma.in_use(address, size)):
             return True

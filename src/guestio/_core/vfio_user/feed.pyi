@@ -18,6 +18,7 @@ class DmaCounters:
 @disjoint_base
 class ClientFeed(Feed):
     main: int
+    unmaps: bool
     def __init__(
         self,
         callback: Callable[[], None],

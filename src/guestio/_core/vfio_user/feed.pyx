@@ -61,6 +61,8 @@ cdef class ClientFeed(Feed):
 
     Attributes:
         main: The socket, or -1 while it is not to be read here.
+        unmaps: Whether unmaps are handled here: not while accesses by messages are under way, which
+            they end.
 
     For the thread of the event loop.
     """
@@ -70,6 +72,7 @@ cdef class ClientFeed(Feed):
     cdef Doorbells doorbells
     cdef DmaCounters counters
     cdef bytes unsent
+    cdef public bint unmaps
     cdef double turn
     cdef double until         # when the turn is over
     cdef u8 answer[ANSWERS * (HEADER_BYTES + ACCESS_BYTES)]
@@ -83,6 +86,7 @@ cdef class ClientFeed(Feed):
         self.counters = counters
         self.turn = as_seconds(turn, "turn", 3600)
         self.unsent = b""
+        self.unmaps = True
 
     @property
     def main(self):
@@ -198,7 +202,7 @@ cdef class ClientFeed(Feed):
         if header.request == REGION_WRITE:
             return passed is NULL and self.write(payload, size)
         if header.request == DMA_UNMAP:
-            return passed is NULL and self.unmap(payload, size)
+            return passed is NULL and self.unmaps and self.unmap(payload, size)
         if header.request == DMA_MAP:
             return passed is not NULL and self.map(payload, size, passed)
         return False
