@@ -176,9 +176,14 @@ def test_power_states(loop: EventLoop) -> None:
     write(host, 4, 4, 2)
     write(host, at, 3, 2)
     assert u16(host, at) == 8 | 3
-    assert not host.memory.enabled
+    assert (host.memory.enabled, host.memory.refusal) == (
+        False,
+        "the driver has put the function into D3hot",
+    )
     write(host, at, 0, 2)
     assert host.memory.enabled
+    write(host, 4, 0, 2)
+    assert host.memory.refusal == "the driver has not enabled bus mastering"
 
 
 @pytest.mark.parametrize(("offset", "size"), [(0, 2), (1, 1), (-2, 4), (-4, 8)])
@@ -258,7 +263,7 @@ class Huge(VendorSpecific):
         ({"bars": {n: Bar(16) for n in range(6)}, "interrupts": 1}, DeviceError, "no BAR left"),
         (MESSAGES | {"bars": {0: Bar(4096)}}, DeviceError, "no room"),
         (MESSAGES | {"bars": {1: Bar(16384)}}, DeviceError, "no room"),
-        (MESSAGES | {"bars": {0: Bar(256, io=True)}}, DeviceError, "no room"),
+        (MESSAGES | {"bars": {0: Bar(256, io=True)}}, DeviceError, "is in I/O space, where MSI-X"),
         (MESSAGES | {"interrupts": 5}, DeviceError, "5, and MsiX.* 4 vectors: .* would be lost"),
         (MESSAGES | {"interrupts": 0}, DeviceError, "and no interrupts"),
         ({"capabilities": [Msi(4)]}, DeviceError, "and no interrupts"),

@@ -13,6 +13,7 @@ from guestio.errors import DeviceError
 from guestio.pci import (
     Access,
     Bar,
+    CallbackDoorbell,
     MsiX,
     PciDevice,
     PciExpress,
@@ -296,6 +297,42 @@ def test_a_register_has_one_method_of_each_kind() -> None:
         register.on_write(print)
     with pytest.raises(ValueError, match="on_read"):
         register.on_read(int)
+    wrong: Any = 5
+    with pytest.raises(TypeError, match="on_write is given a method, not 5"):
+        Register(0).on_write(wrong)
+    with pytest.raises(TypeError, match="on_read is given a method, not 5"):
+        Register(0).on_read(wrong)
+
+
+def test_a_subclass_overrides_the_methods_of_registers(loop: EventLoop) -> None:
+    class Newer(Function):
+        def started(self, value: int) -> None:
+            super().started(value)
+            self.calls.append(("newer", value))
+
+        def tick(self) -> int:
+            return 77
+
+    host = PciHost(Newer(), loop)
+    host.write_bar(0, 0x14, b"\5\0\0\0")
+    assert isinstance(host.device, Newer)
+    assert host.device.calls == [("start", 5), ("newer", 5)]
+    assert host.read_bar(0, 0x18, 4) == b"\x4d\0\0\0"
+
+
+def test_a_method_of_a_register_that_was_replaced_makes_no_class() -> None:
+    with pytest.raises(DeviceError, match=r"start.*was replaced, but not its method started"):
+        type("Replaced", (Function,), {"start": Register(0x14)})
+    # One that is replaced as well is what it says.
+    type("Replaced", (Function,), {"start": Register(0x14), "started": None})
+
+
+def test_a_doorbell_does_not_take_a_method_its_writes(loop: EventLoop) -> None:
+    host = PciHost(Function(), loop)
+    doorbell = CallbackDoorbell(print)
+    with pytest.raises(DeviceError, match=r"0x10\+0x8 of BAR 0 .*start.* on_write method would"):
+        host.add_doorbell(0, 0x10, 8, doorbell)
+    host.add_doorbell(0, 0x18, 8, doorbell)
 
 
 def test_registers_that_overlap_make_no_class() -> None:

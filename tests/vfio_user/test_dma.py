@@ -79,6 +79,18 @@ def test_no_access_without_bus_mastering(client: Client, toy: Toy) -> None:
     assert peek(client, BASE) == 0
 
 
+def test_what_an_access_would_meet(client: Client, serving: ServingPci) -> None:
+    """What is not mapped is not asked for, and without bus mastering nothing is reached."""
+    assert client.map(BASE, PAGE, memory_file(), flags=1) == 0
+    said = serving.server.explain(BASE, 8)
+    assert (said["read"], said["write"]) == ("succeeds", f"refused: {BASE:#x} allows r")
+    said = serving.server.explain(BASE + PAGE - 1, 2)
+    assert said["read"] == f"fails: {BASE + PAGE:#x} is not mapped"
+    client.write(7, 4, b"\x02\x00")
+    said = serving.server.explain(BASE)
+    assert said["read"] == said["write"] == "refused: the driver has not enabled bus mastering"
+
+
 @pytest.mark.parametrize(
     ("address", "size", "offset", "flags", "error"),
     [

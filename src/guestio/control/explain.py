@@ -59,6 +59,8 @@ def explain_range(
     origin: int,
     translated: bool,
     pending: bool = False,
+    asks: bool = True,
+    refused: str = "",
 ) -> schema.Explanation:
     """Put together what is known of a range.
 
@@ -69,7 +71,21 @@ def explain_range(
         origin: The server's number in records of tracepoints.
         translated: Whether they are translations, rather than memory.
         pending: Whether an answer about it is still to come.
+        asks: Whether the peer is asked for a translation that is not there.
+        refused: Why every access is refused at the moment; empty if it is not.
     """
+    if not translated:
+        lacking = "fails: there is no memory at {:#x}"
+    elif asks:
+        lacking = "waits: {:#x} is not mapped, the front-end is asked for it"
+    else:
+        lacking = "fails: {:#x} is not mapped"
+
+    def verdict(wanted: Permissions) -> str:
+        if refused:
+            return f"refused: {refused}"
+        return _verdict(address, length, mappings, wanted, lacking)
+
     now = time.monotonic()
     records = _about(address, length, origin)
     return {
@@ -86,8 +102,8 @@ def explain_range(
             }
             for start, size, target, perm in mappings[:MOST_MAPPINGS]
         ],
-        "read": _verdict(address, length, mappings, Permissions.READ, translated=translated),
-        "write": _verdict(address, length, mappings, Permissions.WRITE, translated=translated),
+        "read": verdict(Permissions.READ),
+        "write": verdict(Permissions.WRITE),
         "pending": pending,
         "recorded_s": 0.0,
         "last": [_recorded(records[i]) for i in range(len(records) - 1, -1, -1)[:MOST_EVENTS]],
@@ -95,12 +111,27 @@ def explain_range(
 
 
 def explain_iotlb(
-    iotlb: Iotlb, address: int, length: int, *, origin: int, pending: bool
+    iotlb: Iotlb,
+    address: int,
+    length: int,
+    *,
+    origin: int,
+    pending: bool = False,
+    asks: bool = True,
+    refused: str = "",
 ) -> schema.Explanation:
-    """What a range of I/O virtual addresses leads to."""
+    """What a range of I/O virtual addresses leads to; arguments as of :func:`explain_range`."""
     check_explained(address, length)
-    mappings = iotlb._map.overlapping(address, length)
-    return explain_range(address, length, mappings, origin=origin, translated=True, pending=pending)
+    return explain_range(
+        address,
+        length,
+        iotlb._map.overlapping(address, length),
+        origin=origin,
+        translated=True,
+        pending=pending,
+        asks=asks,
+        refused=refused,
+    )
 
 
 def access_text(access: int) -> str:
@@ -113,10 +144,9 @@ def _verdict(
     length: int,
     mappings: list[tuple[int, int, int, Permissions]],
     wanted: Permissions,
-    *,
-    translated: bool,
+    lacking: str,
 ) -> str:
-    """What an access to the whole range would meet."""
+    """What an access to the whole range would meet; ``lacking`` is for where it ends early."""
     at, end = address, address + length
     for start, size, _, perm in mappings:
         if start > at:
@@ -127,9 +157,7 @@ def _verdict(
         at = max(at, start + size)
     if at >= end:
         return "succeeds"
-    if translated:
-        return f"waits: {at:#x} is not mapped, the front-end is asked for it"
-    return f"fails: there is no memory at {at:#x}"
+    return lacking.format(at)
 
 
 def _about(address: int, length: int, origin: int) -> Records:

@@ -66,6 +66,8 @@ class Bar:
             raise ValueError("a BAR in I/O space is neither wide nor prefetchable nor memory")
         if self.width not in (1, 2, 4, 8):
             raise ValueError(f"width {self.width} is not 1, 2, 4 or 8")
+        if self.io and self.width == 8:
+            raise ValueError("an access to I/O space has 4 bytes at most, not a width of 8")
         if self.memory is not None:
             _check_memory(self.memory, size)
         if self.areas and self.memory is None:
@@ -371,7 +373,9 @@ def _place_msix(device: PciDevice, bars: dict[int, Bar], given: MsiX) -> MsiX:
         bars[free] = Bar(max(_PAGE, 1 << (end - 1).bit_length()))
         return MsiX(given.vectors, free, given.table, given.pba)
     place = bars.get(given.bar)
-    if place is None or place.size < end or place.io:
+    if place is not None and place.io:
+        raise DeviceError(f"{name}.bars[{given.bar}] is in I/O space, where MSI-X cannot be")
+    if place is None or place.size < end:
         raise DeviceError(f"{name}.bars[{given.bar}] has no room for MSI-X up to {end:#x}")
     for what, at, size in (
         ("table", given.table, given.table_size),

@@ -26,7 +26,7 @@ from guestio.pci.config import (
 )
 from guestio.pci.device import Bar, PciDevice, check_device, complete
 from guestio.pci.interrupts import InterruptKind, Interrupts
-from guestio.pci.memory import BusMemory, RemoteMemory
+from guestio.pci.memory import ASLEEP, NO_BUS_MASTER, BusMemory, RemoteMemory
 from guestio.trace import What, event, new_origin
 from guestio.virtio.calls import LoopCalls
 from guestio.virtio.loop import EventLoop
@@ -148,7 +148,8 @@ class PciHost(LoopCalls):
 
         Writes that lie in the range as a whole and are at most as wide as the BAR's accesses ring
         the doorbell instead of calling `PciDevice.write`; reads go to the device as ever. All
-        doorbells that were rung serve after the messages that had arrived were obeyed, each once.
+        doorbells that were rung serve after the messages that had arrived were obeyed, each once,
+        and before a reset.
 
         Args:
             bar: The BAR.
@@ -158,12 +159,19 @@ class PciHost(LoopCalls):
 
         Raises:
             DeviceError: The device has no such BAR, or the range leaves it, overlaps another
-                doorbell's, or what the driver reaches without the device.
+                doorbell's, a register with an `on_write` method, or what the driver reaches
+                without the device.
             TypeError: That is no doorbell, or no number.
         """
         if not isinstance(doorbell, Doorbell):
             raise TypeError(f"doorbell must be a guestio Doorbell, not {doorbell!r}")
         place = self._check_place(bar, offset, size, "a doorbell")
+        register = self.device.register_file.with_on_write(bar, offset, size)
+        if register is not None:
+            raise DeviceError(
+                f"a doorbell at {offset:#x}+{size:#x} of BAR {bar} takes the writes of "
+                f"{register!r}, whose on_write method would not be called"
+            )
         try:
             self.doorbells.add(bar, offset, size, place.width, doorbell)
         except ValueError as error:
@@ -335,6 +343,7 @@ class PciHost(LoopCalls):
         )
         self.doorbells.silent = self._silent
         changed = self.memory.enabled != config.bus_master
+        self.memory.refusal = ASLEEP if config.power_state else NO_BUS_MASTER
         self.memory.enabled = config.bus_master
         self.interrupts.allow(
             messages=config.bus_master, pin=not config.command & COMMAND_INTX_DISABLE

@@ -21,6 +21,9 @@ from guestio.errors import (
 from guestio.memory import GuestMemory
 from guestio.memory.access import HeldSlices, Shortfall, shortfall_of
 
+NO_BUS_MASTER = "the driver has not enabled bus mastering"
+ASLEEP = "the driver has put the function into D3hot"
+
 
 class RemoteMemory(Protocol):
     """Memory that is reached only by asking the client for each access."""
@@ -78,12 +81,16 @@ class BusMemory(GuestMemory):
     that atomic accesses are not atomic there; what is written to a vector or to a slice arrives
     when that is closed. That is possible in the thread of the event loop only, and not while the
     client waits for an answer: not in `PciDevice.read` and `PciDevice.reset`.
+
+    Attributes:
+        refusal: Why accesses are refused while it is not enabled.
     """
 
     def __init__(self) -> None:
         self._space: AddressSpace | None = None
         self._remote: RemoteMemory | None = None
         self._enabled = False
+        self.refusal = NO_BUS_MASTER
 
     def __repr__(self) -> str:
         if self._space is None:
@@ -117,7 +124,7 @@ class BusMemory(GuestMemory):
     def enabled(self, value: bool) -> None:
         self._enabled = value
         if not value and self._remote is not None:
-            self._remote.end("the driver has not enabled bus mastering")
+            self._remote.end(self.refusal)
         self._direct = self._space if value else None
 
     def check_range(self, addr: int, length: int, access: Permissions = Permissions.NONE) -> bool:
@@ -169,9 +176,7 @@ class BusMemory(GuestMemory):
         if space is None:
             raise InvalidAddressError(at, size, wanted, "no driver is connected")
         if not self._enabled:
-            raise PermissionDeniedError(
-                at, size, wanted, "the driver has not enabled bus mastering"
-            )
+            raise PermissionDeniedError(at, size, wanted, self.refusal)
         try:
             return space.gather(at, size, wanted)
         except IotlbFails as fails:

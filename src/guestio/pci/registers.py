@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from guestio.addr import check_int
@@ -222,9 +222,14 @@ class Register:
         ``value`` is what the register is then. A write of a part of it is a write, too: a register
         of 64 bits is often written in halves.
 
+        A subclass of the device's class may override the method.
+
         Raises:
+            TypeError: That cannot be called.
             ValueError: There is such a method already.
         """
+        if not callable(hook):
+            raise TypeError(f"on_write is given a method, not {hook!r}")
         if self._written is not None:
             raise ValueError(f"{self!r} has an on_write method already")
         self._written = hook
@@ -237,8 +242,11 @@ class Register:
         their access type still do.
 
         Raises:
+            TypeError: That cannot be called.
             ValueError: There is such a method already.
         """
+        if not callable(hook):
+            raise TypeError(f"on_read is given a method, not {hook!r}")
         if self._reading is not None:
             raise ValueError(f"{self!r} has an on_read method already")
         self._reading = hook
@@ -259,14 +267,19 @@ class RegisterTable:
     """The registers that a class declares, those of its bases included; by BAR and offset.
 
     Raises:
-        DeviceError: Two of them overlap, or a field belongs to none.
+        DeviceError: Two of them overlap, or a field or a method belongs to none.
 
     Attributes:
         registers: By BAR and offset.
         masks: Of each, the bits that a driver sees, that it writes, and that it clears with ones.
     """
 
-    def __init__(self, registers: Iterable[Register]) -> None:
+    def __init__(
+        self,
+        registers: Iterable[Register],
+        overriding: Mapping[int, Callable[..., Any]] | None = None,
+    ) -> None:
+        self._overriding = overriding or {}
         self.registers: Final = sorted(registers, key=lambda each: (each.bar, each.offset))
         for one, other in zip(self.registers, self.registers[1:], strict=False):
             if one.bar == other.bar and one.end > other.offset:
@@ -295,7 +308,26 @@ class RegisterTable:
         for each in named.values():
             if isinstance(each, Field) and each.register not in found:
                 raise DeviceError(f"{each.register!r} was replaced, but not its field {each.name}")
-        return cls(found)
+        overriding: dict[int, Callable[..., Any]] = {}
+        for base in owner.__mro__:
+            for each in vars(base).values():
+                if not isinstance(each, Register):
+                    continue
+                for hook in (each._written, each._reading):
+                    name = getattr(hook, "__name__", "")
+                    if hook is None or not any(
+                        vars(one).get(name) is hook for one in owner.__mro__
+                    ):
+                        continue
+                    if each in found:
+                        overriding[id(hook)] = getattr(owner, name)
+                    elif named[name] is hook:
+                        raise DeviceError(f"{each!r} was replaced, but not its method {name}")
+        return cls(found, overriding)
+
+    def method(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A register's method, or what overrides it in a subclass."""
+        return self._overriding.get(id(hook), hook)
 
     def touched(self, bar: int, offset: int, size: int) -> Sequence[Register]:
         """Registers that a range overlaps, in order."""
@@ -345,7 +377,7 @@ class RegisterFile:
         found = 0
         for each in self._table.touched(bar, offset, size):
             if each._reading is not None:
-                self.set_value(each, each._reading(self._device))
+                self.set_value(each, self._table.method(each._reading)(self._device))
             value = self._values[each] & self._table.masks[each][0]
             at = 8 * (each.offset - offset)
             found |= value << at if at >= 0 else value >> -at
@@ -362,7 +394,12 @@ class RegisterFile:
             kept = self._values[each] & ~writable & ~(given & touched & cleared)
             self._values[each] = kept | given & writable
             if each._written is not None:
-                each._written(self._device, self._values[each])
+                self._table.method(each._written)(self._device, self._values[each])
+
+    def with_on_write(self, bar: int, offset: int, size: int) -> Register | None:
+        """A register in a range that has an `on_write` method, if there is one."""
+        found = self._table.touched(bar, offset, size)
+        return next((each for each in found if each._written is not None), None)
 
     def explain(self) -> str:
         """The registers as lines: place, name, access, value after a reset, value now, meaning."""

@@ -718,7 +718,12 @@ class Connection(PeerConnection[Header]):
     def explain(self, address: int, length: int) -> Explanation:
         """What a range of the driver's addresses leads to. From any thread, without waiting."""
         return explain_iotlb(
-            self._dma.iotlb, address, length, origin=self._host.origin, pending=False
+            self._dma.iotlb,
+            address,
+            length,
+            origin=self._host.origin,
+            asks=False,
+            refused="" if self._host.memory.enabled else self._host.memory.refusal,
         )
 
     def survey(self, address: int, length: int, parts: int, *, memory: bool) -> Survey:

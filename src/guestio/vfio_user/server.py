@@ -157,7 +157,14 @@ class Server(WatchedServer):
         connection = self._connection
         if isinstance(connection, Connection) and not connection.closed:
             return connection.explain(address, length)
-        return explain_range(address, length, [], origin=self._host.origin, translated=True)
+        return explain_range(
+            address,
+            length,
+            [],
+            origin=self._host.origin,
+            translated=True,
+            refused="no client is connected",
+        )
 
     def survey(
         self, address: int, length: int, parts: int, *, memory: bool = False
