@@ -26,6 +26,7 @@ Those that any part may raise are here. Those of one part are defined there, whi
     │   └── NotReplayableError      observe.script: a recording lacks what its requests carried
     ├── DmaError                    dma.target: a DMA target refused or failed
     ├── ReentrantCallError          dma.changes: a DMA target called its manager back
+    ├── AddonError                  faults.proxy.addon: a file that is no addon of a proxy
     ├── ExportError                 iommu.mapper: memory cannot be exported, or no more
     ├── Refused                     virtio.iommu.targets: a request's status; stays inside
     ├── PeerGoneError               peer.channel: the connection ended

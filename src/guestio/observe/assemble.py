@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -275,12 +276,18 @@ def _queue_of(records: Records) -> _Array:
     return found
 
 
+def _any_bits(numbers: _Array) -> int:
+    """The bits that are set in any of some numbers."""
+    # The stubs of numpy 2.5 refuse every call of it.
+    reduce: Callable[[_Array], Any] = getattr(np.bitwise_or, "reduce")  # noqa: B009 - as said
+    return int(reduce(numbers))
+
+
 def _dense(key: _Array) -> _Array:
     """Numbers in the same order, of 16 bits if there are few: these are sorted ten times faster."""
-    spread = np.bitwise_or.reduce(key) ^ np.bitwise_and.reduce(key)
-    low = int(np.bitwise_or.reduce(key & np.uint64(0xFFFFFFFF))).bit_length()
-    high = int(np.bitwise_or.reduce((key ^ key[0]) >> np.uint64(32))).bit_length()
-    if int(spread) and low + high <= 16:
+    low = _any_bits(key & np.uint64(0xFFFFFFFF)).bit_length()
+    high = _any_bits((key ^ key[0]) >> np.uint64(32)).bit_length()
+    if _any_bits(key ^ key[0]) and low + high <= 16:
         part = (key >> np.uint64(32)) & np.uint64((1 << high) - 1)
         return ((part << np.uint64(low)) | (key & np.uint64(0xFFFFFFFF))).astype(np.uint16)
     return key

@@ -10,6 +10,7 @@ from guestio._core.pci.doorbell import CallbackDoorbell, Doorbell, EventfdDoorbe
 from guestio.pci.capabilities import (
     BarWindow,
     Capability,
+    Layout,
     Msi,
     MsiX,
     PciExpress,
@@ -32,6 +33,7 @@ __all__ = [
     "Doorbell",
     "EventfdDoorbell",
     "Field",
+    "Layout",
     "Msi",
     "MsiX",
     "NvmeController",

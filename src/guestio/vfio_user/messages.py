@@ -267,10 +267,10 @@ class Version(NamedTuple):
         try:
             said = json.loads(text) if text else {}
         except (ValueError, RecursionError):
-            raise RefusalError(22, "the version data is not JSON") from None
+            raise RefusalError(22, "version data that is not JSON") from None
         capabilities = said.get("capabilities", {}) if isinstance(said, dict) else None
         if not isinstance(capabilities, dict):
-            raise RefusalError(22, "the version data has no capabilities")
+            raise RefusalError(22, "version data without capabilities")
         for name in ("max_msg_fds", "max_data_xfer_size", "pgsizes"):
             number = capabilities.get(name, 0)
             if type(number) is not int or number < 0:
