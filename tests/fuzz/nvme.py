@@ -7,6 +7,7 @@ afterwards it can be enabled again and reads its image.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import struct
@@ -70,6 +71,38 @@ def parts() -> tuple[int, NvmeController, EventLoop, PciHost, int]:
     return image, device, loop, host, memory
 
 
+class Remote:
+    """The run's memory, for a controller that asks for each access."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def begin(self, addr: int, length: int) -> RemotePiece:
+        return RemotePiece(self.run, addr, length)
+
+    def end(self, reason: str, addr: int = 0, length: int = 1 << 64) -> None:
+        """Do nothing: each access is one request."""
+
+
+@dataclasses.dataclass
+class RemotePiece:
+    """An access to it."""
+
+    run: Run
+    addr: int
+    length: int
+    ended: str = ""
+
+    def read(self) -> bytearray:
+        return self.run.read_remote(self.addr, self.length)
+
+    def write(self, data: memoryview) -> None:
+        self.run.write_remote(self.addr, data)
+
+    def close(self) -> None:
+        """Do nothing: it holds nothing."""
+
+
 class Run:
     """A driver of a controller that was reset.
 
@@ -93,7 +126,7 @@ class Run:
         self.tails = [0] * (QUEUES + 1)
         self.sizes = [0] * (QUEUES + 1)
         self.depth = 0
-        self.host.connect(self.dma.space, self)
+        self.host.connect(self.dma.space, Remote(self))
         self.host.write_config(4, b"\6\0")
         for page in range(16):
             # Among the pages of data are one of each other kind from the beginning on.
@@ -116,7 +149,7 @@ class Run:
                 self.fd if shared else None,
                 page * PAGE if shared else 0,
             ):
-                self.host.connect(self.dma.space, self)
+                self.host.connect(self.dma.space, Remote(self))
         except RefusalError:
             assert not perm, "a page that is not mapped is refused"
             return
@@ -168,10 +201,10 @@ class Run:
             addr, length = addr + here, length - here
         return found
 
-    def read(self, addr: int, length: int) -> bytearray:
+    def read_remote(self, addr: int, length: int) -> bytearray:
         return bytearray().join(os.pread(self.fd, n, at) for at, n in self._asked(addr, length, 1))
 
-    def write(self, addr: int, data: memoryview) -> None:
+    def write_remote(self, addr: int, data: memoryview) -> None:
         for at, size in self._asked(addr, len(data), 2):
             os.pwrite(self.fd, data[:size], at)
             data = data[size:]

@@ -87,6 +87,8 @@ class World:
             "iommu": self.iommu,
             "capacity": None,
             "drain.timeout": 0,
+            "parts": 2,
+            "most": 4,
         }
 
 

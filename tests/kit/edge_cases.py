@@ -123,6 +123,11 @@ BAD: dict[str, tuple[Any, ...]] = {
     "region.name": (),
 }
 BAD["lengths"] = BAD["starts"]
+BAD["parts"] = BAD["most"] = BAD["size"]
+BAD["words"] = (
+    *(1, 1.5, None, "x", [1], b"12345678"),
+    *(np.zeros(1, np.uint32), np.zeros((1, 1), np.uint64), np.zeros(4, np.uint64)[::2]),
+)
 # A number of bytes to move may be anything that a range may be long.
 BAD["write_to.count"] = BAD["write_all_to.count"] = BAD["length"]
 BAD["read_from.count"] = BAD["read_exact_from.count"] = BAD["length"]

@@ -131,7 +131,11 @@ class World:
                 "bitmap": AtomicBitmap(16),
                 "offset.count": 8,
             },
-            "AtomicBitmap": {"dirty_pages.page_size": 0x1000},
+            "AtomicBitmap": {
+                "dirty_pages.page_size": 0x1000,
+                "merge.words": np.zeros(1, np.uint64),
+                "parts": 2,
+            },
             "maker": {
                 "slice_memory.memory": self.slice,
                 "Backing.from_fd.fd": self.backing.fd,

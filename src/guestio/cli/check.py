@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -319,8 +319,9 @@ def _judge(socket: str, device: str, only: tuple[str, ...], **options: Any) -> R
         sys.exit(1)
     with run:
         click.echo(run.ready_line, err=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            run.serve(seconds)
+        # An exception would be lost where it is raised amid what must not fail.
+        signal.signal(signal.SIGINT, lambda *_: run.stop())
+        run.serve(seconds)
         return run.report()
 
 

@@ -101,6 +101,7 @@ class JudgedRun:
         self._path, self._name = os.fspath(path), device
         self._book = Book(select_checks(demands(device), only))
         self._iommu = iommu
+        self._stopping = False
         self._patience = check_seconds(patience, "patience", zero=False)
         self._undo = contextlib.ExitStack()
         try:
@@ -123,8 +124,12 @@ class JudgedRun:
         """What has come out so far."""
         return self._book.report(self._path, self._name)
 
+    def stop(self) -> None:
+        """Have :meth:`serve` return soon. From any thread, and from signal handlers."""
+        self._stopping = True
+
     def serve(self, seconds: float | None = None) -> None:
-        """Serve one front-end until it hangs up or the time is over."""
+        """Serve one front-end until it hangs up, the time is over, or :meth:`stop`."""
         limit = None if seconds is None else check_seconds(seconds, "seconds")
         deadline = None if limit is None else time.monotonic() + limit
         while (connected := self._accept(deadline)) is not None:
@@ -145,20 +150,19 @@ class JudgedRun:
         listener = self._endpoint._socket
         poll = select.poll()
         poll.register(listener, select.POLLIN)
-        while deadline is None or time.monotonic() < deadline:
+        while not self._stopping and (deadline is None or time.monotonic() < deadline):
             if poll.poll(1000 * _LOOK):
                 with contextlib.suppress(BlockingIOError, ConnectionError):
                     return listener.accept()[0]
         return None
 
-    @staticmethod
-    def _serve(judge: FrontEndJudge, deadline: float | None) -> bool:
+    def _serve(self, judge: FrontEndJudge, deadline: float | None) -> bool:
         """Serve a front-end; whether it was one.
 
         Some connect, look whether something listens, and hang up.
         """
         try:
-            while deadline is None or time.monotonic() < deadline:
+            while not self._stopping and (deadline is None or time.monotonic() < deadline):
                 poll = select.poll()
                 for fd in judge.fds():
                     poll.register(fd, select.POLLIN)
