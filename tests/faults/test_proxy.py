@@ -128,7 +128,8 @@ def test_stops_and_starts_pass_with_their_positions(serving: Serving, front: Pat
             for count in range(1, 4):
                 driver.run(0, b"once")
                 assert driver.stop(0) == count
-                assert not proxying.proxy.status()["queues"][0]["running"]
+                # The answer may be there before the proxy has noted it.
+                until(lambda: not proxying.proxy.status()["queues"][0]["running"])
                 driver.start(0, count)
         assert proxying.stats.violations == 0
         proxying.let_go()

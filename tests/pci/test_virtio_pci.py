@@ -516,7 +516,7 @@ class TestRings:
             t.wait(lambda: readable(front(driver).events[2]))
 
     def served(self, driver: Driver) -> None:
-        """Have a request served whose interrupt nobody waits for."""
+        """Have a request served whose interrupt no test waits for."""
         assert not driver._queues[0].ring.enable_interrupts()
         driver.submit(b"abc", 3)
         until(driver.poll)

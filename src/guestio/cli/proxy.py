@@ -20,6 +20,8 @@ from guestio.faults.proxy.server import DEVICES, Notifications, Proxy
 if TYPE_CHECKING:
     import contextlib
 
+    from guestio.observe import Payload
+
 HELP = """Pass on what a vhost-user front-end and a back-end say to each other, and look at it.
 
 A front-end (QEMU, for example) connects to the socket of --listen, and is served by the back-end
@@ -117,7 +119,7 @@ def proxy(
     control: str | None,
     http: str | None,
     record: str | None,
-    record_payload: str,
+    record_payload: Payload,
 ) -> None:
     """Pass on what is said; the help text is ``HELP``."""
     rules = parse_faults(faults)

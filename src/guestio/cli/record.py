@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,9 @@ from guestio.budgets import RECORD_BYTES
 from guestio.cli.extras import observing
 from guestio.cli.seconds import Seconds
 from guestio.errors import GuestioError
+
+if TYPE_CHECKING:
+    from guestio.observe import Payload
 
 HELP = """Record what the server with the control socket CONTROL does, until Ctrl-C or its end.
 
@@ -60,7 +64,7 @@ PAYLOAD = click.option(
     help="End when the file is so large, while it is written; it becomes smaller at the end.",
 )
 def record(
-    control: str, output: Path, seconds: float | None, payload: str, most_bytes: int
+    control: str, output: Path, seconds: float | None, payload: Payload, most_bytes: int
 ) -> None:
     """Record a server; the help text is ``HELP``."""
     stop = threading.Event()
@@ -72,7 +76,7 @@ def record(
         recorder = Recorder(
             control,
             output,
-            payload=payload,  # type: ignore[arg-type] # the option's choices are its values
+            payload=payload,
             most_bytes=most_bytes,
         )
     except (GuestioError, OSError) as error:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -37,6 +37,9 @@ from guestio.serving import (
     run_until_signaled,
 )
 from guestio.virtio.device import Device
+
+if TYPE_CHECKING:
+    from guestio.observe import Payload
 
 EXIT_GRACE = 0.2
 """Seconds that the end of a command waits for its log to be read."""
@@ -257,7 +260,7 @@ def _with_server(
         transport: Transport | None = None,
         faults: Sequence[str] = (),
         record: str | None = None,
-        record_payload: str = "none",
+        record_payload: Payload = "none",
         **arguments: Any,
     ) -> None:
         if sum(given is not None for given in (socket, connect, fd)) > 1:
@@ -315,7 +318,7 @@ class Server:
         fd: int | None = None,
         faults: Faults | None = None,
         record: str | None = None,
-        record_payload: str = "none",
+        record_payload: Payload = "none",
     ) -> None:
         self._record, self._record_payload = record, record_payload
         self.faults = faults
@@ -434,7 +437,7 @@ class Server:
 
 
 def start_recording(
-    server: WatchedServer, stack: contextlib.ExitStack, file: str | None, payload: str
+    server: WatchedServer, stack: contextlib.ExitStack, file: str | None, payload: Payload
 ) -> None:
     """Record what a server does until the stack is closed, if a file is named."""
     if file is None:
@@ -445,7 +448,7 @@ def start_recording(
         recorder = Recorder(
             server,
             file,
-            payload=payload,  # type: ignore[arg-type] # the option's choices
+            payload=payload,
         )
     except OSError as error:
         fail(f"--record {_reason(error)}")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final, NoReturn, Self
 
@@ -15,7 +16,7 @@ QUIET: Final = 0.1
 """Seconds after which something that must not happen is taken not to happen."""
 
 
-class BaseTrial:
+class BaseTrial(ABC):
     """One run of one check.
 
     Everything that it opens is closed by :meth:`close`. Its methods raise the errors of
@@ -33,7 +34,7 @@ class BaseTrial:
     def __init__(self, patience: float, seed: str) -> None:
         self.patience = patience
         # Not for secrets: a run must be repeatable.
-        self.random = random.Random(seed)  # noqa: S311
+        self.random = random.Random(seed)  # noqa: S311 - as said
         self._open = contextlib.ExitStack()
 
     def close(self) -> None:
@@ -46,9 +47,9 @@ class BaseTrial:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @abstractmethod
     def probe(self) -> None:
         """Make an honest request, which must be served."""
-        raise NotImplementedError
 
     # Verdicts
 

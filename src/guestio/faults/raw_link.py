@@ -13,6 +13,7 @@ import select
 import socket
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Final, Self
 
@@ -23,7 +24,7 @@ _MAX_FDS: Final = 16
 _GONE: Final = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
 
 
-class RawLink:
+class RawLink(ABC):
     """One connection. For one thread.
 
     Args:
@@ -148,6 +149,6 @@ class RawLink:
             except (SilentError, FailError):
                 return False
 
+    @abstractmethod
     def receive(self, timeout: float | None = None) -> object:
         """Wait for the next message, within ``timeout`` seconds or the link's patience."""
-        raise NotImplementedError

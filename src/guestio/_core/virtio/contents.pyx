@@ -38,7 +38,7 @@ MOST_BYTES = most
 cdef void trace_given(
     IoVector memory, uint16_t origin, uint16_t queue, uint32_t head
 ) noexcept:
-    """Write the first bytes that a request gives to read."""
+    """Write the first bytes that a request gives to read. Plain C, as `transfer`: no exception."""
     cdef TraceRecord record = trace_record(WHAT_CONTENT, origin)
     if not memory.total:
         return
@@ -52,7 +52,10 @@ cdef void trace_given(
 cdef void trace_answer(
     IoVector memory, uint64_t written, uint16_t origin, uint16_t queue, uint32_t head
 ) noexcept:
-    """Write what becomes of the memory that a request gives to write: hash, last byte, bytes."""
+    """Write what becomes of the memory that a request gives to write: hash, last byte, bytes.
+
+    Plain C, as `transfer`: no exception.
+    """
     cdef TraceRecord record = trace_record(WHAT_CONTENT, origin)
     cdef uint8_t last
     written = min(written, memory.total)
@@ -68,7 +71,7 @@ cdef void trace_answer(
 
 
 cdef uint64_t hash_of(IoVector memory, uint64_t count) noexcept:
-    """The XXH64 of the first bytes of memory."""
+    """The XXH64 of the first bytes of memory. Plain C, as `transfer`: no exception."""
     cdef uint8_t portion[PORTION]
     cdef uint64_t at = 0, n = 0
     cdef Xxh64 hash
@@ -83,7 +86,7 @@ cdef uint64_t hash_of(IoVector memory, uint64_t count) noexcept:
 
 
 cdef void write_data(IoVector memory, TraceRecord *about) noexcept:
-    """Write the first ``detail`` bytes of memory, CHUNK to a record."""
+    """Write the first ``detail`` bytes of memory, CHUNK to a record. As `trace_answer`."""
     cdef uint8_t portion[PORTION]
     cdef TraceRecord record
     cdef uint64_t at = 0, n, i, count = about.detail

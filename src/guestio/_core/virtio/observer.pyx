@@ -1,7 +1,7 @@
 """What passes through a split ring between a driver and a device, both of them others: only read.
 
-A request's descriptors are its driver's until the device gives them back, and nobody else's
-afterwards. So what was read of them counts only if the request had not been given back when that
+A request's descriptors are its driver's until the device gives them back, and
+free for other requests afterwards. So what was read of them counts only if the request had not been given back when that
 was done; otherwise it is known that there was a request, and nothing of what it said.
 
 Neither the driver nor the device waits for an observer. One that looks too rarely loses what the

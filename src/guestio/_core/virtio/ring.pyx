@@ -756,7 +756,10 @@ cdef class Ring(RingAreas):
             trace(&record)
 
     cdef void trace_lacking(self, int head, Misses misses, size_t known) noexcept:
-        """Write that a request lacks what was added to the misses: the first of them."""
+        """Write that a request lacks what was added to the misses: the first of them.
+
+        Plain C on an array that is there: it cannot raise.
+        """
         cdef TraceRecord record = trace_record(WHAT_LACKING, self.origin)
         record.queue, record.head, record.detail = self.queue, <u32>head, misses.count - known
         record.address = misses.item[known].first

@@ -38,7 +38,7 @@ class UnreachableError(Exception):
     """An address leads nowhere, or not for that purpose.
 
     Attributes:
-        judged: Whether somebody was blamed for that already: the front-end, for an answer.
+        judged: Whether the front-end was blamed for that already, for an answer.
     """
 
     def __init__(self, reason: str, *, judged: bool = False) -> None:
