@@ -193,11 +193,13 @@ class Connection(PeerConnection[Header]):
         return self._channel.recv()
 
     def _handle_plain(self) -> bool:
-        """Have the core handle what was read already; False if nothing may be read any more."""
-        unsent, more = self._feed.run(self._channel.fileno())
+        """Have the core handle what it can; False if nothing is left, or may be read any more."""
+        unsent, more, dry = self._feed.run(self._channel.fileno())
         if more:
             self._host.serve_doorbells()
-        return not (unsent and not self._send(unsent)) and not self.closed and self._may_read()
+        if dry or (unsent and not self._send(unsent)):
+            return False
+        return not self.closed and self._may_read()
 
     def _fed(self) -> None:
         """Do what the core has left to do."""

@@ -173,7 +173,11 @@ def _own_eventfd() -> int:
 def _comes(event: int) -> bool:
     poll = select.poll()
     poll.register(event, select.POLLIN)
-    return bool(poll.poll(PATIENCE * 1000))
+    try:
+        return bool(poll.poll(PATIENCE * 1000))
+    except OSError as error:
+        # The call that was to fail is the test's own.
+        raise DeviceError(f"the test cannot wait: {error}") from None
 
 
 def _footprint() -> list[int]:

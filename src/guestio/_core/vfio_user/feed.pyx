@@ -105,17 +105,26 @@ cdef class ClientFeed(Feed):
     def run(self, int fd):
         """Handle the plain messages that have arrived before the first other one.
 
+        What comes while Python has its turn is read once, so that a client that is quicker than
+        Python does not keep all its messages from the core.
+
         Args:
             fd: The socket that they are answered on.
 
         Returns:
-            ``(unsent, more)``: answers that could not be sent, and whether doorbells are still to
-            be served, which are not if there are such answers.
+            ``(unsent, more, dry)``: answers that could not be sent; whether doorbells are still to
+            be served, which are not if there are such answers; and whether nothing is left.
         """
+        cdef Py_ssize_t got = 0
         self.handle_plain(fd)
+        if not self.unsent and self.inbox.start == self.inbox.end and not self.inbox.odd:
+            got = self.inbox.receive(fd)
+            if got > 0:
+                self.handle_plain(fd)
         unsent = self.unsent
         self.unsent = b""
-        return unsent, self.doorbells.rung_any() if unsent else self.doorbells.serve(False)
+        more = self.doorbells.rung_any() if unsent else self.doorbells.serve(False)
+        return unsent, more, got == -EAGAIN
 
     cdef bint receive(self, list woken) except -1:
         """Handle what arrives, until nothing does, or something is for Python."""
