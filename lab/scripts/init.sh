@@ -28,6 +28,20 @@ load_modules() {
     done </lab/modules.list
 }
 
+# Waits for virtio devices whose driver is to bind later: one behind a virtio-iommu is put off until
+# that is there, and then bound in the background.
+wait_for_devices() {
+    [ -d /sys/bus/pci/drivers/virtio-pci ] || return 0
+    for device in /sys/bus/pci/devices/*; do
+        [ "$(cat "$device/vendor")" = 0x1af4 ] || continue
+        waits=0
+        until [ -e "$device/driver" ] || [ "$waits" -ge 200 ]; do
+            usleep 50000
+            waits=$((waits + 1))
+        done
+    done
+}
+
 # The type of the domain the disk's DMA goes through: DMA-FQ (lazy) or DMA (strict).
 iommu_domain_type() {
     for group in /sys/block/vda/device/../iommu_group /sys/block/vda/device/iommu_group; do
@@ -38,6 +52,7 @@ iommu_domain_type() {
 
 {
     load_modules || exit 1
+    wait_for_devices
     echo "FACT kernel=$(uname -r)"
     echo "FACT iommu=$(iommu_domain_type)"
     echo "FACT boot_seconds=$(cut -d' ' -f1 /proc/uptime)"

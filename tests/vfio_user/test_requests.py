@@ -8,13 +8,14 @@ import logging
 import os
 import socket
 import struct
+import threading
 from pathlib import Path
 
 import pytest
 
 from guestio.pci import Bar, CallbackDoorbell, PciExpress
 from guestio.vfio_user.messages import HEADER_SIZE, Command, HeaderFlag, IrqSet
-from tests.kit.serving import nothing_left, until
+from tests.kit.serving import WAIT, nothing_left, until
 from tests.kit.vfio_client import PAGE, Client, ServingPci, Toy, memory_file, number
 
 NONE, BOOL, EVENTFD = IrqSet.DATA_NONE, IrqSet.DATA_BOOL, IrqSet.DATA_EVENTFD
@@ -554,11 +555,14 @@ ONES = b"\xff" * 8
 def test_registers_whose_space_is_switched_off(client: Client, toy: Toy) -> None:
     """They read as ones, and what is written is lost, a doorbell's writes as well."""
     rung: list[tuple[int, int, int]] = []
-    toy.host.call_soon_threadsafe(
-        lambda: toy.host.add_doorbell(
-            0, 0x200, 64, CallbackDoorbell(lambda *args: rung.append(args))
-        )
-    )
+    added = threading.Event()
+
+    def add() -> None:
+        toy.host.add_doorbell(0, 0x200, 64, CallbackDoorbell(lambda *args: rung.append(args)))
+        added.set()
+
+    toy.host.call_soon_threadsafe(add)
+    assert added.wait(WAIT)
     client.write(0, 0x100, number(7))
     client.write(0, 0x204, number(1, 4))
     assert client.read(0, 0x100, 8) == number(7)
