@@ -1,7 +1,7 @@
 # Uses each device that is named in DEVICES, all at the same time, while it misbehaves, and tells
 # what came of it: `FACT DEVICE=ok`, or what was wrong. A device whose driver or user does not come
 # back tells nothing. Drivers are inserted here, as the insertion of one may hang.
-#   DEVICES  words: disk net rng keyboard console
+#   DEVICES  words: disk net rng keyboard console nvme
 #   LATE     modules to insert, each in the background of the one before
 #   LIMIT    seconds until the end
 #   ROUTER   address that answers pings (10.0.2.1)
@@ -18,18 +18,21 @@ wait_for() { # command...
 
 tell() { echo "FACT $1=$2"; }
 
-use_disk() {
-    wait_for test -b /dev/vda || { tell disk "no disk"; return; }
-    dd if=/dev/urandom of=/tmp/written bs=16k count=8 status=none
+use_blocks() { # device node
+    wait_for test -b "$2" || { tell "$1" "no disk"; return; }
+    dd if=/dev/urandom of="/tmp/written-$1" bs=16k count=8 status=none
     for round in 1 2 3; do
-        dd if=/tmp/written of=/dev/vda bs=16k seek=16 oflag=direct conv=notrunc status=none ||
-            { tell disk "error of a write"; return; }
-        dd if=/dev/vda of=/tmp/read bs=16k skip=16 count=8 iflag=direct status=none ||
-            { tell disk "error of a read"; return; }
-        cmp -s /tmp/written /tmp/read || { tell disk "other data"; return; }
+        dd if="/tmp/written-$1" of="$2" bs=16k seek=16 oflag=direct conv=notrunc status=none ||
+            { tell "$1" "error of a write"; return; }
+        dd if="$2" of="/tmp/read-$1" bs=16k skip=16 count=8 iflag=direct status=none ||
+            { tell "$1" "error of a read"; return; }
+        cmp -s "/tmp/written-$1" "/tmp/read-$1" || { tell "$1" "other data"; return; }
     done
-    tell disk ok
+    tell "$1" ok
 }
+
+use_disk() { use_blocks disk /dev/vda; }
+use_nvme() { use_blocks nvme /dev/nvme0n1; }
 
 use_net() {
     wait_for test -e /sys/class/net/eth0 || { tell net "no card"; return; }

@@ -434,6 +434,12 @@ more; then it is cut."""
 PROXY_CONNECT_RETRY = 0.05
 """Seconds between attempts to connect to it."""
 
+PROXY_OWN_QUEUES = 64
+"""Queues that a proxy can relay: for each of them it has half a MiB of addresses for rings."""
+
+PROXY_MISS_AGAIN = 0.02
+"""Seconds until a proxy that relays asks again for the translation of a ring."""
+
 PROXY_LOOK = 0.01
 """Seconds between looks at rings in use whose notifications were not seen; ten times as many while
 nothing happens there."""

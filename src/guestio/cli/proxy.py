@@ -77,13 +77,14 @@ up to 5 s for a back-end. SIGINT and SIGTERM end the service with status 0 and r
 )
 @click.option(
     "--notifications",
-    type=click.Choice(["auto", "watch", "between"]),
+    type=click.Choice(["auto", "watch", "between", "relay"]),
     default="auto",
     show_default=True,
     help="watch: look at the same eventfds as the two sides, which hardly costs them time; a "
     "request may be over when it is looked at. between: pass kicks and calls on, so that each "
-    "request is seen before the back-end is told of it. auto: watch, unless --strict, --fault or "
-    "an addon that sees requests needs the other.",
+    "request is seen before the back-end is told of it. relay: the rings as well, so that nothing "
+    "passes unseen. auto: watch, unless --strict, --fault or an addon that sees requests needs "
+    "between, or --record with --record-payload needs relay.",
 )
 @click.option(
     "--fault",
@@ -123,6 +124,8 @@ def proxy(
 ) -> None:
     """Pass on what is said; the help text is ``HELP``."""
     rules = parse_faults(faults)
+    if notifications == "auto" and record is not None and record_payload != "none":
+        notifications = "relay"
 
     def open_server(_: contextlib.ExitStack) -> Proxy:
         return Proxy(

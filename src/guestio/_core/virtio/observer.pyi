@@ -18,6 +18,10 @@ DEVICE: str
 @disjoint_base
 class RingObserver(RingAreas):
     notifications: int
+    kick_fd: int
+    call_fd: int
+    to_kick: bool
+    to_call: bool
     @property
     def next_avail(self) -> int: ...
     @property
@@ -40,6 +44,10 @@ class RingObserver(RingAreas):
     def waits(self) -> bool: ...
     @property
     def depth(self) -> int: ...
+    @property
+    def relays(self) -> bool: ...
+    @property
+    def resolved_areas(self) -> bool: ...
     def __new__(
         cls,
         space: AddressSpace,
@@ -55,6 +63,9 @@ class RingObserver(RingAreas):
         origin: int = ...,
         block: bool = ...,
         latencies: Latencies | None = ...,
+        own: AddressSpace | None = ...,
+        own_avail: int = ...,
+        own_used: int = ...,
     ) -> Self: ...
     def look(
         self, requests: list[_Request] | None = ..., completions: list[_Completion] | None = ...

@@ -1,12 +1,16 @@
-"""What passes through a split ring between a driver and a device, both of them others: only read.
+"""What passes through a split ring between a driver and a device, both of them others.
 
-A request's descriptors are its driver's until the device gives them back, and
-free for other requests afterwards. So what was read of them counts only if the request had not been given back when that
-was done; otherwise it is known that there was a request, and nothing of what it said.
+A request's descriptors are its driver's until the device gives them back, and free for other
+requests afterwards. So what was read of them counts only if the request had not been given back
+when that was done; otherwise it is known that there was a request, and nothing of what it said.
 
-Neither the driver nor the device waits for an observer. One that looks too rarely loses what the
-ring has written over; how many requests that were is exact as long as it looks at least once in
-65,536 of them.
+Neither the driver nor the device waits for an observer that only reads. One that looks too rarely
+loses what the ring has written over; how many requests that were is exact as long as it looks at
+least once in 65,536 of them.
+
+An observer that *relays* is waited for: the device has an available and a used ring of the
+observer's, and the driver's are filled from there. Then each request is seen before the device has
+it, and each answer before the driver does. Descriptors and data stay where they are.
 """
 
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
@@ -18,12 +22,13 @@ from guestio._core.base.syscalls cimport notify
 from guestio._core.iommu.address_space cimport AddressSpace, IoVector
 from guestio._core.trace.latencies cimport Latencies
 from guestio._core.trace.tracepoints cimport (
-    BUFFERS, MEASURE, REQUESTS, TraceRecord, WHAT_AVAILABLE, WHAT_BUFFER, WHAT_COMPLETED,
-    WHAT_INTERRUPT, WHAT_TAKEN, trace, trace_record, tracing,
+    BUFFERS, CONTENTS, MEASURE, REQUESTS, TraceRecord, WHAT_AVAILABLE, WHAT_BUFFER, WHAT_COMPLETED,
+    WHAT_INTERRUPT, WHAT_LACKING, WHAT_TAKEN, trace, trace_record, tracing,
 )
 from guestio._core.iommu.misses cimport Misses
 from guestio._core.virtio.areas cimport RingAreas, Sizes, current
 from guestio._core.virtio.chain cimport u16
+from guestio._core.virtio.contents cimport trace_answer, trace_given
 from guestio._core.virtio.loop cimport Feed
 from guestio._core.virtio.split cimport Desc
 
@@ -33,8 +38,10 @@ from guestio.errors import QueueError
 cdef extern from * nogil:
     """
     #define acquire_fence() __atomic_thread_fence(__ATOMIC_ACQUIRE)
+    #define full_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
     """
     void acquire_fence()
+    void full_fence()
 
 cdef enum:
     READ = 1
@@ -46,6 +53,7 @@ cdef enum:
     AHEAD = 0xC000         # a distance of indices beyond this is a step back
     HEADER = 16            # bytes that a block request begins with
     UNKNOWN = -1           # result of TAKEN: nothing is known of the request
+    NO_NOTIFICATION = 1    # in the flags of a ring: its writer need not be notified
 
 DRIVER = "driver"
 DEVICE = "device"
@@ -59,6 +67,8 @@ cdef struct Held:
     uint8_t kind
     uint8_t headless    # what it begins with could not be read yet
     uint8_t out     # 0: the driver's, 1: the device's, 2: the same, and nothing is known of it
+    uint8_t lacks   # a relay has not found out yet what it consists of
+    u16 position    # in the available ring
 
 
 cdef class RingObserver(RingAreas):
@@ -71,6 +81,9 @@ cdef class RingObserver(RingAreas):
         queue, origin: Its number and that of its server, for records of tracepoints.
         block: Whether requests are those of a disk, whose kind and sector are of interest.
         latencies: Where to count how long requests took, while that is measured.
+        own: Where the rings are that the device has, if this relays; None if it only reads.
+            Without VIRTIO_F_EVENT_IDX then.
+        own_avail, own_used: Their addresses there.
 
     Attributes:
         next_avail: The ring position that is looked at next.
@@ -80,6 +93,10 @@ cdef class RingObserver(RingAreas):
         unseen: Those of the first of which nothing is known: they were looked at too late.
         bytes: Bytes of those that were seen.
         notifications: Notifications of the driver that passed.
+        relays: Whether this relays.
+        kick_fd, call_fd: The eventfds by which a relay notifies the device and the driver; -1 for
+            none.
+        to_kick, to_call: Whether a relay has to notify the device, the driver.
         violation: ``(who, what)`` once the driver or the device has broken a rule; nothing is
             looked at any more then. Who is ``"driver"`` or ``"device"``.
 
@@ -105,6 +122,17 @@ cdef class RingObserver(RingAreas):
     cdef readonly u16 origin
     cdef Latencies latencies
     cdef readonly tuple violation
+    # Of a relay.
+    cdef AddressSpace own
+    cdef u64 own_avail_addr
+    cdef u64 own_used_addr
+    cdef IoVector offered    # the available ring that the device has; its used ring is `used`
+    cdef IoVector theirs     # the used ring that the driver has
+    cdef u16 behind          # from an index of the one used ring to that of the other
+    cdef public int kick_fd
+    cdef public int call_fd
+    cdef public bint to_kick
+    cdef public bint to_call
     # Of the chain that was walked last.
     cdef u64 given
     cdef u64 room
@@ -118,13 +146,19 @@ cdef class RingObserver(RingAreas):
 
     def __cinit__(
         self, space, size, desc, avail, used, *, event_idx=False, bint indirect=False, base=0,
-        queue=0, origin=0, bint block=False, Latencies latencies=None
+        queue=0, origin=0, bint block=False, Latencies latencies=None, AddressSpace own=None,
+        own_avail=0, own_used=0
     ):
         self.indirect, self.block, self.latencies = indirect, block, latencies
         self.next_avail = as_address(base, "base") & 0xFFFF
         self.queue = as_address(queue, "queue") & 0xFFFF
         self.origin = as_address(origin, "origin") & 0xFFFF
         self.table, self.scratch = IoVector(), IoVector()
+        self.own, self.kick_fd, self.call_fd = own, -1, -1
+        self.own_avail_addr = as_address(own_avail, "own_avail")
+        self.own_used_addr = as_address(own_used, "own_used")
+        self.offered, self.theirs = IoVector(), IoVector()
+        self.next_used = self.marked = self.next_avail
         self.held = <Held *>PyMem_Calloc(self.size, sizeof(Held))
         if self.held is NULL:
             raise MemoryError
@@ -138,7 +172,7 @@ cdef class RingObserver(RingAreas):
         return 0
 
     cdef bint areas_ready(self, Misses misses) except -1:
-        """As for a device, which writes to the used ring; here it is only read."""
+        """As for a device, which writes to the used ring; here only a relay does."""
         cdef Sizes sizes
         cdef bint found
         if self.broken is not None:
@@ -151,7 +185,12 @@ cdef class RingObserver(RingAreas):
             self.generation = self.space.iotlb.at.generation
         found = self.area(self.desc, self.desc_addr, sizes.desc, READ, misses)
         found &= self.area(self.avail, self.avail_addr, sizes.avail, READ, misses)
-        found &= self.area(self.used, self.used_addr, sizes.used, READ, misses)
+        if self.own is None:
+            found &= self.area(self.used, self.used_addr, sizes.used, READ, misses)
+        else:
+            found &= self.area(self.theirs, self.used_addr, sizes.used, READ | WRITE, misses)
+            self.own_area(self.offered, self.own_avail_addr, sizes.avail)
+            self.own_area(self.used, self.own_used_addr, sizes.used)
         if not found:
             return False
         self.resolved = True
@@ -164,6 +203,10 @@ cdef class RingObserver(RingAreas):
         """Find out what the device has: it was there before."""
         cdef u16 used = self.load16(self.used, 2)
         cdef u16 ahead = self.next_avail - used
+        if self.own is not None:
+            # It begins with nothing, and with the same index in both of its rings.
+            self.behind = self.load16(self.theirs, 2) - self.next_used
+            return 0
         self.next_used = used
         if ahead <= self.size:
             self.doubt = ahead
@@ -172,6 +215,24 @@ cdef class RingObserver(RingAreas):
             self.next_used = self.next_avail
         self.marked = self.next_used
         return 0
+
+    cdef int own_area(self, IoVector found, u64 addr, u64 size) except -1:
+        """Look up an area of a relay's own."""
+        found.rewind(0, 0, 0)
+        found.access, found.start = READ | WRITE, addr
+        self.own.translate(found, addr, size, READ | WRITE, self.ignored)
+        if found.stop:
+            raise ValueError(f"there is no memory for a ring of {self.size} at {addr:#x}")
+        return 0
+
+    @property
+    def relays(self):
+        return self.own is not None
+
+    @property
+    def resolved_areas(self):
+        """Whether the memory of the ring can be reached."""
+        return self.resolved and current(self)
 
     @property
     def depth(self):
@@ -211,7 +272,7 @@ cdef class RingObserver(RingAreas):
             avail = self.load16(self.avail, 2)
             changed = used != self.next_used or avail != self.next_avail
             if self.headless:
-                self.read_headers()
+                self.read_headers(requests)
             if changed:
                 self.follow(used, avail, requests, completions)
                 self.check_areas()
@@ -251,12 +312,36 @@ cdef class RingObserver(RingAreas):
             if not self.take(now, requests, completions):
                 return 0
         while self.next_used != used and self.violation is None:
-            self.give_back(now, completions)
+            self.give_back(now, completions, requests)
+        if self.own is not None:
+            self.publish()
+        return 0
+
+    cdef int publish(self) except -1:
+        """Have the device see what was copied for it, and the driver what was given back."""
+        cdef u16 given_back = self.next_used + self.behind
+        if self.load16(self.offered, 2) != self.next_avail:
+            self.store16(self.offered, 2, self.next_avail)
+            full_fence()  # whether the device wants to be told is read behind it
+            if not self.load16(self.used, 0) & NO_NOTIFICATION:
+                self.to_kick = True
+        if self.load16(self.theirs, 2) != given_back:
+            self.store16(self.theirs, 2, given_back)
+            full_fence()
+            if not self.load16(self.avail, 0) & NO_NOTIFICATION:
+                self.to_call = True
         return 0
 
     cdef int skip(self, u16 used, u16 avail) except -1:
         """Go on at two indices: what was before them has been written over."""
         cdef u32 i
+        if self.own is not None:
+            # Nobody but the two can have written over what a relay has not passed on.
+            if <u16>(used - self.next_used) > self.size:
+                return self.blame(DEVICE, f"used index {used} runs ahead of what the device has")
+            return self.blame(
+                DRIVER, f"available index {avail} runs ahead of a ring of {self.size}"
+            )
         self.taken += <u16>(avail - self.next_avail)
         self.unseen += <u16>(avail - self.next_avail)
         self.completed += <u16>(used - self.next_used)
@@ -270,11 +355,16 @@ cdef class RingObserver(RingAreas):
         self.headless = 0
         return 0
 
-    cdef int read_headers(self) except -1:
+    cdef int read_headers(self, list requests) except -1:
         """Read what requests begin with, as far as it has been translated meanwhile."""
         cdef u32 head
         cdef u16 used
         for head in range(self.size):
+            if self.violation is not None:
+                return 0
+            if self.held[head].lacks:
+                self.note_taken(<u16>head, now_ns(), requests, False)
+                continue
             if not self.held[head].headless:
                 continue
             self.walk(<u16>head, None)
@@ -324,13 +414,26 @@ cdef class RingObserver(RingAreas):
         held = &self.held[head]
         self.mark(used)
         while held.out and self.next_used != self.marked and self.violation is None:
-            self.give_back(now, completions)
+            self.give_back(now, completions, requests)
         if self.violation is not None:
             return True
         if held.out:
             self.blame(
                 DRIVER, f"descriptor {head} was made available again before it was given back"
             )
+            return True
+        if self.own is not None:
+            now = now_ns()  # what it was before may be given back at this very look
+            self.taken += 1
+            held.since, held.kind, held.offset, held.room = now, 0, 0, 0
+            held.out, held.lacks, held.position = 1, 1, self.next_avail
+            self.headless += 1
+            self.note_taken(head, now, requests, False)
+            if self.violation is None:
+                if held.lacks and tracing & REQUESTS:
+                    self.trace_lacking(head, now)
+                self.store16(self.offered, 4 + 2 * <u64>(self.next_avail % self.size), head)
+                self.next_avail += 1
             return True
         self.walk(head, pieces)
         acquire_fence()
@@ -384,7 +487,103 @@ cdef class RingObserver(RingAreas):
         self.next_avail += 1
         return True
 
-    cdef int give_back(self, u64 now, list completions) except -1:
+    cdef int trace_lacking(self, u16 head, u64 now) except -1:
+        """Write that a request consists of memory that has no translation yet."""
+        cdef TraceRecord record = trace_record(WHAT_LACKING, self.origin)
+        record.queue, record.head, record.time, record.since = self.queue, head, now, now
+        record.address, record.detail = self.first, 1
+        trace(&record)
+        return 0
+
+    cdef int note_taken(self, u16 head, u64 now, list requests, bint last) except -1:
+        """Find out what a request consists of that a relay passes on, and that is not known yet.
+
+        Behind an IOMMU that may become known when the device has asked for what it needs; and when
+        it gives the request back at the latest (`last`).
+        """
+        cdef Held *held = &self.held[head]
+        cdef list pieces = []
+        cdef TraceRecord record
+        cdef bint known, content
+        cdef u64 sector = 0
+        cdef u32 operation = 0
+        self.walk(head, pieces)
+        if self.fault is not None:
+            return self.blame(DRIVER, self.fault)
+        known = not self.unreached
+        content = known and not self.header_lost
+        if content and tracing & CONTENTS:
+            content = self.open_pieces(pieces, False)
+            if self.space.iotlb is not None and content:
+                # What the device is to write as well, so that nothing lacks when it has.
+                content = self.open_pieces(pieces, True) and self.open_pieces(pieces, False)
+        if not content and not last:
+            self.scratch.release()
+            return 0
+        held.lacks = 0
+        self.headless -= 1
+        if known:
+            held.room = self.room
+            self.bytes += self.given + self.room
+            if self.block and self.header_bytes == HEADER:
+                operation = (<u32 *>self.header)[0]
+                sector = (<u64 *>self.header)[1]
+                held.kind = kind_of(operation)
+                held.offset = sector << 9
+        else:
+            held.out = 2
+            self.unseen += 1
+        if tracing & REQUESTS:
+            record = trace_record(WHAT_TAKEN, self.origin)
+            record.queue, record.head, record.time, record.since = self.queue, head, now, held.since
+            record.access = held.kind if held.kind < 3 else 0
+            if known:
+                record.length, record.detail = self.given, self.room
+                record.address, record.result = self.first, held.position
+            else:
+                record.result = UNKNOWN
+            trace(&record)
+            if known and tracing & BUFFERS:
+                self.trace_pieces(head, pieces, now)
+            if content and tracing & CONTENTS:
+                trace_given(self.scratch, self.origin, self.queue, head)
+        self.scratch.release()
+        if requests is not None:
+            kind = operation if known and self.block and self.header_bytes == HEADER else None
+            requests.append((
+                head, held.position, known, kind, None if kind is None else sector,
+                self.given if known else 0, self.room if known else 0, pieces if known else [],
+            ))
+        return 0
+
+    cdef bint open_pieces(self, list pieces, bint writes) except -1:
+        """Have `scratch` hold the memory that a request gives to read, or to write; False if it
+        cannot be reached."""
+        cdef int access = WRITE if writes else READ
+        cdef u64 address, length
+        self.scratch.release()
+        self.scratch.access, self.scratch.start, self.ignored.count = READ, 0, 0
+        for address, length, is_written in pieces:
+            if is_written != writes or not length:
+                continue
+            if length - 1 > <u64>-1 - address:
+                return False
+            if not self.space.translate(self.scratch, address, length, access, self.ignored):
+                return False
+            if self.scratch.stop:
+                return False
+        return True
+
+    cdef int note_answer(self, u16 head, u64 written) except -1:
+        """Write what the device wrote into a request, before the driver has it back."""
+        cdef list pieces = []
+        self.walk(head, pieces)
+        if self.fault is None and not self.unreached and self.open_pieces(pieces, True):
+            trace_answer(self.scratch, written, self.origin, self.queue, head)
+        self.scratch.release()
+        return 0
+
+    cdef int give_back(self, u64 now, list completions, list requests) except -1:
         """Look at the next used entry, which was counted."""
         cdef u32 element[2]
         cdef Held *held
@@ -399,6 +598,11 @@ cdef class RingObserver(RingAreas):
         held = &self.held[element[0]]
         if held.returned:
             held.returned -= 1
+        if held.lacks:
+            now = now_ns()
+            self.note_taken(<u16>element[0], now, requests, True)
+            if self.violation is not None:
+                return 0
         if held.out:
             if held.out == 1 and element[1] > held.room:
                 return self.blame(
@@ -407,6 +611,9 @@ cdef class RingObserver(RingAreas):
                     f"room for {held.room}",
                 )
             since, kind, offset = held.since, held.kind, held.offset
+            if self.own is not None and tracing & CONTENTS:
+                self.note_answer(<u16>element[0], element[1])
+                now = now_ns()  # records of a request are in the order of their times
             self.headless -= held.headless
             held.out = held.headless = 0
         elif self.doubt:
@@ -414,6 +621,11 @@ cdef class RingObserver(RingAreas):
         else:
             return self.blame(
                 DEVICE, f"request {element[0]} was given back, and the device does not have it"
+            )
+        if self.own is not None:
+            self.theirs.transfer(
+                <u8 *>element,
+                4 + 8 * <u64>(<u16>(self.next_used + self.behind) % self.size), 8, True,
             )
         self.next_used += 1
         self.completed += 1
@@ -536,6 +748,20 @@ cdef class RingObserver(RingAreas):
         self.violation = who, what
         return 0
 
+    cdef void signal(self) noexcept:
+        """Notify the device and the driver as far as that is to be. Plain C: it cannot raise."""
+        if self.to_kick:
+            self.to_kick = False
+            if self.kick_fd >= 0:
+                with nogil:
+                    notify(self.kick_fd)
+        if self.to_call:
+            self.to_call = False
+            self.interrupt()
+            if self.call_fd >= 0:
+                with nogil:
+                    notify(self.call_fd)
+
     def note_notification(self):
         """Count that the driver is notified."""
         self.interrupt()
@@ -551,8 +777,9 @@ cdef class RingObserver(RingAreas):
 
     def rebind(self, AddressSpace space not None):
         """Go on in other memory."""
-        before = self.table, self.scratch
+        before = self.table, self.scratch, self.offered, self.theirs
         self.table, self.scratch = IoVector(), IoVector()
+        self.offered, self.theirs = IoVector(), IoVector()
         RingAreas.rebind(self, space)
 
 
@@ -598,11 +825,13 @@ cdef class EventRelay(Feed):
             return False
         self.passed += 1
         self.observer.look_into(None, None)
-        if self.call:
+        if self.call and self.observer.own is None:
             self.observer.interrupt()
         if self.observer.violation is not None and not self.told:
             # Python decides whether anything goes on.
             self.told = self.pending = True
+        elif self.observer.own is not None:
+            self.observer.signal()
         elif self.target >= 0:
             with nogil:
                 notify(self.target)

@@ -18,6 +18,8 @@ from guestio.errors import GuestioError, ProtocolError
 from guestio.faults.misbehavior.wire import open_extra, struck_answer, told
 from guestio.faults.proxy.addon import ProxyMessage, Sender
 from guestio.faults.proxy.exchange import Exchange, Pending
+from guestio.faults.proxy.own_rings import HIDDEN as NOT_RELAYED
+from guestio.faults.proxy.own_rings import HIDDEN_FEATURES, OwnRings, pages
 from guestio.faults.proxy.shadow import HIDDEN, Shadow
 from guestio.faults.proxy.side import Side
 from guestio.peer.foreign import close_foreign, close_socket
@@ -36,6 +38,7 @@ from guestio.vhost_user.messages import (
     IotlbMessage,
     IotlbType,
     ProtocolFeature,
+    VringAddr,
     VringFd,
     VringState,
     request_name,
@@ -99,7 +102,8 @@ class ProxyConnection:
         self._asking: Side | None = None
         self._main = Exchange(self._front.send)
         self._second = Exchange(self._answer_back)
-        self.shadow = Shadow(proxy.queue, proxy.origin)
+        self._own = OwnRings() if proxy.relays else None
+        self.shadow = Shadow(proxy.queue, proxy.origin, self._own)
         self._deadline = self._since + PROXY_CONNECT_SECONDS
         event(What.CONNECTED, origin=proxy.origin, detail=proxy.statistics.connections)
         self._reach()
@@ -200,6 +204,13 @@ class ProxyConnection:
         payload = message.payload
         if request == _F.SET_FEATURES and self._invented and len(payload) == 8:
             payload = U64(U64.decode(payload).value & ~self._invented).encode()
+        if self._own is not None:
+            try:
+                payload = self._relayed(self._own, request, payload, fds)
+            except GuestioError as error:
+                close_foreign(fds)
+                self._end(f"front-end: {error}")
+                return
         back.send(_encode(message.header, payload), fds)
         if request == _F.VRING_KICK:
             self._look()
@@ -238,6 +249,23 @@ class ProxyConnection:
                 return [os.dup(given)]
         return message.take_fds()
 
+    def _relayed(self, own: OwnRings, request: int, payload: bytes, fds: list[int]) -> bytes:
+        """A message as a back-end gets it whose rings are the proxy's; descriptors are added.
+
+        Raises:
+            ProtocolError: These rings have no place in it.
+        """
+        if request == _F.SET_MEM_TABLE:
+            payload = own.table(payload)
+            fds.append(own.file())
+        elif request == _F.SET_VRING_ADDR:
+            index = VringAddr.decode(payload).index
+            payload = own.address(payload)
+            if not self._proxy.queue(index).watched:
+                # Some back-ends look at their used ring now.
+                own.reset(index, self.shadow.session.vrings[index].base)
+        return payload
+
     # From the back-end.
 
     def _from_back(self, message: Message) -> None:
@@ -257,13 +285,22 @@ class ProxyConnection:
             self._check_reply(asked, message)
         if self.closed:
             return
+        if asked is not None and asked.own:
+            self._main.settle()
+            return
         if not self._pass_addons(message, name, "back-end", self._main, answered=False):
             self._after_reply(asked, message)
             self._main.settle()
             return
         if request == _F.GET_PROTOCOL_FEATURES and len(message.payload) == 8:
-            offered = U64.decode(message.payload).value & ~int(HIDDEN)
+            hidden = HIDDEN if self._own is None else HIDDEN | NOT_RELAYED
+            offered = U64.decode(message.payload).value & ~int(hidden)
             message.payload = U64(offered).encode()
+        elif self._own is not None and request == _F.GET_FEATURES and len(message.payload) == 8:
+            offered = U64.decode(message.payload).value & ~HIDDEN_FEATURES
+            message.payload = U64(offered).encode()
+        if self._own is not None and request in (_F.GET_VRING_BASE, _F.GET_VRING_BASE_SKIP_DRAIN):
+            self._look()  # Whoever asks takes all that the device gave back to be in its ring.
         data, fds = _encode(message.header, message.payload), message.take_fds()
         self._answer_front(self._front, name, request, data, fds)
         self._after_reply(asked, message)
@@ -357,12 +394,46 @@ class ProxyConnection:
         acknowledged = message.header.need_reply and bool(
             self.shadow.session.protocol_features & _REPLY_ACK
         )
+        if (
+            self._own is not None
+            and request == _B.IOTLB_MSG
+            and self._translates(self._own, message, name, acknowledged=acknowledged)
+        ):
+            return
         own = request == _B.SHARED_OBJECT_LOOKUP
         if own or acknowledged:
             self._second.expect(request, name, message.payload, certain=True)
         side.send(_encode(message.header, message.payload), message.take_fds())
         if request == _B.VRING_CALL:
             self._look()
+
+    def _translates(
+        self, own: OwnRings, message: Message, name: str, *, acknowledged: bool
+    ) -> bool:
+        """Answer a miss about the proxy's rings; False if it is about other memory."""
+        back = self._back
+        try:
+            update = own.translation(IotlbMessage.decode(message.payload).iova)
+        except ProtocolError:
+            return False
+        if update is None or back is None:
+            return False
+        # "has to acknowledge the request", whether asked to or not.
+        self._main.expect(_F.IOTLB_MSG, "IOTLB_MSG", b"", certain=False, own=True)
+        back.send(_encode(Header(_F.IOTLB_MSG, 1, 0), update.encode()))
+        if acknowledged:
+            flags = 1 | int(HeaderFlag.REPLY)
+            answer = Header(message.request, flags, 8).encode() + U64(0).encode()
+            self._second.answer(message.request, name, answer)
+        return True
+
+    def ask(self, missing: Sequence[tuple[int, int, int]]) -> None:
+        """Ask the front-end for translations that a relayed ring lacks."""
+        if self._asked is None:
+            return
+        for address, access in pages(missing):
+            miss = IotlbMessage(address, 1, 0, access, int(IotlbType.MISS))
+            self._asked.send(_encode(Header(_B.IOTLB_MSG, 1, 0), miss.encode()))
 
     def _judge_request(self, name: str, message: Message) -> None:
         """Judge and count a back-end's request."""
@@ -514,6 +585,8 @@ class ProxyConnection:
             for side in (self._front, self._back, self._asked, self._asking):
                 if side is not None:
                     side.close()
+            if self._own is not None:
+                self._own.close()
             statistics = self._proxy.statistics
             statistics.gone(self.shadow)
             event(What.DISCONNECTED, origin=self._proxy.origin, detail=statistics.connections)

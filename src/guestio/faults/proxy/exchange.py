@@ -20,6 +20,7 @@ class Pending:
         certain: Whether there must be one.
         payload: Of the request.
         ready: The answer if it is not the other side's: it waits for those before it.
+        own: Whether the request is the proxy's, and so is the answer.
     """
 
     request: int
@@ -27,6 +28,7 @@ class Pending:
     certain: bool
     payload: bytes
     ready: bytes | None = None
+    own: bool = False
 
 
 class Exchange:
@@ -40,15 +42,17 @@ class Exchange:
         self._pending: deque[Pending] = deque()
         self._send = send
 
-    def expect(self, request: int, name: str, payload: bytes, *, certain: bool) -> None:
-        """Expect an answer.
+    def expect(
+        self, request: int, name: str, payload: bytes, *, certain: bool, own: bool = False
+    ) -> None:
+        """Expect an answer; to the proxy's own request, if that is what it is.
 
         Raises:
             ProtocolError: Too many are expected.
         """
         if len(self._pending) >= PROXY_PENDING:
             raise ProtocolError(f"{PROXY_PENDING} requests wait for their answers")
-        self._pending.append(Pending(request, name, certain, payload))
+        self._pending.append(Pending(request, name, certain, payload, own=own))
 
     def answer(self, request: int, name: str, reply: bytes) -> None:
         """Answer a request that is not passed on, behind those that are expected before."""

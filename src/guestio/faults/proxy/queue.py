@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 from guestio._core.iommu.address_space import AddressSpace
 from guestio._core.trace.latencies import Latencies
 from guestio._core.virtio.observer import EventRelay, RingObserver
+from guestio.budgets import PROXY_MISS_AGAIN
 from guestio.errors import ProtocolError
 from guestio.faults.misbehavior.force import Faults
+from guestio.faults.proxy.own_rings import OwnRings
 from guestio.memory.backing import close_fd
 from guestio.peer.foreign import is_eventfd
 from guestio.virtio.loop import EventLoop
@@ -139,6 +142,9 @@ class Watcher(Protocol):
     listens: bool
     faults: Faults | None
 
+    def untranslated(self, missing: Sequence[tuple[int, int, int]]) -> None:
+        """A ring that is relayed lacks translations: addresses, bytes and accesses."""
+
     def requested(self, request: Request) -> None:
         """A driver made a request available."""
 
@@ -180,6 +186,7 @@ class ProxyQueue:
         self._observer: RingObserver | None = None
         self._place: RingPlace | None = None
         self._space: AddressSpace | None = None
+        self._asked = 0.0
         self._known: dict[int, Request] = {}
         self._kick = _Line()
         self._call = _Line()
@@ -225,6 +232,10 @@ class ProxyQueue:
         relay = EventRelay(self._ring_changed, 0.0, source, observer, target=target, call=call)
         relay.by_python = self._needs_python(call=call)
         line.relay = relay
+        if call:
+            observer.call_fd = target
+        else:
+            observer.kick_fd = target
         self._loop.core.add_feed(relay)
         self._loop.add_reader(source, self._called if call else self._kicked, edge=True)
         line.source = source
@@ -234,10 +245,15 @@ class ProxyQueue:
         if relay is not None:
             self._loop.remove_reader(line.source)
             self._loop.core.remove_feed(relay)
+            observer = self._observer
             if line is self._kick:
                 self.kicks += relay.passed
+                if observer is not None:
+                    observer.kick_fd = -1
             else:
                 self.calls += relay.passed
+                if observer is not None:
+                    observer.call_fd = -1
             relay.close()
 
     def _needs_python(self, *, call: bool) -> bool:
@@ -253,6 +269,10 @@ class ProxyQueue:
 
     def _kicked(self) -> None:
         self.look()
+        if self._observer is None or not self._observer.relays:
+            self._pass_kick()
+
+    def _pass_kick(self) -> None:
         faults, delay = self._watcher.faults, 0.0
         if self._kick.relay is None:
             return
@@ -270,6 +290,10 @@ class ProxyQueue:
 
     def _called(self) -> None:
         self.look()
+        if self._observer is None or not self._observer.relays:
+            self._pass_call()
+
+    def _pass_call(self) -> None:
         faults, delay = self._watcher.faults, 0.0
         if self._call.relay is None:
             return
@@ -305,8 +329,14 @@ class ProxyQueue:
         if self._observer is not None and self._observer.waits:
             self.look()
 
-    def watch(self, space: AddressSpace, place: RingPlace) -> None:
-        """Look at a ring from now on; nothing changes if that is so already."""
+    def watch(self, space: AddressSpace, place: RingPlace, own: OwnRings | None = None) -> None:
+        """Look at a ring from now on; nothing changes if that is so already.
+
+        Args:
+            space: What the driver's addresses lead to.
+            place: Where the ring is.
+            own: Has the rings that the back-end uses, if this one is relayed.
+        """
         if self._observer is not None and place == self._place:
             if space is not self._space:
                 self.look()
@@ -315,6 +345,8 @@ class ProxyQueue:
             return
         self.leave()
         try:
+            if own is not None:
+                own.reset(self.index, place.base)
             observer = RingObserver(
                 space,
                 *place[:4],
@@ -325,6 +357,9 @@ class ProxyQueue:
                 origin=self._origin,
                 block=self._watcher.block,
                 latencies=self._latencies,
+                own=None if own is None else own.space,
+                own_avail=0 if own is None else own.avail(self.index),
+                own_used=0 if own is None else own.used(self.index),
             )
         except (ValueError, ProtocolError) as error:
             self._watcher.ring_violated(self.index, "driver", str(error))
@@ -348,7 +383,25 @@ class ProxyQueue:
             self._tell(requests, completions)
         if observer.violation is not None:
             self._report(observer.violation)
+        elif observer.relays:
+            self._react(observer)
         return changed
+
+    def _react(self, observer: RingObserver) -> None:
+        """Notify whom a relay has something for, and ask for what it lacks."""
+        kick, observer.to_kick = observer.to_kick, False
+        call, observer.to_call = observer.to_call, False
+        if kick:
+            self._pass_kick()
+        if call:
+            self._pass_call()
+        if not observer.resolved_areas and self._observer is observer:
+            now = time.monotonic()
+            if now - self._asked >= PROXY_MISS_AGAIN:
+                self._asked = now
+                lacks = [(each.base, each.length, access) for each, access in observer.missing()]
+                if lacks:
+                    self._watcher.untranslated(lacks)
 
     def _tell(
         self,

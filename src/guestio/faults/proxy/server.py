@@ -7,9 +7,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from guestio.budgets import MAX_WAITING, PROXY_LOOK
 from guestio.control import schema
@@ -64,8 +64,8 @@ DEVICES: Final = {
 
 FAULTS: Final = ("protocol_errors", "violations", "addon_errors")
 
-Notifications = Literal["auto", "watch", "between"]
-"""Whether kicks and calls are passed on, or only looked at; see `Proxy`."""
+Notifications = Literal["auto", "watch", "between", "relay"]
+"""Whether kicks, calls and rings are passed on, or only looked at; see `Proxy`."""
 
 _QUIET: Final = 10
 """How many times longer nothing is looked at while nothing happens."""
@@ -193,8 +193,10 @@ class Proxy(WatchedServer):
         notifications: ``"watch"`` waits for the same eventfds as the two sides, which takes them no
             time; a request may be over when it is looked at. ``"between"`` puts eventfds of its own
             in between, so that a request is seen before the back-end is told of it, and its
-            completion before the driver is. ``"auto"`` is the first, unless rules, addons that see
-            requests, or ``strict`` need the other.
+            completion before the driver is, unless one of them looks without being told.
+            ``"relay"`` gives the back-end available and used rings of the proxy's as well, so that
+            nothing passes unseen, which a recording of what requests carry needs. ``"auto"`` is the
+            first, unless rules, addons that see requests, or ``strict`` need the second.
         control, http, http_token: Where to be watched, as for `WatchedServer`.
 
     Raises:
@@ -232,8 +234,8 @@ class Proxy(WatchedServer):
             )
         if device is not None and device not in DEVICES:
             raise ValueError(f"device {device!r} is none of {', '.join(DEVICES)}")
-        if notifications not in ("auto", "watch", "between"):
-            raise ValueError(f"notifications {notifications!r}: say auto, watch or between")
+        if notifications not in get_args(Notifications):
+            raise ValueError(f"notifications {notifications!r}: say auto, watch, between or relay")
         self.device_id = 0 if device is None else DEVICES[device]
         self.block = device == "blk"
         self.strict = strict
@@ -251,7 +253,10 @@ class Proxy(WatchedServer):
                 "rules may be about notifications, which are not passed on with "
                 "notifications='watch'"
             )
-        self.between = notifications == "between" or (notifications == "auto" and needed)
+        self.relays = notifications == "relay"
+        self.between = (
+            self.relays or notifications == "between" or (notifications == "auto" and needed)
+        )
         self.statistics = ProxyStatistics(addons=self.addons)
         self.origin = new_origin()
         self._source = Source(
@@ -347,6 +352,15 @@ class Proxy(WatchedServer):
         connection = self._connection
         if isinstance(connection, ProxyConnection):
             self.violated(connection, who, f"queue {queue}: {what}", queue)
+            if self.relays:
+                # There is no passing on a ring that makes no sense.
+                connection.disconnect(f"the {who} broke queue {queue}, which is relayed: {what}")
+
+    def untranslated(self, missing: Sequence[tuple[int, int, int]]) -> None:
+        """See :class:`~guestio.faults.proxy.queue.Watcher`."""
+        connection = self._connection
+        if isinstance(connection, ProxyConnection):
+            connection.ask(missing)
 
     def violated(
         self, connection: ProxyConnection, who: str, what: str, queue: int | None = None

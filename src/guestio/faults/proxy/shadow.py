@@ -18,6 +18,7 @@ from guestio.control.explain import explain_iotlb, explain_range
 from guestio.control.schema import Explanation, Survey
 from guestio.control.survey import survey_memory, survey_of
 from guestio.errors import GuestioError, ProtocolError
+from guestio.faults.proxy.own_rings import OwnRings
 from guestio.faults.proxy.queue import ProxyQueue, RingPlace
 from guestio.iommu import Iotlb
 from guestio.peer.foreign import close_foreign
@@ -71,6 +72,7 @@ class Shadow:
     Args:
         queue: Finds a queue by its index.
         origin: The server's number in records of tracepoints.
+        own: Has the rings that the back-end uses, if they are relayed.
 
     Attributes:
         session: Judges messages.
@@ -84,7 +86,9 @@ class Shadow:
 
     num_queues = MAX_QUEUES
 
-    def __init__(self, queue: Callable[[int], ProxyQueue], origin: int) -> None:
+    def __init__(
+        self, queue: Callable[[int], ProxyQueue], origin: int, own: OwnRings | None = None
+    ) -> None:
         self.features = _ALL & ~_WIRE_BITS
         self.protocol_features = 0
         self.max_mem_slots = _ALL
@@ -95,9 +99,14 @@ class Shadow:
         self.updates = self.invalidations = 0
         self._queue = queue
         self._origin = origin
-        self._shared = SharedMemory(writable=False)
+        self._own = own
+        self._shared = self._no_memory()
         self._space = AddressSpace(self._shared.table)
         self._stopping: set[int] = set()
+
+    def _no_memory(self) -> SharedMemory:
+        """Only a relay writes: to the used rings of the driver."""
+        return SharedMemory(writable=self._own is not None)
 
     # What passes.
 
@@ -146,7 +155,7 @@ class Shadow:
             if place is None:
                 queue.leave()
             else:
-                queue.watch(self._space, place)
+                queue.watch(self._space, place, self._own)
 
     def _place(self, index: int) -> RingPlace | None:
         """Where a ring in use is; None for one that is not, or cannot be looked at."""
@@ -212,7 +221,7 @@ class Shadow:
         for queue in self.queues.values():
             queue.leave()
             queue.disconnect()
-        self._shared = SharedMemory(writable=False)
+        self._shared = self._no_memory()
         self._space = AddressSpace(self._shared.table)
         self.translations.invalidate_all()
 
@@ -261,7 +270,7 @@ class Shadow:
             LOG.report(
                 log, logging.WARNING, "guest memory is passed on, but not looked at: %s", error
             )
-            shared = SharedMemory(writable=False)
+            shared = self._no_memory()
         self._change_memory(shared)
 
     def _change_memory(self, shared: SharedMemory) -> None:
