@@ -28,7 +28,7 @@ from tests.kit.rings import WRITE, Desc, HandRing
 from tests.kit.serving import Driver, Mirror, Serving, nothing_left, until
 
 ENTRIES = 8
-PLACES = {"desc": 0x1000, "avail": 0x2000, "used": 0x3000}
+PLACES = (0x1000, 0x2000, 0x3000)
 BASE = 65530
 
 
@@ -37,14 +37,15 @@ class Relay(HandRing):
 
     def __init__(self, driver_used: int = BASE, **options: Any) -> None:
         self.memory = GuestRegionCollection.from_regions([MmapRegion.memfd(0, 1 << 16)])
-        super().__init__(self.memory, size=ENTRIES, base=BASE, **PLACES)
+        desc, avail, used = PLACES
+        super().__init__(self.memory, size=ENTRIES, base=BASE, desc=desc, avail=avail, used=used)
         self.own = OwnRings()
         self.own.reset(0, BASE)
         self.set_avail_idx(BASE)
         self.memory.write(self.used + 2, struct.pack("<H", driver_used))
         self.returned = BASE
         self.observer = RingObserver(
-            self.memory._space, ENTRIES, *PLACES.values(), indirect=True, base=BASE,
+            self.memory._space, ENTRIES, *PLACES, indirect=True, base=BASE,
             own=self.own.space, own_avail=self.own.avail(0), own_used=self.own.used(0), **options,
         )  # fmt: skip
 
@@ -265,7 +266,7 @@ def disk(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
 
 @pytest.mark.parametrize("iommu", ["off", "strict"])
 def test_a_recording_of_a_proxy_is_repeated(
-    iommu: str, disk: tuple[Path, Path], tmp_path: Path
+    iommu: Any, disk: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Sixteen requests at a time, of a driver and a device that both look without being told."""
     back, before = disk
