@@ -118,14 +118,17 @@ class VhostUserDisk:
     Attributes:
         socket: Unix socket of the back-end; QEMU connects to it when it starts.
         num_queues: Number of request queues, 1 or more.
+        options: More properties of QEMU's device, such as `inflight-migration=on`.
     """
 
     socket: Path
     num_queues: int = 1
+    options: str = ""
 
     def arguments(self, index: int, viommu: Viommu) -> list[str]:
         """QEMU arguments; see `Disk`."""
         options = f"chardev=vhost{index},num-queues={self.num_queues}"
+        options += f",{self.options}" if self.options else ""
         options += viommu.device_options(index)
         return [
             *viommu.port_arguments(index),
@@ -401,8 +404,9 @@ class Guest:
         append: More kernel command line.
         qemu_args: More QEMU arguments.
         smp: Number of virtual CPUs.
-        memory: Bytes of guest memory, a multiple of 1 MiB; shared, as vhost-user needs it.
+        memory: Bytes of guest memory, a multiple of 8 KiB; shared, as vhost-user needs it.
         timeout: Seconds from QEMU's start until it is killed.
+        qemu: QEMU's path, if not `$GUESTIO_LAB_QEMU` or the system's.
     """
 
     disks: Sequence[Disk] = ()
@@ -417,6 +421,7 @@ class Guest:
     smp: int = 1
     memory: int = 512 * MIB
     timeout: float = 300.0
+    qemu: str = ""
 
     def run(self, directory: Path | None = None) -> GuestResult:
         """Boot, wait for the end, and return what happened; does not judge it.
@@ -470,11 +475,9 @@ class Guest:
             for index, disk in enumerate((*self.disks, *self.devices))
             for argument in disk.arguments(index, self.viommu)
         ]
-        size = f"{self.memory // MIB}M"
+        size = f"{self.memory // 1024}K"
         append = f"console=ttyS0 quiet panic=-1 no_timer_check {self.viommu.append} {self.append}"
-        qemu = os.environ.get("GUESTIO_LAB_QEMU") or require_program(
-            "qemu-system-x86_64", "qemu-system-x86"
-        )
+        qemu = self.qemu or system_qemu()
         return [
             qemu,
             *_tcg_arguments(qemu),
@@ -608,14 +611,34 @@ class RunningGuest:
         )
 
 
+def system_qemu() -> str:
+    """The path of the QEMU that guests run under: `$GUESTIO_LAB_QEMU`, or the system's.
+
+    Raises:
+        lab.parts.PartsError: There is none.
+    """
+    return os.environ.get("GUESTIO_LAB_QEMU") or require_program(
+        "qemu-system-x86_64", "qemu-system-x86"
+    )
+
+
 @functools.cache
-def _tcg_arguments(qemu: str) -> tuple[str, ...]:
-    """Accelerator and CPU model that run Linux 6.12 without crashing it."""
+def version_of(qemu: str) -> tuple[int, ...]:
+    """The version of a QEMU.
+
+    Raises:
+        lab.parts.PartsError: It does not tell.
+    """
     done = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=False)
-    version = re.search(r"version (\d+)\.", done.stdout)
+    version = re.search(r"version ([\d.]+)", done.stdout)
     if version is None:
         raise PartsError(f"{qemu} does not tell its version: {done.stdout}{done.stderr}")
-    if int(version.group(1)) >= 8:
+    return tuple(int(part) for part in version.group(1).split("."))
+
+
+def _tcg_arguments(qemu: str) -> tuple[str, ...]:
+    """Accelerator and CPU model that run Linux 6.12 without crashing it."""
+    if version_of(qemu) >= (8,):
         return ("-accel", "tcg")
     # QEMU 7.2 computes the flags after cmpxchg16b from a stale state and corrupts a guest that
     # is interrupted there; with one thread per virtual CPU, code that one CPU patches may also

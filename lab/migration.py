@@ -3,12 +3,26 @@
     ./run lab-migrate                          without an IOMMU, behind virtio-iommu and intel-iommu
     ./run lab-migrate --guest virtio --hops 20 --queue-threads
     ./run lab-migrate --qemu /usr/bin/qemu-system-x86_64
+    ./run lab-migrate --qemu trixie            a QEMU of that suite; see lab/qemu.py
+    ./run lab-migrate --qemu /usr/bin/qemu-system-x86_64 --onto trixie-backports
+    ./run lab-migrate --device net             a network card instead of the disk
+    ./run lab-migrate --inflight-migration     notes of requests in flight go along (QEMU 11.1)
     ./run lab-migrate --against qemu-storage-daemon --rounds 5
 
 The load is `lab/migration.c`: it checks memory that only the disk writes long after it was written.
 After each hop, while neither QEMU lets the guest run, all of its memory is compared page by page.
 The table has a line for each hop: for how long the guest stood still, as QEMU tells it, how long
 the migration took, and what the load did afterwards.
+
+With `--onto` the guest hops to that QEMU and back again. Both have the older one's machine type.
+
+QEMU before 9.0 without KVM forgets pages that the guest's processors write while it migrates,
+whatever its devices are: it counts pages as clean, and processors that have written to them before
+go on without telling. It does not if memory is no multiple of 256 KiB, so guests have 8 KiB more
+there. The control shows both, without any device of guestio's:
+
+    ./run lab-migrate --qemu /usr/bin/qemu-system-x86_64 --guest none --device memory \
+        --boots 16 --hops 1 [--memory 262144]
 
 With `--against` the same guest hops in turn between two of `guestio blk` and two of
 `qemu-storage-daemon`, a boot each in every round, and the medians of their downtimes are compared.
@@ -34,9 +48,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
-from lab.guest import MIB, Guest, GuestError, RunningGuest, Script, VhostUserDisk, Viommu
+from lab.guest import (
+    MIB,
+    Disk,
+    Guest,
+    GuestError,
+    QemuDisk,
+    RunningGuest,
+    Script,
+    VhostUserDisk,
+    VhostUserNet,
+    Viommu,
+    system_qemu,
+    version_of,
+)
 from lab.parts import PartsError, require_program
-from lab.qemu import new_qemu
+from lab.qemu import SUITES, new_qemu
 from lab.reloads import ReloadError, served
 
 GUESTS = {
@@ -47,6 +74,10 @@ GUESTS = {
 }
 SOURCE = Path(__file__).with_name("migration.c")
 MEMORY = 256 * MIB
+FORGETFUL = (9,)
+"""The first QEMU that does not forget what processors write to memory of such a size."""
+ENOUGH = 8192
+"""More bytes of memory with which those before do not either."""
 DISK_SIZE = 8 * MIB
 WORKERS = 4
 PAGE = 4096
@@ -55,12 +86,87 @@ LIMIT = 120.0
 TICKS = 4
 """Seconds of load to be seen between two hops."""
 
-Serve: TypeAlias = Callable[[Path, Path], AbstractContextManager[tuple[Path, Path]]]
-"""Begins a back-end of an image, in a directory of its own: its socket and its log."""
+NET = ("10.0.2.1", "10.0.2.15", "52:54:00:12:34:56")
+"""The host that answers, the guest's address, and its card's."""
 
 
 class MigrationError(AssertionError):
     """A guest did not arrive as it left; the message says what was seen."""
+
+
+class PagesDifferError(MigrationError):
+    """Pages of a guest's memory are not the same at source and destination.
+
+    Attributes:
+        pages: Their numbers.
+    """
+
+    def __init__(self, pages: Sequence[int], *, frozen: bool) -> None:
+        self.pages = list(pages)
+        shown = ", ".join(f"{page:#x}" for page in pages[:20])
+        more = ", ..." if len(pages) > 20 else ""
+        still = "" if frozen else "; the source still writes"
+        super().__init__(
+            f"{len(pages)} pages of the guest's memory are not the same ({shown}{more}){still}"
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """The device that a guest uses at one place.
+
+    Attributes:
+        disks: QEMU's arguments for it, if it is a disk.
+        devices: The same for any other device.
+        log: What its server says, if there is one.
+        check: Called once the guest has gone on there; raises if something is missing.
+    """
+
+    disks: Sequence[Disk] = ()
+    devices: Sequence[Disk] = ()
+    log: Path | None = None
+    check: Callable[[], None] = lambda: None
+
+
+Serve: TypeAlias = Callable[[Path, Path], AbstractContextManager[Part]]
+"""Begins a device's server, of an image, in a directory of its own."""
+
+
+@dataclass(frozen=True)
+class Trip:
+    """What hops, and between what.
+
+    Attributes:
+        viommu: What the device is behind.
+        serve: Its server.
+        load: What `lab/migration.c` uses: a disk, an address, or `memory`.
+        qemus: Their paths; they take turns.
+        memory: Bytes of the guest's memory; by default what each of the QEMUs can migrate.
+    """
+
+    viommu: Viommu
+    serve: Serve
+    load: str = "/dev/vda"
+    qemus: Sequence[str] = ()
+    memory: int | None = None
+
+    def qemu(self, number: int) -> str:
+        """The path of that which the guest is in after so many hops."""
+        return self.qemus[number % len(self.qemus)] if self.qemus else system_qemu()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the guest's memory."""
+        forgets = any(version_of(self.qemu(i)) < FORGETFUL for i in range(len(self.qemus) or 1))
+        return self.memory or MEMORY + (ENOUGH if forgets else 0)
+
+    @property
+    def machine(self) -> list[str]:
+        """What two versions of QEMU must be told to be the same for a guest."""
+        versions = sorted(version_of(qemu) for qemu in self.qemus)
+        if len(set(versions)) < 2:
+            return []
+        return ["-machine", "pc-q35-{}.{}".format(*versions[0]), "-cpu", "qemu64,-cx16"]
 
 
 class Qmp:
@@ -126,7 +232,6 @@ class Hop:
         downtime: Milliseconds that the guest stood still, by QEMU.
         total: Milliseconds that the migration took.
         passes: How often QEMU asked what was written.
-        different: Pages that were not the same on both sides.
         rate: Requests a second afterwards.
         gap: The longest time without a request, in milliseconds, by the guest's own clock.
     """
@@ -134,21 +239,46 @@ class Hop:
     downtime: int
     total: int
     passes: int
-    different: int
     rate: int
     gap: int
 
 
-def by_guestio(*options: str) -> Serve:
-    """`guestio blk` with some options."""
-    return lambda image, directory: served(image, directory, *options)
+def by_guestio(*options: str, queues: int = 1, properties: str = "") -> Serve:
+    """`guestio blk` with some options, and more properties of QEMU's front-end."""
+
+    @contextlib.contextmanager
+    def serve(image: Path, directory: Path) -> Iterator[Part]:
+        more = ("--migration", "local", "--num-queues", str(queues))
+        with served(image, directory, *more, *options) as (path, log):
+            yield Part(disks=[VhostUserDisk(path, queues, properties)], log=log)
+
+    return serve
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[bytes], log: Path, ready: Callable[[], bool]) -> Iterator[None]:
+    """A server that has been started: wait until it is ready, and end it afterwards."""
+    try:
+        end = time.monotonic() + LIMIT
+        while not ready():
+            if process.poll() is not None or time.monotonic() > end:
+                raise MigrationError(f"{process.args!r} does not start: {log.read_text()}")
+            time.sleep(0.02)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def by_daemon(program: str, queues: int) -> Serve:
     """`qemu-storage-daemon`, by its path."""
 
     @contextlib.contextmanager
-    def serve(image: Path, directory: Path) -> Iterator[tuple[Path, Path]]:
+    def serve(image: Path, directory: Path) -> Iterator[Part]:
         path, log = directory / "blk.sock", directory / "blk.log"
         export = f"addr.type=unix,addr.path={path},writable=on,num-queues={queues}"
         command = [
@@ -160,22 +290,62 @@ def by_daemon(program: str, queues: int) -> Serve:
         ]
         with log.open("wb") as stderr:
             process = subprocess.Popen(command, stderr=stderr)
-        try:
-            end = time.monotonic() + LIMIT
-            while not path.exists():
-                if process.poll() is not None or time.monotonic() > end:
-                    raise MigrationError(f"{program} does not start: {log.read_text()}")
-                time.sleep(0.02)
-            yield path, log
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(LIMIT)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        with ended(process, log, path.exists):
+            yield Part(disks=[VhostUserDisk(path, queues)], log=log)
 
     return serve
+
+
+def card_by_guestio(*options: str, pairs: int = 1) -> Serve:
+    """`guestio net`: a card whose network has a host that answers, and its frames are recorded."""
+
+    @contextlib.contextmanager
+    def serve(_image: Path, directory: Path) -> Iterator[Part]:
+        path, log, frames = (directory / name for name in ("net.sock", "net.log", "frames"))
+        command = [sys.executable, "-m", "guestio", "net", "--responder", f"{NET[0]}/24"]
+        command += ["--socket", str(path), "--pcap", str(frames), "--queue-pairs", str(pairs)]
+        with log.open("wb") as stderr:
+            process = subprocess.Popen([*command, *options], stderr=stderr)
+
+        def check() -> None:
+            end = time.monotonic() + LIMIT
+            while not announced(frames.read_bytes()):
+                if time.monotonic() > end:
+                    raise MigrationError("the guest's card did not announce itself")
+                time.sleep(0.05)
+
+        with ended(process, log, lambda: "listening on" in log.read_text()):
+            card = VhostUserNet(path, pairs, mac=NET[2])
+            yield Part(devices=[card], log=log, check=check)
+
+    return serve
+
+
+def announced(frames: bytes) -> bool:
+    """Whether recorded frames have one that tells where the guest's address is now."""
+    mac = bytes.fromhex(NET[2].replace(":", ""))
+    address = socket.inet_aton(NET[1])
+    arp, request = b"\x08\x06\x00\x01\x08\x00\x06\x04\x00", b"\x01" + mac + address
+    gratuitous = b"\xff" * 6 + mac + arp + request
+    at = frames.find(gratuitous)
+    while at >= 0:
+        # It asks who has the address that it has itself.
+        if frames[at + 38 : at + 42] == address:
+            return True
+        at = frames.find(gratuitous, at + 1)
+    return b"\xff" * 6 + mac + b"\x80\x35" in frames
+
+
+@contextlib.contextmanager
+def by_qemu(image: Path, _directory: Path) -> Iterator[Part]:
+    """QEMU's own disk: a control."""
+    yield Part(disks=[QemuDisk(image)])
+
+
+@contextlib.contextmanager
+def by_none(_image: Path, _directory: Path) -> Iterator[Part]:
+    """No device at all: a control."""
+    yield Part()
 
 
 class Place:
@@ -189,13 +359,12 @@ class Place:
         serve: Serve,
         *,
         incoming: bool,
-        queues: int,
     ) -> None:
         directory.mkdir()
         self.directory = directory
         self._exit = contextlib.ExitStack()
         try:
-            self.socket, self.log = self._exit.enter_context(serve(image, directory))
+            self.part = self._exit.enter_context(serve(image, directory))
             monitor = directory / "qmp"
             arguments = ["-qmp", f"unix:{monitor},server=on,wait=off"]
             if incoming:
@@ -203,7 +372,8 @@ class Place:
             self.running: RunningGuest = self._exit.enter_context(
                 replace(
                     guest,
-                    disks=[VhostUserDisk(self.socket, queues)],
+                    disks=self.part.disks,
+                    devices=self.part.devices,
                     qemu_args=[*guest.qemu_args, *arguments],
                 ).boot(directory / "guest")
             )
@@ -261,7 +431,8 @@ class Place:
     def words(self) -> str:
         """The ends of the logs."""
         guest = self.directory / "guest"
-        logs = (self.log, guest / "report.log", guest / "qemu.log", guest / "console.log")
+        logs = [guest / "report.log", guest / "qemu.log", guest / "console.log"]
+        logs[:0] = [self.part.log] if self.part.log else []
         return "".join(
             f"\n--- {log.name} ---\n"
             + "\n".join(log.read_text(errors="replace").splitlines()[-12:])
@@ -269,20 +440,40 @@ class Place:
         )
 
 
-def different_pages(one: int, other: int, size: int) -> int:
-    """How many pages of two memories are not the same."""
-    found = 0
+def different_pages(one: int, other: int, size: int) -> list[int]:
+    """The numbers of the pages of two memories that are not the same."""
+    found = []
     for at in range(0, size, MIB):
-        left, right = os.pread(one, MIB, at), os.pread(other, MIB, at)
+        length = min(MIB, size - at)
+        left, right = os.pread(one, length, at), os.pread(other, length, at)
         if left != right:
-            found += sum(
-                left[page : page + PAGE] != right[page : page + PAGE]
-                for page in range(0, MIB, PAGE)
-            )
+            found += [
+                (at + page) // PAGE
+                for page in range(0, length, PAGE)
+                if left[page : page + PAGE] != right[page : page + PAGE]
+            ]
     return found
 
 
-def hop(source: Place, target: Place) -> Hop:
+def compare_memory(source: Place, target: Place, size: int) -> None:
+    """Compare the guest's memory on both sides while neither lets it run.
+
+    Raises:
+        PagesDifferError: It is not the same.
+    """
+    with contextlib.ExitStack() as files:
+        memories = [source.memory(), target.memory()]
+        for fd in memories:
+            files.callback(os.close, fd)
+        pages = different_pages(memories[0], memories[1], size)
+        if pages:
+            before = [os.pread(memories[0], PAGE, page * PAGE) for page in pages]
+            time.sleep(0.5)
+            after = [os.pread(memories[0], PAGE, page * PAGE) for page in pages]
+            raise PagesDifferError(pages, frozen=before == after)
+
+
+def hop(source: Place, target: Place, size: int) -> Hop:
     """Migrate the guest, compare its memory on both sides, and have it go on.
 
     Raises:
@@ -300,26 +491,20 @@ def hop(source: Place, target: Place) -> Hop:
         if time.monotonic() > end:
             raise MigrationError(f"the guest does not arrive{target.words()}")
         time.sleep(0.02)
-    with contextlib.ExitStack() as files:
-        memories = [source.memory(), target.memory()]
-        for fd in memories:
-            files.callback(os.close, fd)
-        different = different_pages(memories[0], memories[1], MEMORY)
-    if different:
-        raise MigrationError(f"{different} pages of the guest's memory are not the same")
+    compare_memory(source, target, size)
     target.qmp.run("cont")
     lines = target.see_load(TICKS)
+    target.part.check()
     return Hop(
         downtime=state["downtime"],
         total=state["total-time"],
         passes=state["ram"]["dirty-sync-count"],
-        different=different,
         rate=(lines[-1]["ops"] - lines[0]["ops"]) // (len(lines) - 1),
         gap=max(line["gap"] for line in target.lines()),
     )
 
 
-def described(viommu: Viommu, directory: Path) -> Guest:
+def described(trip: Trip, directory: Path) -> Guest:
     """The guest, with the load in it."""
     load = directory / "load"
     compiler = require_program("gcc", "gcc")
@@ -332,34 +517,33 @@ def described(viommu: Viommu, directory: Path) -> Guest:
     if done.returncode:
         raise PartsError(f"the load cannot be compiled: {done.stderr}")
     # The archive keeps files, not their modes.
-    text = f"cp /lab/load /tmp/load && chmod +x /tmp/load && exec /tmp/load /dev/vda {WORKERS}\n"
+    text = "cp /lab/load /tmp/load && chmod +x /tmp/load\n"
+    if trip.load == NET[0]:
+        text += (
+            "# modules: virtio_net\n"
+            "until [ -e /sys/class/net/eth0 ]; do usleep 20000; done\n"
+            f"ip addr add {NET[1]}/24 dev eth0 && ip link set eth0 up\n"
+        )
+    # As many as processors, so that each keeps to its own.
+    workers = 2 if trip.load == "memory" else WORKERS
+    text += f"exec /tmp/load {trip.load} {workers}\n"
     return Guest(
-        viommu=viommu,
+        viommu=trip.viommu,
         scripts=[Script("load", text)],
         files={"/lab/load": load.read_bytes()},
-        memory=MEMORY,
+        qemu_args=trip.machine,
+        memory=trip.size,
         smp=2,
     )
 
 
-def hops(
-    viommu: Viommu,
-    count: int,
-    directory: Path,
-    options: Sequence[str] = (),
-    *,
-    queues: int = 1,
-    serve: Serve | None = None,
-) -> Iterator[Hop]:
+def hops(trip: Trip, count: int, directory: Path) -> Iterator[Hop]:
     """Boot one guest and have it hop so many times; each hop as it was made.
 
     Args:
-        viommu: Behind which IOMMU.
+        trip: What hops.
         count: How many hops.
         directory: For everything, and empty.
-        options: Of `guestio blk`.
-        queues: How many the disk has.
-        serve: Another back-end than that.
 
     Raises:
         MigrationError: Something was not right.
@@ -368,17 +552,20 @@ def hops(
     """
     image = directory / "disk.img"
     image.write_bytes(bytes(DISK_SIZE))
-    guest = described(viommu, directory)
-    serve = serve or by_guestio(*options)
-    here = Place(guest, image, directory / "place-0", serve, incoming=False, queues=queues)
+    guest = described(trip, directory)
+
+    def place(number: int) -> Place:
+        here = replace(guest, qemu=trip.qemu(number))
+        name = f"place-{number}"
+        return Place(here, image, directory / name, trip.serve, incoming=number > 0)
+
+    here = place(0)
     try:
         here.see_load(TICKS)
         for number in range(1, count + 1):
-            there = Place(
-                guest, image, directory / f"place-{number}", serve, incoming=True, queues=queues
-            )
+            there = place(number)
             try:
-                made = hop(here, there)
+                made = hop(here, there, guest.memory)
                 here.__exit__(None, None, None)
             except BaseException:
                 there.__exit__(None, None, None)
@@ -390,29 +577,24 @@ def hops(
         here.__exit__(None, None, None)
 
 
-def version_of(qemu: Mapping[str, str]) -> str:
-    """The version of the QEMU that a guest would run under."""
-    program = qemu.get("GUESTIO_LAB_QEMU") or require_program(
-        "qemu-system-x86_64", "qemu-system-x86"
-    )
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
-    found = re.search(r"version ([\d.]+)", said.stdout)
-    return found.group(1) if found else "?"
-
-
-TITLE = "QEMU    guest         hop  down/ms  total/ms  passes  pages differ  ops/s  gap/ms"
+TITLE = "QEMU    guest         hop  down/ms  total/ms  passes  ops/s  gap/ms"
 
 
 def line(version: str, name: str, number: int, made: Hop) -> str:
     """A line of the table."""
     return (
         f"{version:7} {name:13} {number:3} {made.downtime:8} {made.total:9} {made.passes:7} "
-        f"{made.different:13} {made.rate:6} {made.gap:7}"
+        f"{made.rate:6} {made.gap:7}"
     )
 
 
+def named(qemu: str) -> str:
+    """A QEMU's version, as it is written."""
+    return ".".join(map(str, version_of(qemu)))
+
+
 def compare(
-    version: str, servers: Mapping[str, Serve], rounds: int, count: int, queues: int
+    qemu: str, servers: Mapping[str, Serve], rounds: int, count: int
 ) -> dict[str, list[int]]:
     """Have a guest hop with each server in turn, and print each hop; the downtimes of each.
 
@@ -425,12 +607,61 @@ def compare(
         # The one that begins has the machine as the other left it, so they take turns.
         order = list(servers)[:: 1 if turn % 2 == 0 else -1]
         for name in order:
+            trip = Trip(Viommu.NONE, servers[name], qemus=[qemu])
             with tempfile.TemporaryDirectory(prefix="guestio-migrate-") as directory:
-                made = hops(Viommu.NONE, count, Path(directory), queues=queues, serve=servers[name])
-                for number, each in enumerate(made, 1):
+                for number, each in enumerate(hops(trip, count, Path(directory)), 1):
                     found[name].append(each.downtime)
-                    print(line(version, name, number, each), flush=True)
+                    print(line(named(qemu), name, number, each), flush=True)
     return found
+
+
+def found_qemu(name: str) -> str:
+    """The path of a QEMU that is named by its path or by a suite of `lab.qemu`."""
+    return str(new_qemu(suite=name)) if name in SUITES else name
+
+
+def run_comparison(qemu: str, arguments: argparse.Namespace, options: Sequence[str]) -> int:
+    """Print downtimes with guestio and with the daemon; the exit status."""
+    daemon = arguments.against
+    beside = Path(qemu).with_name(daemon)
+    if "/" not in daemon and beside.exists():
+        daemon = str(beside)
+    servers = {
+        "guestio": by_guestio(*options, queues=arguments.queues),
+        "daemon": by_daemon(daemon, arguments.queues),
+    }
+    try:
+        found = compare(qemu, servers, arguments.rounds, arguments.hops)
+    except (MigrationError, ReloadError, GuestError, PartsError, OSError) as error:
+        print(f"FAILED\n{error}", flush=True)
+        return 1
+    middle = {name: statistics.median(times) for name, times in found.items()}
+    for name, times in found.items():
+        print(f"{name}: median {middle[name]:g} ms of {len(times)} hops, {sorted(times)}")
+    print(f"guestio's is {middle['guestio'] / middle['daemon']:.2f} of {daemon}'s")
+    return 0
+
+
+def run_trips(trips: Mapping[str, Trip], arguments: argparse.Namespace) -> int:
+    """Have a guest, or several, hop on each trip, and print each hop; the exit status."""
+    failed = False
+    print(TITLE)
+    for name, trip in trips.items():
+        differ: list[int] = []
+        for _ in range(arguments.boots):
+            try:
+                with tempfile.TemporaryDirectory(prefix="guestio-migrate-") as directory:
+                    for number, each in enumerate(hops(trip, arguments.hops, Path(directory)), 1):
+                        print(line(named(trip.qemu(number)), name, number, each), flush=True)
+            except (MigrationError, ReloadError, GuestError, PartsError) as error:
+                failed = True
+                if isinstance(error, PagesDifferError):
+                    differ.append(len(error.pages))
+                print(f"{name}: FAILED\n{error}", flush=True)
+        if arguments.boots > 1:
+            which = f": {', '.join(map(str, differ))} pages" if differ else ""
+            print(f"{name}: memory differed in {len(differ)} of {arguments.boots} guests{which}")
+    return int(failed)
 
 
 def main() -> int:
@@ -438,8 +669,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./run lab-migrate", description=__doc__.split("\n")[0])
     parser.add_argument("--guest", choices=GUESTS, action="append", help="default: all")
     parser.add_argument("--hops", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--boots", type=int, default=1, help="guests of each kind, one by one")
+    parser.add_argument(
+        "--device",
+        choices=("blk", "net", "qemu-blk", "memory"),
+        default="blk",
+        help="what the guest uses: a disk or a card of guestio's, or, as controls, QEMU's own "
+        "disk, or memory alone",
+    )
     parser.add_argument("--queues", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--queue-threads", action="store_true")
+    parser.add_argument("--inflight-migration", action="store_true", help="of QEMU 11.1's disk")
+    parser.add_argument("--memory", type=int, metavar="KIB", help="of the guest")
     parser.add_argument(
         "--against",
         metavar="PROGRAM",
@@ -448,53 +689,31 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=3, help="with --against: %(default)s")
     parser.add_argument(
-        "--qemu", help="default: $GUESTIO_LAB_QEMU, else that of python -m lab.qemu"
+        "--qemu",
+        help=f"a path, {' or '.join(SUITES)}; default: $GUESTIO_LAB_QEMU, else {SUITES[0]}",
     )
+    parser.add_argument("--onto", metavar="QEMU", help="hop to this one and back")
     arguments = parser.parse_args()
     if arguments.against and arguments.guest not in (None, ["none"]):
         parser.error("qemu-storage-daemon serves no guest behind an IOMMU: --guest none")
-    if arguments.qemu or "GUESTIO_LAB_QEMU" not in os.environ:
-        os.environ["GUESTIO_LAB_QEMU"] = arguments.qemu or str(new_qemu())
-    options = ["--migration", "local", "--num-queues", str(arguments.queues)]
-    options += ["--queue-threads"] if arguments.queue_threads else []
-    version = version_of(os.environ)
+    asked = arguments.qemu or os.environ.get("GUESTIO_LAB_QEMU") or SUITES[0]
+    qemus = [found_qemu(name) for name in (asked, arguments.onto) if name]
+    options = ["--queue-threads"] if arguments.queue_threads else []
     if arguments.against:
-        daemon = arguments.against
-        beside = Path(os.environ["GUESTIO_LAB_QEMU"]).with_name(daemon)
-        if "/" not in daemon and beside.exists():
-            daemon = str(beside)
-        servers = {
-            "guestio": by_guestio(*options),
-            "daemon": by_daemon(daemon, arguments.queues),
-        }
-        try:
-            found = compare(version, servers, arguments.rounds, arguments.hops, arguments.queues)
-        except (MigrationError, ReloadError, GuestError, PartsError, OSError) as error:
-            print(f"FAILED\n{error}", flush=True)
-            return 1
-        middle = {name: statistics.median(times) for name, times in found.items()}
-        for name, times in found.items():
-            print(f"{name}: median {middle[name]:g} ms of {len(times)} hops, {sorted(times)}")
-        print(f"guestio's is {middle['guestio'] / middle['daemon']:.2f} of {daemon}'s")
-        return 0
-    failed = False
-    print(TITLE)
-    for name in arguments.guest or GUESTS:
-        try:
-            with tempfile.TemporaryDirectory(prefix="guestio-migrate-") as directory:
-                made = hops(
-                    GUESTS[name],
-                    arguments.hops,
-                    Path(directory),
-                    options,
-                    queues=arguments.queues,
-                )
-                for number, each in enumerate(made, 1):
-                    print(line(version, name, number, each), flush=True)
-        except (MigrationError, ReloadError, GuestError, PartsError) as error:
-            failed = True
-            print(f"{version} {name}: FAILED\n{error}", flush=True)
-    return int(failed)
+        return run_comparison(qemus[0], arguments, options)
+    properties = "inflight-migration=on" if arguments.inflight_migration else ""
+    queues = arguments.queues
+    serve, load = {
+        "blk": (by_guestio(*options, queues=queues, properties=properties), "/dev/vda"),
+        "net": (card_by_guestio(*options, pairs=queues), NET[0]),
+        "qemu-blk": (by_qemu, "/dev/vda"),
+        "memory": (by_none, "memory"),
+    }[arguments.device]
+    memory = arguments.memory and arguments.memory * 1024
+    trips = {
+        name: Trip(GUESTS[name], serve, load, qemus, memory) for name in arguments.guest or GUESTS
+    }
+    return run_trips(trips, arguments)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,33 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from guestio.virtio.console import ConsoleDevice
+from guestio.virtio.input import InputDevice
 from guestio.virtio.net import NetDevice
+from guestio.virtio.rng import EntropyDevice
 from lab import migration, parts
 from lab.guest import MIB, Viommu
-from lab.migration import MigrationError, Qmp, different_pages, hops
+from lab.migration import (
+    NET,
+    MigrationError,
+    PagesDifferError,
+    Part,
+    Qmp,
+    Trip,
+    announced,
+    by_guestio,
+    by_none,
+    card_by_guestio,
+    compare_memory,
+    different_pages,
+    hops,
+)
 from lab.qemu import new_qemu
 from tests.kit.net_driver import Mirror as Network
 from tests.kit.serving import Mirror, Serving, memfd, until
@@ -26,7 +44,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = ("--migration", "local", "--num-queues", "2")
 
 
 @pytest.mark.parametrize("viommu", [Viommu.NONE, Viommu.VIRTIO, Viommu.INTEL_STRICT])
@@ -36,9 +53,24 @@ def test_a_guest_hops_to_the_next_qemu_and_on(
 ) -> None:
     if qemu == "new":
         monkeypatch.setenv("GUESTIO_LAB_QEMU", str(new_qemu()))
-    made = list(hops(viommu, 2, tmp_path, OPTIONS, queues=2))
-    assert [each.different for each in made] == [0, 0]
+    made = list(hops(Trip(viommu, by_guestio(queues=2)), 2, tmp_path))
+    assert len(made) == 2
     assert all(each.rate > 0 for each in made)
+
+
+def test_a_guest_with_a_card_hops_to_the_next_qemu_and_on(tmp_path: Path) -> None:
+    """Its card is announced, and what it sends is answered and right."""
+    trip = Trip(Viommu.VIRTIO, card_by_guestio(), NET[0], [str(new_qemu())])
+    made = list(hops(trip, 2, tmp_path))
+    assert len(made) == 2
+    assert all(each.rate > 0 for each in made)
+
+
+def test_a_guest_hops_to_a_newer_qemu_and_back(tmp_path: Path) -> None:
+    system = parts.require_program("qemu-system-x86_64", "qemu-system-x86")
+    trip = Trip(Viommu.VIRTIO, by_guestio(), qemus=[system, str(new_qemu())])
+    assert trip.machine[:1] == ["-machine"]
+    assert len(list(hops(trip, 2, tmp_path))) == 2
 
 
 def test_the_example_has_a_guest_hop() -> None:
@@ -156,26 +188,112 @@ def test_a_state_that_is_refused_ends_the_destination(tmp_path: Path) -> None:
         assert there.known == b""
 
 
-def test_pages_that_are_not_the_same_are_counted() -> None:
-    one, other = memfd(MIB), memfd(MIB)
-    assert different_pages(one, other, MIB) == 0
+def test_pages_that_are_not_the_same_are_told(tmp_path: Path) -> None:
+    size = MIB + 8192
+    one, other = memfd(size), memfd(size)
+    assert different_pages(one, other, size) == []
     os.pwrite(one, b"x", 0)
     os.pwrite(other, b"x", 5 * migration.PAGE - 1)
     os.pwrite(other, b"x", 5 * migration.PAGE)
-    assert different_pages(one, other, MIB) == 3
+    os.pwrite(other, b"x", size - 1)
+    assert different_pages(one, other, size) == [0, 4, 5, size // migration.PAGE - 1]
+
+    class Frozen(migration.Place):
+        def __init__(self, fd: int) -> None:
+            self._fd = fd
+
+        def memory(self) -> int:
+            return os.dup(self._fd)
+
+    with pytest.raises(PagesDifferError, match=r"4 pages .* \(0x0, 0x4, 0x5, 0x101\)$") as told:
+        compare_memory(Frozen(one), Frozen(other), size)
+    assert told.value.pages == [0, 4, 5, size // migration.PAGE - 1]
     for fd in (one, other):
         os.close(fd)
+
+
+def test_a_source_that_still_writes_is_told() -> None:
+    one, other = memfd(MIB), memfd(MIB)
+    os.pwrite(one, b"x", 0)
+
+    class Writing(migration.Place):
+        def __init__(self) -> None:
+            pass
+
+        def memory(self) -> int:
+            writer = threading.Timer(0.2, os.pwrite, (one, b"y", 0))
+            writer.start()
+            return os.dup(one)
+
+    class Still(Writing):
+        def memory(self) -> int:
+            return os.dup(other)
+
+    with pytest.raises(PagesDifferError, match="the source still writes"):
+        compare_memory(Writing(), Still(), MIB)
+    for fd in (one, other):
+        os.close(fd)
+
+
+def test_guests_have_memory_that_old_qemus_do_not_forget(tmp_path: Path) -> None:
+    def version(number: str) -> str:
+        path = tmp_path / number
+        path.write_text(f"#!/bin/sh\necho QEMU emulator version {number}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    old, new, newest = map(version, ("7.2.22", "10.0.13", "11.1.3"))
+    for qemus, more in (([old], 8192), ([new], 0), ([new, old], 8192), ([new, newest], 0)):
+        assert Trip(Viommu.NONE, by_none, qemus=qemus).size == 256 * MIB + more
+    assert Trip(Viommu.NONE, by_none, qemus=[old], memory=MIB).size == MIB
+    assert Trip(Viommu.NONE, by_none, qemus=[newest]).machine == []
+    assert "pc-q35-7.2" in Trip(Viommu.NONE, by_none, qemus=[newest, old]).machine
+    assert "pc-q35-10.0" in Trip(Viommu.NONE, by_none, qemus=[new, newest]).machine
+
+
+def test_what_announces_a_card() -> None:
+    mac = bytes.fromhex(NET[2].replace(":", ""))
+    me, peer = bytes([10, 0, 2, 15]), bytes([10, 0, 2, 1])
+    head = b"\xff" * 6 + mac + bytes.fromhex("0806 0001 0800 06 04 0001") + mac + me
+    assert announced(b"frames" + head + bytes(6) + me)
+    assert announced(b"frames" + b"\xff" * 6 + mac + b"\x80\x35")
+    assert not announced(head + bytes(6) + peer)
+    assert not announced(head)
+    assert announced(head + bytes(6) + peer + head + bytes(6) + me)
+
+
+@pytest.mark.parametrize(
+    "front_end",
+    [
+        "vhost-user-test-device-pci,virtio-id=3,num_vqs=2,vq_size=64,config_size=12",
+        "vhost-user-input-pci",
+        "vhost-user-rng-pci",
+    ],
+)
+def test_what_qemu_does_not_migrate(
+    tmp_path: Path, front_end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it does one day, its guide is to say what goes along."""
+    monkeypatch.setitem(FRONT_ENDS, "other", ["-device", f"{front_end},chardev=c0"])
+    made = {"test": ConsoleDevice, "input": InputDevice.keyboard, "rng": EntropyDevice}
+    device = made[front_end.split("-")[2]]()
+    with (
+        Serving(device, tmp_path / "a") as a,
+        empty_guest(tmp_path, a.path, "other") as (_, source),
+        pytest.raises(MigrationError, match="blocked by non-migratable device"),
+    ):
+        source.run("migrate", uri=f"unix:{tmp_path / 'stream'}")
 
 
 def test_a_load_that_found_something_is_an_error(tmp_path: Path) -> None:
     class Told(migration.Place):
         def __init__(self, *lines: str) -> None:
-            self.directory, self.log = tmp_path, tmp_path / "log"
+            self.directory, self.part = tmp_path, Part(log=tmp_path / "log")
             guest = tmp_path / "guest"
             guest.mkdir(exist_ok=True)
             for name in ("report.log", "qemu.log", "console.log"):
                 (guest / name).write_text("")
-            self.log.write_text("")
+            (tmp_path / "log").write_text("")
             self._more = list(lines)
             self._report = guest / "report.log"
 
