@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from guestio.guest.blkqueue import Request
 from guestio.guest.disk import ScriptedGuest
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from guestio.guest.dma import Segment
+    from guestio.vhost_user import Frontend
 
 
 class TrackedGuest(ScriptedGuest):
@@ -70,6 +71,13 @@ class WrittenPages:
             self.pages |= pages_of(answer.pieces(length, 1))
 
 
+class Tracked(Protocol):
+    """A guest whose memory has bitmaps of what its driver writes."""
+
+    memory: GuestRegionCollection
+    frontend: Frontend
+
+
 class Migration:
     """Copies a guest's memory as QEMU does: all of it once, then what was written since.
 
@@ -78,7 +86,7 @@ class Migration:
         passes: How often the log was harvested.
     """
 
-    def __init__(self, guest: TrackedGuest) -> None:
+    def __init__(self, guest: Tracked) -> None:
         self._guest = guest
         for region in guest.memory:
             assert region.bitmap is not None

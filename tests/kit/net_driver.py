@@ -12,7 +12,7 @@ from shutil import which
 from typing import Any, Self
 
 from guestio.addr import Permissions
-from guestio.memory import Backing, GuestRegionCollection, MmapRegion
+from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user import Frontend
 from guestio.virtio.driver import DriverQueue
 from guestio.virtio.layout import RingLayout
@@ -112,6 +112,7 @@ class NetGuest:
         map_all: bool = True,
         size: int = SIZE,
         start: bool = True,
+        tracked: bool = False,
     ) -> None:
         self.frontend = Frontend(path, timeout=WAIT)
         self.queues: dict[int, DriverQueue] = {}
@@ -121,13 +122,15 @@ class NetGuest:
         self.header = HEADER if features & (VERSION_1 | Net.MRG_RXBUF) else 10
         try:
             self.backing = Backing.memfd(self.MEMORY)
-            self.memory = GuestRegionCollection.from_regions([MmapRegion(0, self.backing)])
+            written = AtomicBitmap(self.MEMORY) if tracked else None
+            self.memory = GuestRegionCollection.from_regions(
+                [MmapRegion(0, self.backing, bitmap=written)]
+            )
             self.frontend.negotiate(features | (PLATFORM if iommu else 0))
             self.features = self.frontend.features
             self.frontend.set_memory(self.memory)
-            if iommu:
-                end = self.MEMORY if map_all else BUFFERS
-                self.frontend.iotlb.map(0, 0, end, Permissions.READ_WRITE)
+            self._mapped = (self.MEMORY if map_all else BUFFERS) if iommu else 0
+            self.map_memory()
             multi = bool(features & Net.MQ)
             self.control_index = 2 * pairs if multi else 2
             if start:
@@ -139,6 +142,11 @@ class NetGuest:
         except BaseException:
             self.close()
             raise
+
+    def map_memory(self) -> None:
+        """Let the device reach memory, if there is an IOMMU."""
+        if self._mapped:
+            self.frontend.iotlb.map(0, 0, self._mapped, Permissions.READ_WRITE)
 
     def start(self, index: int) -> None:
         """Make a queue's ring anew and start it."""

@@ -18,7 +18,7 @@ from guestio._core.base.syscalls import close_aside
 from guestio._core.virtio.chain import Chain
 from guestio.addr import Permissions
 from guestio.errors import DeviceError
-from guestio.memory import Backing, GuestRegionCollection, MmapRegion
+from guestio.memory import AtomicBitmap, Backing, GuestRegionCollection, MmapRegion
 from guestio.vhost_user import Backend, Frontend
 from guestio.vhost_user.frontend import PROTOCOL_FEATURES
 from guestio.vhost_user.messages import Inflight, ProtocolFeature
@@ -315,6 +315,7 @@ class Driver:
         iommu: Whether there is one; everything is mapped then, unless told otherwise.
         map_all: False to have nothing mapped but the rings.
         features: Virtio features beside VERSION_1.
+        tracked: Whether memory has a bitmap of what the driver writes.
         queue_options: More arguments for starting queues.
         inflight: Whether to have the requests in flight noted; or where that was done already, as
             from :attr:`region`, which stays the caller's then.
@@ -332,6 +333,7 @@ class Driver:
         iommu: bool = False,
         map_all: bool = True,
         features: int = 0,
+        tracked: bool = False,
         queue_options: dict[str, Any] | None = None,
         inflight: bool | tuple[Inflight, int] = False,
         **frontend: Any,
@@ -349,12 +351,15 @@ class Driver:
         self._protocol = PROTOCOL_FEATURES | (ProtocolFeature.INFLIGHT_SHMFD if inflight else 0)
         try:
             self.backing = Backing.memfd(self.SIZE)
-            self.memory = GuestRegionCollection.from_regions([MmapRegion(0, self.backing)])
+            written = AtomicBitmap(self.SIZE) if tracked else None
+            self.memory = GuestRegionCollection.from_regions(
+                [MmapRegion(0, self.backing, bitmap=written)]
+            )
             self.frontend.negotiate(self._wanted, self._protocol)
             self.features = self.frontend.features
             self.frontend.set_memory(self.memory)
-            if iommu and map_all:
-                self.frontend.iotlb.map(IOVA, 0, self.SIZE, Permissions.READ_WRITE)
+            if map_all:
+                self.map_memory()
             if isinstance(inflight, tuple):
                 self.region = inflight
                 self.frontend.set_inflight(*inflight)
@@ -372,12 +377,16 @@ class Driver:
         self.frontend = Frontend(target, timeout=WAIT, connect_wait=WAIT, **frontend)
         self.frontend.negotiate(self._wanted, self._protocol)
         self.frontend.set_memory(self.memory)
-        if self.iommu:
-            self.frontend.iotlb.map(IOVA, 0, self.SIZE, Permissions.READ_WRITE)
+        self.map_memory()
         if self.region is not None:
             self.frontend.set_inflight(*self.region)
         for index in self.rings:
             self.start(index, base)
+
+    def map_memory(self) -> None:
+        """Let the device reach all memory, if there is an IOMMU."""
+        if self.iommu:
+            self.frontend.iotlb.map(IOVA, 0, self.SIZE, Permissions.READ_WRITE)
 
     def close(self) -> None:
         self.frontend.close()

@@ -46,6 +46,7 @@ def go_to(driver: Driver | NetGuest, path: Path, stopped: dict[int, int]) -> Non
     driver.frontend = Frontend(path, timeout=WAIT)
     driver.frontend.negotiate(features)
     driver.frontend.set_memory(driver.memory)
+    driver.map_memory()
     driver.frontend.load_state(state)
     go_on(driver, stopped)
 
@@ -301,6 +302,22 @@ class TestConsole:
             assert driver.read(4, 4) == b"once"
             here.ports[1].send(b"again")
             assert driver.read(4, 5) == b"again"
+
+    def test_what_was_taken_along_is_not_there_again(self, tmp_path: Path) -> None:
+        """A guest that comes back finds what has come meanwhile, after what it brings."""
+        made = two(lambda: ConsoleDevice(("data",)), tmp_path)
+        with made as (here, there, a, b), ConsoleDriver(a, ports=2) as driver:
+            driver.set_up(2)
+            driver.control(1, PORT_OPEN, 1)
+            until(lambda: here.ports[1].guest_open)
+            here.ports[1].send(b"both ways ")
+            go_to(driver, b, stop(driver))
+            here.ports[1].send(b"meanwhile ")
+            there.ports[1].send(b"there ")
+            wait_quiet()
+            go_to(driver, a, stop(driver))
+            here.ports[1].send(b"again")
+            assert driver.read(4, 31) == b"both ways there meanwhile again"
 
     def test_a_message_that_waits_goes_along(self, tmp_path: Path) -> None:
         made = two(lambda: ConsoleDevice(self.NAMES), tmp_path)

@@ -228,6 +228,7 @@ class ConsolePort:
         self._transmit = self._receive + 1
         self._lock = threading.Lock()
         self._in = bytearray()
+        self._along = 0  # bytes of it that a state has, which may come back with its guest
         self._out = b""
         self._chain: Chain | None = None
         self._offset = self._total = 0
@@ -406,14 +407,19 @@ class ConsolePort:
         self._chain = None
 
     def waiting_input(self) -> bytes:
-        """Input that the guest has not taken."""
+        """Input that the guest has not taken, and takes along if it moves."""
         with self._lock:
+            self._along = len(self._in)
             return bytes(self._in)
 
     def put_before(self, data: bytes) -> None:
-        """Have the guest get something before all that waits for it."""
+        """Have a guest that arrives get what it brings before what has come here.
+
+        What it took along when it was here before is not for it again.
+        """
         with self._lock:
-            self._in[:0] = data
+            self._in[: self._along] = data
+            self._along = 0
 
     def uses(self, queue: int) -> bool:
         """Whether a queue is this port's output."""
@@ -479,6 +485,7 @@ class ConsolePort:
                 data = b""
             with self._lock:
                 del self._in[: len(data)]
+                self._along = max(self._along - len(data), 0)
             queue.complete(chain, len(data))
             if time.monotonic() >= until:
                 self.schedule("deliver")
