@@ -33,6 +33,7 @@ Those that any part may raise are here. Those of one part are defined there, whi
     │   └── ConnectionLostError     peer.channel: it failed, as by a reset
     ├── RefusalError                vfio_user.messages: a request is refused, with an errno
     ├── RefusedError                vhost_user.request_channel: the back-end refused a request
+    ├── InvariantError              testing.simulation.workload: a simulated device breaks a rule
     ├── NoAnswerError               vhost_user.request_channel: the back-end did not answer in time
     ├── RecordingError              observe.recording: a file holds no recording that can be read
     ├── BlkError                    guest.blkqueue: a disk answered a request with an error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from guestio.testing.simulation import (
     simulate,
 )
 from guestio.testing.simulation.disk import chooser
+from guestio.vhost_user.connection import Connection
 from guestio.virtio import Device, DeviceId
 from guestio.virtio.blk import T_FLUSH, T_OUT
 from tests.simulation.defects import DEFECTS, Defect, find, replaced
@@ -115,7 +117,6 @@ def test_a_wrong_answer_names_the_seed_and_the_fewest_steps() -> None:
     with pytest.raises(InvariantError, match=r"L14: a sum is wrong\nwith seed=2, ") as caught:
         simulate(lambda _: Wrong(), seed=2, steps=200, iommu=False, crashes=False, workload=Sums)
     steps = str(caught.value).rpartition(": ")[2].split(", ")
-    assert "collect" in steps[-1]
     assert len(steps) < 40, "steps that have nothing to do with it are left out"
 
 
@@ -132,26 +133,12 @@ class Talker(Device):
 
     def speak(self) -> None:
         self.queue.send(b"x")
-        self.host.call_later(0.5, self.speak)
+        self.host.call_later(0.001, self.speak)
 
 
 def test_a_device_that_speaks_first() -> None:
-    outcome = simulate(lambda _: Talker(), seed=5, steps=400, crashes=False, workload=Rooms)
+    outcome = simulate(lambda _: Talker(), seed=5, steps=400, crashes=False)
     assert outcome.completed > 1
-    assert outcome.simulated > 1
-
-
-class Rooms(AnyWorkload):
-    """Gives a device room until it has had enough: it need not use all of it."""
-
-    def __init__(self, device: Device) -> None:
-        super().__init__(device)
-        self.left = 3
-
-    def next(self, rng: random.Random) -> Job | None:
-        """See `Workload`."""
-        self.left -= 1
-        return super().next(rng) if self.left >= 0 else None
 
 
 @pytest.mark.parametrize(
@@ -166,11 +153,14 @@ def test_nothing_is_left_behind() -> None:
     import guestio.virtio.queue as module
 
     simulate(LazyDisk, seed=1, steps=60)
+    gc.collect()
     before = open_fds(), threading.active_count()
     for seed in (2, 3):
         simulate(LazyDisk, seed=seed, steps=60)
+    gc.collect()
     assert (open_fds(), threading.active_count()) == before
-    assert (module.time, module.threading) == (time, threading)
+    # What its modules call is their own again.
+    assert (vars(module)["time"], vars(module)["threading"]) == (time, threading)
 
 
 def open_fds() -> int:
@@ -212,10 +202,12 @@ class TestDefects:
             simulate(thief, seed=2, steps=100, iommu=False, crashes=False, shrink=False)
 
     def test_a_missed_interrupt_is_seen(self) -> None:
-        import guestio.virtio.queue as module
+        def deaf(_self: Connection, _index: int, fd: int | None) -> None:
+            if fd is not None:
+                os.close(fd)
 
         with (
-            replaced(module, "signal", lambda _bell: None),
+            replaced(Connection, "set_vring_call", deaf),
             pytest.raises(InvariantError, match=r"L14: ring 0: .* the driver was not interrupted"),
         ):
             for seed in range(20):

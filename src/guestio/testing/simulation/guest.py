@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -86,7 +86,7 @@ class Tables:
         if iova in _WINDOWS:
             self._free.append(iova)
 
-    def check(self, known: list[tuple[int, int, int, int]]) -> None:
+    def check(self, known: Sequence[tuple[int, int, int, int]]) -> None:
         """Compare with what the device knows: address, length, guest address, access.
 
         Raises:

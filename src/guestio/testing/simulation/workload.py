@@ -13,6 +13,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from guestio.errors import GuestioError
 from guestio.testing.simulation.disk import SECTOR
 from guestio.virtio.blk import (
     S_IOERR,
@@ -31,7 +32,7 @@ UNTOUCHED: Final = 0xEE
 """What is in a byte that the device is to write, before it does."""
 
 
-class InvariantError(AssertionError):
+class InvariantError(GuestioError, AssertionError):
     """An invariant does not hold.
 
     Attributes:
@@ -107,9 +108,11 @@ class AnyWorkload:
     def next(self, rng: random.Random) -> Job | None:
         """See :class:`Workload`."""
         queue = rng.randrange(self._queues)
-        data = b"" if queue in self._owned else rng.randbytes(rng.randrange(64))
+        # What a device speaks first on is filled when it has something to say.
+        owned = queue in self._owned
+        data = b"" if owned else rng.randbytes(rng.randrange(64))
         room = rng.randrange(0 if data else 1, 600)
-        return Job(data, room, queue)
+        return Job(data, room, queue, may_hang=owned)
 
     def done(self, job: Job, written: int, answer: bytes) -> None:
         """See :class:`Workload`."""

@@ -12,13 +12,13 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from guestio.budgets import HALF_MESSAGE_TIMEOUT
 from guestio.testing.simulation.backend import Backend, Killed
 from guestio.testing.simulation.disk import Disk, chooser
 from guestio.testing.simulation.environment import Environment
-from guestio.testing.simulation.frontend import Frontend, Notes
+from guestio.testing.simulation.frontend import Frontend, Notes, Operation
 from guestio.testing.simulation.guest import Guest, take_event
 from guestio.testing.simulation.workload import (
     AnyWorkload,
@@ -153,6 +153,8 @@ class World:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._front.notes is not None:
+            self._front.notes.close()
         with contextlib.suppress(Exception):
             self._front.abandon()
         self._step_began = self.clock.now
@@ -369,31 +371,35 @@ class World:
         self._front.invalidate(what)
         return what
 
+    def _begin(self, operation: Operation, name: str) -> str:
+        self._front.begin(operation, name)
+        return name
+
     def _do_pause(self) -> object:
-        return self._front.begin(self._front.pause(), "pause")
+        return self._begin(self._front.pause(), "pause")
 
     def _do_reload(self) -> object:
-        return self._front.begin(self._front.reload(), "reload")
+        return self._begin(self._front.reload(), "reload")
 
     def _do_plug(self) -> object:
-        return self._front.begin(self._front.plug(), "plug")
+        return self._begin(self._front.plug(), "plug")
 
     def _do_log(self) -> object:
-        return self._front.begin(self._front.start_log(), "log")
+        return self._begin(self._front.start_log(), "log")
 
     def _do_end_log(self) -> object:
-        return self._front.begin(self._front.end_log(), "end log")
+        return self._begin(self._front.end_log(), "end log")
 
     def _do_lie(self) -> object:
         before = self._told()
         front = self._front
 
-        def then() -> Any:
+        def then() -> Operation:
             yield from front.lie()
             if self._told() != before:
                 raise InvariantError("L2", "a message that the back-end refused left a trace")
 
-        return front.begin(then(), "lie")
+        return self._begin(then(), "lie")
 
     def _told(self) -> object:
         connection = self._backend.connection
@@ -643,7 +649,9 @@ class World:
         """No lock of guestio's but that of a queue is held; called where a device is."""
         back = self._backend.connection
         if back is not None and back._back.lock.locked():
-            raise InvariantError("L11", f"{what} is called under a lock")
+            # A host takes what is raised there for the device's failure.
+            self._failure = InvariantError("L11", f"{what} is called under a lock")
+            raise Killed(what)
 
     def _check_waiting(self) -> None:
         """An operation of the front-end does not wait for ever."""
