@@ -127,11 +127,18 @@ class Memory:
         """Whether nothing is in the extra region."""
         return len(self._free_extra) == EXTRA.pages
 
-    def begin_watching(self) -> set[int]:
-        """What changes from here on is the device's work; the pages that changed before."""
-        changed = np.flatnonzero((self.bytes != self._before).reshape(-1, PAGE).any(axis=1))
+    def begin_watching(self, *, told: bool = True) -> set[int]:
+        """What changes from here on is the device's work.
+
+        Args:
+            told: Whether it matters which pages have changed before.
+
+        Returns:
+            These pages.
+        """
+        changed = _pages(self.bytes != self._before) if told else set()
         self._before[:] = self.bytes
-        return set(changed.tolist())
+        return changed
 
     def end_watching(self) -> set[int]:
         """The pages that the device has changed.
@@ -139,16 +146,14 @@ class Memory:
         Raises:
             InvariantError: It changed a byte that it may not write.
         """
-        differ = self.bytes != self._before
-        if not differ.any():
+        if np.array_equal(self.bytes.view(np.uint64), self._before.view(np.uint64)):
             return set()
+        differ = self.bytes != self._before
         wrong = np.flatnonzero(differ & ~self.granted)
         if len(wrong):
-            at = int(wrong[0])
-            self._complain(at, len(wrong))
-        changed = np.flatnonzero(differ.reshape(-1, PAGE).any(axis=1))
+            self._complain(int(wrong[0]), len(wrong))
         self._before[:] = self.bytes
-        return set(changed.tolist())
+        return _pages(differ)
 
     def _complain(self, at: int, count: int) -> None:
         page, was = at // PAGE, int(self._before[at])
@@ -193,3 +198,8 @@ class Memory:
         with contextlib.suppress(BufferError):
             self._map.close()
         os.close(self.fd)
+
+
+def _pages(differ: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> set[int]:
+    """The pages of the bytes that differ."""
+    return set(np.flatnonzero(differ.reshape(-1, PAGE).any(axis=1)).tolist())

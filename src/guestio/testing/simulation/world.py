@@ -590,7 +590,7 @@ class World:
     def _in_backend(self, call: Callable[[], object]) -> object:
         """Have the back-end do something, and check what it did."""
         memory, log = self._guest.memory, self._front.log
-        by_guest = memory.begin_watching()
+        by_guest = memory.begin_watching(told=log is not None)
         if log is not None:
             log.by_guest |= by_guest
         began = self._step_began = self.clock.now
@@ -765,6 +765,8 @@ class World:
                 if len(connection._translator.iotlb):
                     raise InvariantError("L1", "translations outlive the stop of all rings")
         if isinstance(self._workload, BlockWorkload):
+            # Nobody knows of what a stop has ended.
+            self._workload.died(self._guest.jobs)
             self._workload.check(self.disk.content())
 
     @property
@@ -784,7 +786,7 @@ _RUSHED: Final = frozenset({"run", "deliver", "answer"})
 _DEATHS: Final = [(4, "kill"), (6, "fuse"), (1, "guest dies"), (1, "power")]
 """How they end, and how often."""
 
-_MORTALITY: Final = (0.1, 0.03, 0.005)
+_MORTALITY: Final = (0.2, 0.05, 0.01)
 """How likely a step is one of them; a run has one of these."""
 
 _WORK: Final = frozenset(
