@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from lab.guest import MIB, GuestResult, Script, VhostUserDisk, Viommu
+from lab.proxy import WAYS, recorded
+from lab.uml import shim, uml_kernel
 from tests.kit.disks import storage_daemon
 
 PATTERN_AT = 1 * MIB + 512
@@ -100,3 +102,12 @@ def test_linux_uses_a_disk_of_qemus_storage_daemon_through_a_proxy(
 ) -> None:
     with storage_daemon(tmp_path) as served:
         used(boot, Proxied(tmp_path, served.socket), served.image, Viommu.NONE)
+
+
+def test_what_a_proxy_recorded_of_a_guest_is_repeated(tmp_path: Path) -> None:
+    """User-mode Linux reads, writes, trims and checks a whole disk; `./run lab-proxy` has more."""
+    shim()
+    uml_kernel()
+    row = recorded(WAYS[0], tmp_path / "it", 200, LIMIT, 8 * MIB)
+    assert int(row["recorded"]) > 200
+    assert row["image"] == "same"

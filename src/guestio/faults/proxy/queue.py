@@ -16,7 +16,7 @@ from guestio.errors import ProtocolError
 from guestio.faults.misbehavior.force import Faults
 from guestio.faults.proxy.own_rings import OwnRings
 from guestio.memory.backing import close_fd
-from guestio.peer.foreign import is_eventfd
+from guestio.peer.foreign import PipeNotifier, is_eventfd, is_pipe
 from guestio.virtio.loop import EventLoop
 from guestio.virtio.snapshot import QueueCounts, QueueSnapshot
 
@@ -212,9 +212,16 @@ class ProxyQueue:
     def _set(self, line: _Line, fd: int | None, *, call: bool) -> int | None:
         self._disarm(line)
         line.close()
-        if fd is None or not is_eventfd(fd):
+        if fd is None:
             return None
-        line.theirs = os.dup(fd)
+        if is_eventfd(fd):
+            line.theirs = os.dup(fd)
+        elif call and self._watcher.between and is_pipe(fd):
+            # User-mode Linux has no eventfd for that.
+            line.notifier = PipeNotifier(os.dup(fd))
+            line.theirs = os.dup(line.notifier.fd)
+        else:
+            return None
         if self._watcher.between:
             line.ours = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._arm(line, call=call)
@@ -509,8 +516,12 @@ class _Line:
     def __init__(self) -> None:
         self.theirs = self.ours = self.source = -1
         self.relay: EventRelay | None = None
+        self.notifier: PipeNotifier | None = None
 
     def close(self) -> None:
+        notifier, self.notifier = self.notifier, None
+        if notifier is not None:
+            notifier.close()
         for fd in (self.theirs, self.ours):
             if fd >= 0:
                 close_fd(fd)
