@@ -126,7 +126,9 @@ WARNING = re.compile(
     r".*|.*NETDEV WATCHDOG.*|.*blocked for more than.*|.*rcu.*stall.*|.*soft lockup.*|net eth0.*",
     re.IGNORECASE,
 )
-USUAL = re.compile(r"logical blocks|default/read/poll queues|renamed from|detected capacity")
+USUAL = re.compile(
+    r"Modules linked in|logical blocks|default/read/poll queues|renamed from|detected capacity"
+)
 """Messages of an honest device."""
 OWN = {
     "disk": r"virtio_blk|vda",
@@ -391,8 +393,13 @@ def _last_line(result: GuestResult) -> str:
     return f"{'waits' if result.qemu_status < 0 else 'ends'}: {said}"
 
 
-def look(names: Sequence[str], case: Case, keep: Path | None) -> dict[str, Outcome]:
-    """What becomes of each device under a rule; alone, if a guest with all of them ends badly."""
+def look(
+    names: Sequence[str], case: Case, keep: Path | None, results: Results
+) -> dict[str, Outcome]:
+    """What becomes of each device under a rule; alone, if a guest with all of them ends badly.
+
+    Each is added to the results as soon as it is known.
+    """
     with tempfile.TemporaryDirectory(prefix="guestio-faults-") as temporary:
         directory = Path(temporary)
         result = run(names, case, directory)
@@ -411,7 +418,9 @@ def look(names: Sequence[str], case: Case, keep: Path | None) -> dict[str, Outco
     )
     if shared and len(names) > 1:
         for name in names:
-            found |= look([name], case, keep)
+            found |= look([name], case, keep, results)
+    else:
+        results.add(case, found)
     return found
 
 
@@ -422,6 +431,8 @@ def table(cases: Sequence[Case], names: Sequence[str], results: Results) -> Iter
         if not rows:
             continue
         columns = [name for name in names if name in rows[0].devices]
+        never = {name: {case.excuse(name) for case in rows} for name in columns}
+        columns = [name for name in columns if "" in never[name] or len(never[name]) > 1]
         yield f"{rows[0].guest}, {text}:"
         yield ""
         yield "|".join(["", " rule ", *(f" {name} " for name in columns), ""])
@@ -430,6 +441,9 @@ def table(cases: Sequence[Case], names: Sequence[str], results: Results) -> Iter
             cells = [str(results.get(case, name) or "not run") for name in columns]
             yield "|".join(["", f" `{case.rule}` ", *(f" {cell} " for cell in cells), ""])
         yield ""
+        for name, reasons in never.items():
+            if name not in columns:
+                yield f"* {name} does not apply: {', '.join(reasons)}."
 
 
 def main() -> None:
@@ -469,13 +483,12 @@ def main() -> None:
                 continue
             began = time.monotonic()
             try:
-                found = look(wanted, case, options.keep)
+                found = look(wanted, case, options.keep, results)
             except RuntimeError as error:
                 # A server that fails is a defect of ours: told, and the others are run.
                 print(f"{case.way}, {case.rule}: {error}", file=sys.stderr, flush=True)
                 failed = True
                 continue
-            results.add(case, found)
             said = ", ".join(f"{name} {outcome.verdict}" for name, outcome in found.items())
             print(
                 f"{number} of {len(cases)}, {time.monotonic() - began:.0f} s: {case.way}, "
