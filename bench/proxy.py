@@ -1,10 +1,10 @@
 """A proxy in front of a disk: what a request takes longer, and what it costs the proxy.
 
 `guestio bench` drives the same disk of `guestio blk` directly, through `guestio proxy
---notifications watch`, and through one with `between`, in turn, each with fresh processes; load on
-one CPU and disk on another, the proxy wherever there is room, or on `--proxy-cpu`. What is shown
-are medians over the rounds: latencies as the driver sees them, what a request takes longer than
-directly in the same round, and the proxy's CPU time per request.
+--notifications watch`, and through ones with `between` and `relay`, in turn, each with fresh
+processes; load on one CPU and disk on another, the proxy wherever there is room, or on
+`--proxy-cpu`. What is shown are medians over the rounds: latencies as the driver sees them, what a
+request takes longer than directly in the same round, and the proxy's CPU time per request.
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ class Case:
         return statistics.median(a - b for a, b in pairs)
 
 
-CASES = (("directly", None), ("proxy, watch", "watch"), ("proxy, between", "between"))
+CASES = (
+    ("directly", None),
+    ("proxy, watch", "watch"),
+    ("proxy, between", "between"),
+    ("proxy, relay", "relay"),
+)
 GOAL_US = 10.0
 """What a request may take longer through a proxy that only watches, at depth 1."""
 
