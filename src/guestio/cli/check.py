@@ -1,4 +1,4 @@
-"""``guestio check``: what a back-end, a front-end or a vfio-user server does, judged."""
+"""``guestio check``: what a back-end, front-end, vfio-user server or virtio-iommu does, judged."""
 
 from __future__ import annotations
 
@@ -75,6 +75,12 @@ regions, configuration space, interrupts, DMA mappings, resets, and clients that
   guestio nvme disk.img --socket /tmp/nvme.sock &
   guestio check --vfio-user /tmp/nvme.sock --device nvme
 
+--virtio-iommu checks a virtio-iommu: that of a vhost-user back-end on SOCKET, or with --qemu the
+one that QEMU has, driven by qtest without a guest, with two of QEMU's edu devices as endpoints:
+
+\b
+  guestio check --virtio-iommu --qemu qemu-system-x86_64
+
 Exit status: 0 if nothing is FAIL, WEDGED or CRASH, 1 if something is or the back-end cannot be
 reached, 2 for bad arguments, 130 after SIGINT, with the verdicts until then; with --front-end
 SIGINT is one of its ends.
@@ -84,10 +90,12 @@ _DEVICES: Final = ("blk", "net", "console", "rng", "input", "fs", "any", "nvme",
 _BACK_END: Final = "a vhost-user back-end"
 _FRONT_END: Final = "--front-end"
 _VFIO_USER: Final = "--vfio-user"
+_IOMMU: Final = "--virtio-iommu"
 _OPTIONS: Final = {
-    _BACK_END: {"severity", "seed", "queue", "writable", "patience", "command"},
-    _FRONT_END: {"image", "queues", "iommu", "seconds", "patience"},
-    _VFIO_USER: {"severity", "seed", "patience", "command"},
+    _BACK_END: {"device", "severity", "seed", "queue", "writable", "patience", "command"},
+    _FRONT_END: {"device", "image", "queues", "iommu", "seconds", "patience"},
+    _VFIO_USER: {"device", "severity", "seed", "patience", "command"},
+    _IOMMU: {"severity", "seed", "patience", "qemu"},
 }
 """Options that not every kind of check has."""
 _COLORS: Final = {
@@ -109,6 +117,16 @@ _COLORS: Final = {
 )
 @click.option(
     "--vfio-user", is_flag=True, help="Check the vfio-user server that listens on SOCKET."
+)
+@click.option(
+    "--virtio-iommu",
+    is_flag=True,
+    help="Check the virtio-iommu of a vhost-user back-end that listens on SOCKET, or of --qemu.",
+)
+@click.option(
+    "--qemu",
+    metavar="PROGRAM",
+    help="With --virtio-iommu: check the device of this QEMU, 7.2 or newer, which is started.",
 )
 @click.option(
     "--device",
@@ -189,6 +207,8 @@ def check(
     socket: str | None,
     front_end: bool,
     vfio_user: bool,
+    virtio_iommu: bool,
+    qemu: str | None,
     device: str | None,
     only: tuple[str, ...],
     severity: str,
@@ -210,9 +230,10 @@ def check(
     from guestio import faults
     from guestio.faults.catalogue import select
 
-    if front_end and vfio_user:
-        raise click.UsageError("say one of --front-end and --vfio-user")
+    if front_end + vfio_user + virtio_iommu > 1:
+        raise click.UsageError("say one of --front-end, --vfio-user and --virtio-iommu")
     kind = _FRONT_END if front_end else _VFIO_USER if vfio_user else _BACK_END
+    kind = _IOMMU if virtio_iommu else kind
     _refuse_others(context, kind)
     if device is None:
         device = "any" if vfio_user else "blk"
@@ -223,14 +244,17 @@ def check(
     if list_:
         _list(chosen, as_json=as_json)
         return
-    if socket is None:
+    if qemu is not None and socket is not None:
+        raise click.UsageError("say one of SOCKET and --qemu")
+    if socket is None and qemu is None:
         who = {_FRONT_END: "to listen", _VFIO_USER: "the server listens"}
         raise click.UsageError(
             f"say on which SOCKET {who.get(kind, 'the back-end listens')}, or --list"
         )
+    place = socket or ""
     if front_end:
         judged = _judge(
-            socket,
+            place,
             device,
             only,
             image=image,
@@ -256,21 +280,25 @@ def check(
         "severity": severity,
         "seed": seed,
         "patience": 1.0 if patience is None else patience,
-        "command": command,
         "progress": progress,
     }
+    if not virtio_iommu:
+        options["command"] = command
     try:
-        if vfio_user:
-            report = faults.check_server(socket, device, **options)
+        if virtio_iommu:
+            device = "iommu"
+            report = faults.check_iommu(socket, qemu=qemu, **options)
+        elif vfio_user:
+            report = faults.check_server(place, device, **options)
         else:
-            report = faults.check(socket, device, queue=queue, writable=writable, **options)
+            report = faults.check(place, device, queue=queue, writable=writable, **options)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     except DeviceError as error:
         click.echo(f"guestio: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        report = faults.Report(socket, device, seed, shown)
+        report = faults.Report(place or str(qemu), device, seed, shown)
         _finish(report, as_json=as_json, junit=junit)
         sys.exit(130)
     _finish(report, as_json=as_json, junit=junit)
@@ -293,6 +321,8 @@ def _known(kind: str, device: str) -> Sequence[Check | Demand]:
     """
     from guestio import faults
 
+    if kind == _IOMMU:
+        return faults.iommu_catalogue()
     types = {
         _BACK_END: tuple(faults.KINDS),
         _FRONT_END: faults.JUDGED_DEVICES,

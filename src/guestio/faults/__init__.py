@@ -9,6 +9,8 @@
 :func:`check_server` does the same for vfio-user servers, with the checks of
 :func:`server_catalogue`.
 
+:func:`check_iommu` does it for virtio-iommu devices: one of this process, a back-end's, or QEMU's.
+
 :func:`check_front_end` turns that round: it listens as a back-end, and judges the front-end that
 connects, and its driver, by what they do; :func:`demands` lists what it looks at.
 """
@@ -36,6 +38,8 @@ from guestio.faults.runner import check
 from guestio.faults.vfio_user.catalogue import DEVICES as SERVED_DEVICES
 from guestio.faults.vfio_user.catalogue import server_catalogue
 from guestio.faults.vfio_user.runner import check_server
+from guestio.faults.virtio_iommu.catalogue import iommu_catalogue
+from guestio.faults.virtio_iommu.runner import check_iommu
 
 __all__ = [
     "ALWAYS",
@@ -62,8 +66,10 @@ __all__ = [
     "catalogue",
     "check",
     "check_front_end",
+    "check_iommu",
     "check_server",
     "demands",
+    "iommu_catalogue",
     "parse",
     "reference",
     "server_catalogue",

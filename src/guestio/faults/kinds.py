@@ -40,6 +40,8 @@ class Kind:
         queues: The least number of queues.
         features: Feature bits that its type defines in virtio 1.4; None if that is unknown.
         request: Makes an honest request for that queue.
+        beside: Queues that are started with it, and stay empty, for a back-end that serves none
+            without them: DPDK wants a pair of a card's.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Kind:
     queues: int
     features: int | None
     request: Callable[[], Request]
+    beside: tuple[int, ...] = ()
 
 
 def bits(*numbers: int) -> int:
@@ -124,7 +127,15 @@ KINDS: Final[dict[str, Kind]] = {
     kind.name: kind
     for kind in (
         Kind("blk", "block device", 0, 1, bits(1, 2, 4, 5, 6, *range(9, 18), 0, 7), _blk),
-        Kind("net", "network card", 1, 2, bits(*range(4), 5, *range(6, 24), *range(50, 64)), _net),
+        Kind(
+            "net",
+            "network card",
+            1,
+            2,
+            bits(*range(4), 5, *range(6, 24), *range(50, 64)),
+            _net,
+            beside=(0,),
+        ),
         Kind("console", "console", 1, 2, bits(0, 1, 2), _console),
         Kind("rng", "entropy device", 0, 1, 0, _rng),
         Kind("input", "input device", 1, 2, 0, _input),

@@ -76,6 +76,11 @@ class RawLink(ABC):
         for fd in fds:
             os.close(fd)
 
+    def end_sending(self) -> None:
+        """Say that nothing more comes; answers can still be received."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
     def fileno(self) -> int:
         """The socket, to be watched."""
         return self._sock.fileno()

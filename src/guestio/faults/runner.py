@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from guestio.errors import DeviceError
 from guestio.faults.catalogue import Check, catalogue, select
@@ -43,6 +43,41 @@ _ORDER: Final = (Severity.SAFETY, Severity.MUST, Severity.SHOULD)
 
 
 L = TypeVar("L", bound=RawLink)
+
+
+class Examined(Protocol):
+    """What is examined; see :class:`Target`, which is one, for the methods."""
+
+    @property
+    def path(self) -> str:
+        """What it is called in reports."""
+        ...
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether it can be started again."""
+        ...
+
+    @property
+    def connect(self) -> Callable[[float], Any]:
+        """Reaches it, with an answer in so many seconds."""
+        ...
+
+    def start(self) -> None:
+        """Start it if it does not run."""
+        ...
+
+    def take_death(self) -> str | None:
+        """How it died since this was last asked."""
+        ...
+
+    def ended(self, seconds: float) -> bool:
+        """Wait so long for its end; whether it has ended."""
+        ...
+
+    def close(self) -> None:
+        """End it, if it was started here."""
+        ...
 
 
 class Target(Generic[L]):
@@ -106,7 +141,8 @@ class Target(Generic[L]):
         try:
             return self._link.connect(self.path, patience)
         except AbsentError:
-            if not self.replaceable or not self.ended(patience):
+            # One that takes no second connection may need a while to end after its first.
+            if not self.replaceable or not self.ended(max(patience, START)):
                 raise
         self.start()
         deadline = time.monotonic() + START
@@ -227,7 +263,7 @@ class Examination(ABC):
             was wedged or started anew.
     """
 
-    def __init__(self, target: Target[Any], patience: float, recovery: float) -> None:
+    def __init__(self, target: Examined, patience: float, recovery: float) -> None:
         self._target = target
         self._patience = patience
         self._recovery = recovery
@@ -359,6 +395,17 @@ class _Run(Examination):
         self._seed = seed
         self._queue = queue
         self._writable = writable
+        self._served = self._in_pairs = False
+
+    def serves(self) -> OutcomeError | None:
+        """See :class:`Examination`; finds out at first whether queues must be started in pairs."""
+        complaint = super().serves()
+        if complaint is not None and self._kind.beside and not self._served:
+            self._in_pairs = True
+            complaint = super().serves()
+            self._in_pairs = complaint is None
+        self._served |= complaint is None
+        return complaint
 
     def _trial(self, name: str) -> Trial:
         return Trial(
@@ -368,4 +415,5 @@ class _Run(Examination):
             patience=self._patience,
             seed=f"{self._seed}:{name}",
             writable=self._writable,
+            in_pairs=self._in_pairs,
         )

@@ -52,6 +52,7 @@ class Trial(BaseTrial):
         patience: Seconds that an answer may take.
         seed: Of everything random.
         writable: Whether the disk may be written.
+        in_pairs: Whether the queues beside that one are started with it; see ``Kind.beside``.
 
     Attributes:
         kind: Type of the device.
@@ -68,20 +69,23 @@ class Trial(BaseTrial):
         patience: float = 1.0,
         seed: str = "0",
         writable: bool = False,
+        in_pairs: bool = False,
     ) -> None:
         super().__init__(patience, seed)
         self._connect = connect
         self.kind = kind
         self.index = kind.queue if queue is None else queue
         self.writable = writable
+        self._in_pairs = in_pairs
         self._link: Link | None = None
         self._ram: Ram | None = None
         self._before: Bytes | None = None
+        self._beside: Link | None = None
 
     def close(self) -> None:
         """Close every connection and give everything back. May be called again."""
         super().close()
-        self._link = self._ram = None
+        self._link = self._ram = self._beside = None
 
     def probe(self) -> None:
         """Make an honest request, which must be served."""
@@ -174,8 +178,16 @@ class Trial(BaseTrial):
         return link
 
     def share(self) -> None:
-        """Share the guest's memory by SET_MEM_TABLE."""
+        """Share the guest's memory by SET_MEM_TABLE, and start the queues beside the one used."""
         self.link.do(_F.SET_MEM_TABLE, self.ram.table, [self.ram.fd])
+        if not self._in_pairs or self._beside is self.link:
+            return
+        if self.link.features & ACCESS_PLATFORM:
+            return
+        self._beside = self.link
+        for index in self.kind.beside:
+            if index != self.index:
+                self.new_queue(index).start()
 
     def new_queue(self, index: int | None = None, size: int = ENTRIES, *, base: int = 0) -> Queue:
         """A ring in the guest's memory, which the device is not told of yet."""

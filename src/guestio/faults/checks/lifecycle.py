@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from functools import partial
 from typing import Final
 
@@ -26,6 +27,10 @@ _STATUS: Final = PLAIN | ProtocolFeature.STATUS
 _RESET: Final = PLAIN | ProtocolFeature.RESET_DEVICE
 _ACKNOWLEDGE, _DRIVER, _DRIVER_OK, _FEATURES_OK = 1, 2, 4, 8
 _RUNNING: Final = _ACKNOWLEDGE | _DRIVER | _FEATURES_OK | _DRIVER_OK
+_STOPS: Final = 40
+"""How often a ring is stopped with requests on it."""
+_STEP: Final = 0.0002
+"""Seconds by which the time from requests to stop grows, in eight steps."""
 
 
 @register(
@@ -175,15 +180,17 @@ def _stopped(t: Trial) -> None:
 )
 def _stop_settles(t: Trial) -> None:
     queue = t.ready()
-    for _ in range(5):
+    # Whether a stop meets requests is a matter of time: often enough, and sooner or later.
+    for number in range(_STOPS):
         t.post(queue, ENTRIES // 4)
+        time.sleep(number % 8 * _STEP)
         base = queue.stop()
         used = queue.used_index
         t.expect(
             base == used,
             f"stopped at index {base} with the used index at {used}; what is between is unfinished",
         )
-        t.expect(queue.stays_quiet(0.02, used), "used requests after it had answered the stop")
+        t.expect(queue.stays_quiet(0.005, used), "used requests after it had answered the stop")
         for entry in queue.take_used():
             t.judge(queue, queue.settle(entry))
         queue.restart(base)

@@ -398,6 +398,9 @@ def _random_messages(t: Trial) -> None:
                     payload = bytes(b & t.random.choice([0, 0, 1, 3, 255]) for b in payload)
                 fds = [t.eventfd() for _ in range(t.random.choice([0, 0, 1, 2]))]
                 link.send(_HEADER.pack(t.random.choice(codes), 1, size) + payload, fds)
+            # All of it is read before the connection ends, so that each run does the same.
+            link.end_sending()
+            link.closed(t.reaction)
     t.reconnect().ask(_F.GET_FEATURES)
 
 
