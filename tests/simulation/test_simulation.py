@@ -149,6 +149,32 @@ def test_bad_arguments(arguments: dict[str, Any]) -> None:
         simulate(disk, **arguments)
 
 
+def test_a_factory_that_fails_leaves_nothing_behind() -> None:
+    outcome = simulate(disk, seed=5, steps=40)
+    made: list[int] = []
+
+    def fails(world: World) -> Device:
+        made.append(len(made))
+        if len(made) == 3:
+            raise OSError("no such device")
+        return disk(world)
+
+    with pytest.raises(OSError, match="no such device"):
+        simulate(fails, seed=2, steps=300)
+    with pytest.raises(ZeroDivisionError):
+        simulate(lambda _: 1 / 0, seed=1)  # type: ignore[arg-type,return-value] # it raises
+    assert simulate(disk, seed=5, steps=40) == outcome
+
+
+def test_one_at_a_time() -> None:
+    def nested(world: World) -> Device:
+        with pytest.raises(RuntimeError, match="one at a time"):
+            simulate(disk)
+        return disk(world)
+
+    simulate(nested, steps=10)
+
+
 def test_nothing_is_left_behind() -> None:
     import guestio.virtio.queue as module
 

@@ -113,6 +113,8 @@ def simulate(
     Raises:
         InvariantError: An invariant does not hold; an `AssertionError`. The message says which
             one, the seed, and the steps that lead to it.
+        RuntimeError: Another simulation is running in this process.
+        BaseException: What the factory, the device's constructor or the workload raised.
 
     Threads: one at a time in a process, as guestio's modules are given another clock meanwhile; no
     device may be served by other threads. Cost: about 50 microseconds a step.

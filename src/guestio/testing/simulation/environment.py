@@ -32,6 +32,10 @@ _OWN: Final = (__package__ + ".", "guestio.ratelog", "guestio.trace")
 """Modules that go on with the real clock: what they do is not part of what is simulated."""
 
 
+_ACTIVE: Final = threading.Lock()
+"""Held while an environment is in use."""
+
+
 class Clock:
     """Simulated time.
 
@@ -111,8 +115,15 @@ class Environment:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Guestio's modules use this environment inside this context. Not nested."""
+        """Guestio's modules use this environment inside this context.
+
+        Raises:
+            RuntimeError: They use another one, here or in another thread.
+        """
+        if not _ACTIVE.acquire(blocking=False):
+            raise RuntimeError("another simulation is running in this process: one at a time")
         with contextlib.ExitStack() as undo:
+            undo.callback(_ACTIVE.release)
             for name, module in list(sys.modules.items()):
                 if name.startswith("guestio.") and not name.startswith(_OWN):
                     if getattr(module, "time", None) is time:

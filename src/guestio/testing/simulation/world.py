@@ -138,18 +138,22 @@ class World:
     # Beginning and end
 
     def __enter__(self) -> Self:
-        self._undo.callback(self.disk.close)
-        self._undo.enter_context(self.environment.active())
-        device = self._factory(self)
-        if self._make_workload is not None:
-            self._workload = self._make_workload(device)
-        elif device.device_id == DeviceId.BLOCK:
-            self._workload = BlockWorkload(SECTORS, device.num_queues)
-        else:
-            self._workload = AnyWorkload(device)
-        self._backend = Backend(self, device)
-        self._new_guest(device)
-        self._connect()
+        with contextlib.ExitStack() as failed:
+            failed.callback(self._undo.close)
+            self._undo.callback(self.disk.close)
+            self._undo.enter_context(self.environment.active())
+            device = self._factory(self)
+            failed.callback(device.close)
+            if self._make_workload is not None:
+                self._workload = self._make_workload(device)
+            elif device.device_id == DeviceId.BLOCK:
+                self._workload = BlockWorkload(SECTORS, device.num_queues)
+            else:
+                self._workload = AnyWorkload(device)
+            self._backend = Backend(self, device)
+            self._new_guest(device)
+            self._connect()
+            failed.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
