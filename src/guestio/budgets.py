@@ -417,7 +417,35 @@ RECORD_PEERS = 1000
 """Front-ends or clients that a recording describes; the oldest of more is left out."""
 
 REPORT_MEMORY_BYTES = 600 << 20
-"""Bytes of memory that DuckDB may use for a report; more goes to temporary files."""
+"""Bytes of memory that DuckDB may use for a report, on each machine of a cluster, unless it is told
+otherwise; more goes to temporary files."""
+
+REPORT_LEAST_BYTES = 64 << 20
+"""Bytes of memory that a report takes at least."""
+
+REPORT_MERGE_BYTES = 200 << 20
+"""Of these, bytes with which answers of parts are put together."""
+
+REPORT_PART_ROWS = 1 << 20
+"""Rows of a recording that a report looks at together, at most, but for larger row groups."""
+
+REPORT_QUEUES = 1000
+"""Queues, each kind of operation by itself, that a report lists; totals are of all."""
+
+REPORT_MISSES = 1000
+"""Missing translations of a request that a report tells apart; requests with more count as this."""
+
+REPORT_PLACES = 20
+"""Pages of memory, and places of an image, that a report lists: those used most."""
+
+REPORT_FAULTS = 100
+"""Kinds of faults that a report lists: those seen most."""
+
+REPORT_RECORDINGS = 1000
+"""Recordings that a report describes, and as many that could not be read; more are counted."""
+
+REPORT_CLUSTER_WAIT = 60.0
+"""Seconds after which a report gives up a cluster without workers."""
 
 PROXY_MESSAGES = 64
 """Messages that wait in a proxy for one peer to read them, what a rule delays included; nothing

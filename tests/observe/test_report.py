@@ -19,7 +19,6 @@ from guestio.observe import RecordingError, open_recording
 from guestio.observe.assemble import Assembler
 from guestio.observe.finish import RecordingFile
 from guestio.observe.page import page
-from guestio.observe.queries import ask, connected, merge
 from guestio.observe.report import report, table, text
 from guestio.observe.schema import METADATA_KEY, VERSION
 from guestio.observe.spool import Spool
@@ -95,7 +94,7 @@ def test_known_requests_are_told(tmp_path: Path) -> None:
     assert found["events"] == {"interrupt": 1, "failed": 1}
     assert [fault["what"] for fault in found["faults"]] == ["failed"]
     json.dumps(found)
-    names, rows_ = table(tmp_path / "a", 'SELECT head, "offset" FROM requests WHERE failed')
+    names, rows_, _ = table(tmp_path / "a", 'SELECT head, "offset" FROM requests WHERE failed')
     assert (names, rows_) == (["head", "offset"], [(5, 0)])
 
 
@@ -149,25 +148,6 @@ def test_mappings_live_from_their_update_to_their_end(tmp_path: Path) -> None:
         (0x6000, 40, 50, What.INVALIDATE),
         (2**64 - 0x1000, 60, None, None),
     ]
-
-
-def test_parts_add_up(tmp_path: Path) -> None:
-    for part in range(3):
-        rows = [
-            e
-            for n in range(50)
-            for e in request(n, 10_000 + 10_000 * n, 4096 * n, took=100 + part * n)
-        ]
-        write(tmp_path / f"{part}.parquet", rows)
-    whole = report(tmp_path)
-    assert whole["totals"]["requests"] == 150
-    assert len(whole["recordings"]) == 3
-    parts = []
-    for part in range(3):
-        with connected([os.fspath(tmp_path / f"{part}.parquet")]) as connection:
-            parts.append(ask(connection))
-    with connected([os.fspath(tmp_path / f"{part}.parquet") for part in range(3)]) as connection:
-        assert merge(parts) == merge([ask(connection)])
 
 
 def test_rows_that_cannot_be_are_left_out(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Final, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,6 +29,9 @@ from guestio.observe.schema import (
     Column,
 )
 from guestio.trace import Group, What
+
+MAGIC: Final = b"PAR1"
+"""At the beginning of a finished recording, and of any other Parquet file."""
 
 
 class RecordingError(GuestioError):
@@ -53,7 +56,7 @@ class Recording:
 
     def __init__(self, path: Path, parquet: Path, undo: contextlib.ExitStack) -> None:
         self.path, self.parquet, self._undo = path, parquet, undo
-        self.description = describe(parquet, path)
+        self.description, _ = describe(parquet, path)
 
     def _rows(self, kind: int, columns: Sequence[Column]) -> pa.Table:
         """All rows of a kind; groups of others are not read."""
@@ -116,8 +119,8 @@ def row_groups(file: pq.ParquetFile, kind: int) -> list[int]:
     return found
 
 
-def describe(parquet: Path, path: Path) -> dict[str, Any]:
-    """What describes a finished recording.
+def describe(parquet: Path | BinaryIO, path: Path | str) -> tuple[dict[str, Any], list[int]]:
+    """What describes a finished recording, and the rows of each of its row groups.
 
     Args:
         parquet: The file.
@@ -128,7 +131,9 @@ def describe(parquet: Path, path: Path) -> dict[str, Any]:
     """
     try:
         with pq.ParquetFile(parquet) as file:
-            schema, metadata = file.schema_arrow, file.metadata.metadata or {}
+            schema, about = file.schema_arrow, file.metadata
+            metadata = about.metadata or {}
+            groups = [about.row_group(at).num_rows for at in range(about.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
         raise RecordingError(f"{path} is no recording: {_first_line(error)}") from None
     try:
@@ -149,7 +154,7 @@ def describe(parquet: Path, path: Path) -> dict[str, Any]:
                 f"version {VERSION} have"
             )
     description: dict[str, Any] = found
-    return description
+    return description, groups
 
 
 def _first_line(error: Exception) -> str:
@@ -170,7 +175,7 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
     """
     path = Path(path)
     with path.open("rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
+        is_parquet = file.read(len(MAGIC)) == MAGIC
     with contextlib.ExitStack() as undo:
         parquet = path
         if not is_parquet:

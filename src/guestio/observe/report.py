@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from guestio.budgets import (
+    REPORT_LEAST_BYTES,
+    REPORT_MEMORY_BYTES,
+    REPORT_MERGE_BYTES,
+    REPORT_MISSES,
+    REPORT_RECORDINGS,
+)
 from guestio.control.summary import printable
-from guestio.observe.queries import STAGES, TIMELINE_NS, ask, bucket_range, connected, merge
-from guestio.observe.recording import RecordingError, open_recording
+from guestio.observe.parts import (
+    Part,
+    Progress,
+    Unreadable,
+    ask_here,
+    finished,
+    look_at,
+    part_rows,
+    shift_of,
+    split,
+)
+from guestio.observe.places import for_duckdb, list_recordings, reason
+from guestio.observe.queries import (
+    STAGES,
+    Merger,
+    bucket_range,
+    connected,
+    make_views_of_files,
+    nothing,
+    processors,
+)
+from guestio.observe.recording import RecordingError, describe
+from guestio.observe.schema import OPERATIONS
 from guestio.trace import NO_QUEUE, What
 
 QUANTILES: Final = {"p50_s": 0.5, "p90_s": 0.9, "p99_s": 0.99, "p999_s": 0.999}
@@ -18,82 +47,213 @@ QUANTILES: Final = {"p50_s": 0.5, "p90_s": 0.9, "p99_s": 0.99, "p999_s": 0.999}
 Report = dict[str, Any]
 """A report as JSON: see ``docs/recordings.md``."""
 
-Answers = Mapping[str, Sequence[Mapping[str, Any]]]
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+
+LOOK_AT_ONCE: Final = 8
+"""Recordings whose ends are read at the same time, as each may take a while to come."""
 
 
-@contextlib.contextmanager
-def data_set(place: str | os.PathLike[str]) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
-    """The Parquet files of a recording, or of all of a directory, and what describes them.
-
-    What is not finished is made a Parquet file in a temporary directory.
+class DataSet:
+    """The recordings at a place: those that can be read, and why others cannot.
 
     Args:
-        place: A file, or a directory whose files named ``*.parquet`` are recordings.
+        place: A file, or a directory whose files named ``*.parquet`` are recordings; or a URL of
+            one, as fsspec takes it.
 
     Raises:
-        RecordingError: There is none, or one that cannot be read.
-        OSError: As from `open_recording`.
+        RecordingError: There is none.
     """
-    path = Path(place)
-    paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not paths:
-        raise RecordingError(f"{path} has no recording: no file there is named *.parquet")
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(open_recording(each)) for each in paths]
-        yield (
-            [os.fspath(each.parquet) for each in opened],
-            [{"path": os.fspath(each.path), **each.description} for each in opened],
-        )
+
+    def __init__(self, place: str | os.PathLike[str]) -> None:
+        self.place = os.fspath(place)
+        self.names = list_recordings(self.place)
+        self.descriptions: list[dict[str, Any]] = []
+        self.unreadable: list[Unreadable] = []
+        self.recordings = self.failed = 0
+
+    def describe(self, path: str, description: Mapping[str, Any]) -> None:
+        """Count a recording, and keep what describes it if it is one of the first."""
+        self.recordings += 1
+        if len(self.descriptions) < REPORT_RECORDINGS:
+            self.descriptions.append({"path": path, **description})
+
+    def leave_out(self, unreadable: Iterable[Unreadable]) -> None:
+        """Count what cannot be read, and keep why if it is of the first."""
+        for each in unreadable:
+            self.failed += 1
+            if len(self.unreadable) < REPORT_RECORDINGS:
+                self.unreadable.append(each)
+
+    def parts(self, rows: int) -> list[Part]:
+        """The recordings in parts of so many rows; what cannot be read is left out."""
+        # Of one recording, times are as in its rows; those of several are made comparable.
+        align = len(self.names) > 1
+        found: list[Part] = []
+        with ThreadPoolExecutor(LOOK_AT_ONCE, "guestio-report") as pool:
+            for name, seen in zip(self.names, pool.map(_look_at, self.names), strict=True):
+                if isinstance(seen, Unreadable):
+                    self.leave_out([seen])
+                    continue
+                description, groups = seen
+                if description is None:
+                    found.append(Part(name, align=align))
+                    continue
+                self.describe(name, description)
+                found += split(name, groups, rows, shift_of(description) if align else 0)
+        return found
+
+    def check(self) -> None:
+        """Raise if there is nothing to report on.
+
+        Raises:
+            RecordingError: Says why, of the first that cannot be read.
+        """
+        if self.recordings:
+            return
+        more = f"; nor can {self.failed - 1} others be read" if self.failed > 1 else ""
+        raise RecordingError(self.unreadable[0].why + more)
 
 
-def report(place: str | os.PathLike[str]) -> Report:
+def _look_at(path: str) -> tuple[dict[str, Any] | None, list[int]] | Unreadable:
+    try:
+        return look_at(path)
+    except FileNotFoundError as error:
+        return Unreadable(path, f"{path}: {error.strerror or 'No such file or directory'}")
+    except OSError as error:
+        return Unreadable(path, f"{path}: {reason(error)}")
+    except RecordingError as error:
+        return Unreadable(path, str(error))
+
+
+def report(
+    place: str | os.PathLike[str],
+    *,
+    scheduler: str | None = None,
+    memory: int = REPORT_MEMORY_BYTES,
+    progress: Progress | None = None,
+) -> Report:
     """What happened in a recording, or in all recordings of a directory.
 
+    Args:
+        place: As for `DataSet`.
+        scheduler: The address of a Dask cluster's scheduler, as ``tcp://host:8786``, whose workers
+            are to look at the recordings; they must reach them under the same names.
+        memory: Bytes for what is looked at: here, or in each worker.
+        progress: Called with the rows that were looked at, and with all of them.
+
+    Returns:
+        The same for any number of threads and workers. What cannot be read is left out, and named
+        under ``unreadable``.
+
     Raises:
-        RecordingError, OSError: As from `data_set`.
+        RecordingError: Nothing can be read, the memory does not suffice, or the cluster is not as
+            it should be.
+        ImportError: The extra ``cluster`` is needed for a scheduler.
 
-    Cost: a second for a million requests or so; memory within a GiB, whatever their number.
+    Cost: a second of each of two processors for four million requests or so.
     """
-    with data_set(place) as (files, descriptions), connected(files) as connection:
-        return assemble_report(merge([ask(connection)]), descriptions)
+    if memory < REPORT_LEAST_BYTES:
+        raise ValueError(
+            f"a report takes at least {REPORT_LEAST_BYTES >> 20} MiB, not {memory} bytes"
+        )
+    found = DataSet(place)
+    merging = min(REPORT_MERGE_BYTES, memory // 3)
+    with contextlib.ExitStack() as stack:
+        merger = Merger(stack.enter_context(connected(merging, 1)))
+        if scheduler is None:
+            threads, rest = processors(), memory - merging
+            parts = found.parts(part_rows(rest // threads))
+            portions = ask_here(parts, rest, threads)
+        else:
+            from guestio.observe.cluster import Cluster
+
+            cluster = stack.enter_context(contextlib.closing(Cluster(scheduler)))
+            parts = found.parts(part_rows(memory // max(cluster.threads.values())))
+            portions = cluster.ask(parts, memory)
+        done, whole = 0, sum(part.rows for part in parts)
+        stack.enter_context(contextlib.closing(portions))
+        merger.add(nothing(stack.enter_context(connected(REPORT_LEAST_BYTES, 1))))
+        for part, answer in portions:
+            if answer.answers is not None:
+                merger.add(answer.answers)
+            found.leave_out(answer.unreadable)
+            if answer.description is not None:
+                found.describe(part.path, answer.description)
+            done += part.rows
+            if progress is not None:
+                progress(done, whole)
+        found.check()
+        return assemble_report(merger.found(), found)
 
 
-def table(place: str | os.PathLike[str], sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """The answer to a question of one's own: names of columns, and rows.
+def table(
+    place: str | os.PathLike[str], sql: str, *, memory: int = REPORT_MEMORY_BYTES
+) -> tuple[list[str], list[tuple[Any, ...]], list[Unreadable]]:
+    """The answer to a question of one's own: names of columns, rows, and what could not be read.
 
     Args:
         place: As for :func:`report`.
         sql: DuckDB's SQL, over the views ``requests``, ``mappings`` and ``events``.
+        memory: Bytes for DuckDB.
 
     Raises:
-        RecordingError: As from `data_set`; or DuckDB refuses the question.
+        RecordingError: Nothing can be read; or DuckDB refuses the question.
     """
     import duckdb
 
-    with data_set(place) as (files, _), connected(files) as connection:
+    found = DataSet(place)
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(connected(memory, processors()))
+        files: dict[str, tuple[str, int]] = {}
+        for part in found.parts(1 << 62):
+            name, shift = for_duckdb(connection, part.path), part.shift_ns
+            if part.groups is None:
+                try:
+                    name = os.fspath(stack.enter_context(finished(part.path)))
+                    description, _ = describe(Path(name), part.path)
+                except (RecordingError, OSError) as error:
+                    found.leave_out([Unreadable(part.path, reason(error))])
+                    continue
+                found.describe(part.path, description)
+                shift = shift_of(description) if part.align else 0
+            files[name] = part.path, shift
+        found.check()
         try:
+            make_views_of_files(connection, files)
             answer = connection.execute(sql)
             columns = [each[0] for each in answer.description or ()]
-            return columns, answer.fetchall()
+            return columns, answer.fetchall(), found.unreadable
         except duckdb.Error as error:
             raise RecordingError(f"DuckDB says: {error}") from None
 
 
-def assemble_report(answers: Answers, descriptions: Sequence[Mapping[str, Any]]) -> Report:
+def assemble_report(answers: Rows, found: DataSet) -> Report:
     """A report of the answers to all questions."""
-    requests = answers["requests"]
-    first = min((row["first_ns"] for row in requests if row["first_ns"] is not None), default=0)
-    last = max((row["last_ns"] for row in requests if row["last_ns"] is not None), default=0)
-    whole = {name: _sum(requests, name) for name in ("requests", "completed", "failed", "bytes")}
-    whole |= {name: _sum(requests, name) for name in ("stalled", "misses", "sequential", "placed")}
-    seconds = (last - first) / 1e9
+    (totals,) = answers["totals"]
     return {
         "report": 1,
-        "recordings": list(descriptions),
-        "seconds": seconds,
-        "totals": whole | {"impossible_rows": _sum(answers["impossible"], "rows")},
-        "queues": [dict(row) for row in requests],
-        "sizes": [dict(row) for row in answers["sizes"]],
+        "recordings": sorted(found.descriptions, key=lambda each: str(each["path"])),
+        "more_recordings": found.recordings - len(found.descriptions),
+        "unreadable": [each._asdict() for each in sorted(found.unreadable)],
+        "more_unreadable": found.failed - len(found.unreadable),
+        "seconds": ((totals["last_ns"] or 0) - (totals["first_ns"] or 0)) / 1e9,
+        "totals": {
+            name: totals[name]
+            for name in (
+                "requests",
+                "completed",
+                "failed",
+                "bytes",
+                "stalled",
+                "misses",
+                "sequential",
+                "placed",
+            )
+        }
+        | {"impossible_rows": _sum(answers["impossible"], "rows")},
+        "queues": [_named(row) for row in answers["requests"]],
+        "more_queues": totals["queues"] - len(answers["requests"]),
+        "sizes": [_named(row) for row in answers["sizes"]],
         "latencies": _latencies(answers["latencies"]),
         "timeline": _timeline(answers["timeline"]),
         "misses_per_request": [dict(row) for row in answers["misses"]],
@@ -101,8 +261,8 @@ def assemble_report(answers: Answers, descriptions: Sequence[Mapping[str, Any]])
             "ended": _lifetimes(answers["mappings"]),
             "kept": _sum(answers["kept_mappings"], "mappings"),
         },
-        "hot_pages": [dict(row) for row in answers["pages"]],
-        "hot_places": [dict(row) for row in answers["places"]],
+        "hot_pages": [{**row, "page": row["page"] << 12} for row in answers["pages"]],
+        "hot_places": [{**row, "place": row["place"] << 20} for row in answers["places"]],
         "events": {_name(row["what"]): row["events"] for row in answers["events"]},
         "faults": [
             {**row, "what": _name(row["what"]), "queue": _queue(row["queue"])}
@@ -115,8 +275,15 @@ def _sum(rows: Iterable[Mapping[str, Any]], name: str) -> int:
     return sum(row[name] or 0 for row in rows)
 
 
-def _name(what: int) -> str:
+def _named(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose operation has a name."""
+    return {**row, "operation": OPERATIONS[row["operation"]]}
+
+
+def _name(what: int | None) -> str:
     """An event by name; a number that none has, as it is."""
+    if what is None:
+        return "other events"
     try:
         return What(what).name.lower()
     except ValueError:
@@ -173,16 +340,15 @@ def _groups(
 
 def _latencies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Stages in their order, for each operation."""
-    groups = _groups(rows, ("stage", "operation"))
-    order = list(STAGES)
+    stages = list(STAGES)
     return [
         {
-            "stage": stage,
-            "meaning": STAGES[stage][2],
-            "operation": operation,
-            **_histogram(groups[stage, operation], "requests"),
+            "stage": stages[stage],
+            "meaning": STAGES[stages[stage]][2],
+            "operation": OPERATIONS[operation],
+            **_histogram(found, "requests"),
         }
-        for stage, operation in sorted(groups, key=lambda key: (order.index(key[0]), key[1] or ""))
+        for (stage, operation), found in _groups(rows, ("stage", "operation")).items()
     ]
 
 
@@ -193,32 +359,17 @@ def _lifetimes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-MOST_STEPS: Final = 200
-
-
 def _timeline(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Requests over time, in at most MOST_STEPS steps."""
-    if not rows:
-        return []
-    begin, end = rows[0]["step"], rows[-1]["step"]
-    width = -(-(end - begin + 1) // MOST_STEPS)
-    found: dict[tuple[int, str], list[int]] = {}
-    for row in rows:
-        at = found.setdefault(((row["step"] - begin) // width, row["operation"]), [0, 0])
-        at[0] += row["requests"]
-        at[1] += row["bytes"] or 0
-    seconds = width * TIMELINE_NS / 1e9
+    """Requests over time, from the first step on."""
     return [
         {
-            "begins_s": step * seconds,
-            "seconds": seconds,
-            "operation": operation,
-            "requests": requests,
-            "bytes": size,
+            "begins_s": row["begins_ns"] / 1e9,
+            "seconds": row["ns"] / 1e9,
+            "operation": OPERATIONS[row["operation"]],
+            "requests": row["requests"],
+            "bytes": row["bytes"],
         }
-        for (step, operation), (requests, size) in sorted(
-            found.items(), key=lambda item: (item[0][0], item[0][1] or "")
-        )
+        for row in rows
     ]
 
 
@@ -298,7 +449,10 @@ def sections(found: Report) -> list[Section]:
             "translations missing per request",
             ["misses", "requests"],
             [
-                [str(row["misses"]), f"{row['requests']:,}"]
+                [
+                    str(row["misses"]) + (" or more" if row["misses"] == REPORT_MISSES else ""),
+                    f"{row['requests']:,}",
+                ]
                 for row in found["misses_per_request"]
                 if row["misses"] or len(found["misses_per_request"]) > 1
             ],
@@ -361,14 +515,23 @@ def heading(found: Report) -> list[str]:
                 f"{len(each.get('peers', ()))} peers{lost}{ended}"
             )
         )
-    if len(found["recordings"]) > 20:
-        lines.append(f"and {len(found['recordings']) - 20} recordings more")
+    more = len(found["recordings"]) + found["more_recordings"] - 20
+    if more > 0:
+        lines.append(f"and {more:,} recordings more")
+    lines += [
+        printable(f"LEFT OUT: {each['path']}: {each['why']}") for each in found["unreadable"][:20]
+    ]
+    more = len(found["unreadable"]) + found["more_unreadable"] - 20
+    if more > 0:
+        lines.append(f"and {more:,} more left out")
     seconds = found["seconds"]
     rate = f", {totals['requests'] / seconds:,.0f} a second" if seconds > 0 else ""
     lines.append(
         f"{totals['requests']:,} requests in {seconds:,.3f} s{rate}; {totals['failed']:,} failed; "
         f"{size_text(totals['bytes'])}"
     )
+    if found["more_queues"]:
+        lines.append(f"{found['more_queues']:,} queues and operations more are not listed")
     if totals["impossible_rows"]:
         lines.append(
             f"{totals['impossible_rows']:,} requests are left out: their times or sizes are "
