@@ -69,7 +69,8 @@ class What(IntEnum):
     TAKEN = 2
     """A request was taken: ``length`` bytes to read, ``detail`` to write, the first of them at
     ``address``; ``since``: when its batch was found; ``result``: its ring position, or -1 if a
-    proxy saw it too late to know more than that it was there."""
+    proxy saw it too late to know more than that it was there. One that may be served in the core
+    is taken when the one before it was served: to find its memory is part of serving it."""
     STALLED = 3
     """The requests from ring position ``result`` on wait for ``detail`` translations, the first for
     ``access`` to ``address``, ``length``."""
@@ -178,13 +179,29 @@ RECORD: Final[np.dtype[np.void]] = np.dtype([(field.name, field.type) for field 
 Records: TypeAlias = NDArray[np.void]
 """An array of :data:`RECORD`."""
 
+Slots: TypeAlias = NDArray[np.void]
+"""As :data:`Records`, but as rings hold them: a request may be one in place of its three. Of these,
+``time`` is when it was published, and only ``thread``, ``origin`` and ``queue`` mean the same."""
+
+
+def spell_out(slots: Slots) -> Records:
+    """The records that slots stand for, in the order of time.
+
+    Cost: copies, and a sort if slots are not in the order of time.
+    """
+    records: Records = np.frombuffer(tracepoints.spell_out(slots.view(np.uint8)), RECORD)
+    if np.all(records["time"][1:] >= records["time"][:-1]):
+        return records
+    return records[np.argsort(records["time"], kind="stable")]
+
 
 class Batch(NamedTuple):
     """What was read at once.
 
     Attributes:
         records: In the order of time, of all threads.
-        lost: Records that were written over since the last batch before they were read.
+        lost: Records that were written over since the last batch before they were read; a request
+            that was written as one counts as one.
     """
 
     records: Records
@@ -350,20 +367,31 @@ class TraceReader:
 
         Cost: copies, and a sort by time.
         """
+        slots, lost = self.read_slots(most)
+        return Batch(spell_out(slots), lost)
+
+    def read_slots(self, most: int = 1 << 20) -> tuple[Slots, int]:
+        """As :meth:`read`, but as the rings hold it, one ring after the other.
+
+        What two calls return is in the order of time once a quarter of a second is sorted, unless
+        a request was served for longer than that before it could be written.
+
+        Args:
+            most: Records of each ring at most; the rest is left for the next time.
+
+        Cost: a copy.
+        """
         if self._own:
             self._look()
         before = sum(reader.lost for reader in self._readers.values())
-        parts = [reader.read(most) for reader in self._readers.values()]
+        parts = [found for reader in self._readers.values() if (found := reader.read(most))]
         lost = sum(reader.lost for reader in self._readers.values()) - before
         if self._own:
             unheld = tracepoints.unheld()
             lost += unheld - self._unheld
             self._unheld = unheld
         self._lost += lost
-        records = np.frombuffer(b"".join(parts), RECORD)
-        if np.all(records["time"][1:] >= records["time"][:-1]):
-            return Batch(records, lost)
-        return Batch(records[np.argsort(records["time"], kind="stable")], lost)
+        return np.frombuffer(b"".join(parts), RECORD), lost
 
     def close(self) -> None:
         """Let go of the rings. Calling it again does nothing."""

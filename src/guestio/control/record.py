@@ -12,6 +12,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Final
 
+from guestio._core.trace import tracepoints
 from guestio.budgets import RECORD_RING
 from guestio.control.status import Observed
 from guestio.trace import Group, Tracing, enlarge_rings
@@ -61,14 +62,14 @@ async def record_stream(
         enlarge_rings(RECORD_RING)
         with Tracing(groups):
             known: object = None
+            changed = False
             for look in itertools.count():
-                status = observed.status()
-                peer = status["peer"] or {"number": 0, "feature_bits": 0}
-                queues = [queue["running"] for queue in status["queues"]]
-                found = (peer["number"], peer["feature_bits"], queues, status["trace"]["rings"])
-                if found != known or look % STATUS_LOOKS == 0:
-                    known = found
-                    yield json.dumps(status) + "\n"
+                # Peers, features and queues do not change without an event.
+                found = (tracepoints.told(), tracepoints.rings())
+                # Once more after a change: what an event tells may be there a moment after it.
+                if changed or found != known or look % STATUS_LOOKS == 0:
+                    known, changed = found, found != known
+                    yield json.dumps(observed.status()) + "\n"
                 await asyncio.sleep(LOOK_SECONDS)
     finally:
         streams[0] -= 1

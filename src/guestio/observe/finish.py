@@ -14,10 +14,7 @@ import pyarrow.parquet as pq
 from guestio.observe.assemble import Assembler
 from guestio.observe.schema import EVENT, FILE_SCHEMA, MAPPING, METADATA_KEY, REQUEST
 from guestio.observe.spool import Description, read_spool
-from guestio.trace import RECORD, Records, What
-
-RECORDS_AT_ONCE: Final = 1 << 19
-"""Records that are put together at a time: about 200 MiB of memory."""
+from guestio.trace import RECORD, What
 
 ROW_GROUP: Final = 1 << 18
 """Rows of a row group, but for the last ones of each kind."""
@@ -98,18 +95,10 @@ def finish(path: Path, to: Path | None = None) -> Description:
         out = RecordingFile(target)
         try:
             assembler = Assembler()
-            waiting: list[Records] = []
-            count = 0
             for records, described in batches:
-                if described is not None:
-                    description = described
-                waiting.append(records)
-                count += len(records)
-                if count >= RECORDS_AT_ONCE:
-                    out.add(assembler.add(np.concatenate(waiting)))
-                    waiting, count = [], 0
-            rest = np.concatenate(waiting) if waiting else np.zeros(0, RECORD)
-            out.add(assembler.add(rest, last=True))
+                description = described or description
+                out.add(assembler.add(records))
+            out.add(assembler.add(np.zeros(0, RECORD), last=True))
             description = description | {
                 "rows": {
                     "requests": assembler.counts[REQUEST],

@@ -28,7 +28,7 @@ from guestio.observe.finish import finish
 from guestio.observe.remote import ControlSource
 from guestio.observe.schema import VERSION
 from guestio.observe.spool import Description, Spool
-from guestio.trace import RECORD, Batch, Records, TraceReader, Tracing, What, enlarge_rings
+from guestio.trace import RECORD, Records, Slots, TraceReader, Tracing, What, enlarge_rings
 
 log = logging.getLogger("guestio.observe")
 
@@ -57,8 +57,8 @@ class Source(Protocol):
         """Make sure that the next read finds whatever was written before this call."""
         ...
 
-    def read(self) -> Batch:
-        """What was written since the last time."""
+    def read_slots(self) -> tuple[Slots, int]:
+        """What was written since the last time, and how much was lost."""
         ...
 
     def close(self) -> None:
@@ -83,8 +83,8 @@ class _OwnSource:
     def refresh(self) -> None:
         """Do nothing: a reader of this process knows all rings."""
 
-    def read(self) -> Batch:
-        return self._reader.read()
+    def read_slots(self) -> tuple[Slots, int]:
+        return self._reader.read_slots()
 
     def close(self) -> None:
         self._undo.close()
@@ -111,7 +111,8 @@ class Recorder:
         ended: Why recording ended before :meth:`close`; None as long as it goes on.
 
     Threads: it has one of its own; :meth:`close` may be called from any. Cost: the server's threads
-    write a record of 64 bytes for each event, which this thread copies to the file. With a server
+    write a record of 64 bytes for each event, and one for all of a request that the core serves by
+    itself and of which no payload is recorded; this thread copies them to the file. With a server
     in another process only the former is the server's.
     """
 
@@ -129,7 +130,8 @@ class Recorder:
         self._most_bytes = most_bytes
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._result: Description | None = None
-        self._pending: Records = np.zeros(0, RECORD)
+        # Events of LIFE that are later than what other threads may still tell.
+        self._later: Records = np.zeros(0, RECORD)
         self._origin: int | None = None
         self._spool_bytes = 0
         self._known: Description = {}
@@ -154,7 +156,7 @@ class Recorder:
                 "ended": None,
             }
             self._describe()
-            self._spool.write(self._pending, self._description)
+            self._spool.write(self._later, self._description)
             self._thread = threading.Thread(target=self._run, name="guestio-record", daemon=True)
             self._thread.start()
             undo.pop_all()
@@ -220,29 +222,29 @@ class Recorder:
                     self._changed = True
 
     def _step(self, *, last: bool = False) -> None:
-        """Write what is there, in the order of time over all threads."""
-        # Records before this moment have all been written: each is, with its time, while the
-        # interpreter's lock is held.
+        """Write what is there, as it is: the server may want the processor that this runs on."""
+        # Records before this moment have all been written, but for requests that were taken and
+        # are not published yet: each is, with its time, while the interpreter's lock is held.
         until = time.monotonic_ns()
-        batch = self._source.read()
-        if batch.lost:
-            self._description["lost"] += batch.lost
+        slots, lost = self._source.read_slots()
+        if lost:
+            self._description["lost"] += lost
             self._changed = True
-        records = batch.records
-        strange = (records["origin"] != self._origin) & (records["origin"] != 0)
-        if strange.any():
-            records = records[~strange]
-        if len(self._pending):
-            records = np.concatenate([self._pending, records])
+        origins = slots["origin"]
+        if not (origins == self._origin).all():
+            slots = slots[(origins == self._origin) | (origins == 0)]
+        rare = slots["what"] >= What.REGION_ADDED
+        if len(self._later) or rare.any():
+            records = np.concatenate([self._later, slots[rare]])
             records = records[np.argsort(records["time"], kind="stable")]
-        end = len(records) if last else int(np.searchsorted(records["time"], until, "right"))
-        self._pending = records[end:].copy()
-        if end or last:
+            end = len(records) if last else int(np.searchsorted(records["time"], until, "right"))
             self._note_peers(records[:end])
+            self._later = records[end:].copy()
+        if len(slots) or last:
             now = time.monotonic()
             # It is long once many front-ends have come and gone.
             told = last or (self._changed and now - self._written_at >= DESCRIBE_SECONDS)
-            self._spool.write(records[:end], self._description if told else None)
+            self._spool.write(slots, self._description if told else None)
             if told:
                 self._changed, self._written_at = False, now
 

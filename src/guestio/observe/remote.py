@@ -13,7 +13,7 @@ import numpy as np
 
 from guestio.control.client import ControlClient
 from guestio.errors import DeviceError
-from guestio.trace import RECORD, Batch, TraceReader
+from guestio.trace import RECORD, Batch, Slots, TraceReader, spell_out
 
 if TYPE_CHECKING:
     from guestio.control.schema import Status
@@ -115,12 +115,17 @@ class ControlSource:
 
     def read(self) -> Batch:
         """What was written since the last time."""
+        slots, lost = self.read_slots()
+        return Batch(spell_out(slots), lost)
+
+    def read_slots(self) -> tuple[Slots, int]:
+        """The same as its rings hold it."""
         if self._reader is None:
-            return Batch(np.zeros(0, RECORD), 0)
+            return np.zeros(0, RECORD), 0
         with self._lock:
-            records, lost = self._reader.read()
+            slots, lost = self._reader.read_slots()
             lost, self._lost = lost + self._lost, 0
-        return Batch(records, lost)
+        return slots, lost
 
     def close(self) -> None:
         """Have nothing written any more for this. Calling it again does nothing."""

@@ -54,6 +54,13 @@ cdef extern from "<sys/uio.h>" nogil:
     Py_ssize_t writev(int, iovec *, int)
 
 
+cdef inline bint follows(const Origin *origin, u64 offset) noexcept nogil:
+    """Whether the fragment after one is marked in the same bitmap alone, from an offset on."""
+    return origin[1].bitmap == origin.bitmap and origin[1].offset == offset and (
+        origin.second is NULL and origin[1].second is NULL
+    )
+
+
 # What is given back when these go, mappings and leases, must still be there then.
 @cython.no_gc_clear
 cdef class RegionTable:
@@ -466,14 +473,19 @@ cdef class IoVector:
     cdef void mark(self, u64 start, u64 count) noexcept nogil:
         """Record a window as written."""
         cdef int i = 0
-        cdef u64 n
+        cdef u64 n, at
         while count and i < self.count:
             if start >= self.vec[i].iov_len:
                 start -= self.vec[i].iov_len
             else:
                 n = min(self.vec[i].iov_len - start, count)
                 if self.origin[i].bitmap is not NULL and takes_marks(self.origin[i].bitmap):
-                    mark_in(self.origin[i].bitmap, self.origin[i].offset + start, n)
+                    at = self.origin[i].offset + start
+                    # Pieces of large requests often follow each other: they are marked at once.
+                    while n < count and i + 1 < self.count and follows(&self.origin[i], at + n):
+                        i += 1
+                        n += min(self.vec[i].iov_len, count - n)
+                    mark_in(self.origin[i].bitmap, at, n)
                 if self.origin[i].second is not NULL:
                     (<AtomicBitmap>self.origin[i].second).mark(
                         self.origin[i].second_offset + start, n

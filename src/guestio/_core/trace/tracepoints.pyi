@@ -1,7 +1,7 @@
 from collections.abc import Container
 from typing import Self
 
-from typing_extensions import disjoint_base
+from typing_extensions import Buffer, disjoint_base
 
 VERSION: int
 RECORD_BYTES: int
@@ -17,6 +17,7 @@ def want(groups: int) -> None: ...
 def set_capacity(records: int) -> None: ...
 def enlarge(records: int) -> None: ...
 def unheld() -> int: ...
+def told() -> int: ...
 def put(
     what: int,
     *,
@@ -31,6 +32,24 @@ def put(
     since: int = 0,
     time: int = 0,
 ) -> None: ...
+def put_whole(
+    *,
+    time: int,
+    since: int,
+    taken: int,
+    served: int,
+    address: int,
+    offset: int,
+    readable: int,
+    writable: int,
+    written: int,
+    position: int,
+    head: int,
+    origin: int,
+    queue: int,
+    access: int,
+) -> None: ...
+def spell_out(found: Buffer) -> bytes: ...
 def release() -> None: ...
 def rings() -> list[tuple[int, int]]: ...
 def open_rings(known: Container[int] = ()) -> list[RingReader]: ...

@@ -9,6 +9,9 @@ a record over the oldest one, whether that was read or not. Two numbers tell a r
   that it has not read are lost, so each record is read or counted as lost, once.
 
 The memory of a thread that has ended is given to the next new one, which goes on counting.
+
+A request may be written as one :class:`WholeRequest`; :func:`spell_out` makes of it what it stands
+for. Where records are counted, as read or as lost, it is one.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -32,7 +35,7 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <unistd.h>
 
-    enum { TRACE_VERSION = 1, TRACE_PAGE = 4096, TRACE_RINGS = 512, TRACE_MOST = 1 << 24 };
+    enum { TRACE_VERSION = 2, TRACE_PAGE = 4096, TRACE_RINGS = 512, TRACE_MOST = 1 << 24 };
 
     /* The first page of a ring. The numbers that change are in a line of their own. */
     typedef struct TraceHead {
@@ -49,9 +52,10 @@ cdef extern from *:
 
     typedef struct TraceRing {
         TraceHead *head;
-        TraceRecord *records;
+        TraceSlot *slots;
         uint64_t capacity;
         uint64_t next;
+        uint64_t at;            /* next % capacity */
         size_t bytes;
         int fd;
         uint32_t thread;
@@ -84,7 +88,7 @@ cdef extern from *:
         void *memory = MAP_FAILED;
         if (!ring)
             return NULL;
-        ring->bytes = TRACE_PAGE + capacity * sizeof(TraceRecord);
+        ring->bytes = TRACE_PAGE + capacity * sizeof(TraceSlot);
         ring->fd = memfd_create("guestio-trace", MFD_CLOEXEC | MFD_ALLOW_SEALING);
         if (ring->fd >= 0 && !ftruncate(ring->fd, (off_t)ring->bytes)
             && !fcntl(ring->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
@@ -96,7 +100,7 @@ cdef extern from *:
             return NULL;
         }
         ring->head = memory;
-        ring->records = (TraceRecord *)((char *)memory + TRACE_PAGE);
+        ring->slots = (TraceSlot *)((char *)memory + TRACE_PAGE);
         ring->capacity = ring->head->capacity = capacity;
         ring->number = ring->head->number = number;
         ring->head->process = (uint32_t)getpid();
@@ -217,33 +221,97 @@ cdef extern from *:
         return pthread_atfork(trace_before_fork, trace_in_parent, trace_in_child);
     }
 
-    static void trace_put(TraceRecord *record, uint64_t now)
+    /* A ring for this thread where it has none, or another one is due; NULL if there is none. */
+    static __attribute__((noinline)) TraceRing *trace_change(uint32_t count)
     {
         TraceRing *ring = trace_mine;
-        uint64_t at;
-        if (__builtin_expect(!ring || trace_my_era != trace_era, 0)) {
-            if (trace_my_era != trace_era) {
-                trace_my_era = trace_era;
-                trace_refused = 0;
-                ring = trace_mine = NULL;
-            }
-            if (!trace_refused)
-                ring = trace_mine = trace_adopt();
-            if (!ring) {
-                /* Not again at each event. */
-                trace_refused = 1;
-                __atomic_fetch_add(&trace_unheld, 1, __ATOMIC_RELAXED);
-                return;
-            }
-            ring->next = ring->head->written;
+        if (trace_my_era != trace_era) {
+            trace_my_era = trace_era;
+            trace_refused = 0;
+            ring = trace_mine = NULL;
         }
-        record->time = record->time ? record->time : now;
-        record->thread = ring->thread;
-        at = ring->next++;
-        __atomic_store_n(&ring->head->claimed, at + 1, __ATOMIC_RELAXED);
+        if (!trace_refused)
+            ring = trace_mine = trace_adopt();
+        if (!ring) {
+            /* Not again at each event. */
+            trace_refused = 1;
+            __atomic_fetch_add(&trace_unheld, count, __ATOMIC_RELAXED);
+            return NULL;
+        }
+        ring->next = ring->head->written;
+        ring->at = ring->next % ring->capacity;
+        return ring;
+    }
+
+    static void trace_put(TraceSlot *slots, uint32_t count)
+    {
+        TraceRing *ring = trace_mine;
+        if (__builtin_expect(!ring || trace_my_era != trace_era, 0) && !(ring = trace_change(count)))
+            return;
+        uint64_t at = ring->at, end = ring->next += count;
+        __atomic_store_n(&ring->head->claimed, end, __ATOMIC_RELAXED);
         __atomic_thread_fence(__ATOMIC_RELEASE);
-        ring->records[at % ring->capacity] = *record;
-        __atomic_store_n(&ring->head->written, at + 1, __ATOMIC_RELEASE);
+        for (uint32_t i = 0; i < count; i++) {
+            slots[i].record.thread = ring->thread;
+            ring->slots[at] = slots[i];
+            if (++at == ring->capacity)
+                at = 0;
+        }
+        ring->at = at;
+        __atomic_store_n(&ring->head->written, end, __ATOMIC_RELEASE);
+    }
+
+    /* As `What` has them. */
+    enum { TRACE_TAKEN = 2, TRACE_SERVED = 4, TRACE_COMPLETED = 5 };
+
+    /* How many records a run of slots stands for. */
+    static uint64_t trace_spelled(const TraceSlot *slots, uint64_t count)
+    {
+        uint64_t more = 0;
+        for (uint64_t i = 0; i < count; i++)
+            more += slots[i].record.what == TRACE_WHOLE;
+        return count + 2 * more;
+    }
+
+    /* The records that they stand for, in the order of time if slots are. */
+    static void trace_spell(const TraceSlot *slots, uint64_t count, TraceRecord *to)
+    {
+        for (uint64_t i = 0, end; i < count; i = end) {
+            end = i + 1;
+            if (slots[i].record.what != TRACE_WHOLE) {
+                *to++ = slots[i].record;
+                continue;
+            }
+            /* Those that were published together were all served before. */
+            while (end < count && slots[end].record.what == TRACE_WHOLE
+                   && slots[end].whole.time == slots[i].whole.time)
+                end++;
+            TraceRecord *done = to + 2 * (end - i);
+            for (uint64_t k = i; k < end; k++) {
+                const WholeRequest *whole = &slots[k].whole;
+                uint64_t since = whole->time - whole->since;
+                TraceRecord record = {
+                    .time = since + whole->taken, .since = since, .address = whole->address,
+                    .length = whole->readable, .detail = whole->writable,
+                    .result = whole->position, .thread = whole->thread, .head = whole->head,
+                    .what = TRACE_TAKEN, .origin = whole->origin, .queue = whole->queue,
+                };
+                *to++ = record;
+                record.time = since + whole->served;
+                record.what = TRACE_SERVED;
+                record.access = whole->access;
+                record.result = whole->written;
+                *to++ = record;
+                record.time = whole->time;
+                record.what = TRACE_COMPLETED;
+                record.address = 0;
+                record.length = whole->written;
+                record.detail = whole->offset;
+                record.result = 0;
+                *done++ = record;
+            }
+            to = done;
+        }
     }
 
     /* The descriptors of up to `most` rings, duplicated, newest first; how many, or -1. */
@@ -286,12 +354,12 @@ cdef extern from *:
     }
 
     static void trace_copy(const TraceHead *head, uint64_t capacity, uint64_t first,
-                           uint64_t count, TraceRecord *to)
+                           uint64_t count, TraceSlot *to)
     {
-        const TraceRecord *records = (const TraceRecord *)((const char *)head + TRACE_PAGE);
+        const TraceSlot *slots = (const TraceSlot *)((const char *)head + TRACE_PAGE);
         uint64_t at = first % capacity, part = count < capacity - at ? count : capacity - at;
-        memcpy(to, records + at, part * sizeof(TraceRecord));
-        memcpy(to + part, records, (count - part) * sizeof(TraceRecord));
+        memcpy(to, slots + at, part * sizeof(TraceSlot));
+        memcpy(to + part, slots, (count - part) * sizeof(TraceSlot));
     }
 
     /* Maps a ring for reading; NULL with errno, EPROTO if it is none. */
@@ -341,13 +409,15 @@ cdef extern from *:
     int trace_begin(int *on, uint64_t capacity) nogil
     void trace_release()
     void trace_enlarge(uint64_t capacity)
-    void trace_put(TraceRecord *record, uint64_t now) nogil
+    void trace_put(TraceSlot *slots, uint32_t count) nogil
+    uint64_t trace_spelled(const TraceSlot *slots, uint64_t count) nogil
+    void trace_spell(const TraceSlot *slots, uint64_t count, TraceRecord *to) nogil
     int trace_list(int *fds, uint32_t *numbers, int most) nogil
     int trace_numbers(uint32_t *numbers, int *fds, int most) nogil
     uint64_t trace_load(const uint64_t *at) nogil
     uint64_t trace_load_after(const uint64_t *at) nogil
     void trace_copy(
-        const TraceHead *head, uint64_t capacity, uint64_t first, uint64_t count, TraceRecord *to
+        const TraceHead *head, uint64_t capacity, uint64_t first, uint64_t count, TraceSlot *to
     ) nogil
     TraceHead *trace_open(int fd, size_t *bytes) nogil
     void trace_close(TraceHead *head, size_t bytes) nogil
@@ -377,7 +447,13 @@ if trace_begin(&tracing, TRACE_RECORDS):
 
 # It is called where nothing can be raised: what cannot be written is counted.
 cdef void trace(TraceRecord *record) noexcept:
-    trace_put(record, now_ns() if not record.time else 0)
+    if not record.time:
+        record.time = now_ns()
+    trace_put(<TraceSlot *>record, 1)
+
+
+cdef void trace_all(TraceSlot *slots, uint32_t count) noexcept:
+    trace_put(slots, count)
 
 
 def wanted():
@@ -427,6 +503,14 @@ def unheld():
     return trace_unheld
 
 
+cdef uint64_t put_count
+
+
+def told():
+    """How many records :func:`put` has written: events of Python code, which are rare."""
+    return put_count
+
+
 def put(
     what, *, origin=0, queue=TRACE_NO_QUEUE, head=TRACE_NO_HEAD, address=0, length=0, detail=0,
     access=0, result=0, since=0, time=0,
@@ -436,12 +520,64 @@ def put(
     Raises:
         OverflowError: A value does not fit its field.
     """
+    global put_count
     cdef TraceRecord record
     memset(&record, 0, sizeof(record))
     record.what, record.origin, record.queue, record.head = what, origin, queue, head
     record.address, record.length, record.detail = address, length, detail
     record.access, record.result, record.since, record.time = access, result, since, time
     trace(&record)
+    put_count += 1
+
+
+def put_whole(
+    *, time, since, taken, served, address, offset, readable, writable, written, position, head,
+    origin, queue, access,
+):
+    """Write a request in place of its records TAKEN, SERVED and COMPLETED, as rings of queues do.
+
+    Raises:
+        OverflowError: A value does not fit its field.
+    """
+    cdef TraceSlot slot
+    slot.whole.time, slot.whole.since, slot.whole.taken = time, since, taken
+    slot.whole.served, slot.whole.address, slot.whole.offset = served, address, offset
+    slot.whole.readable, slot.whole.writable, slot.whole.written = readable, writable, written
+    slot.whole.position, slot.whole.head, slot.whole.what = position, head, TRACE_WHOLE
+    slot.whole.origin, slot.whole.queue, slot.whole.access = origin, queue, access
+    trace_put(&slot, 1)
+
+
+def spell_out(const unsigned char[::1] found not None):
+    """The records that what was read from a ring stands for.
+
+    Args:
+        found: What :meth:`RingReader.read` returned, or several of them one after the other.
+
+    Returns:
+        Bytes of 64 for each, in the order of time if that is the order of what was given.
+
+    Raises:
+        ValueError: It is no whole number of records.
+
+    Cost: two passes; the GIL is released.
+    """
+    cdef uint64_t count = <uint64_t>found.shape[0] // sizeof(TraceSlot), spelled
+    cdef const TraceSlot *slots
+    cdef TraceRecord *to
+    cdef bytes made
+    if <uint64_t>found.shape[0] % sizeof(TraceSlot):
+        raise ValueError(f"{found.shape[0]} bytes are no whole number of records")
+    if not count:
+        return b""
+    slots = <const TraceSlot *>&found[0]
+    with nogil:
+        spelled = trace_spelled(slots, count)
+    made = PyBytes_FromStringAndSize(NULL, spelled * sizeof(TraceRecord))
+    to = <TraceRecord *>PyBytes_AS_STRING(made)
+    with nogil:
+        trace_spell(slots, count, to)
+    return made
 
 
 def release():
@@ -526,7 +662,7 @@ cdef class RingReader:
         self.position = trace_load(&self.head.written)
 
     def read(self, most=1 << 24):
-        """The records that were not read yet, oldest first, as bytes of 64 each.
+        """The records that were not read yet, oldest first, as bytes of 64 each; see `spell_out`.
 
         Args:
             most: Records at most.
@@ -536,15 +672,15 @@ cdef class RingReader:
         cdef uint64_t limit = as_size(most, "most"), end = trace_load(&self.head.written)
         cdef uint64_t first = self.position, oldest, claimed, count
         cdef bytes found
-        cdef TraceRecord *to
+        cdef TraceSlot *to
         if end < first or not limit:
             # A ring's count never falls: this is another process's mistake.
             return b""
         if end - first > self.capacity:
             first = end - self.capacity
         count = min(end - first, limit)
-        found = PyBytes_FromStringAndSize(NULL, count * sizeof(TraceRecord))
-        to = <TraceRecord *>PyBytes_AS_STRING(found)
+        found = PyBytes_FromStringAndSize(NULL, count * sizeof(TraceSlot))
+        to = <TraceSlot *>PyBytes_AS_STRING(found)
         with nogil:
             trace_copy(self.head, self.capacity, first, count, to)
             claimed = trace_load_after(&self.head.claimed)

@@ -73,6 +73,7 @@ cdef class IotlbUpdater:
         cdef size_t size, at = 0
         with nogil:
             size = look(fd, self.buffer)
+        self.misses.answered_at = 0
         while size - at >= MESSAGE_BYTES and self.apply_one(self.buffer + at, ready):
             at += MESSAGE_BYTES
         if not at:

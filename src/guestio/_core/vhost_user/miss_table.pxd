@@ -49,7 +49,7 @@ cdef class MissTable:
     cdef u8 buffer[READ_AHEAD]
     cdef public uint16_t origin   # the server's number, for records of tracepoints
     cdef readonly Latencies latencies
-    cdef u64 answered_at          # when the answers came that are looked at, ns, if measured
+    cdef u64 answered_at          # when the answers came that are looked at, ns; 0: not known
     cdef readonly u64 requested
     cdef readonly u64 refused
     cdef readonly u64 timeouts

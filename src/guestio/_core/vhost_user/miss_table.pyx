@@ -27,7 +27,7 @@ from guestio._core.memory.leases cimport (
     pthread_mutex_unlock,
 )
 from guestio._core.iommu.misses cimport PAGE_BYTES, Misses
-from guestio._core.trace.latencies cimport Latencies
+from guestio._core.trace.latencies cimport Latencies, add_latency
 from guestio._core.trace.tracepoints cimport (
     MEASURE, TRANSLATIONS, TraceRecord, WHAT_MISS, WHAT_REFUSED, trace, trace_record, tracing,
 )
@@ -356,12 +356,15 @@ cdef class MissTable:
         """
         cdef list ready = []
         cdef u64 first = as_address(iova, "iova")
+        self.answered_at = 0
         self.answer(first, size - 1, perm, ready)
         return ready
 
     cdef int answer(self, u64 first, u64 span, int perm, list ready) except -1:
         if self.open_count:
-            self.answered_at = now_ns() if tracing & MEASURE else 0
+            # Once for answers that came together.
+            if tracing & MEASURE and not self.answered_at:
+                self.answered_at = now_ns()
             self.hold()
             try:
                 self.answer_range(first, span, perm, ready)
@@ -396,7 +399,9 @@ cdef class MissTable:
         # An answer means that all misses before it were handled.
         self.reached = max(self.reached, self.slots[slot].number)
         if self.answered_at:
-            self.latencies.add(0, <u64>(1e9 * self.slots[slot].sent_at), self.answered_at)
+            add_latency(
+                self.latencies, 0, <u64>(1e9 * self.slots[slot].sent_at), self.answered_at
+            )
         return self.finish(slot, ready)
 
     cdef int finish(self, int16_t slot, list ready) except -1:

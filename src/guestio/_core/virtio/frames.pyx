@@ -627,7 +627,7 @@ cdef class FrameFiller:
         chain.position = ring.taken_at
         ring.bytes += written
         if tracing & REQUESTS:
-            ring.trace_head(WHAT_TAKEN, chain, chain.position)
+            ring.trace_head(WHAT_TAKEN, chain, chain.position, 0)
             if tracing & CONTENTS:
                 trace_answer(chain.writable, written, ring.origin, ring.queue, <u32>chain.head)
         chain.clear()

@@ -20,7 +20,7 @@ from guestio._core.base.checks cimport as_address, u8, u32, u64
 from guestio._core.base.clock cimport now_ns
 from guestio._core.base.syscalls cimport notify
 from guestio._core.iommu.address_space cimport AddressSpace, IoVector
-from guestio._core.trace.latencies cimport Latencies
+from guestio._core.trace.latencies cimport Latencies, add_latency
 from guestio._core.trace.tracepoints cimport (
     BUFFERS, CONTENTS, MEASURE, REQUESTS, TraceRecord, WHAT_AVAILABLE, WHAT_BUFFER, WHAT_COMPLETED,
     WHAT_INTERRUPT, WHAT_LACKING, WHAT_TAKEN, trace, trace_record, tracing,
@@ -630,7 +630,7 @@ cdef class RingObserver(RingAreas):
         self.next_used += 1
         self.completed += 1
         if since and self.latencies is not None and tracing & MEASURE:
-            self.latencies.add(kind, since, now)
+            add_latency(self.latencies, kind, since, now)
         if tracing & REQUESTS:
             record = trace_record(WHAT_COMPLETED, self.origin)
             record.queue, record.head, record.time, record.since = (

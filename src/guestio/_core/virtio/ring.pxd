@@ -7,6 +7,7 @@ from guestio._core.virtio.chain cimport Chain, Quota, Server, i64, u16
 from guestio._core.virtio.inflight cimport InflightQueue
 from guestio._core.iommu.misses cimport Misses
 from guestio._core.trace.latencies cimport Latencies
+from guestio._core.trace.tracepoints cimport TraceSlot
 
 
 cdef struct UsedElem:
@@ -17,7 +18,8 @@ cdef struct UsedElem:
 # A request that was completed, at the place in the used ring that it is for.
 cdef struct Completed:
     UsedElem element
-    int done              # 1 + the kind of its operation; not positive once it is published
+    int done              # 1 + the kind of its operation, and whether `whole` has it; not positive
+                          # once it is published
     u64 since
     u64 offset
 
@@ -52,6 +54,10 @@ cdef class Ring(RingAreas):
     cdef public u16 origin
     cdef public Latencies latencies
     cdef u64 since               # when this batch began, ns, if that is measured
+    cdef u64 turned              # when the request that is served was turned to, ns; 0: not known
+    cdef TraceSlot *whole        # with `pending`: what is written of requests once they are published
+    cdef u32 whole_count         # those of them that are not published yet
+    cdef bint deferred           # the request that is served has not been written as taken
     cdef readonly u64 returned
     cdef readonly u64 completions
     cdef readonly u64 notifications
@@ -91,7 +97,12 @@ cdef class Ring(RingAreas):
     cdef IoVector last_byte(self, u64 addr)
     cdef void begin_batch(self) noexcept
     cdef void count_notification(self) noexcept
-    cdef void trace_head(self, int what, Chain chain, i64 result) noexcept
+    cdef void trace_turn(self, bint core, Chain chain) noexcept
+    cdef void trace_left(self, Chain chain) noexcept
+    cdef void trace_served(self, Chain chain, i64 written) noexcept
+    cdef void trace_whole(self, Chain chain, u32 written, u64 now) noexcept
+    cdef void spell_out(self) noexcept
+    cdef void trace_head(self, int what, Chain chain, i64 result, u64 time) noexcept
     cdef void trace_buffers(self, IoVector memory, u32 head) noexcept
     cdef void trace_available(self, int count) noexcept
     cdef void trace_lacking(self, int head, Misses misses, size_t known) noexcept

@@ -22,9 +22,11 @@ from guestio._core.base.syscalls cimport notify
 from guestio._core.virtio.contents cimport trace_answer, trace_given
 from guestio._core.virtio.inflight cimport InflightQueue
 from guestio._core.memory.mapping cimport holes, met_holes
+from guestio._core.trace.latencies cimport Latencies, add_latency
 from guestio._core.trace.tracepoints cimport (
-    BUFFERS, CONTENTS, MEASURE, REQUESTS, TraceRecord, WHAT_AVAILABLE, WHAT_BUFFER, WHAT_COMPLETED,
-    WHAT_INTERRUPT, WHAT_LACKING, WHAT_SERVED, WHAT_STALLED, WHAT_TAKEN, trace, trace_record, tracing,
+    BUFFERS, CONTENTS, MEASURE, REQUESTS, TRACE_WHOLE, TraceRecord, TraceSlot, WHAT_AVAILABLE,
+    WHAT_BUFFER, WHAT_COMPLETED, WHAT_INTERRUPT, WHAT_LACKING, WHAT_SERVED, WHAT_STALLED,
+    WHAT_TAKEN, WholeRequest, trace, trace_all, trace_record, tracing,
 )
 from guestio._core.iommu.misses cimport Misses
 
@@ -54,6 +56,8 @@ cdef enum:
     CHAIN_PIECES = 1 << 21      # more than 4 GiB in pages have
     CHAIN_CHARGE = 16           # pieces that a request costs besides its own
     SPIN_MOST = 60              # seconds that a ring may be watched: nothing else runs
+    IS_WHOLE = 16               # in a chain's kind, and with it in Completed.done
+    WRITE_AT_ONCE = 16          # records of completions, at least three
 
 cdef u64 CHAIN_BYTES = <u64>1 << 32
 
@@ -136,6 +140,7 @@ cdef class Ring(RingAreas):
         free(self.pending)
         free(self.held)
         free(self.published)
+        free(self.whole)
 
     def __repr__(self):
         cdef str state = "" if self.broken is None else f", broken: {self.broken}"
@@ -275,6 +280,7 @@ cdef class Ring(RingAreas):
         self.work = self.moved = 0
         self.crowded = False
         self.since = now_ns() if tracing & (REQUESTS | MEASURE) else 0
+        self.turned = self.since
 
     cdef int take_held(self, int limit, Server server, list chains, Misses misses) except -1:
         """Take what was in flight before, up to the first that lacks something."""
@@ -352,32 +358,39 @@ cdef class Ring(RingAreas):
         cdef Chain chain = self.scratch
         cdef i64 written
         chain.position = self.taken_at
+        cdef bint core = server is not None and chain.fault is None
         # Looked at once, for a request that is served as well.
         cdef int traced = tracing & REQUESTS
         if traced:
-            self.trace_head(WHAT_TAKEN, chain, chain.position)
-        if server is not None and chain.fault is None:
+            self.trace_turn(core, chain)
+        if core:
             written = server.serve(chain)
             if written != NOT_SERVED:
                 if traced:
-                    self.trace_head(WHAT_SERVED, chain, written)
-                    if tracing & CONTENTS:
-                        trace_answer(
-                            chain.writable, <u64>written, self.origin, self.queue, <u32>chain.head
-                        )
+                    self.trace_served(chain, written)
                 self.moved += chain.readable.total + chain.writable.total
                 chain.clear()
                 chain.written = <u64>written
                 self.add_pending(chain)
+                if traced:
+                    chain.kind &= ~IS_WHOLE
                 if self.pending_count >= RING_PUBLISH_EACH and self.reachable():
                     self.publish_pending()
                 return 1
+            if self.deferred:
+                self.trace_left(chain)
+        else:
+            # Nothing has looked at it: the last one's is left.
+            chain.kind = 0
         chains.append(self.hand_out())
         return 0
 
     cdef int keep_nothing(self) except -1:
         """Release what was only looked at: a revocation waits for it."""
         if self.scratch is not None:
+            if self.deferred:
+                # Serving it has raised an error.
+                self.trace_left(self.scratch)
             self.scratch.clear()
         return 0
 
@@ -442,7 +455,7 @@ cdef class Ring(RingAreas):
                 self.advance(head)
             self.scratch.position, self.scratch.kind = self.taken_at, 0
             if tracing & REQUESTS:
-                self.trace_head(WHAT_TAKEN, self.scratch, self.taken_at)
+                self.trace_head(WHAT_TAKEN, self.scratch, self.taken_at, 0)
             return self.hand_out()
         finally:
             self.keep_nothing()
@@ -525,11 +538,7 @@ cdef class Ring(RingAreas):
     # Plain C on the ring's own table, which has room for each entry of the ring: it cannot raise.
     cdef void add_pending(self, Chain chain) noexcept:
         """Enter a completed request among those to be published, at its place in the used ring."""
-        cdef u16 place = chain.position
-        cdef Completed *completed
-        if not self.ordered:
-            place = self.publish_at + <u16>self.pending_count
-        completed = &self.pending[place % self.size]
+        cdef Completed *completed = &self.pending[place_of(self, chain)]
         completed.element.head = chain.head
         completed.element.written = <u32>min(chain.written, <u64>0xFFFFFFFF)
         completed.done, completed.since = 1 + chain.kind, chain.since
@@ -727,16 +736,90 @@ cdef class Ring(RingAreas):
         record.time = self.since
         trace(&record)
 
-    cdef void trace_head(self, int what, Chain chain, i64 result) noexcept:
+    cdef void trace_turn(self, bint core, Chain chain) noexcept:
+        """A request was taken. One that the core may serve is written later.
+
+        With it as little is written as can be: between two requests the clock is read once, so that
+        what is done for one until it is served counts from when the one before it was.
+        """
+        if not self.turned:
+            self.turned = now_ns()
+        if self.whole is NULL:
+            # Only while requests are recorded, and never given back while the ring is there.
+            self.whole = <TraceSlot *>calloc(self.size, sizeof(TraceSlot))
+        self.deferred = core and self.since and self.whole is not NULL and (
+            not tracing & (BUFFERS | CONTENTS)
+        )
+        if not self.deferred:
+            self.spell_out()
+            self.trace_head(WHAT_TAKEN, chain, chain.position, self.turned)
+
+    cdef void trace_left(self, Chain chain) noexcept:
+        """What was to be written later is written now: the core has not served the request."""
+        self.deferred = False
+        self.spell_out()
+        self.trace_head(WHAT_TAKEN, chain, chain.position, self.turned)
+        self.turned = 0
+
+    cdef void trace_served(self, Chain chain, i64 written) noexcept:
+        """A request was served, and is about to be added to those that are completed."""
+        cdef u64 now = now_ns(), most = <u32>-1
+        if self.deferred and <u64>written < most and now - self.since < most and (
+            chain.readable.total < most and chain.writable.total < most
+        ):
+            self.trace_whole(chain, <u32>written, now)
+        else:
+            if self.deferred:
+                self.trace_left(chain)
+            self.trace_head(WHAT_SERVED, chain, written, now)
+            if tracing & CONTENTS:
+                trace_answer(
+                    chain.writable, <u64>written, self.origin, self.queue, <u32>chain.head
+                )
+        self.deferred = False
+        self.turned = now
+
+    cdef void trace_whole(self, Chain chain, u32 written, u64 now) noexcept:
+        """Note what is written of a request once it is published."""
+        cdef WholeRequest *whole = &self.whole[place_of(self, chain)].whole
+        whole.address, whole.offset = first_address(chain), chain.offset
+        whole.taken, whole.served = <u32>(self.turned - self.since), <u32>(now - self.since)
+        whole.readable, whole.writable = <u32>chain.readable.total, <u32>chain.writable.total
+        whole.written, whole.position, whole.head = written, chain.position, <u16>chain.head
+        whole.what, whole.origin, whole.queue = TRACE_WHOLE, self.origin, self.queue
+        whole.access = <u16>chain.kind
+        chain.kind |= IS_WHOLE
+        self.whole_count += 1
+
+    cdef void spell_out(self) noexcept:
+        """Write what is noted of requests that are not published yet, before others are taken.
+
+        So records of a queue are written in the order of time.
+        """
+        cdef u16 i = 0
+        cdef Completed *completed
+        cdef TraceRecord taken, served
+        while self.whole_count:
+            completed = &self.pending[<u16>(self.publish_at + i) % self.size]
+            i += 1
+            if completed.done > 0 and (completed.done - 1) & IS_WHOLE:
+                spell(&self.whole[completed - self.pending].whole, completed.since, &taken, &served)
+                trace(&taken)
+                trace(&served)
+                completed.done -= IS_WHOLE
+                self.whole_count -= 1
+            elif i >= self.size:
+                # Those that were noted were published while nothing was traced.
+                self.whole_count = 0
+
+    cdef void trace_head(self, int what, Chain chain, i64 result, u64 time) noexcept:
         """Write what happens to a request that was taken: what it gives to read and to write."""
         cdef TraceRecord record = trace_record(<u16>what, self.origin)
-        record.queue, record.head, record.result = self.queue, <u32>chain.head, result
+        record.time, record.queue, record.head = time, self.queue, <u32>chain.head
+        record.result, record.since, record.address = result, chain.since, first_address(chain)
         record.length, record.detail = chain.readable.total, chain.writable.total
-        record.access, record.since = <u16>chain.kind, chain.since
-        if chain.readable.count:
-            record.address = chain.readable.addr[0]
-        elif chain.writable.count:
-            record.address = chain.writable.addr[0]
+        if what == WHAT_SERVED:
+            record.access = <u16>chain.kind
         trace(&record)
         if what == WHAT_TAKEN and tracing & (BUFFERS | CONTENTS):
             if tracing & BUFFERS:
@@ -778,20 +861,45 @@ cdef class Ring(RingAreas):
 
     cdef void trace_published(self, u32 count) noexcept:
         """Write, and measure, what was published just now: the latest entries of the table."""
-        cdef TraceRecord record
+        cdef TraceSlot slots[WRITE_AT_ONCE]
         cdef Completed *completed
+        cdef WholeRequest *whole
         cdef u64 now = now_ns()
-        cdef u32 i
+        cdef Latencies measured = self.latencies if tracing & MEASURE else None
+        cdef bint traced = tracing & REQUESTS
+        cdef u32 i, filled = 0
+        cdef int kind
         for i in range(count):
             completed = &self.pending[<u16>(self.publish_at - <u16>(count - i)) % self.size]
-            if completed.since and self.latencies is not None and tracing & MEASURE:
-                self.latencies.add(-completed.done - 1, completed.since, now)
-            if tracing & REQUESTS:
-                record = trace_record(WHAT_COMPLETED, self.origin)
-                record.queue, record.head, record.time = self.queue, completed.element.head, now
-                record.length, record.since = completed.element.written, completed.since
-                record.access, record.detail = <u16>(-completed.done - 1), completed.offset
-                trace(&record)
+            kind = -completed.done - 1
+            if measured is not None and completed.since:
+                add_latency(measured, kind & ~IS_WHOLE, completed.since, now)
+            if not traced:
+                continue
+            if kind & IS_WHOLE:
+                whole = &self.whole[completed - self.pending].whole
+                self.whole_count -= 1
+                if now - completed.since <= <u32>-1:
+                    slots[filled].whole = whole[0]
+                    slots[filled].whole.time = now
+                    slots[filled].whole.since = <u32>(now - completed.since)
+                    filled += 1
+                else:
+                    spell(
+                        whole, completed.since, &slots[filled].record, &slots[filled + 1].record
+                    )
+                    filled += 2
+                    kind &= ~IS_WHOLE
+            if not kind & IS_WHOLE:
+                complete_record(&slots[filled].record, completed, <u16>kind, self.origin, self.queue)
+                slots[filled].record.time = now
+                filled += 1
+            if filled > WRITE_AT_ONCE - 3:
+                trace_all(slots, filled)
+                filled = 0
+        if filled:
+            trace_all(slots, filled)
+        self.turned = 0
 
     # Ring format: the seam between this class, which decides what is taken and published and when,
     # and a subclass, which knows the bytes and the barriers between them. A format defines all of
@@ -850,3 +958,42 @@ cdef inline bint may_take(Ring ring) noexcept:
     # One of the requests that the device holds is completed first.
     ring.crowded = ring.charged and ring.quota.used >= ring.quota.most
     return not ring.crowded
+
+
+# All of these are plain C on memory that is there: they cannot raise.
+
+
+cdef inline u32 place_of(Ring ring, Chain chain) noexcept:
+    """Where a request that is completed now stands in the tables of those to be published."""
+    if ring.ordered:
+        return chain.position % ring.size
+    return <u16>(ring.publish_at + <u16>ring.pending_count) % ring.size
+
+
+cdef inline u64 first_address(Chain chain) noexcept:
+    """Where a request's first buffer is."""
+    if chain.readable.count:
+        return chain.readable.addr[0]
+    return chain.writable.addr[0] if chain.writable.count else 0
+
+
+cdef void complete_record(
+    TraceRecord *record, const Completed *completed, u16 kind, u16 origin, u16 queue
+) noexcept:
+    record[0] = trace_record(WHAT_COMPLETED, origin)
+    record.queue, record.head = queue, completed.element.head
+    record.length, record.since = completed.element.written, completed.since
+    record.access, record.detail = kind, completed.offset
+
+
+cdef void spell(
+    const WholeRequest *whole, u64 since, TraceRecord *taken, TraceRecord *served
+) noexcept:
+    """Make a request's records of being taken and served, as they would have been written."""
+    taken[0] = trace_record(WHAT_TAKEN, whole.origin)
+    taken.time, taken.since, taken.address = since + whole.taken, since, whole.address
+    taken.length, taken.detail, taken.result = whole.readable, whole.writable, whole.position
+    taken.head, taken.queue = whole.head, whole.queue
+    served[0] = taken[0]
+    served.what, served.access = WHAT_SERVED, whole.access
+    served.time, served.result = since + whole.served, whole.written
