@@ -189,7 +189,7 @@ def spell_out(slots: Slots) -> Records:
 
     Cost: copies, and a sort if slots are not in the order of time.
     """
-    records: Records = np.frombuffer(tracepoints.spell_out(slots.view(np.uint8)), RECORD)
+    records: Records = np.frombuffer(tracepoints.spell_out(slots.view(np.uint8).data), RECORD)
     if np.all(records["time"][1:] >= records["time"][:-1]):
         return records
     return records[np.argsort(records["time"], kind="stable")]
