@@ -487,3 +487,35 @@ bytes each; more is refused."""
 RECORD_CONVERTED = 1 << 25
 """Events of a recording that are converted for other programs at a time, about 5 GiB of memory;
 more is refused."""
+
+FUZZ_CASE_SECONDS = 30.0
+"""Seconds that the steps of one case of `guestio fuzz` may take; those that are left are not
+played."""
+
+FUZZ_REPLIES = 8
+"""Messages of a fuzzed back-end that are read after one that was sent to it."""
+
+FUZZ_KICKS = 16
+"""Notifications that one step of a case gives."""
+
+FUZZ_STDERR_LINES = 20
+"""Lines of the standard error of a back-end that a finding keeps, each of at most 300 characters;
+earlier ones are forgotten."""
+
+FUZZ_MINIMIZE_RUNS = 80
+"""How often a case that fails is played at most to make it smaller."""
+
+FUZZ_MINIMIZE_SECONDS = 60.0
+"""Seconds that this may take; what it has come to is kept then."""
+
+FUZZ_FINDINGS = 200
+"""Different findings of a campaign that are written; it ends with that many."""
+
+FUZZ_HISTORY = 100
+"""Cases before a failing one, since the back-end was started, that a finding names."""
+
+FUZZ_FILE_BYTES = 1 << 24
+"""Bytes of a file of a case, or of the state of a campaign, that is read; more is refused."""
+
+FUZZ_LINE_BYTES = 1 << 16
+"""Bytes of a line that a fuzzed guest prints; what is longer is taken as several lines."""

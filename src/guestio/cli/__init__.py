@@ -16,6 +16,7 @@ from guestio.cli.convert import convert
 from guestio.cli.explain import explain
 from guestio.cli.extcap import extcap
 from guestio.cli.faults import faults
+from guestio.cli.fuzz import fuzz
 from guestio.cli.input import input_
 from guestio.cli.inspect import inspect
 from guestio.cli.net import net
@@ -66,6 +67,7 @@ for _command in (
     explain,
     extcap,
     faults,
+    fuzz,
     input_,
     inspect,
     net,

@@ -87,10 +87,14 @@ class Target(Generic[L]):
         path: The socket.
         command: Words of the command; None if something else started it.
         link: What a connection is.
+        limit: Seconds that the command may take until it listens.
     """
 
-    def __init__(self, path: str, command: Sequence[str] | None, link: type[L]) -> None:
+    def __init__(
+        self, path: str, command: Sequence[str] | None, link: type[L], limit: float = START
+    ) -> None:
         self.path = path
+        self._limit = limit
         self._link = link
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
@@ -107,15 +111,10 @@ class Target(Generic[L]):
         self._note_death()
         Path(self.path).unlink(missing_ok=True)
         try:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+            self._process = self._launch(self._command)
         except OSError as error:
             raise DeviceError(f"cannot start {self._command[0]}: {error.strerror}") from error
-        deadline = time.monotonic() + START
+        deadline = time.monotonic() + self._limit
         # The socket is looked for, not connected to: some back-ends end with their first front-end.
         while not Path(self.path).exists():
             if (status := self._process.poll()) is not None:
@@ -125,6 +124,15 @@ class Target(Generic[L]):
             time.sleep(_PAUSE)
         # A socket is bound before it listens.
         time.sleep(_PAUSE)
+
+    def _launch(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a process of the command."""
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
     @property
     def replaceable(self) -> bool:
@@ -145,7 +153,7 @@ class Target(Generic[L]):
             if not self.replaceable or not self.ended(max(patience, START)):
                 raise
         self.start()
-        deadline = time.monotonic() + START
+        deadline = time.monotonic() + self._limit
         while True:
             try:
                 return self._link.connect(self.path, patience)
@@ -163,11 +171,14 @@ class Target(Generic[L]):
     def _note_death(self) -> None:
         if self._process is None or (status := self._process.poll()) is None:
             return
-        if status < 0:
-            self._died = f"killed by {signal.Signals(-status).name}"
-        elif status == _PANIC:
-            self._died = f"exited with status {status}, as a panic does"
+        self._died = self._death(status) or self._died
         self._process = None
+
+    def _death(self, status: int) -> str | None:
+        """How a process died that ended with this status, or None for an ordinary exit."""
+        if status < 0:
+            return f"killed by {signal.Signals(-status).name}"
+        return f"exited with status {status}, as a panic does" if status == _PANIC else None
 
     def ended(self, seconds: float) -> bool:
         """Wait so long for the command's process to end; whether it has, or was not started."""

@@ -31,7 +31,7 @@ _MASK: Final = (1 << 64) - 1
 _READ, _WRITE = 1, 2
 
 
-class _Translated:
+class Translated:
     """A back-end behind an IOMMU that is this side.
 
     Attributes:
@@ -165,12 +165,12 @@ _USER_IOTLB: Final = user("IOTLB_MSG")
 
 @register("iotlb.update", _USER_IOTLB, "An update that can be applied is answered with 0.")
 def _update(t: Trial) -> None:
-    _Translated(t, start=False).update(t.ram.start)
+    Translated(t, start=False).update(t.ram.start)
 
 
 @register("iotlb.invalidate", _USER_IOTLB, "An invalidation is answered with 0.")
 def _invalidate(t: Trial) -> None:
-    side = _Translated(t, start=False)
+    side = Translated(t, start=False)
     side.update(t.ram.start)
     side.invalidate(t.ram.start)
     side.invalidate(t.ram.start)
@@ -182,7 +182,7 @@ def _invalidate(t: Trial) -> None:
     "An invalidation of everything that was mapped is answered with 0.",
 )
 def _invalidate_all(t: Trial) -> None:
-    side = _Translated(t, start=False)
+    side = Translated(t, start=False)
     side.update(t.ram.start)
     side.invalidate(t.ram.start, t.ram.size)
 
@@ -193,7 +193,7 @@ def _invalidate_all(t: Trial) -> None:
     "Requests at I/O virtual addresses are served once their misses are answered.",
 )
 def _served(t: Trial) -> None:
-    _Translated(t).serve(5)
+    Translated(t).serve(5)
 
 
 @register(
@@ -202,7 +202,7 @@ def _served(t: Trial) -> None:
     "A translation that is missing is asked for: address, needed permission, type miss.",
 )
 def _miss(t: Trial) -> None:
-    side = _Translated(t)
+    side = Translated(t)
     side.serve()
     t.expect(bool(side.misses), "served a request without asking for its translation")
     for miss in side.misses:
@@ -222,7 +222,7 @@ def _miss(t: Trial) -> None:
 def _miss_permission(t: Trial) -> None:
     if not t.request().room:
         t.skip("requests of this queue have nothing to write")
-    side = _Translated(t)
+    side = Translated(t)
     side.exactly = True
     _new_page(t)
     (buffer,) = t.post(side.queue, kick=False)
@@ -249,7 +249,7 @@ def _miss_permission(t: Trial) -> None:
     severity=Severity.SHOULD,
 )
 def _known(t: Trial) -> None:
-    side = _Translated(t)
+    side = Translated(t)
     side.serve()
     side.update(t.ram.start, t.ram.size)
     side.misses.clear()
@@ -264,7 +264,7 @@ def _known(t: Trial) -> None:
     "An update of what is mapped already replaces it.",
 )
 def _overwrites(t: Trial) -> None:
-    side = _Translated(t, start=False)
+    side = Translated(t, start=False)
     # First to a wrong place, the end of memory, which holds no ring.
     wrong = t.ram.end - _PAGE
     for page in range(t.ram.start, t.ram.start + 16 * _PAGE, _PAGE):
@@ -281,7 +281,7 @@ def _overwrites(t: Trial) -> None:
     "Pages that adjoin for the driver may be anywhere in memory.",
 )
 def _scattered(t: Trial) -> None:
-    side = _Translated(t)
+    side = Translated(t)
     request = t.request()
     queue = side.queue
     total = max(request.room, len(request.readable))
@@ -330,7 +330,7 @@ def _scattered(t: Trial) -> None:
 def _revoked(t: Trial) -> None:
     if not t.request().room:
         t.skip("requests of this queue have nothing to write")
-    side = _Translated(t)
+    side = Translated(t)
     side.serve(3)
     # The next buffers are on a page that was mapped once, and is not any more.
     page = _new_page(t)
@@ -359,7 +359,7 @@ def _revoked(t: Trial) -> None:
 def _left_alone(t: Trial) -> None:
     if not t.request().room:
         t.skip("requests of this queue have nothing to write")
-    side = _Translated(t)
+    side = Translated(t)
     _new_page(t)
     side.serve(3)
     # What belongs to those requests, the rearming of notifications for example, is over then.
@@ -380,7 +380,7 @@ def _left_alone(t: Trial) -> None:
 def _read_only(t: Trial) -> None:
     if not t.request().room:
         t.skip("requests of this queue have nothing to write")
-    side = _Translated(t)
+    side = Translated(t)
     side.serve()
     side.permission = _READ
     page = _new_page(t)
@@ -399,7 +399,7 @@ def _read_only(t: Trial) -> None:
     "A ring that waits for a translation can be stopped, and loses nothing.",
 )
 def _unanswered(t: Trial) -> None:
-    side = _Translated(t)
+    side = Translated(t)
     side.answered = False
     t.post(side.queue, 3)
     side.let_be(QUIET)
@@ -419,7 +419,7 @@ def _unanswered(t: Trial) -> None:
     "A miss that is answered with nothing harms neither the ring's stop nor the connection.",
 )
 def _refused_miss(t: Trial) -> None:
-    side = _Translated(t)
+    side = Translated(t)
     side.serve()
     side.answered = False
     _new_page(t)
@@ -435,7 +435,7 @@ def _refused_miss(t: Trial) -> None:
     "A thousand updates and invalidations are answered, in order.",
 )
 def _many(t: Trial) -> None:
-    side = _Translated(t, start=False)
+    side = Translated(t, start=False)
     messages = [
         IotlbMessage.update(0x7_0000_0000 + n * _PAGE, _PAGE, t.ram.user(t.ram.start), 3)
         if n % 3
@@ -457,7 +457,7 @@ def _many(t: Trial) -> None:
     "After a stop, what changed meanwhile without a message is not used: QEMU sends none then.",
 )
 def _restart(t: Trial) -> None:
-    side = _Translated(t)
+    side = Translated(t)
     side.serve(2)
     base = side.queue.stop()
     side.misses.clear()
@@ -469,7 +469,7 @@ def _restart(t: Trial) -> None:
 
 
 def _odd(t: Trial, *messages: IotlbMessage) -> None:
-    side = _Translated(t)
+    side = Translated(t)
     refused = [value for message in messages if (value := side.tell(message))]
     side.serve()
     if refused:
@@ -539,7 +539,7 @@ def _not_negotiated(t: Trial) -> None:
     "A back-end channel that the front-end closes ends no more than the connection.",
 )
 def _channel_closed(t: Trial) -> None:
-    side = _Translated(t)
+    side = Translated(t)
     side.serve()
     side.back.close()
     t.ram.take(1, _PAGE)
@@ -556,7 +556,7 @@ def _channel_closed(t: Trial) -> None:
 )
 def _channel_full(t: Trial) -> None:
     t.needs(features=ACCESS_PLATFORM, protocol=_NEEDED)
-    side = _Translated(t)
+    side = Translated(t)
     mine, theirs = t.socket_pair()
     mine.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
