@@ -17,7 +17,7 @@ import pytest
 
 from tests.kit.fuzz_victim import VICTIM
 
-CASES = 60
+FIRST, CASES = 18, 24
 PATIENCE = "20"
 WAIT = 120.0
 COMMAND = f"{sys.executable} {VICTIM} {{socket}} --die-at 28,29"
@@ -62,8 +62,19 @@ def children(pid: int) -> set[str]:
 
 def words(out: Path, *more: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "guestio", "fuzz", "--device", "blk", "--cases", str(CASES)),
-        *("--patience", PATIENCE, "--command", COMMAND, "--out", str(out), "--json", *more),
+        *(sys.executable, "-m", "guestio", "fuzz", "--device", "blk", "--seed", str(FIRST)),
+        *(
+            "--cases",
+            str(CASES),
+            "--patience",
+            PATIENCE,
+            "--command",
+            COMMAND,
+            "--out",
+            str(out),
+            "--json",
+            *more,
+        ),
     ]
 
 
@@ -93,7 +104,7 @@ def test_a_worker_is_killed_and_nothing_is_lost(
     assert told(found)[1] == CASES
     assert len(told(found)[0]) >= 2
     state = json.loads((tmp_path / "many" / "state.json").read_text())
-    assert state["done"] == [[0, CASES]]
+    assert state["done"] == [[FIRST, FIRST + CASES]]
     wait_for(lambda: not any(alive(int(pid)) for pid in backends))
 
 

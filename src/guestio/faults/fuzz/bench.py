@@ -30,7 +30,9 @@ from guestio.faults.outcomes import AbsentError, FailError, HungUpError, Outcome
 from guestio.faults.report import printable
 from guestio.faults.runner import START, Examination, Target
 
-_LATE_FACTOR: Final = 10
+_START_FACTOR: Final = 10
+_AT_LAST: Final = 10.0
+"""Seconds for an honest request after which a back-end is not late but wedged, at least."""
 _LINE: Final = 300
 
 
@@ -66,7 +68,7 @@ class Work:
 
 def _start_limit(patience: float) -> float:
     """Seconds that a back-end may take to start: more where all takes long."""
-    return max(START, _LATE_FACTOR * patience)
+    return max(START, _START_FACTOR * patience)
 
 
 class _Process(Target[Link]):
@@ -179,8 +181,9 @@ class Bench:
         kind = KINDS[work.device]
         self._player = BackendPlayer(self._target.connect, kind, work.patience)
         self._judge = _Judge(self._target, self._player, work.patience)
-        patient = BackendPlayer(self._target.connect, kind, work.patience * _LATE_FACTOR)
-        self._patient = _Judge(self._target, patient, work.patience * _LATE_FACTOR)
+        patience = max(_AT_LAST, 2 * work.patience)
+        patient = BackendPlayer(self._target.connect, kind, patience)
+        self._patient = _Judge(self._target, patient, patience)
         self._before: list[int] = []
         try:
             if complaint := self._judge.recover():
@@ -223,7 +226,8 @@ class Bench:
         if (ending := self._ending()) is not None:
             verdict, reason = ending
         before = tuple(self._before[-FUZZ_HISTORY:])
-        self._before = [*before, case.seed]
+        # After a crash another process plays.
+        self._before = [] if verdict is Verdict.CRASH else [*before, case.seed]
         return Outcome(
             case.seed,
             verdict,

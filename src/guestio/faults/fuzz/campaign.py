@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -23,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import guestio
 from guestio.budgets import FUZZ_FILE_BYTES, FUZZ_FINDINGS, FUZZ_MINIMIZE_SECONDS
 from guestio.errors import DeviceError
 from guestio.faults.fuzz.bench import Job, close_bench, minimize_seed, play_seeds
@@ -37,6 +37,7 @@ _SAVE_EVERY: Final = 5.0
 _TICK: Final = 0.5
 _ATTEMPTS: Final = 5
 _STATE: Final = "state.json"
+_VERSION: Final = importlib.metadata.version("guestio")
 
 
 @dataclass(slots=True)
@@ -77,7 +78,7 @@ class Finding:
         """What a file holds of it."""
         return {
             "guestio fuzz": FORMAT,
-            "version": guestio.__version__,
+            "version": _VERSION,
             "signature": self.signature,
             "found": self.outcome.to_data(),
             "seeds": self.seeds,
@@ -436,7 +437,7 @@ class Campaign:
             self.out / _STATE,
             {
                 "format": FORMAT,
-                "version": guestio.__version__,
+                "version": _VERSION,
                 "device": self.work.device,
                 "first": self.done.first,
                 "done": self.done.ranges(),

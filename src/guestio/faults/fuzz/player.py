@@ -32,7 +32,7 @@ from guestio.faults.outcomes import (
 )
 from guestio.faults.ring import INDIRECT, Desc, Queue, encode_table
 from guestio.faults.trial import ACCESS_PLATFORM, Trial
-from guestio.vhost_user.messages import FrontendRequest, MemoryTable
+from guestio.vhost_user.messages import U64, FrontendRequest, MemoryTable, ProtocolFeature
 
 if TYPE_CHECKING:
     from guestio.faults.kinds import Kind
@@ -47,6 +47,8 @@ _REPLY_WAIT: Final = 0.03
 _SETTLE: Final = 0.02
 """Seconds that a broken ring is looked at."""
 _READ_ONLY: Final = 1 << 5
+_DRIVER_OK: Final = 0xF
+"""ACKNOWLEDGE, DRIVER, FEATURES_OK and DRIVER_OK."""
 _ANSWERED: Final = frozenset(code for code in FrontendRequest if code.name.startswith("GET_")) | {
     _F.SET_LOG_BASE
 }
@@ -256,6 +258,9 @@ class _Scene:
         self._quiet.clear()
         ring = self.trial.new_queue(queue, size, base=base)
         ring.start()
+        if self.trial.link.protocol & ProtocolFeature.STATUS:
+            # A device may wait for it.
+            self.trial.link.do(_F.SET_STATUS, U64(_DRIVER_OK))
         self.queues[queue] = ring
 
     def queue(self, index: int) -> Queue:
@@ -291,6 +296,8 @@ class _Scene:
             ring.wait(1, self.patience)
             return
         count = max(1, min(count, len_free(ring) // 2))
+        # With EVENT_IDX a notification comes when this one is used.
+        ring.set_used_event(ring.seen)
         buffers = trial.post(ring, count, kick=False)
         before = ram.snapshot()
         ring.kick()
@@ -459,6 +466,9 @@ class _Scene:
         """A well-formed chain with any content, which must be used."""
         ring = self.queue(queue)
         self._drain(ring)
+        if len(readable) + len(writable) > ring.size:
+            # A driver must not, also in an indirect table (virtio 1.4 section 2.7.5.3.1).
+            self.break_rules()
         buffer = ring.post(
             [bytes.fromhex(each) for each in readable],
             list(writable),
@@ -550,8 +560,8 @@ class _Scene:
         """Start a ring behind an IOMMU, on a connection of its own."""
         if self.shared or self.side is not None:
             raise SkipError("it has begun otherwise")
-        self.shared = True
         self.side = Translated(self.trial)
+        self.shared = True
         self.queues[self.trial.index] = self.side.queue
 
     def do_translated(self, count: int) -> None:
