@@ -334,7 +334,8 @@ def _run(
         status = 130
     finally:
         for each in owned:
-            each.shutdown(wait=status == 0, cancel_futures=True)
+            # What was not begun is canceled already; Dask's knows no argument for that.
+            each.shutdown(wait=status == 0)
     progress.clear()
     if as_json:
         click.echo(json.dumps(campaign.to_data(), indent=1))
