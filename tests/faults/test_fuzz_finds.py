@@ -3,7 +3,7 @@
 Each fault is of an otherwise honest disk: made by a rule in guestio's own, or in the plain back-end
 of the tests, which shares no code with it. Cases are played from seed 0 on until one finds it.
 
-    ./run fuzz-faults                  all, with the seed that found each; about 10 minutes
+    ./run fuzz-faults                  all, with the seed that found each
     ./run fuzz-faults --cases 500 corrupt drop
 """
 
