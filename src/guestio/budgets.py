@@ -400,7 +400,10 @@ RECORD_OPEN_MAPPINGS = 1 << 20
 RECORD_RING = 1 << 18
 """Records of 64 bytes that the ring of a thread holds while a recording is made."""
 
-RECORD_CONTENT_BYTES = 1 << 20
+RECORD_DATA_RING = 1 << 19
+"""The same where all bytes of requests are recorded, 40 to a record: two of the largest fit."""
+
+RECORD_CONTENT_BYTES = 8 << 20
 """Bytes of a request that are recorded, and over which a hash is taken; the rest is left out."""
 
 RECORD_BYTES = 16 << 30

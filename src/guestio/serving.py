@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 
 from guestio import vfio_user
 from guestio.budgets import CLOSE_TIMEOUT, EXIT_TIMEOUT
 from guestio.control.rates import with_rates
 from guestio.control.summary import text_of
+from guestio.errors import DeviceError
 from guestio.faults import Faults, Level, Misbehaving, MisbehavingPci
 from guestio.pci import PciDevice, VirtioPci
 from guestio.peer.server import PeerServer
@@ -25,6 +26,9 @@ from guestio.ratelog import LOG
 from guestio.vhost_user import Backend
 from guestio.virtio.device import Device
 from guestio.virtio.statistics import Statistics
+
+if TYPE_CHECKING:
+    from guestio.observe import Payload
 
 log = logging.getLogger("guestio.serving")
 
@@ -97,6 +101,8 @@ def serve(
     path: str | os.PathLike[str] | socket.socket,
     *,
     transport: Transport | None = None,
+    record: str | os.PathLike[str] | None = None,
+    record_payload: Payload = "none",
     **options: Any,
 ) -> Statistics | vfio_user.Statistics:
     """Serve a device at a Unix socket until SIGINT, SIGTERM or SIGHUP.
@@ -112,6 +118,12 @@ def serve(
         path: Where to listen, or a socket, as for :class:`~guestio.vhost_user.Backend`.
         transport: ``"vhost-user"`` or ``"vfio-user"``, see :func:`make_server`. None for the one
             that suits the device.
+        record: A file that must not be there yet, to which all that happens is recorded from the
+            first front-end on; see :class:`guestio.observe.Recorder`, which does the same for a
+            `Backend`. Needs the extra ``record``. After the end of the service, a large recording
+            takes some seconds to become a Parquet file.
+        record_payload: How much of what requests carry is recorded: ``"none"``, ``"headers"`` or
+            ``"all"``.
         options: As for `Backend`; over vfio-user as for `VirtioPci` and
             :class:`vfio_user.Server <guestio.vfio_user.Server>`.
 
@@ -119,7 +131,9 @@ def serve(
         Counters over all front-ends or clients.
 
     Raises:
-        DeviceError, TypeError, ValueError: As from these; nothing was served.
+        DeviceError, TypeError, ValueError: As from these, or the extra is missing; nothing was
+            served.
+        OSError: The recording cannot be written; as from `Recorder`.
         RuntimeError: This is not the main thread, to which alone Python gives signals; use
             `Backend` in others.
         SystemExit, KeyboardInterrupt: The device raised it.
@@ -143,6 +157,8 @@ def serve(
         backend = make_server(device, path, transport=transport, **options)
         served.append(backend)
         stack.callback(backend.close)
+        if record is not None:
+            stack.enter_context(_recorder(backend, record, record_payload))
 
         def ready() -> None:
             print(backend.ready_line, file=sys.stderr, flush=True)
@@ -159,6 +175,19 @@ def serve(
             )
     counted: Statistics | vfio_user.Statistics = backend.statistics
     return counted
+
+
+def _recorder(
+    server: AnyServer, path: str | os.PathLike[str], payload: Payload
+) -> contextlib.AbstractContextManager[object]:
+    """What records a server. It needs the extra, and takes its time to be imported."""
+    try:
+        from guestio.observe import Recorder
+    except ImportError as error:
+        raise DeviceError(
+            f"a recording needs the extra 'record' (pip install 'guestio[record]'): {error}"
+        ) from None
+    return Recorder(server, path, payload=payload)
 
 
 _NO_SIGNAL = 255

@@ -78,8 +78,10 @@ class What(IntEnum):
     """The core has served a request; ``result`` bytes were written, ``access`` says what it was:
     0 another request, 1 a read, 2 a write. Other fields as TAKEN."""
     COMPLETED = 5
-    """A request was published, ``length`` bytes were written; ``since`` and ``access`` as above.
-    ``detail``: where in the image a read or write began, in bytes."""
+    """A request was published, ``length`` bytes were written; ``since`` and ``access`` as above,
+    and 3 a flush. ``detail``: where in the image a read or write began, in bytes. ``result``: of an
+    NVMe command its status (code, type from bit 8 on, 0x4000: not to be tried again), 0x8000, its
+    opcode from bit 16 on, and its namespace from bit 32 on; 0 of other requests."""
     INTERRUPT = 6
     """The driver is notified; the used index is ``detail``."""
     FAILED = 7
@@ -111,6 +113,16 @@ class What(IntEnum):
     """A client mapped memory: at ``detail`` in the space of its files, for ``access``."""
     DMA_UNMAP = 22
     """A client's ``detail`` mappings were removed."""
+    DOMAIN_MAP = 23
+    """The driver of a virtio-iommu of this process mapped, in domain ``result``, to ``detail``, for
+    ``access``."""
+    DOMAIN_UNMAP = 24
+    """It unmapped ``detail`` mappings of domain ``result``."""
+    ATTACHED = 25
+    """Endpoint ``detail`` sees domain ``result`` from now on; -1: none."""
+    FAULT = 26
+    """An ``access`` of endpoint ``result`` failed; ``detail`` is the reason that a virtio-iommu
+    gives its driver."""
     REGION_ADDED = 32
     """Guest memory appeared; ``detail`` is its address in the front-end."""
     REGION_REMOVED = 33

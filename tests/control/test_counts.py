@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.parser import text_string_to_metric_families as plain_families
 
 from guestio.control.client import ControlClient
 from guestio.guest.load import Load, LoadResult
@@ -180,6 +181,26 @@ def test_a_vfio_user_disk_counts_what_its_guest_does(tmp_path: Path) -> None:
             assert status["iotlb"] is not None
             assert status["iotlb"]["entries"] == status["counts"]["dma_maps"]
         until(lambda: client.status()["peer"] is None)
+
+
+def test_older_readers_get_the_older_format(tmp_path: Path) -> None:
+    """Who names text/plain, and not OpenMetrics; the numbers are the same."""
+    with nothing_left(), disk(tmp_path, "vhost-user") as (path, client):
+        with Load(path, LoadPlan(workload="randread", depth=2)) as load:
+            load.run_requests(50)
+        until(lambda: client.status()["peer"] is None)
+        plain = client.get("/metrics", accept="text/plain;version=0.0.4").decode()
+        found = {
+            sample.name: sample.value
+            for family in plain_families(plain)
+            for sample in family.samples
+            if not sample.labels
+        }
+        shown = metrics(client)
+        assert found["guestio_requests_total"] == shown["guestio_requests_total"] == 50
+        assert "# EOF" not in plain
+        for accept in ("*/*", "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"):
+            assert client.get("/metrics", accept=accept).decode().endswith("# EOF\n")
 
 
 def test_front_ends_that_break_the_protocol_are_counted(tmp_path: Path) -> None:

@@ -44,6 +44,44 @@ def disk(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+SERVED = """
+import sys
+import guestio
+from guestio.virtio import BlockDevice
+
+image, path, recording = sys.argv[1:]
+counts = guestio.serve(BlockDevice(image), path, record=recording, record_payload="headers")
+print(counts.requests, file=sys.stderr)
+"""
+
+
+def test_a_program_records_what_it_serves(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(4 << 20))
+    arguments = [tmp_path / "image", tmp_path / "sock", tmp_path / "whole"]
+    words = [sys.executable, "-c", SERVED, *map(str, arguments)]
+    served = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    try:
+        assert "listening" in line(served)
+        run(tmp_path, 60)
+        run(tmp_path, 40)
+        served.send_signal(signal.SIGTERM)
+        _, said = served.communicate(timeout=60)
+    finally:
+        served.kill()
+        served.wait()
+    assert said.endswith("100\n")
+    assert count(tmp_path / "whole") == 100
+    with open_recording(tmp_path / "whole") as recording:
+        assert recording.description["payload"] == "headers"
+        assert len(recording.description["peers"]) == 2
+    # A file that is there is not written over, and nothing is served.
+    again = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert "File exists" in again.stderr
+    assert "listening" not in again.stderr
+    assert not (tmp_path / "sock").exists()
+
+
 def run(tmp_path: Path, requests: int) -> None:
     with Load(os.fspath(tmp_path / "sock"), LoadPlan(workload="randrw", depth=8)) as load:
         load.run_requests(requests)

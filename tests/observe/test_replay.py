@@ -196,6 +196,84 @@ def test_a_guest_that_does_everything(tmp_path: Path) -> None:
     assert "another one"[:8].encode().hex(" ") in again.text()
 
 
+def test_front_ends_that_came_one_after_the_other(tmp_path: Path) -> None:
+    """Each with its own features and addresses; at their times, and at the highest speed."""
+    image = tmp_path / "image"
+    image.write_bytes(os.urandom(SIZE))
+    shutil.copyfile(image, tmp_path / "before")
+    device = BlockDevice(image, num_queues=2)
+    plans = [
+        LoadPlan(workload="randrw", depth=4, iommu="off"),
+        LoadPlan(workload="randrw", depth=8, queues=2, iommu="strict", entries=64),
+        LoadPlan(workload="write", depth=1, iommu="static"),
+    ]
+    with Serving(device, tmp_path / "s") as served:
+        recorder = Recorder(served.backend, tmp_path / "recording", payload="all")
+        results = []
+        for plan in plans:
+            with Load(str(served.path), plan) as load:
+                results.append(load.run_requests(100))
+            time.sleep(0.3)
+        recorder.close()
+    device.close()
+    for speed in (None, 2.0):
+        shutil.copyfile(tmp_path / "before", tmp_path / "again")
+        again = BlockDevice(tmp_path / "again", num_queues=2)
+        ticks: list[tuple[int, int]] = []
+        with Serving(again, tmp_path / "a") as served:
+            result = replay(
+                tmp_path / "recording",
+                served.path,
+                speed=speed,
+                tick=lambda done, total, ticks=ticks: ticks.append((done, total)),  # type: ignore[misc] # the loop's own
+            )
+            counted = served.backend.status()["counts"]
+        again.close()
+        assert result.ok, result.text()
+        assert (result.requests, result.sessions) == (300, 3)
+        assert "by 3 front-ends" in result.text()
+        assert (counted["connections"], counted["requests"]) == (3, 300)
+        assert counted["iotlb_misses"] == result.misses > 100
+        assert counted["protocol_errors"] == 0
+        assert ticks[-1] == (300, 300)
+        assert ticks == sorted(ticks)
+        assert (tmp_path / "again").read_bytes() == image.read_bytes()
+        assert result.recorded_seconds > 0.6
+        assert speed is None or result.seconds > result.recorded_seconds / speed
+    # Strictly mapped, whatever was negotiated.
+    with before(tmp_path) as device, serving(device) as path:
+        assert replay(tmp_path / "recording", path, iommu="strict").sessions == 3
+
+
+def test_requests_of_megabytes(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(os.urandom(16 << 20))
+    shutil.copyfile(image, tmp_path / "before")
+    device = BlockDevice(image)
+    with Serving(device, tmp_path / "s") as served:
+        recorder = Recorder(served.backend, tmp_path / "recording", payload="all")
+        with recorder, ScriptedGuest(str(served.path), iommu="off") as guest:
+            guest.write(8, os.urandom(5 << 20))
+            time.sleep(0.5)
+            guest.read(1, 8 << 20)
+    device.close()
+    with open_recording(tmp_path / "recording") as recording:
+        assert recording.description["lost"] == 0
+        assert recording.description["content_bytes"] == 8 << 20
+        rows = recording.requests().to_pylist()
+        assert [len(row["content"]) for row in rows] == [16 + (5 << 20), 16]
+    again = testing.replay(tmp_path / "recording", BlockDevice(tmp_path / "before"))
+    assert (again.requests, again.compared["data"]) == (2, 2)
+    assert images_are_equal(tmp_path)
+    # A byte behind the first megabyte that differs is seen.
+    with (tmp_path / "before").open("r+b") as changed_image:
+        changed_image.seek(7 << 20)
+        changed_image.write(b"another")
+    with before(tmp_path) as device, serving(device) as path:
+        result = replay(tmp_path / "recording", path)
+    assert result.different == 1
+
+
 def test_random_numbers_need_not_be_the_same(tmp_path: Path) -> None:
     with Serving(EntropyDevice(), tmp_path / "s") as served:
         recorder = Recorder(served.backend, tmp_path / "recording", payload="all")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from guestio.errors import DeviceError
-from guestio.observe.player import ReplayResult, _Player
+from guestio.observe.player import ReplayResult, _Player, _Whole
 from guestio.observe.script import RecordedRequest, Revocation, Script
 from guestio.testing import serving
 from guestio.vhost_user import Backend
@@ -138,7 +138,8 @@ def play(
     tick: Any = None,
 ) -> ReplayResult:
     with Frontend(path, timeout=timeout, answer="caller") as frontend:
-        player = _Player(script, frontend, iommu, timeout)
+        whole = _Whole(len(script.requests), 1 << 20)
+        player = _Player(script, frontend, iommu, timeout, whole)
         try:
             return player.run(speed, tick)
         finally:
@@ -224,7 +225,7 @@ def test_what_overlapped_may_overlap(tmp_path: Path) -> None:
     script = made.script()
     most = []
     with Frontend(*front(tmp_path, made), answer="caller") as frontend:
-        player = _Player(script, frontend, "off", 20.0)
+        player = _Player(script, frontend, "off", 20.0, _Whole(len(script.requests), 1 << 20))
         collect = player._collect
 
         def watched() -> Any:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from guestio.observe.schema import EVENT_COLUMNS, REQUEST_COLUMNS
-from guestio.observe.script import NotReplayableError, RecordedRequest, Script, script_of
+from guestio.observe.script import NotReplayableError, RecordedRequest, Script, scripts_of
 from guestio.trace import What
 
 PLATFORM = 1 << 33
@@ -91,8 +91,15 @@ def write(number: int, taken: int, completed: int, **changes: Any) -> dict[str, 
 def script(
     requests: list[dict[str, Any]], events: list[dict[str, Any]] | None = None, **description: Any
 ) -> Script:
+    (found,) = scripts(requests, events, **description)
+    return found
+
+
+def scripts(
+    requests: list[dict[str, Any]], events: list[dict[str, Any]] | None = None, **description: Any
+) -> list[Script]:
     made: Any = Rows(requests, events or [], **description)
-    return script_of(made)
+    return scripts_of(made)
 
 
 def only(found: Script) -> RecordedRequest:
@@ -176,9 +183,49 @@ def test_what_is_not_whole_is_left_out_or_refused() -> None:
     for description, advice in (
         ({"payload": "headers"}, "record with --payload all"),
         ({"lost": 7}, "7 records were lost"),
-        ({}, "1048576 bytes are recorded at most"),
+        ({}, "1048576 bytes were recorded at most"),
     ):
         with pytest.raises(NotReplayableError, match=rf"1 of its 2 requests.*15 of 16.*{advice}"):
             script(cut, **description)
     with pytest.raises(NotReplayableError, match="cannot be"):
         script([row(0, 100, 200, write_pieces=[{"address": 2**64 - 1, "length": 513}])])
+
+
+def test_each_front_end_is_a_script_of_its_own() -> None:
+    """Its requests, features, queues, IOMMU and revocations; numbers begin again."""
+
+    def came(time: int, number: int) -> dict[str, Any]:
+        return {"what": int(What.CONNECTED), "time": time, "detail": number}
+
+    def revoked(time: int) -> dict[str, Any]:
+        return {"what": int(What.INVALIDATE), "time": time, "address": 0, "length": 4096}
+
+    def peer(number: int, bits: int | None, size: int) -> dict[str, Any]:
+        queues = [{"index": 0, "size": size}]
+        return {"number": number, "feature_bits": bits, "queues": queues}
+
+    requests = [row(n, 100 * n, 100 * n + 50) for n in range(1, 9)]
+    requests[4]["completed"] = None
+    found = scripts(
+        requests,
+        [came(250, 4), came(450, 5), came(460, 6), came(650, 7), revoked(150), revoked(720)],
+        peers=[peer(3, 1, 64), peer(4, PLATFORM, 128), peer(6, None, 32), peer(7, 7, 16)],
+    )
+    assert [[each.sequence for each in script.requests] for script in found] == [
+        [1, 2], [3, 4], [6], [7, 8],
+    ]  # fmt: skip
+    assert [[each.number for each in script.requests] for script in found] == [
+        [0, 1], [0, 1], [0], [0, 1],
+    ]  # fmt: skip
+    # Of the one that was there for a moment only the features are not known: those of the latest.
+    assert [script.features for script in found] == [1, PLATFORM, 7, 7]
+    assert [script.sizes for script in found] == [{0: 64}, {0: 128}, {0: 32}, {0: 16}]
+    assert [script.iommu for script in found] == [True, True, False, True]
+    assert [len(script.revocations) for script in found] == [1, 0, 0, 1]
+    assert [script.left_out for script in found] == [
+        {"have no end in the recording": 1},
+        {},
+        {},
+        {},
+    ]
+    assert [script.before(10**9) for script in found] == [2, 2, 1, 2]

@@ -16,11 +16,16 @@ HELP = """Say what ADDRESS leads to for the device of the server with the contro
 what maps it and since when, what a read and a write would meet, and what happened to it last.
 
 Behind an IOMMU it is an I/O virtual address, else a guest physical one; decimal, or 0x and
-hexadecimal. The first question has changes of translations recorded from then on, until none was
-asked for ten minutes; the latest ten thousand or so are kept.
+hexadecimal. If the server is a virtio-iommu, --endpoint says whose address it is, of the devices
+behind it: then its domain, what else is attached to that, what is reserved, what clients hold, and
+its faults are shown.
+
+The first question has changes of translations recorded from then on, until none was asked for ten
+minutes; the latest ten thousand or so are kept.
 
 \b
   guestio explain /tmp/blk.control 0xfffff000
+  guestio explain /tmp/iommu.control 0xfffff000 --endpoint 8
 """
 
 
@@ -46,12 +51,18 @@ class Number(click.ParamType[int]):
 @click.argument("control")
 @click.argument("address", type=Number())
 @click.option("--length", type=Number(), default=1, show_default=True, help="Bytes, up to 1 MiB.")
+@click.option(
+    "--endpoint",
+    type=Number(),
+    metavar="N",
+    help="The endpoint of a virtio-iommu whose address it is.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def explain(control: str, address: int, length: int, as_json: bool) -> None:
+def explain(control: str, address: int, length: int, endpoint: int | None, as_json: bool) -> None:
     """Say what an address leads to; the help text is ``HELP``."""
     client = ControlClient(control, token=os.environ.get("GUESTIO_CONTROL_TOKEN"))
     try:
-        found = client.explain(address, length)
+        found = client.explain(address, length, endpoint=endpoint)
     except GuestioError as error:
         click.echo(f"guestio: {error}", err=True)
         sys.exit(1)

@@ -37,7 +37,7 @@ PAYLOAD = click.option(
     default="none",
     show_default=True,
     help="What requests carry: nothing of it; the layout of their memory, their first 64 bytes, "
-    "status and a hash of the answer; or all bytes as well, up to 1 MiB each way.",
+    "status and a hash of the answer; or all bytes as well, up to 8 MiB each way.",
 )
 
 

@@ -59,14 +59,19 @@ def make_app(
     async def status(_: Request) -> Response:
         return JSONResponse(rates.status())
 
-    async def metric(_: Request) -> Response:
-        return Response(metrics.render(rates.status()), media_type=metrics.CONTENT_TYPE)
+    async def metric(request: Request) -> Response:
+        status = rates.status()
+        if metrics.prefers_plain(request.headers.get("accept", "")):
+            return Response(metrics.render_plain(status), media_type=metrics.PLAIN_CONTENT_TYPE)
+        return Response(metrics.render(status), media_type=metrics.CONTENT_TYPE)
 
     async def explain(request: Request) -> Response:
         try:
             address = int(request.query_params["address"], 0)
             length = int(request.query_params.get("length", "1"), 0)
-            found = observed.explain(address, length)
+            number = request.query_params.get("endpoint")
+            endpoint = None if number is None else int(number, 0)
+            found = observed.explain(address, length, endpoint=endpoint)
             found["recorded_s"] = recall.ask()
             return JSONResponse(found)
         except KeyError:

@@ -95,7 +95,8 @@ class ControlClient:
         timeout: float = 5.0,
     ) -> None:
         self.where = os.fspath(where)
-        self._token, self._timeout = token, timeout
+        self._timeout = timeout
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def _connection(self) -> http.client.HTTPConnection:
         if self.where.startswith("http://"):
@@ -103,8 +104,12 @@ class ControlClient:
             return http.client.HTTPConnection(address, timeout=self._timeout)
         return _UnixConnection(self.where, self._timeout)
 
-    def get(self, target: str) -> bytes:
+    def get(self, target: str, *, accept: str = "*/*") -> bytes:
         """The answer to ``GET target``.
+
+        Args:
+            target: The path, with its question.
+            accept: The content types that are taken.
 
         Raises:
             DeviceError: Nothing answers, or it refuses.
@@ -114,8 +119,7 @@ class ControlClient:
         except http.client.InvalidURL as error:
             raise DeviceError(f"{self.where} is no control socket: {error}") from None
         try:
-            headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
-            connection.request("GET", target, headers=headers)
+            connection.request("GET", target, headers=self._headers | {"Accept": accept})
             answer = connection.getresponse()
             content = answer.read(MOST_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
@@ -138,8 +142,7 @@ class ControlClient:
         """
         connection = self._connection()
         try:
-            headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
-            connection.request("POST", target, headers=headers)
+            connection.request("POST", target, headers=self._headers)
             answer = connection.getresponse()
             if answer.status != http.client.OK:
                 text = answer.read(200).decode(errors="replace").strip()
@@ -170,13 +173,16 @@ class ControlClient:
             raise DeviceError(f"{self.where} is no control socket of this version of guestio")
         return cast("Status", found)
 
-    def explain(self, address: int, length: int = 1) -> Explanation:
+    def explain(self, address: int, length: int = 1, *, endpoint: int | None = None) -> Explanation:
         """What an address leads to; see `WatchedServer.explain`.
 
         Raises:
             DeviceError: As from :meth:`get`.
         """
-        return cast("Explanation", self._json(f"/explain?address={address}&length={length}"))
+        target = f"/explain?address={address}&length={length}"
+        if endpoint is not None:
+            target += f"&endpoint={endpoint}"
+        return cast("Explanation", self._json(target))
 
     def __enter__(self) -> Self:
         return self

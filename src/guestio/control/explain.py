@@ -6,18 +6,21 @@ import time
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from guestio.addr import Permissions
 from guestio.budgets import CONTROL_EXPLAIN_BYTES
 from guestio.control import schema
-from guestio.errors import InvalidAddressError
+from guestio.errors import DeviceError, InvalidAddressError
 from guestio.iommu import Iotlb
 from guestio.trace import RECORD, Records, TraceReader, What
 
 MOST_MAPPINGS: Final = 64
 MOST_EVENTS: Final = 20
+_MOST_LOOKED_AT: Final = CONTROL_EXPLAIN_BYTES // 4096 + 2
+"""Mappings of whole pages that a range can touch."""
 
-_MAKES: Final = (What.UPDATE, What.DMA_MAP, What.REGION_ADDED)
+_MAKES: Final = (What.UPDATE, What.DMA_MAP, What.DOMAIN_MAP, What.REGION_ADDED)
 _ABOUT_ADDRESSES: Final = [
     int(what)
     for what in (
@@ -61,6 +64,7 @@ def explain_range(
     pending: bool = False,
     asks: bool = True,
     refused: str = "",
+    endpoint: schema.EndpointInfo | None = None,
 ) -> schema.Explanation:
     """Put together what is known of a range.
 
@@ -73,6 +77,7 @@ def explain_range(
         pending: Whether an answer about it is still to come.
         asks: Whether the peer is asked for a translation that is not there.
         refused: Why every access is refused at the moment; empty if it is not.
+        endpoint: Whose access it is, if the server is a virtio-iommu that was asked about one.
     """
     if not translated:
         lacking = "fails: there is no memory at {:#x}"
@@ -87,7 +92,10 @@ def explain_range(
         return _verdict(address, length, mappings, wanted, lacking)
 
     now = time.monotonic()
-    records = _about(address, length, origin)
+    if endpoint is None:
+        records = _about(address, length, origin)
+    else:
+        records = _about_endpoint(address, length, origin, endpoint)
     return {
         "address": address,
         "length_bytes": length,
@@ -105,6 +113,7 @@ def explain_range(
         "read": verdict(Permissions.READ),
         "write": verdict(Permissions.WRITE),
         "pending": pending,
+        "endpoint": endpoint,
         "recorded_s": 0.0,
         "last": [_recorded(records[i]) for i in range(len(records) - 1, -1, -1)[:MOST_EVENTS]],
     }
@@ -131,6 +140,72 @@ def explain_iotlb(
         pending=pending,
         asks=asks,
         refused=refused,
+    )
+
+
+def explain_endpoint(device: object, number: int, address: int, length: int) -> schema.Explanation:
+    """What a range of I/O virtual addresses leads to for an endpoint of a virtio-iommu.
+
+    It is no access and causes no fault. From any thread, and without waiting.
+
+    Args:
+        device: What a server serves.
+        number: The endpoint's id.
+        address: Where the range begins.
+        length: Its bytes.
+
+    Raises:
+        DeviceError: The device is no virtio-iommu, or has no such endpoint.
+        InvalidAddressError: As from :func:`check_explained`.
+    """
+    check_explained(address, length)
+    # Only a process that serves one has it imported.
+    from guestio.virtio.iommu import VirtioIommu
+
+    while device is not None and not isinstance(device, VirtioIommu):
+        device = getattr(device, "device", None)  # one that misbehaves, or a PCI function
+    if device is None:
+        raise DeviceError(
+            f"endpoint {number} cannot be explained: this server is no virtio-iommu; leave the "
+            "endpoint out to ask about the device that it serves"
+        )
+    try:
+        endpoint = device.endpoint(number)
+    except ValueError as error:
+        known = device.endpoint_ids
+        listed = ", ".join(map(str, known[:MOST_EVENTS])) + (", ..." * (len(known) > MOST_EVENTS))
+        raise DeviceError(f"{error}; there are: {listed or 'none'}") from None
+    space, end = endpoint.space, address + length
+    reserved: list[schema.Reserved] = [
+        {"address": low, "length_bytes": high - low + 1, "subtype": subtype}
+        for low, high, subtype in endpoint.reserved
+        if low < end and address <= high
+    ]
+    held: list[schema.Held] = [
+        {"address": base, "length_bytes": size, "broken": session.broken}
+        for session in endpoint.sessions
+        for base, size in session.exports
+        if base < end and address < base + size
+    ]
+    info: schema.EndpointInfo = {
+        "number": number,
+        "domain": space.id,
+        "bypass": space.bypass,
+        "others": sorted(each for each in [*space.endpoints] if each != number)[:MOST_MAPPINGS],
+        "reserved": reserved[:MOST_MAPPINGS],
+        "held": held[:MOST_MAPPINGS],
+    }
+    if space.id is None:
+        info["others"] = []
+    return explain_range(
+        address,
+        length,
+        space.mapper.mappings(address, length, limit=_MOST_LOOKED_AT),
+        origin=device.origin,
+        translated=True,
+        asks=False,
+        refused="" if space.id is not None or space.bypass else "it is attached to no domain",
+        endpoint=info,
     )
 
 
@@ -166,16 +241,44 @@ def _about(address: int, length: int, origin: int) -> Records:
         records = reader.read().records
     if not len(records):
         return np.zeros(0, RECORD)
-    last = address + (length - 1)
-    ends = records["address"] + np.maximum(records["length"], 1) - np.uint64(1)
     found = (
         np.isin(records["what"], _ABOUT_ADDRESSES)
         & (records["origin"] == origin)
-        & (records["address"] <= np.uint64(last))
-        & (ends >= np.uint64(address))
+        & _touching(records, address, length)
     )
     chosen: Records = records[found]
     return chosen
+
+
+def _about_endpoint(
+    address: int, length: int, origin: int, endpoint: schema.EndpointInfo
+) -> Records:
+    """What happened to a range in an endpoint's domain, to its accesses, and where it went."""
+    with TraceReader(from_start=True) as reader:
+        records = reader.read().records
+    if not len(records):
+        return np.zeros(0, RECORD)
+    ours = records["origin"] == origin
+    there = ours & _touching(records, address, length)
+    domain = -1 if endpoint["domain"] is None else endpoint["domain"]
+    number = endpoint["number"]
+    what, result = records["what"], records["result"]
+    changed = (what == What.DOMAIN_MAP) | (what == What.DOMAIN_UNMAP)
+    found = there & changed & (result == domain)
+    found |= there & (what == What.FAULT) & (result == number)
+    found |= ours & (what == What.ATTACHED) & (records["detail"] == np.uint64(number))
+    chosen: Records = records[found]
+    return chosen
+
+
+def _touching(records: Records, address: int, length: int) -> NDArray[np.bool_]:
+    """Which events concern a range."""
+    last = address + (length - 1)
+    ends = records["address"] + np.maximum(records["length"], 1) - np.uint64(1)
+    found: NDArray[np.bool_] = (records["address"] <= np.uint64(last)) & (
+        ends >= np.uint64(address)
+    )
+    return found
 
 
 def _since(records: Records, address: int, now: float) -> float | None:
@@ -183,7 +286,9 @@ def _since(records: Records, address: int, now: float) -> float | None:
     for i in range(len(records) - 1, -1, -1):
         record = records[i]
         first, length = int(record["address"]), int(record["length"])
-        if int(record["what"]) in _MAKES and first <= address < first + length:
+        what = int(record["what"])
+        # A domain's mappings are seen from the endpoint's coming on.
+        if what == What.ATTACHED or (what in _MAKES and first <= address < first + length):
             return now - int(record["time"]) / 1e9
     return None
 
@@ -195,5 +300,6 @@ def _recorded(record: np.void) -> schema.Recorded:
         "address": int(record["address"]),
         "length_bytes": int(record["length"]),
         "detail": int(record["detail"]),
+        "result": int(record["result"]),
         "access": access_text(int(record["access"])),
     }

@@ -11,12 +11,15 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     InfoMetricFamily,
 )
+from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition
 
 from guestio.control.schema import Latency, Status
 
 CONTENT_TYPE: Final = exposition.CONTENT_TYPE_LATEST
+PLAIN_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+"""Of the text format that was there before OpenMetrics, which some tools only read."""
 
 _QUEUE_COUNTERS: Final = (
     ("taken", "requests_taken", "Requests taken from the queue."),
@@ -49,6 +52,18 @@ def render(status: Status) -> bytes:
     """The metrics of a status, in the OpenMetrics text format."""
     text: bytes = exposition.generate_latest(_Registry(status))  # type: ignore[no-untyped-call] # as it is
     return text
+
+
+def render_plain(status: Status) -> bytes:
+    """The same in Prometheus' older text format."""
+    text: bytes = generate_latest(_Registry(status))
+    return text
+
+
+def prefers_plain(accept: str) -> bool:
+    """Whether a client names the older text format, and not OpenMetrics, as what it accepts."""
+    accepted = [each.partition(";")[0].strip() for each in accept.split(",")]
+    return "text/plain" in accepted and "application/openmetrics-text" not in accepted
 
 
 def families(status: Status) -> Iterator[Metric]:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from typing import Final
 
 from guestio._core.trace import tracepoints
-from guestio.budgets import RECORD_RING
+from guestio.budgets import RECORD_DATA_RING, RECORD_RING
 from guestio.control.status import Observed
 from guestio.trace import Group, Tracing, enlarge_rings
 
@@ -45,6 +45,11 @@ def groups_of(payload: str) -> Group:
         raise ValueError(f"payload {payload[:40]!r} is not none, headers or all") from None
 
 
+def ring_of(groups: Group) -> int:
+    """Records that the ring of a thread must hold while these groups are recorded."""
+    return RECORD_DATA_RING if Group.DATA in groups else RECORD_RING
+
+
 async def record_stream(
     streams: list[int], observed: Observed, groups: Group
 ) -> AsyncIterator[str]:
@@ -59,7 +64,7 @@ async def record_stream(
     """
     streams[0] += 1
     try:
-        enlarge_rings(RECORD_RING)
+        enlarge_rings(ring_of(groups))
         with Tracing(groups):
             known: object = None
             changed = False

@@ -312,6 +312,8 @@ class Recorded(TypedDict):
     """How far it reached."""
     detail: int
     """What it says besides."""
+    result: int
+    """And this: of events of a virtio-iommu the domain, of its faults the endpoint."""
     access: str
     """``r``, ``w``, ``rw`` or nothing."""
 
@@ -331,6 +333,45 @@ class Mapping(TypedDict):
     """For how long, if the event that made it is still in a ring of records."""
 
 
+class Reserved(TypedDict):
+    """What an endpoint's driver cannot map."""
+
+    address: int
+    """Where it begins."""
+    length_bytes: int
+    """How long it is."""
+    subtype: int
+    """``VIRTIO_IOMMU_RESV_MEM_T_*`` (virtio 1.4, section 5.13.6.8.3)."""
+
+
+class Held(TypedDict):
+    """Memory that a client of an endpoint has exported."""
+
+    address: int
+    """Where it begins, I/O virtual."""
+    length_bytes: int
+    """How long it is."""
+    broken: bool
+    """Whether its session is to end."""
+
+
+class EndpointInfo(TypedDict):
+    """An endpoint of a virtio-iommu."""
+
+    number: int
+    """Its id."""
+    domain: int | None
+    """The domain it is attached to; null if to none."""
+    bypass: bool
+    """Whether it reaches all of memory, untranslated."""
+    others: list[int]
+    """Other endpoints of that domain, which share its mappings; 64 at most."""
+    reserved: list[Reserved]
+    """What is reserved in the range; 64 at most."""
+    held: list[Held]
+    """What clients hold of the range; 64 at most."""
+
+
 class Explanation(TypedDict):
     """What an address leads to, what an access to it would meet, and what happened to it last."""
 
@@ -348,6 +389,8 @@ class Explanation(TypedDict):
     """What a write would meet."""
     pending: bool
     """Whether its translation has been asked for, and no answer has come yet."""
+    endpoint: EndpointInfo | None
+    """Whose access it is, behind a virtio-iommu that is served; null if none was asked about."""
     recorded_s: float
     """For how long changes of translations have been recorded; 0 if that begins with this
     question."""

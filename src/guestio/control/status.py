@@ -50,8 +50,10 @@ class Observed(Protocol):
         """Its state at this moment; the rates are 0."""
         ...
 
-    def explain(self, address: int, length: int) -> schema.Explanation:
-        """What an address of the device leads to."""
+    def explain(
+        self, address: int, length: int, *, endpoint: int | None = None
+    ) -> schema.Explanation:
+        """What an address of the device, or of an endpoint behind it, leads to."""
         ...
 
     def survey(

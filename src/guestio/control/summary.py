@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from guestio.control.schema import Explanation, Latency, Queue, Status
+from guestio.control.schema import (
+    EndpointInfo,
+    Explanation,
+    Latency,
+    Queue,
+    Recorded,
+    Status,
+)
 
 Key = Callable[[Queue], float]
 
@@ -149,6 +156,8 @@ def explanation_text(found: Explanation) -> str:
     where = f"{found['address']:#x}+{found['length_bytes']:#x}"
     kind = "translated" if found["translated"] else "physical"
     lines = [f"{where} ({kind})", f"  read: {found['read']}", f"  write: {found['write']}"]
+    if found["endpoint"] is not None:
+        lines += _endpoint_lines(found["endpoint"])
     if found["pending"]:
         lines.append("  its translation is asked for, and not answered yet")
     for each in found["mapped"]:
@@ -163,6 +172,43 @@ def explanation_text(found: Explanation) -> str:
     for event in found["last"]:
         lines.append(
             f"    {event['time_s']:.6f} {event['what']} {event['address']:#x}"
-            f"+{event['length_bytes']:#x} {event['access']} detail {event['detail']:#x}"
+            f"+{event['length_bytes']:#x} {event['access']} {_said(event)}"
         )
     return "\n".join(lines)
+
+
+def _endpoint_lines(found: EndpointInfo) -> list[str]:
+    """Where an endpoint of a virtio-iommu belongs."""
+    if found["domain"] is not None:
+        kind = "bypass domain" if found["bypass"] else "domain"
+        others = ", ".join(map(str, found["others"]))
+        where = f"attached to {kind} {found['domain']}" + (f", with {others}" if others else "")
+    else:
+        where = "attached to no domain" + (", and bypasses the IOMMU" if found["bypass"] else "")
+    lines = [f"  endpoint {found['number']}: {where}"]
+    lines += [
+        f"  reserved: {each['address']:#x}+{each['length_bytes']:#x}, subtype {each['subtype']}"
+        for each in found["reserved"]
+    ]
+    lines += [
+        f"  held by {'a broken' if each['broken'] else 'a'} session: {each['address']:#x}"
+        f"+{each['length_bytes']:#x}"
+        for each in found["held"]
+    ]
+    return lines
+
+
+def _said(event: Recorded) -> str:
+    """What an event says besides where it was."""
+    match event["what"]:
+        case "domain_map":
+            return f"-> {event['detail']:#x} in domain {event['result']}"
+        case "domain_unmap":
+            return f"of {event['detail']} mappings in domain {event['result']}"
+        case "attached":
+            domain = "no domain" if event["result"] < 0 else f"domain {event['result']}"
+            return f"endpoint {event['detail']} to {domain}"
+        case "fault":
+            return f"of endpoint {event['result']}, reason {event['detail']}"
+        case _:
+            return f"detail {event['detail']:#x}"

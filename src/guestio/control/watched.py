@@ -63,7 +63,7 @@ class WatchedServer(PeerServer):
         """
 
     @abstractmethod
-    def explain(self, address: int, length: int = 1) -> Explanation:
+    def explain(self, address: int, length: int = 1, *, endpoint: int | None = None) -> Explanation:
         """What an address of the device leads to, and what happened to it last.
 
         What happened is known as long as it is recorded and still in a ring of records; with a
@@ -72,9 +72,12 @@ class WatchedServer(PeerServer):
         Args:
             address: An address that the device's driver uses.
             length: Bytes from there on, up to 1 MiB.
+            endpoint: If the device is a virtio-iommu, the endpoint behind it whose address it is;
+                None for what the device's own queues use.
 
         Raises:
             InvalidAddressError: The range is empty, too long, or passes 2**64.
+            DeviceError: The device is no virtio-iommu, or has no such endpoint.
         """
 
     @abstractmethod

@@ -32,6 +32,9 @@ CHUNK: Final = RECORD.fields["since"][1]  # type: ignore[index] # it has fields
 """Where in a DATA record its bytes begin."""
 CHUNK_BYTES: Final = 40
 
+_NVME: Final = 1 << 15
+"""Set in ``result`` of COMPLETED: it was an NVMe command."""
+
 _Array: TypeAlias = NDArray[Any]
 _TABLE: Final = pa.schema([pa.field(each.name, each.type) for each in REQUEST_COLUMNS])
 
@@ -176,7 +179,11 @@ class Assembler:
         kind = np.minimum(ended["access"], 3)
         moves = ended.there & ((kind == 1) | (kind == 2))
         offset, readable, writable = ended["detail"], taken["length"], taken["detail"]
-        length = np.where(kind == 1, writable - np.uint64(1), readable - np.uint64(16))
+        said = ended["result"]
+        is_nvme = ended.there & ((said & _NVME) != 0)
+        # A virtio disk's request has a header and a status besides its data.
+        extra = np.where(is_nvme, 0, np.where(kind == 1, 1, 16)).astype(np.uint64)
+        length = np.where(kind == 1, writable, readable) - extra
         heads = ordered[first]
         gap, is_gap = self._gaps(_queue_of(heads), offset, length, moves & taken.there)
         since = np.where(taken.there, taken["since"], ended["since"])
@@ -207,6 +214,9 @@ class Assembler:
             "misses": misses[done],
             "failed": failed.there,
             "status": pa.array(status.astype(np.uint8), mask=~(given.there & (status >= 0))),
+            "command": pa.array((said >> 16 & 0xFF).astype(np.uint8), mask=~is_nvme),
+            "namespace": pa.array((said >> 32).astype(np.uint32), mask=~is_nvme),
+            "code": pa.array((said & 0x7FF).astype(np.uint16), mask=~is_nvme),
             "answer_hash": given.column("since"),
             "content": _contents(ordered, segment, count, done, access=1),
             "answer": _contents(ordered, segment, count, done, access=2),

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from guestio._core.virtio.contents import xxh64
 from guestio.addr import check_seconds
-from guestio.budgets import RECORD_CONTENT_BYTES
 from guestio.errors import DeviceError, QueueError
 from guestio.guest.dma import PAGE
 from guestio.memory import IoVector
 from guestio.observe.replay_memory import MappedMemory, PhysicalMemory, ReplayMemory
-from guestio.observe.script import RecordedRequest, Script, script_of
+from guestio.observe.script import RecordedRequest, Script, content_bytes, scripts_of
 from guestio.vhost_user.channel import PeerGoneError
 from guestio.vhost_user.frontend import Frontend, FrontendQueue, NoAnswerError
 from guestio.vhost_user.messages import ProtocolFeature
@@ -89,6 +88,7 @@ class ReplayResult:
 
     Attributes:
         requests: Requests that were repeated.
+        sessions: Front-ends that made them, each of which was one connection.
         left_out: How many were not, by the reason.
         compared: How many statuses, lengths and data were compared, by name.
         not_compared: Requests of which only the length was, since their data depends on chance.
@@ -103,6 +103,7 @@ class ReplayResult:
     """
 
     requests: int = 0
+    sessions: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     compared: dict[str, int] = field(default_factory=lambda: {"status": 0, "length": 0, "data": 0})
     not_compared: int = 0
@@ -126,6 +127,8 @@ class ReplayResult:
         compared = ", ".join(f"{count} {name}" for name, count in self.compared.items())
         times = f"{self.seconds:.3f} s (recorded: {self.recorded_seconds:.3f} s)"
         lines = [f"{self.requests} requests in {times}; compared: {compared}"]
+        if self.sessions > 1:
+            lines.append(f"made by {self.sessions} front-ends, one after the other")
         lines += [f"not repeated: {count} requests {why}" for why, count in self.left_out.items()]
         if self.not_compared:
             lines.append(f"data not compared, as it depends on chance: {self.not_compared}")
@@ -162,7 +165,8 @@ def replay(
     """Repeat a recording's requests against a vhost-user back-end, and compare the answers.
 
     The back-end must be in the state in which the recorded one was when recording began: a disk
-    needs a copy of the image as it was then.
+    needs a copy of the image as it was then. Where several front-ends came one after the other,
+    each is a connection of its own, with the features and queues that it had.
 
     Args:
         recording: The recording, or the path of its file.
@@ -196,15 +200,39 @@ def replay(
         from guestio.observe.recording import open_recording
 
         with open_recording(recording) as opened:
-            script = script_of(opened)
+            scripts, most = scripts_of(opened), content_bytes(opened.description)
     else:
-        script = script_of(recording)
-    with Frontend(path, timeout=limit, connect_wait=connect_wait, answer="caller") as frontend:
-        player = _Player(script, frontend, iommu, limit)
-        try:
-            return player.run(speed, tick)
-        finally:
-            player.close()
+        scripts, most = scripts_of(recording), content_bytes(recording.description)
+    whole = _Whole(sum(len(script.requests) for script in scripts), most)
+    whole.result.left_out = scripts[0].left_out
+    for script in scripts:
+        # The back-end may need a moment until it listens again.
+        wait = limit if whole.result.sessions else connect_wait
+        with Frontend(path, timeout=limit, connect_wait=wait, answer="caller") as frontend:
+            player = _Player(script, frontend, iommu, limit, whole)
+            try:
+                player.run(speed, tick)
+            finally:
+                player.close()
+    return whole.result
+
+
+class _Whole:
+    """What the front-ends of a replay have in common.
+
+    Args:
+        requests: Requests of all of them.
+        hashed: Bytes of an answer that its recorded hash is of at most.
+
+    Attributes:
+        result: What became of it so far.
+        since: When the first one began, by the clock and in the recording.
+    """
+
+    def __init__(self, requests: int, hashed: int) -> None:
+        self.requests, self.hashed = requests, hashed
+        self.result = ReplayResult()
+        self.since: tuple[float, int] | None = None
 
 
 class _Queue:
@@ -295,15 +323,20 @@ def table_bytes(longest: int) -> int:
 
 
 class _Player:
-    """A replay under way."""
+    """The replay of what one front-end did."""
 
     def __init__(
-        self, script: Script, frontend: Frontend, iommu: ReplayIommu, timeout: float
+        self,
+        script: Script,
+        frontend: Frontend,
+        iommu: ReplayIommu,
+        timeout: float,
+        whole: _Whole,
     ) -> None:
         self._script = script
         self._frontend = frontend
         self._timeout = timeout
-        self._result = ReplayResult(left_out=dict(script.left_out), recorded_seconds=script.seconds)
+        self._whole, self._result = whole, whole.result
         self._behind = iommu == "strict" or (iommu == "as-recorded" and script.iommu)
         self._queues: dict[int, _Queue] = {}
         self._memory: ReplayMemory | None = None
@@ -359,7 +392,7 @@ class _Player:
                 "the back-end offers no IOMMU (VIRTIO_F_ACCESS_PLATFORM); replay with --iommu off"
             )
         if recorded is not None:
-            self._result.refused_features = recorded & ~(features | platform | packed)
+            self._result.refused_features |= recorded & ~(features | platform | packed)
         needed = max(request.queue for request in script.requests) + 1
         if frontend.queue_count() < needed:
             raise DeviceError(
@@ -396,8 +429,8 @@ class _Player:
         script, result, memory = self._script, self._result, self._memory
         assert memory is not None
         requests, revocations = script.requests, script.revocations
-        began = heard = told = time.monotonic()
-        origin = script.began
+        heard = told = time.monotonic()
+        began, origin = self._whole.since = self._whole.since or (heard, script.began)
         done = [False] * len(requests)
         answered = prefix = next_request = next_revocation = 0
         held = -1
@@ -441,7 +474,7 @@ class _Player:
             now = time.monotonic()
             if tick is not None and now - told >= _TICK:
                 told = now
-                tick(answered, len(requests))
+                tick(result.requests + answered, self._whole.requests)
             if finished or next_request > before or next_request == answered:
                 heard = now
             elif now - heard >= self._timeout:
@@ -450,13 +483,16 @@ class _Player:
                 self._wait(min(wait, _TICK) if wait > 0 else _TICK)
         for revocation in revocations[next_revocation:]:
             memory.revoke(revocation.address, revocation.length)
-        result.requests = len(requests)
+        result.requests += len(requests)
+        result.sessions += 1
         result.seconds = time.monotonic() - began
+        result.recorded_seconds = (script.ends[-1] - origin) / 1e9
         counts = self._frontend.iotlb.counts
-        result.misses, result.updates = counts.misses, counts.updates
-        result.invalidations = counts.invalidations
+        result.misses += counts.misses
+        result.updates += counts.updates
+        result.invalidations += counts.invalidations
         if tick is not None:
-            tick(answered, len(requests))
+            tick(result.requests, self._whole.requests)
         self._stop()
         return result
 
@@ -508,7 +544,7 @@ class _Player:
                 compared["status"] += 1
                 if answer[-1] != request.status:
                     differences.append(("status", str(request.status), _status(answer[-1])))
-            most = min(request.written, RECORD_CONTENT_BYTES)
+            most = min(request.written, self._whole.hashed)
             if request.answer is not None and len(answer) >= len(request.answer):
                 compared["data"] += 1
                 ours = answer[: len(request.answer)]
@@ -527,7 +563,7 @@ class _Player:
         if len(self._result.differences) < KEPT_DIFFERENCES:
             self._result.differences += [
                 Difference(
-                    request.number,
+                    self._result.requests + request.number,
                     request.queue,
                     request.sequence,
                     request.operation,

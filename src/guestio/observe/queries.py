@@ -57,9 +57,12 @@ POSSIBLE: Final = f"""
 """Of requests. Rows for which it is not so are left out, and counted."""
 
 DATA: Final = f"""
-    CASE operation
-        WHEN {OPERATIONS.index("read")} THEN CASE WHEN writable > 0 THEN writable - 1 ELSE 0 END
-        WHEN {OPERATIONS.index("write")} THEN CASE WHEN readable > 16 THEN readable - 16 ELSE 0 END
+    CASE
+        WHEN command IS NOT NULL THEN coalesce(readable, 0) + coalesce(writable, 0)
+        WHEN operation = {OPERATIONS.index("read")}
+            THEN CASE WHEN writable > 0 THEN writable - 1 ELSE 0 END
+        WHEN operation = {OPERATIONS.index("write")}
+            THEN CASE WHEN readable > 16 THEN readable - 16 ELSE 0 END
         ELSE coalesce(readable, 0) + coalesce(writable, 0) END
 """
 """Bytes of a request: of a disk's data, or all that it gave; its operation is a number."""

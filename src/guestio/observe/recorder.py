@@ -16,12 +16,12 @@ import numpy as np
 
 from guestio.budgets import (
     RECORD_BYTES,
+    RECORD_CONTENT_BYTES,
     RECORD_DISK_FREE,
     RECORD_FINISH_BYTES,
     RECORD_PEERS,
-    RECORD_RING,
 )
-from guestio.control.record import groups_of
+from guestio.control.record import groups_of, ring_of
 from guestio.control.schema import Status
 from guestio.control.status import Observed
 from guestio.observe.finish import finish
@@ -73,8 +73,9 @@ class _OwnSource:
         self._server = server
         with contextlib.ExitStack() as undo:
             self._reader = undo.enter_context(TraceReader())
-            enlarge_rings(RECORD_RING)
-            undo.enter_context(Tracing(groups_of(payload)))
+            groups = groups_of(payload)
+            enlarge_rings(ring_of(groups))
+            undo.enter_context(Tracing(groups))
             self._undo = undo.pop_all()
 
     def status(self) -> Status | None:
@@ -150,6 +151,7 @@ class Recorder:
             self._description: Description = {
                 "version": VERSION,
                 "payload": payload,
+                "content_bytes": RECORD_CONTENT_BYTES,
                 "began": {"monotonic_ns": time.monotonic_ns(), "realtime_ns": time.time_ns()},
                 "peers": [],
                 "lost": 0,

@@ -38,7 +38,7 @@ class RecordingError(GuestioError):
     """A file holds no recording that can be read."""
 
 
-_FAULTS = (What.FAILED, What.REFUSED, What.QUEUE_BROKEN, What.ERROR)
+_FAULTS = (What.FAILED, What.REFUSED, What.FAULT, What.QUEUE_BROKEN, What.ERROR)
 
 
 class Recording:

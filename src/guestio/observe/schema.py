@@ -82,19 +82,24 @@ REQUEST_COLUMNS: Final = (
         "",
         "the last byte of what it gave to write, once it was served (payload headers or all)",
     ),
+    Column("command", pa.uint8(), "", "the opcode of an NVMe command; null of other requests"),
+    Column("namespace", pa.uint32(), "", "the namespace of an NVMe command"),
+    Column(
+        "code", pa.uint16(), "", "the status of an NVMe command: code, and its type from bit 8 on"
+    ),
     Column(
         "answer_hash",
         pa.uint64(),
         "",
-        "XXH64 with seed 0 of the bytes written, of the first MiB (payload headers or all)",
+        "XXH64 with seed 0 of the bytes written, of the first 8 MiB (payload headers or all)",
     ),
     Column(
         "content",
         pa.large_binary(),
         "",
-        "the first bytes it gave to read, when it was taken: 64 (payload headers) or a MiB (all)",
+        "the first bytes it gave to read, when it was taken: 64 (payload headers) or 8 MiB (all)",
     ),
-    Column("answer", pa.large_binary(), "", "the bytes written to it, up to a MiB (payload all)"),
+    Column("answer", pa.large_binary(), "", "the bytes written to it, up to 8 MiB (payload all)"),
     Column("read_pieces", PIECES, "byte", "the memory it gave to read (payload headers or all)"),
     Column("write_pieces", PIECES, "byte", "the memory it gave to write (payload headers or all)"),
 )

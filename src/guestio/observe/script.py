@@ -6,12 +6,14 @@ A :class:`Script` is made of a recording's tables once, and knows nothing of how
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from guestio.addr import ADDRESS_SPACE
-from guestio.budgets import RECORD_CONTENT_BYTES
 from guestio.errors import DeviceError
 from guestio.guest.dma import PAGE, Segment
 from guestio.trace import What
@@ -19,13 +21,12 @@ from guestio.virtio.device import VIRTIO_F_ACCESS_PLATFORM
 from guestio.virtio.layout import MAX_QUEUE_SIZE
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from guestio.observe.recording import Recording
 
 BLOCK: Final = 2
 """The type of a virtio-blk device (virtio 1.4, section 5.2)."""
 _ENTROPY: Final = 4
+_ALL_TIME: Final = (1 << 64) - 1
 _MOST_BYTES: Final = 1 << 32
 """Bytes of a request: the driver is told how many were written in 32 bits."""
 
@@ -45,7 +46,7 @@ class RecordedRequest:
     """A request as it was recorded.
 
     Attributes:
-        number: Which one of the recording it is, from 0, in the order in which they are repeated.
+        number: Which one of its script it is, from 0, in the order in which they are repeated.
         queue: Its queue.
         sequence: Which one of its queue it is.
         operation: ``read``, ``write``, ``flush`` or ``other``.
@@ -103,7 +104,7 @@ class Revocation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A recording, to be repeated.
+    """What one front-end of a recording did, to be repeated.
 
     Attributes:
         requests: In the order in which they are repeated: that in which they were taken.
@@ -111,7 +112,7 @@ class Script:
         by_end: Numbers of requests in the order of their ends.
         revocations: In the order of time.
         device_id: The type of device, or None.
-        features: The feature bits that were negotiated last.
+        features: The feature bits that it negotiated last.
         iommu: Whether an IOMMU was in front of the device.
         sizes: Entries of each queue that was used.
         left_out: How many requests are not repeated, by the reason.
@@ -144,8 +145,10 @@ class Script:
         return bisect_left(self.ends, time)
 
 
-def script_of(recording: Recording) -> Script:
-    """What a recording has to be replayed.
+def scripts_of(recording: Recording) -> list[Script]:
+    """What a recording has to be replayed: for each front-end that made requests, in their order.
+
+    What is not repeated at all is counted in the first one.
 
     Raises:
         NotReplayableError: It was recorded without the content of requests, or of another version;
@@ -168,7 +171,7 @@ def script_of(recording: Recording) -> Script:
         if lost := description.get("lost"):
             advice = f"{lost} records were lost, as the recorder got too little processor time"
         elif payload == "all":
-            advice = f"of a request, {RECORD_CONTENT_BYTES} bytes are recorded at most"
+            advice = f"of a request, {content_bytes(description)} bytes were recorded at most"
         raise NotReplayableError(
             f"{name} was recorded with --payload {payload}, which does not hold all of what "
             f"{len(short)} of its {total} requests gave to read (the first: request {first[1]} of "
@@ -179,19 +182,86 @@ def script_of(recording: Recording) -> Script:
             f"{name} has no request that can be replayed"
             + "".join(f"; {count} {why}" for why, count in left_out.items())
         )
-    peers = description.get("peers") or [{}]
-    features = peers[-1].get("feature_bits")
-    revocations, refusals = _translations(events)
-    iommu = bool(revocations or refusals) or _had_updates(events)
+    device_id = (description.get("device") or {}).get("device_id")
+    _note_refusals(requests, _changes(events, What.REFUSED))
+    _note_unrepeatable(requests, device_id)
+    found: list[Script] = []
+    for session in _sessions(events, description.get("peers") or []):
+        theirs = [each for each in requests if session.begin <= each.start < session.end]
+        if theirs:
+            script = _script(session, theirs, device_id, {} if found else left_out)
+            found.append(script)
+    return found
+
+
+def content_bytes(description: Mapping[str, Any]) -> int:
+    """Bytes of a request of which a recording has the content or the hash, each way."""
+    found: int = description.get("content_bytes", 1 << 20)
+    return found
+
+
+class _Session(NamedTuple):
+    """The time in which a front-end was connected.
+
+    Attributes:
+        begin: When it came.
+        end: When the next one came.
+        peer: What describes it; empty if nothing does.
+        features: Those that it negotiated last; of one whose features are not known, those of the
+            latest that are.
+        events: What happened meanwhile.
+    """
+
+    begin: int
+    end: int
+    peer: dict[str, Any]
+    features: int | None
+    events: pa.Table
+
+
+def _sessions(events: pa.Table, peers: list[dict[str, Any]]) -> Iterator[_Session]:
+    """The front-ends of a recording, one after the other."""
+    came = [(each["time"], each["detail"]) for each in _of_kind(
+        events, What.CONNECTED, ["time", "detail"]
+    )]  # fmt: skip
+    came.sort()
+    by_number = {each.get("number"): each for each in peers}
+    # One that was there when recording began has not come meanwhile.
+    new = {number for _, number in came}
+    first = [each.get("number") for each in peers if each.get("number") not in new]
+    came.insert(0, (0, first[-1] if first else None))
+    known = [each["feature_bits"] for each in peers if each.get("feature_bits") is not None]
+    times = events["time"]
+    for number, (begin, which) in enumerate(came):
+        end = came[number + 1][0] if number + 1 < len(came) else _ALL_TIME
+        peer = by_number.get(which, {})
+        features = peer.get("feature_bits")
+        if features is None and known:
+            features = known[-1]
+        between = pc.and_(
+            pc.greater_equal(times, pa.scalar(begin, times.type)),
+            pc.less(times, pa.scalar(end, times.type)),
+        )
+        yield _Session(begin, end, peer, features, events.filter(between))
+
+
+def _script(
+    session: _Session,
+    requests: list[RecordedRequest],
+    device_id: int | None,
+    left_out: dict[str, int],
+) -> Script:
+    """What is to be repeated of one front-end."""
+    events, features = session.events, session.features
+    revocations = _changes(events, What.INVALIDATE)
+    iommu = bool(revocations or _changes(events, What.REFUSED)) or _had_updates(events)
     if features is not None and not iommu:
         iommu = bool(features >> VIRTIO_F_ACCESS_PLATFORM & 1)
-    if iommu:
-        for request in requests:
+    for number, request in enumerate(requests):
+        request.number = number
+        if iommu:
             request.readable = _merged(request.readable)
             request.writable = _merged(request.writable)
-    device_id = (description.get("device") or {}).get("device_id")
-    _note_refusals(requests, refusals)
-    _note_unrepeatable(requests, device_id)
     order = sorted(range(len(requests)), key=lambda number: requests[number].end)
     return Script(
         requests=requests,
@@ -201,7 +271,7 @@ def script_of(recording: Recording) -> Script:
         device_id=device_id,
         features=features,
         iommu=iommu,
-        sizes=_sizes(events, peers, requests),
+        sizes=_sizes(events, session.peer, requests),
         left_out=left_out,
     )
 
@@ -260,8 +330,6 @@ def _requests(
             )
         )
     found.sort(key=lambda request: (request.start, request.queue, request.sequence))
-    for number, request in enumerate(found):
-        request.number = number
     return found, left_out, short
 
 
@@ -295,25 +363,19 @@ def _merged(segments: list[Segment]) -> list[Segment]:
 
 
 def _had_updates(events: pa.Table) -> bool:
-    import pyarrow.compute as pc
-
     return bool(pc.any(pc.equal(events["what"], int(What.UPDATE))).as_py())
 
 
 def _of_kind(events: pa.Table, what: What, columns: list[str]) -> list[dict[str, Any]]:
-    import pyarrow.compute as pc
-
     chosen = events.filter(pc.equal(events["what"], int(what))).select(columns)
     found: list[dict[str, Any]] = chosen.to_pylist()
     return found
 
 
-def _translations(events: pa.Table) -> tuple[list[Revocation], list[Revocation]]:
-    """What was revoked, and what was refused."""
+def _changes(events: pa.Table, what: What) -> list[Revocation]:
+    """What was revoked, or refused."""
     columns = ["time", "address", "length"]
-    revoked = [Revocation(**each) for each in _of_kind(events, What.INVALIDATE, columns)]
-    refused = [Revocation(**each) for each in _of_kind(events, What.REFUSED, columns)]
-    return sorted(revoked), sorted(refused)
+    return sorted(Revocation(**each) for each in _of_kind(events, what, columns))
 
 
 def _note_refusals(requests: list[RecordedRequest], refusals: list[Revocation]) -> None:
@@ -370,10 +432,10 @@ def _note_unrepeatable(requests: list[RecordedRequest], device_id: int | None) -
 
 
 def _sizes(
-    events: pa.Table, peers: list[dict[str, Any]], requests: list[RecordedRequest]
+    events: pa.Table, peer: dict[str, Any], requests: list[RecordedRequest]
 ) -> dict[int, int]:
     """The largest size of each queue that has requests."""
-    seen = [(each["index"], each["size"]) for peer in peers for each in peer.get("queues") or ()]
+    seen = [(each["index"], each["size"]) for each in peer.get("queues") or ()]
     started = _of_kind(events, What.QUEUE_STARTED, ["queue", "length"])
     seen += [(each["queue"], each["length"]) for each in started]
     used = {request.queue for request in requests}

@@ -10,7 +10,7 @@ import socket
 from guestio.addr import check_int, check_seconds
 from guestio.budgets import DMA_REVOKE_AFTER, LONGEST_TIMEOUT, MAX_WAITING
 from guestio.control import schema
-from guestio.control.explain import check_explained, explain_range
+from guestio.control.explain import check_explained, explain_endpoint, explain_range
 from guestio.control.status import FAULTS, Seen, Source, budget, host_queues, rules_of
 from guestio.control.survey import check_surveyed, survey_memory
 from guestio.control.watched import WatchedServer
@@ -151,9 +151,14 @@ class Server(WatchedServer):
             rules=rules_of(self),
         )
 
-    def explain(self, address: int, length: int = 1) -> schema.Explanation:
+    def explain(
+        self, address: int, length: int = 1, *, endpoint: int | None = None
+    ) -> schema.Explanation:
         """See :class:`~guestio.control.watched.WatchedServer`."""
         check_explained(address, length)
+        if endpoint is not None:
+            device = None if self.device.virtio is None else self.device.virtio.device
+            return explain_endpoint(device, endpoint, address, length)
         connection = self._connection
         if isinstance(connection, Connection) and not connection.closed:
             return connection.explain(address, length)

@@ -11,7 +11,7 @@ from typing import Literal
 from guestio.addr import check_int, check_seconds
 from guestio.budgets import LONGEST_TIMEOUT, MAX_WAITING, STOP_TIMEOUT
 from guestio.control import schema
-from guestio.control.explain import check_explained, explain_range
+from guestio.control.explain import check_explained, explain_endpoint, explain_range
 from guestio.control.status import FAULTS, Seen, Source, budget, host_queues, rules_of
 from guestio.control.survey import check_surveyed, survey_memory
 from guestio.control.watched import WatchedServer
@@ -186,9 +186,13 @@ class Backend(WatchedServer):
             rules=rules_of(self),
         )
 
-    def explain(self, address: int, length: int = 1) -> schema.Explanation:
+    def explain(
+        self, address: int, length: int = 1, *, endpoint: int | None = None
+    ) -> schema.Explanation:
         """See :class:`~guestio.control.watched.WatchedServer`."""
         check_explained(address, length)
+        if endpoint is not None:
+            return explain_endpoint(self.device, endpoint, address, length)
         connection = self._connection
         if isinstance(connection, Connection) and not connection.closed:
             return connection.explain(address, length)

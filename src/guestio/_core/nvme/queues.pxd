@@ -72,6 +72,8 @@ cdef class NvmeQueues(Doorbell):
     cdef Misses failed
     cdef public bint fast        # whether reads and writes are served here
     cdef public bint write_through
+    cdef public u32 origin       # the server's number in records of tracepoints
+    cdef dict traced             # what is known of commands whose taking was traced, by queue and id
     cdef readonly u64 commands
     cdef readonly u64 served
     cdef readonly u64 reads
@@ -96,6 +98,9 @@ cdef class NvmeQueues(Doorbell):
     cdef bint fetch(self, u64 addr, u8 *buffer, u64 length, bint may_ask) except -1
     cdef bint store(self, u64 addr, const u8 *buffer, u64 length, bint in_two) except -1
     cdef int put(self, u32 target, u64 addr, const u8 *entry) except -1
+    cdef int trace_taken(self, u32 number, const u8 *entry, u32 position, u64 found) except -1
+    cdef int trace_interrupt(self, u32 number) except -1
+    cdef int trace_completed(self, u32 number, u32 cid, u32 status, bint traced) except -1
     cdef int post(self, u32 number, u32 cid, u32 status, u32 result) except -1
     cdef int signal(self) except -1
     cdef u32 room(self, u32 number) noexcept

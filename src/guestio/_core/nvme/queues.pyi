@@ -17,6 +17,7 @@ class Namespace:
 class NvmeQueues(Doorbell):
     fast: bool
     write_through: bool
+    origin: int
     def __init__(
         self,
         memory: GuestMemory,

@@ -2,9 +2,10 @@
 
 The queues are a doorbell: a transport rings them for what a driver wrote, and has them serve what
 was rung for. Submission entries are fetched in batches; plain reads and writes are served here,
-straight between the image and guest memory, and completed; one interrupt follows a batch. What is not plain (other commands, bad fields, memory that
-is not mapped or not shared, data that has to be waited for, an image that fails) is left to the
-controller, which finds out what is wrong with it and completes it.
+straight between the image and guest memory, and completed; one interrupt follows a batch. What is
+not plain (other commands, bad fields, memory that is not mapped or not shared, data that has to be
+waited for, an image that fails) is left to the controller, which finds out what is wrong with it
+and completes it.
 
 While the function is not bus master the queues are idle (section 2.1.2, CMD.BME): what is rung is
 fetched, and what has completed is posted, once it is again.
@@ -26,6 +27,10 @@ from guestio._core.base.checks cimport as_address, as_size
 from guestio._core.base.clock cimport now_ns
 from guestio._core.base.syscalls cimport notify
 from guestio._core.memory.image cimport MOVED, Move
+from guestio._core.trace.tracepoints cimport (
+    REQUESTS, TraceRecord, WHAT_COMPLETED, WHAT_FAILED, WHAT_INTERRUPT, WHAT_TAKEN, trace,
+    trace_record, tracing,
+)
 
 from guestio.errors import AccessError
 
@@ -43,8 +48,14 @@ cdef extern from * nogil:
     void NVME_FENCE()
 
 cdef enum:
+    OP_FLUSH = 0
     OP_WRITE = 1
     OP_READ = 2
+    KIND_OTHER = 0           # as tracepoints number them
+    KIND_READ = 1
+    KIND_WRITE = 2
+    KIND_FLUSH = 3
+    TRACED_COMMAND = 1 << 15 # in what is traced of a completion: it was a command of this kind
     FAULTS_KEPT = 16         # wrong doorbells of a turn that are told one by one
     PLAIN_FLAGS = 0x40       # PSDT 0 or 1: PRPs, or an SGL; nothing else
     BIT_FUA = 1 << 30
@@ -107,6 +118,7 @@ cdef class NvmeQueues(Doorbell):
         fast: Whether reads and writes are served here at all.
         write_through: Whether writes are left to the controller, which flushes them.
         commands: Commands fetched.
+        origin: The server's number in records of tracepoints.
         served: Those of them that were served here.
         reads: Reads served here.
         writes: Writes served here.
@@ -128,6 +140,7 @@ cdef class NvmeQueues(Doorbell):
         self.turn_bytes = as_size(turn_bytes, "turn_bytes")
         self.turn_ns = <u64>(turn_seconds * 1e9)
         self.namespaces = []
+        self.traced = {}
         self.set_calls(())
         self.scratch, self.data, self.failed = IoVector(), IoVector(), Misses()
 
@@ -144,6 +157,7 @@ cdef class NvmeQueues(Doorbell):
         self.interrupt_mask = 0
         self.faults.clear()
         self.held.clear()
+        self.traced.clear()
         # They refer to the memory that they were last filled from, which may go now.
         self.scratch.close()
         self.data.close()
@@ -190,6 +204,8 @@ cdef class NvmeQueues(Doorbell):
             self.cq[sq.completions].users -= 1
             self.cq[sq.completions].blocked &= ~(<u64>1 << index)
             self.ready &= ~(<u64>1 << index)
+            if self.traced:
+                self.traced = {key: was for key, was in self.traced.items() if key >> 16 != index}
 
     def stop_submission_queue(self, number):
         """Fetch nothing more from a submission queue, which is to be deleted."""
@@ -452,6 +468,7 @@ cdef class NvmeQueues(Doorbell):
         cdef Completion *cq = &self.cq[sq.completions]
         cdef u64 generation = self.generation
         cdef u32 count, free, i, cid
+        cdef u64 found = 0
         cdef bint served
         cdef const u8 *entry
         cdef bint shadowed = number and self.shadow
@@ -481,6 +498,8 @@ cdef class NvmeQueues(Doorbell):
             if generation == self.generation and self.memory._enabled:
                 self.break_down(f"submission queue {number}")
             return 0
+        if tracing & REQUESTS:
+            found = now_ns()
         for i in range(count):
             if generation != self.generation or self.broken or not sq.live:
                 return 0
@@ -488,6 +507,8 @@ cdef class NvmeQueues(Doorbell):
                 # The queue was stopped meanwhile.
                 break
             entry = self.entries + i * ENTRY
+            if tracing & REQUESTS:
+                self.trace_taken(number, entry, sq.head, found)
             sq.head = (sq.head + 1) % sq.size
             sq.outstanding += 1
             cq.outstanding += 1
@@ -721,7 +742,54 @@ cdef class NvmeQueues(Doorbell):
             cq.tail, cq.phase = 0, cq.phase ^ 1
         sq.outstanding -= 1
         cq.outstanding -= 1
+        if tracing & REQUESTS or self.traced:
+            self.trace_completed(number, cid & 0xFFFF, status, tracing & REQUESTS)
         return self.put(target, addr, <u8 *>words)
+
+    cdef int trace_taken(self, u32 number, const u8 *entry, u32 position, u64 found) except -1:
+        """Trace that a command was fetched, and note what its completion is to say."""
+        cdef TraceRecord record = trace_record(WHAT_TAKEN, self.origin)
+        cdef u8 opcode = entry[0]
+        cdef u32 nsid = word(entry + 4), cid = word(entry) >> 16
+        cdef u64 block = quad(entry + 40), length = 0, offset = 0, shift
+        cdef int kind = KIND_OTHER
+        if number:
+            kind = {OP_READ: KIND_READ, OP_WRITE: KIND_WRITE, OP_FLUSH: KIND_FLUSH}.get(
+                opcode, KIND_OTHER
+            )
+        if (kind == KIND_READ or kind == KIND_WRITE) and 0 < nsid <= <u32>len(self.namespaces):
+            shift = (<Namespace>self.namespaces[nsid - 1]).shift
+            length = (<u64>(word(entry + 48) & 0xFFFF) + 1) << shift
+            # One that lies beyond all disks is refused; it has no place.
+            offset = block << shift if block <= <u64>-1 >> shift else <u64>-1
+        record.queue, record.head, record.since, record.result = number, cid, found, position
+        record.address = quad(entry + 24)
+        if kind == KIND_WRITE:
+            record.length = length
+        elif kind == KIND_READ:
+            record.detail = length
+        self.traced[number << 16 | cid] = (found, kind, offset, length, opcode, nsid)
+        trace(&record)
+        return 0
+
+    cdef int trace_completed(self, u32 number, u32 cid, u32 status, bint traced) except -1:
+        """Trace that a command was completed, if that is wanted; what was noted of it goes."""
+        cdef TraceRecord record = trace_record(WHAT_COMPLETED, self.origin)
+        known = self.traced.pop(number << 16 | cid, None)
+        if not traced:
+            return 0
+        record.queue, record.head = number, cid
+        if known is not None:
+            record.since, kind, record.detail, length, opcode, nsid = known
+            record.access = kind
+            record.length = length if kind == KIND_READ and not status else 0
+            record.result = <u64>nsid << 32 | opcode << 16 | TRACED_COMMAND | (status & 0x7FFF)
+        if status & 0x7FF:
+            record.what = WHAT_FAILED
+            trace(&record)
+            record.what, record.time = WHAT_COMPLETED, 0
+        trace(&record)
+        return 0
 
     cdef int put(self, u32 target, u64 addr, const u8 *entry) except -1:
         """Write an entry of a completion queue to the driver's memory."""
@@ -737,6 +805,12 @@ cdef class NvmeQueues(Doorbell):
                 self.held.append(
                     (target, addr, PyBytes_FromStringAndSize(<const char *>entry, COMPLETION))
                 )
+        return 0
+
+    cdef int trace_interrupt(self, u32 number) except -1:
+        cdef TraceRecord record = trace_record(WHAT_INTERRUPT, self.origin)
+        record.queue, record.detail = number, self.cq[number].tail
+        trace(&record)
         return 0
 
     cdef int signal(self) except -1:
@@ -756,6 +830,8 @@ cdef class NvmeQueues(Doorbell):
                             notify(self.call[vector])
                     else:
                         self.interrupt(vector)
+                    if tracing & REQUESTS:
+                        self.trace_interrupt(i)
             due >>= 1
         return 0
 

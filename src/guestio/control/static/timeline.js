@@ -15,7 +15,7 @@ const OPERATIONS = ["other", "read", "write", "flush"];
 const COLORS = ["other", "read", "write", "mixed"];
 const MARKS = {
   miss: "\u25BC", update: "\u25B2", invalidate: "\u2715", refused: "!", evicted: "\u2193",
-  dma_map: "\u25B2", dma_unmap: "\u2715", stalled: "\u25A0", failed: "!",
+  dma_map: "\u25B2", dma_unmap: "\u2715", domain_map: "\u25B2", domain_unmap: "\u2715", fault: "!", stalled: "\u25A0", failed: "!",
 };
 
 export class Timeline {
@@ -179,11 +179,11 @@ export class Timeline {
     context.fillStyle = named("quiet");
     context.fillText("translations", 0, 22);
     // What concerns translations is one lane, as it belongs to no queue.
-    const marked = { miss: "other", update: "both", invalidate: "mixed", refused: "bad", evicted: "warn", dma_map: "both", dma_unmap: "mixed" };
+    const marked = { miss: "other", update: "both", invalidate: "mixed", refused: "bad", evicted: "warn", dma_map: "both", dma_unmap: "mixed", domain_map: "both", domain_unmap: "mixed", fault: "bad" };
     let marks = 0;
     for (const event of this.events) {
       if (event.time_s < first || !(event.what in marked)) continue;
-      const row = { miss: 12, update: 22, dma_map: 22 }[event.what] ?? 33;
+      const row = { miss: 12, update: 22, dma_map: 22, domain_map: 22 }[event.what] ?? 33;
       context.fillStyle = named(marked[event.what]);
       if (event.what === "update" && event.took_s) {
         context.globalAlpha = 0.35;

@@ -13,7 +13,7 @@ from typing import Final, Literal, get_args
 
 from guestio.budgets import MAX_WAITING, PROXY_LOOK
 from guestio.control import schema
-from guestio.control.explain import check_explained, explain_range
+from guestio.control.explain import check_explained, explain_endpoint, explain_range
 from guestio.control.status import Seen, Source, budget, queue_status, rules_of
 from guestio.control.survey import check_surveyed, survey_memory
 from guestio.control.watched import WatchedServer
@@ -394,9 +394,13 @@ class Proxy(WatchedServer):
         status["device"]["device_id"] = self.device_id or None
         return status
 
-    def explain(self, address: int, length: int = 1) -> schema.Explanation:
+    def explain(
+        self, address: int, length: int = 1, *, endpoint: int | None = None
+    ) -> schema.Explanation:
         """See :class:`~guestio.control.watched.WatchedServer`."""
         check_explained(address, length)
+        if endpoint is not None:
+            return explain_endpoint(None, endpoint, address, length)
         connection = self._connection
         if isinstance(connection, ProxyConnection) and not connection.closed:
             return connection.explain(address, length)

@@ -14,7 +14,8 @@ local WHAT = {
   [6] = "interrupt", [7] = "failed", [8] = "buffer",
   [9] = "lacking", [10] = "content", [11] = "data",
   [16] = "miss", [17] = "update", [18] = "invalidate", [19] = "refused", [20] = "evicted",
-  [21] = "dma_map", [22] = "dma_unmap",
+  [21] = "dma_map", [22] = "dma_unmap", [23] = "domain_map", [24] = "domain_unmap",
+  [25] = "attached", [26] = "fault",
   [32] = "region_added", [33] = "region_removed", [34] = "harvest", [35] = "message",
   [36] = "connected", [37] = "disconnected", [38] = "queue_started", [39] = "queue_stopped",
   [40] = "queue_broken", [41] = "reset", [42] = "error",
@@ -26,7 +27,7 @@ local BLK_TYPE = {
 }
 local BLK_STATUS = { [0] = "ok", [1] = "I/O error", [2] = "unsupported" }
 -- Kinds that say that something went wrong.
-local BAD = { [7] = true, [19] = true, [40] = true, [42] = true }
+local BAD = { [7] = true, [19] = true, [26] = true, [40] = true, [42] = true }
 local NO_QUEUE, NO_HEAD = 0xffff, 0xffffffff
 local HEAD, RECORD = 8, 64
 

@@ -171,6 +171,7 @@ class NvmeController(PciDevice):
             turn_bytes=NVME_TURN_BYTES,
             turn_seconds=NVME_TURN_SECONDS,
         )
+        self._queues.origin = host.origin
         self._queues.set_namespaces(each.core for each in self.namespaces)
         self._logs = Logs(self._queues)
         self._io = IoCommands(

@@ -34,6 +34,7 @@ from guestio.iommu.events import Event
 from guestio.memory import GuestRegionCollection
 from guestio.memory.followed import Follower
 from guestio.ratelog import LOG
+from guestio.trace import What, event
 from guestio.virtio import saved
 from guestio.virtio.device import Device, DeviceId
 from guestio.virtio.iommu import snapshot, wire
@@ -130,6 +131,8 @@ class VirtioIommu(Device):
     device_id = DeviceId.IOMMU
     num_queues = 2
     device_queues = (EVENT_QUEUE,)
+    origin = 0
+    """The number of its server in records of tracepoints; 0 while it has none."""
 
     def __init__(
         self,
@@ -260,6 +263,7 @@ class VirtioIommu(Device):
 
     def attached(self, host: DeviceHost) -> None:
         """See :class:`Device`. Fault records go to the driver of the last host from now on."""
+        self.origin = host.origin
         self._server.use(host.call_soon_threadsafe)
         FaultReporter(self._faults, host.queue(EVENT_QUEUE))
 
@@ -463,6 +467,15 @@ class VirtioIommu(Device):
             raise TypeError(f"record must be a FaultRecord, not {type(record).__name__}")
         if record.endpoint in self._state.endpoints:
             self._faults.add(record)
+            event(
+                What.FAULT,
+                origin=self.origin,
+                address=record.address,
+                length=1,
+                detail=int(record.reason),
+                access=record.flags & (wire.FAULT_F_READ | wire.FAULT_F_WRITE),
+                result=record.endpoint,
+            )
 
     def fault_stats(self, endpoint: int) -> FaultStats:
         """What became of an endpoint's faults."""

@@ -191,7 +191,13 @@ class EndpointMemory(IommuMemory):
 
 
 class Owner(Protocol):
-    """What an endpoint asks of its device."""
+    """What an endpoint asks of its device.
+
+    Attributes:
+        origin: The number of the server in records of tracepoints; 0 without one.
+    """
+
+    origin: int
 
     def report(self, record: FaultRecord) -> None:
         """Have a fault reported."""

@@ -27,6 +27,7 @@ from guestio.iommu.events import Event
 from guestio.iommu.mapper import BasicMemoryMapper
 from guestio.memory.followed import Follower
 from guestio.ratelog import LOG
+from guestio.trace import What, event
 from guestio.virtio.iommu import wire
 from guestio.virtio.iommu.requests import Keys, Steps
 from guestio.virtio.iommu.space import Endpoint, Owner, ReservedRegion, Space
@@ -205,6 +206,15 @@ class State:
                 target.add(target.entries((start, size, phys, prot), registers), journal)
         space.add(start, size, phys, prot, registers=registers)
         self.count(space.weight)
+        event(
+            What.DOMAIN_MAP,
+            origin=self._owner.origin,
+            address=start,
+            length=min(size, ADDRESS_SPACE - 1),
+            detail=phys,
+            access=int(prot),
+            result=request.domain,
+        )
         yield from ()
 
     def _unmap(self, request: wire.Unmap) -> Waits:
@@ -226,6 +236,14 @@ class State:
         before = len(space.mapper)
         users = space._remove(start, size)
         self.count((len(space.mapper) - before) * space.weight)
+        event(
+            What.DOMAIN_UNMAP,
+            origin=self._owner.origin,
+            address=start,
+            length=min(size, ADDRESS_SPACE - 1),
+            detail=before - len(space.mapper),
+            result=request.domain,
+        )
         waits = space.mapper.pending_faults()
         for seen in users:
             waits += _draining(seen, start, size)
@@ -289,6 +307,12 @@ class State:
             space.enter(endpoint)
             for target in endpoint.targets:
                 target.attached += (space.id is not None) - (old.id is not None)
+        event(
+            What.ATTACHED,
+            origin=self._owner.origin,
+            detail=endpoint.id,
+            result=-1 if space.id is None else space.id,
+        )
         self._drop_empty(old)
         moved = [session.move(space.mapper) for session in endpoint.sessions]
         waits = [event for event in moved if event is not None]
