@@ -204,7 +204,7 @@ def test_front_ends_that_came_one_after_the_other(tmp_path: Path) -> None:
     device = BlockDevice(image, num_queues=2)
     plans = [
         LoadPlan(workload="randrw", depth=4, iommu="off"),
-        LoadPlan(workload="randrw", depth=8, queues=2, iommu="strict", entries=64),
+        LoadPlan(workload="randrw", depth=8, queues=2, iommu="strict", queue_size=64),
         LoadPlan(workload="write", depth=1, iommu="static"),
     ]
     with Serving(device, tmp_path / "s") as served:
@@ -252,7 +252,7 @@ def test_requests_of_megabytes(tmp_path: Path) -> None:
     device = BlockDevice(image)
     with Serving(device, tmp_path / "s") as served:
         recorder = Recorder(served.backend, tmp_path / "recording", payload="all")
-        with recorder, ScriptedGuest(str(served.path), iommu="off") as guest:
+        with recorder, ScriptedGuest(str(served.path), contiguous=True) as guest:
             guest.write(8, os.urandom(5 << 20))
             time.sleep(0.5)
             guest.read(1, 8 << 20)
