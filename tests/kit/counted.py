@@ -206,6 +206,7 @@ class WatchedDisk:
         from guestio.observe import open_recording
 
         with open_recording(self._directory / "recording") as recording:
+            assert recording.description["ended"] is None
             assert recording.description["lost"] == 0
             assert recording.description["incomplete"] == 0
             counts = recording.description["counts"]
@@ -279,6 +280,7 @@ def watched(directory: Path, browser: Browser, image: Path, *options: str) -> It
         )
         undo.callback(_end, served)
         until(lambda: "listening on" in (directory / "log").read_text() or served.poll())
+        assert served.poll() is None, (directory / "log").read_text()
         inspect = subprocess.Popen(
             [*GUESTIO, "inspect", control], stdout=subprocess.PIPE, text=True
         )

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-EVENTS = ("vhost_iotlb_miss", "vhost_dev_start", "vhost_user_write", "virtio_iommu_report_fault")
-"""What is traced: QEMU's option ``-trace`` for each, and ``-D`` for the file."""
+EVENTS = (
+    *("vhost_iotlb_miss", "vhost_dev_start", "vhost_user_write"),
+    *("virtio_iommu_translate", "virtio_iommu_report_fault"),
+)
+"""What is traced."""
+
+
+def trace_arguments(trace: Path) -> list[str]:
+    """QEMU's arguments for a trace in a file, whose lines name their threads."""
+    chosen = [word for event in EVENTS for word in ("-trace", event)]
+    return ["-D", str(trace), "-msg", "timestamp=on", *chosen]
+
 
 IOTLB_MSG = 22
 """The request that carries updates and invalidations (VHOST_USER_IOTLB_MSG)."""
@@ -19,7 +30,9 @@ class QemuCounts(NamedTuple):
 
     Attributes:
         misses: Translations that the back-end asked for.
-        untranslated: Those of them for which there was none.
+        untranslated: Those of them for which there was none, nor had ever been.
+        too_late: Those of them for which there was none any more: the back-end asked once more,
+            since the answer was long in coming, and the guest had revoked it meanwhile.
         pushed: Translations that QEMU looked up without being asked: of used rings, at each start.
         updates: Translations that it told the back-end.
         invalidations: Translations that it revoked.
@@ -28,10 +41,20 @@ class QemuCounts(NamedTuple):
 
     misses: int
     untranslated: int
+    too_late: int
     pushed: int
     updates: int
     invalidations: int
     faults: int
+
+
+@dataclass
+class _Lookup:
+    """A translation that is being looked up."""
+
+    asked: bool
+    page: int | None = None
+    told: bool = False
 
 
 def qemu_counts(trace: Path, queues: int, *, start_fails: bool) -> QemuCounts:
@@ -48,19 +71,24 @@ def qemu_counts(trace: Path, queues: int, *, start_fails: bool) -> QemuCounts:
             QEMU 9 and newer.
     """
     found: Counter[str] = Counter()
-    under_way: list[tuple[bool, bool]] = []
-    """Of each lookup: whether it was asked for, and whether its update was written."""
+    under_way: list[_Lookup] = []
     to_push: Counter[str] = Counter()
     """Used rings that a thread is still to look up."""
-    lines = re.findall(r"^(\d+)@[\d.]+:(\w+) (.*)$", trace.read_text(), re.MULTILINE)
-    for thread, event, rest in lines:
+    translated: set[int | None] = set()
+    pattern = r"^(?:(\d+)@\S+?:)?(vhost_\w+|virtio_iommu_\w+) (.*)$"
+    for thread, event, rest in re.findall(pattern, trace.read_text(), re.MULTILINE):
         if event == "vhost_dev_start":
             to_push[thread] = queues
         elif event == "virtio_iommu_report_fault":
             found["faults"] += 1
+        elif event == "virtio_iommu_translate":
+            if under_way and under_way[-1].page is None:
+                address = re.search(r"addr=(0x[0-9a-f]+)", rest)
+                assert address is not None, rest
+                under_way[-1].page = int(address[1], 16) & ~4095
         elif event == "vhost_user_write" and rest.startswith(f"req:{IOTLB_MSG} "):
-            if under_way and not under_way[-1][1]:
-                under_way[-1] = under_way[-1][0], True
+            if under_way and not under_way[-1].told:
+                under_way[-1].told = True
                 found["updates"] += 1
             else:
                 found["invalidations"] += 1
@@ -68,11 +96,14 @@ def qemu_counts(trace: Path, queues: int, *, start_fails: bool) -> QemuCounts:
             asked = bool(under_way) or not to_push[thread]
             to_push[thread] -= not asked
             found["misses" if asked else "pushed"] += 1
-            under_way.append((asked, False))
+            under_way.append(_Lookup(asked))
         elif event == "vhost_iotlb_miss":
-            asked, told = under_way.pop()
-            found["untranslated"] += asked and not told
-            if start_fails and not asked and not told:
+            over = under_way.pop()
+            if over.told:
+                translated.add(over.page)
+            elif over.asked:
+                found["too_late" if over.page in translated else "untranslated"] += 1
+            elif start_fails:
                 to_push[thread] = 0
     assert not under_way, "a lookup has no end"
     return QemuCounts(*(found[name] for name in QemuCounts._fields))

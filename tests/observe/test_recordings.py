@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from guestio.budgets import CONTROL_STREAMS
+from guestio.control import guard
 from guestio.control.client import ControlClient
 from guestio.control.server import RECORDED
 from guestio.errors import DeviceError
@@ -216,3 +217,24 @@ def test_streams_for_recorders_are_limited_and_for_nobody_else(tmp_path: Path) -
 )
 def test_the_hash_is_xxh64(data: bytes, expected: int) -> None:
     assert xxh64(data) == expected
+
+
+def test_a_recording_lasts_longer_than_a_request_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recorder's request is answered as long as it records; a client that stalls is cut."""
+    monkeypatch.setattr(guard, "CONTROL_REQUEST_SECONDS", 0.4)
+    monkeypatch.setattr(guard, "LOOK_SECONDS", 0.1)
+    (tmp_path / "image").write_bytes(bytes(1 << 20))
+    device = BlockDevice(tmp_path / "image")
+    control = tmp_path / "control"
+    with Serving(device, tmp_path / "s", control=control) as served:
+        recorder = Recorder(control, tmp_path / "recording")
+        assert not recorder.ending.done()
+        time.sleep(2)
+        with Load(str(served.path), LoadPlan(workload="randread", depth=2)) as load:
+            load.run_requests(50)
+        time.sleep(0.3)
+        assert recorder.close()["rows"]["requests"] == 50
+        assert recorder.ended is None
+    device.close()

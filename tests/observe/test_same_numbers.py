@@ -29,7 +29,7 @@ def test_all_tools_show_what_the_load_generator_counts(browser: Browser, tmp_pat
     image = tmp_path / "image"
     image.write_bytes(os.urandom(SIZE))
     plan = LoadPlan(workload="randrw", depth=8, queues=2, iommu="strict")
-    with watched(tmp_path, browser, image, "--queues", "2") as disk:
+    with watched(tmp_path, browser, image, "--num-queues", "2") as disk:
         with Load(disk.socket, plan) as load:
             # The translations of its rings are requested when a queue starts.
             load.run_requests(WARM_UP)

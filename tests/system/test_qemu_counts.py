@@ -17,7 +17,7 @@ from lab.nvme import build_load
 from lab.qemu import new_qemu
 from tests.kit.browser import Browser, open_browser
 from tests.kit.counted import check_equal, table, watched
-from tests.kit.qemu_trace import EVENTS, qemu_counts
+from tests.kit.qemu_trace import qemu_counts, trace_arguments
 from tests.kit.serving import until
 
 SIZE = 16 * MIB
@@ -48,8 +48,7 @@ def test_all_tools_show_what_qemu_and_the_guest_count(
     image.write_bytes(os.urandom(SIZE))
     if newest:
         monkeypatch.setenv("GUESTIO_LAB_QEMU", str(new_qemu()))
-    traced = [word for event in EVENTS for word in ("-trace", event)]
-    with watched(tmp_path, browser, image, "--queues", str(QUEUES)) as disk:
+    with watched(tmp_path, browser, image, "--num-queues", str(QUEUES)) as disk:
         disk.record()
         guest = Guest(
             disks=[VhostUserDisk(disk.socket, QUEUES)],
@@ -60,7 +59,7 @@ def test_all_tools_show_what_qemu_and_the_guest_count(
                 "/lab/files/disk_load": build_load(tmp_path),
                 "/lab/files/nowhere": build_nowhere(tmp_path),
             },
-            qemu_args=["-D", str(trace), *traced],
+            qemu_args=trace_arguments(trace),
             timeout=600.0,
         )
         result = guest.run(tmp_path / "guest").check()

@@ -9,6 +9,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from guestio.budgets import CONTROL_CONNECTIONS, CONTROL_REQUEST_SECONDS
 
+STREAMS = frozenset({"/events", "/record"})
+"""What is answered by a stream."""
+
 LOOK_SECONDS = 0.5
 """Seconds between looks at a connection."""
 
@@ -17,7 +20,7 @@ class GuardedProtocol(H11Protocol):
     """HTTP/1.1 as uvicorn speaks it, with limits on time and on the number of connections.
 
     A client has CONTROL_REQUEST_SECONDS for each step: to send a whole request, to be answered,
-    and to take what it is sent. A stream of events lasts as long as it is taken.
+    and to take what it is sent. A stream of events or statuses lasts as long as it is taken.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
@@ -43,9 +46,9 @@ class GuardedProtocol(H11Protocol):
 
     @property
     def streaming(self) -> bool:
-        """Whether events are sent."""
+        """Whether an answer is sent that goes on as long as it is taken."""
         cycle = self.cycle
-        return cycle is not None and not cycle.response_complete and self.scope["path"] == "/events"
+        return cycle is not None and not cycle.response_complete and self.scope["path"] in STREAMS
 
     def _look(self) -> None:
         """End the connection if its client has had enough time."""

@@ -89,7 +89,7 @@ def families(status: Status) -> Iterator[Metric]:
     memory = sum(region["length_bytes"] for region in status["memory"])
     yield _gauge("guestio_memory_bytes", "Memory that the peer shares.", memory)
     yield _gauge("guestio_memory_regions", "Pieces of it.", len(status["memory"]))
-    yield _gauge("guestio_dirty_page_count", "Pages written, if counted.", status["dirty"]["pages"])
+    yield _gauge("guestio_written_pages", "Pages written, if counted.", status["dirty"]["pages"])
     used = GaugeMetricFamily(
         "guestio_budget_used", "How much of a limit is used.", labels=["budget"]
     )

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from guestio.control.schema import Status
 
 
+QUIET_SECONDS: Final = 60.0
+"""Seconds that a server may say nothing: its control thread may get no processor for long, or the
+process be stopped, and go on. One that has ended is noticed at once."""
+
 REFRESH_SECONDS: Final = 1.0
 """Seconds that a status may take."""
 
@@ -46,7 +50,9 @@ class ControlSource:
         self._lost = self._unheld = 0
         self._lock = threading.Lock()
         self._latest: Status | None = None
-        self._stream = ControlClient(path).stream(f"/record?payload={payload}")
+        self._stream = ControlClient(path, timeout=QUIET_SECONDS).stream(
+            f"/record?payload={payload}"
+        )
         self._reader: TraceReader | None = None
         try:
             status = self._next()
