@@ -208,7 +208,6 @@ class WatchedDisk:
         with open_recording(self._directory / "recording") as recording:
             assert recording.description["ended"] is None
             assert recording.description["lost"] == 0
-            assert recording.description["incomplete"] == 0
             counts = recording.description["counts"]
             requests = recording.requests()
             faults = Counter(recording.faults()["what"].to_pylist())
