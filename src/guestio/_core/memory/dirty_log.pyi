@@ -6,19 +6,45 @@ from guestio._core.memory.mapping import HostMapping
 
 @disjoint_base
 class DirtyLog:
-    def use(self, mapping: HostMapping, offset: int, size: int) -> None: ...
-    def clear(self) -> None: ...
+    def use(self, mapping: HostMapping, offset: int, size: int) -> None:
+        """Mark in other memory from now on; once this returns the memory of before is not touched.
+
+        Args:
+            mapping: The memory, which cannot be closed until it is replaced or :meth:`clear` is
+                called.
+            offset: Where in the mapping the log begins, in bytes. It need not be aligned.
+            size: Bytes, greater than 0; nothing is marked outside.
+
+        Raises:
+            ValueError: The log leaves the mapping, or that is closed or read-only.
+        """
+    def clear(self) -> None:
+        """Be without memory. Logging stays on if it was."""
     @property
-    def enabled(self) -> bool: ...
+    def enabled(self) -> bool:
+        """Whether writes are marked."""
     @enabled.setter
-    def enabled(self, value: bool) -> None: ...
+    def enabled(self, value: bool) -> None:
+        """Whether writes are marked."""
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Bytes of the log; 0 without memory."""
     @property
     def lost(self) -> int: ...
     @lost.setter
     def lost(self, value: int) -> None: ...
     @property
-    def vanished(self) -> bool: ...
-    def mark(self, start: int, length: int) -> None: ...
-    def take(self) -> npt.NDArray[np.uint64]: ...
+    def vanished(self) -> bool:
+        """Whether the memory was found to be truncated: what was marked there is lost."""
+    def mark(self, start: int, length: int) -> None:
+        """Mark every page that a range of addresses touches, if logging is on. O(pages / 8)."""
+    def take(self) -> npt.NDArray[np.uint64]:
+        """The pages that are marked, ascending, which are not marked any more.
+
+        A page that is written meanwhile is told by this call or the next, never by none.
+
+        Returns:
+            A ``uint64`` array of page numbers.
+
+        Cost: O(pages / 64 + pages found) at memory speed; the GIL is released.
+        """

@@ -7,6 +7,11 @@ from guestio.addr import IovaRange
 
 @disjoint_base
 class RingAreas:
+    """Descriptors, what the driver writes for the device, and what the device writes for the driver.
+
+    Attributes:
+        broken: What the driver did wrong, or None.
+    """
     def __new__(
         cls,
         space: AddressSpace,
@@ -32,5 +37,7 @@ class RingAreas:
     def event_idx(self) -> bool: ...
     @property
     def broken(self) -> str | None: ...
-    def missing(self) -> list[tuple[IovaRange, int]]: ...
-    def rebind(self, space: AddressSpace) -> None: ...
+    def missing(self) -> list[tuple[IovaRange, int]]:
+        """What of the ring's own areas has no translation now, as in :meth:`pop`."""
+    def rebind(self, space: AddressSpace) -> None:
+        """Go on in other memory; requests that were taken keep what they have."""

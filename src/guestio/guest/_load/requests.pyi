@@ -6,6 +6,10 @@ from guestio.guest._load.iotlb_front import IotlbFront
 
 @disjoint_base
 class RequestMaker:
+    """Chooses blocks, lays requests for them out, and judges the answers.
+
+    Made by a :class:`~guestio.guest._load.load.LoadDriver`, whose arguments these are.
+    """
     def __new__(
         cls,
         block: int,
