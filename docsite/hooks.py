@@ -77,7 +77,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(
+    markdown: str,
+    page: Page,
+    config: MkDocsConfig,  # noqa: ARG001 - mkdocs passes it
+    files: Files,  # noqa: ARG001 - the same
+) -> str:
     """Have links lead from page to page, wherever the file that is linked lies."""
     here = page.file.src_uri
     source = next((name for name, made in REPOSITORY.items() if made == here), f"docs/{here}")
