@@ -56,7 +56,14 @@ def test_every_public_name_is_in_the_reference(site: Path, page: str) -> None:
         if getattr(getattr(module, name), "__module__", None) == module.__name__
     ]
     found = anchors(site / f"reference/{page}.html")
-    missing = {name for name in names if f"{module.__name__}.{name}" not in found}
+    missing = {
+        name
+        for name in names
+        if f"{module.__name__}.{name}" not in found
+        # Numbers have no docstring; what is called as a module is hidden by it.
+        and not isinstance(getattr(module, name), int)
+        and not (Path(module.__file__ or "").parent / f"{name}.py").exists()
+    }
     assert not missing
 
 

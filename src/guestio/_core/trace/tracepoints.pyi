@@ -14,14 +14,17 @@ CORE_WHAT: dict[str, int]
 
 def wanted() -> int:
     """The groups that are written at this moment: bits of ``GROUPS``."""
+
 def want(groups: int) -> None:
     """Have these groups written from now on, and no others."""
+
 def set_capacity(records: int) -> None:
     """Have the rings of threads that write their first record from now on hold so many.
 
     Raises:
         ValueError: Not in 1..2**24.
     """
+
 def enlarge(records: int) -> None:
     """Have all threads go on in rings that hold so many at least, until all rings are released.
 
@@ -30,10 +33,13 @@ def enlarge(records: int) -> None:
     Raises:
         ValueError: Not in 1..2**24.
     """
+
 def unheld() -> int:
     """Records that were lost because their thread has no ring: there were too many, or no memory."""
+
 def told() -> int:
     """How many records :func:`put` has written: events of Python code, which are rare."""
+
 def put(
     what: int,
     *,
@@ -53,6 +59,7 @@ def put(
     Raises:
         OverflowError: A value does not fit its field.
     """
+
 def put_whole(
     *,
     time: int,
@@ -75,6 +82,7 @@ def put_whole(
     Raises:
         OverflowError: A value does not fit its field.
     """
+
 def spell_out(found: Buffer) -> bytes:
     """The records that what was read from a ring stands for.
 
@@ -89,13 +97,16 @@ def spell_out(found: Buffer) -> bytes:
 
     Cost: two passes; the GIL is released.
     """
+
 def release() -> None:
     """Give the memory of all rings back. Readers keep what they have; threads that write get others.
 
     The GIL keeps every thread from writing at this moment.
     """
+
 def rings() -> list[tuple[int, int]]:
     """``(number, fd)`` of each ring of this process, the newest first. The descriptors stay its."""
+
 def open_rings(known: Container[int] = ()) -> list[RingReader]:
     """A :class:`RingReader` of each ring of this process whose number is not among ``known``."""
 
