@@ -56,7 +56,8 @@ def _docs(tree: ast.Module, module: object) -> Iterator[tuple[Documented, str | 
 def _doc_of(value: object) -> str | None:
     if isinstance(getattr(value, "__name__", None), str) and value.__name__.startswith("__"):  # type: ignore[attr-defined]  # as the condition says
         return None  # what Python says of each special method
-    doc = getattr(value, "__doc__", None)
+    # A class that was given its public name has its docstring in its dictionary alone.
+    doc = vars(value).get("__doc__") if isinstance(value, type) else getattr(value, "__doc__", None)
     return inspect.cleandoc(doc) if isinstance(doc, str) and doc.strip() else None
 
 

@@ -8,6 +8,28 @@ from guestio._core.memory.dirty_log import DirtyLog
 
 @disjoint_base
 class AtomicBitmap:
+    """Dirty pages of a range of addresses that begins at 0.
+
+    Args:
+        size: Bytes that the bitmap covers; a last, partial page counts as one.
+        page_size: Bytes to a bit; greater than 0, not necessarily a power of two.
+        log: A dirty log that everything that is marked is marked in as well, while it is on.
+        log_start: Address in the log of the bitmap's first byte.
+        own: False to keep no bits here: nothing is ever dirty in this bitmap, only in the log.
+
+    Addresses beyond the range are never dirty, and marking them does nothing. Threads: marking,
+    testing and harvesting may be done from any thread at any time. A page that is written before
+    or while it is harvested is reported by this harvest or the next, never by none.
+
+    Attributes:
+        pages: Number of pages, also ``len()``.
+        byte_size: Bytes covered.
+        page_size: Bytes to a page.
+        log: The dirty log, or None.
+
+    Raises:
+        InvalidAddressError: The bitmap would end beyond ``2**64`` in the log.
+    """
     def __new__(
         cls,
         size: int,
@@ -114,6 +136,15 @@ class AtomicBitmap:
 
 @disjoint_base
 class BitmapSlice:
+    """A bitmap whose first byte is somewhere inside another one.
+
+    Addresses past the end of the other bitmap are never dirty. Sums past ``2**64`` are refused,
+    so that no unrelated page is ever marked.
+
+    Attributes:
+        bitmap: The other bitmap.
+        offset: Where in it this one begins, in bytes.
+    """
     def __init__(self, *args: object, **kwargs: object) -> None: ...
     @property
     def bitmap(self) -> AtomicBitmap: ...

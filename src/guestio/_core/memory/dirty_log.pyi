@@ -6,6 +6,19 @@ from guestio._core.memory.mapping import HostMapping
 
 @disjoint_base
 class DirtyLog:
+    """A dirty log, which may be switched on and off and replaced while memory is written.
+
+    It begins without memory, and off. A bitmap made with it (``AtomicBitmap(log=...)``) marks in it.
+
+    The other side of a log, which is told what was written, is an object of this class as well:
+    :meth:`take` exchanges the bits for 0.
+
+    Attributes:
+        lost: Marks since :meth:`use` or since it was set to 0 that the log had no room for, or that
+            were made while it was on without memory.
+
+    Threads: from any.
+    """
     def use(self, mapping: HostMapping, offset: int, size: int) -> None:
         """Mark in other memory from now on; once this returns the memory of before is not touched.
 

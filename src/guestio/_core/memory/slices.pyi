@@ -11,6 +11,25 @@ class Loan:
 
 @disjoint_base
 class VolatileSlice(Buffer):
+    """A contiguous piece of guest memory in this process.
+
+    It offers the buffer protocol. What is written through the methods is marked dirty at once;
+    what is written through a buffer (memoryview, numpy array) is when the buffer is released: then
+    all of the slice counts as written. If the slice is part of a request or of a vector, it also
+    does when that is completed or closed, so that the mark is there before the request is
+    published as complete. What is written later, through a buffer that is kept, the writer marks. Offsets are
+    bytes from the start of the slice. A slice keeps its memory alive. Slices come from regions and
+    memories, not from a constructor.
+
+    Accesses follow the rules of :class:`~guestio.GuestMemory`: 0 bytes always succeed, an access
+    that begins outside raises :class:`~guestio.InvalidAddressError`, an exact one that ends
+    outside moves what it can and raises :class:`~guestio.PartialAccessError`. If the file behind
+    the memory was truncated they raise :class:`~guestio.MemoryVanishedError`.
+
+    Attributes:
+        bitmap: The bitmap that writes are marked in, or None.
+        second: Another bitmap that writes are marked in, or None.
+    """
     def __init__(self, *args: object, **kwargs: object) -> None: ...
     @staticmethod
     def over(buffer: Buffer) -> VolatileSlice:

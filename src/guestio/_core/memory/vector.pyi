@@ -29,6 +29,27 @@ class RegionTable:
 
 @disjoint_base
 class IoVector:
+    """The host memory behind a range of addresses, ready to be read, written or handed to a file.
+
+    It is a context manager; until it is closed, a revocation of the translation that it came from
+    waits. If memory ended or refused the access somewhere, the vector holds what comes before and
+    ``stop`` says why. Offsets are bytes from the start of the range.
+
+    What is written through the buffer of one of its slices is marked dirty when the vector is
+    closed, and once more when the buffer is released.
+
+    Threads: calls may overlap. One that is moving data when another closes the vector finishes
+    with memory that is kept for it, translation included; then all of it is given back.
+
+    Attributes:
+        start: First address of the range.
+        total: Bytes held.
+        count: Fragments they are in.
+        access: What the memory was opened for, as a number of ``Permissions``.
+        stop: 0, or why it holds less than requested: 1 no memory, 2 read-only.
+        stop_addr: The address that was refused.
+        stop_target: The same address behind the translation.
+    """
     @property
     def start(self) -> int: ...
     @property

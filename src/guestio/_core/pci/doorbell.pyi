@@ -6,10 +6,9 @@ from typing_extensions import disjoint_base
 class Doorbell:
     """A range of a BAR's registers where a driver's writes are handled in the core.
 
-    Registered with `PciHost.add_doorbell`, it is rung by writes that lie in its range, and
-    serves once after those that had arrived. `CallbackDoorbell` and `EventfdDoorbell` are
-    ready-made; others are subclasses in Cython, with `ring` and `serve`. All is called in the
-    thread of the event loop.
+    A device registers it with `PciHost.add_doorbell`. It is made in Cython: a subclass overrides
+    the C methods ``ring`` and ``serve``; `CallbackDoorbell` and `EventfdDoorbell` are ready-made
+    ones. All is called in the thread of the event loop, with the GIL held.
     """
 
 @disjoint_base
@@ -17,8 +16,7 @@ class EventfdDoorbell(Doorbell):
     """Adds one to an eventfd when it is rung; several times in a turn count as one.
 
     Args:
-        fd: The eventfd. It stays the caller's, and is to be open while the doorbell is
-            registered.
+        fd: The eventfd, which stays the caller's and is open while the doorbell is registered.
 
     Raises:
         TypeError, ValueError: That is no descriptor.
@@ -27,15 +25,13 @@ class EventfdDoorbell(Doorbell):
 
 @disjoint_base
 class CallbackDoorbell(Doorbell):
-    """Calls a Python function for what a driver wrote.
+    """Calls a Python function for what was written.
 
-    Of several writes to one offset in a turn only the last one is passed on, in the order of
-    the first ones, as suits the tail of a queue. What it raises is logged and counted.
+    Of several writes to one offset in a turn only the last one is passed on, in the order of the
+    first ones, as suits the tail of a queue.
 
     Args:
-        callback: Called with (offset, size, value) in the thread of the event loop. The offset
-            is counted in bytes from where the doorbell's own range begins, not from that of
-            the BAR; size is 1, 2, 4 or 8.
+        callback: Called with ``(offset, size, value)``.
 
     Raises:
         TypeError: It cannot be called.

@@ -5,6 +5,20 @@ from guestio.addr import IovaRange
 
 @disjoint_base
 class Chain:
+    """One request of the driver: what it gave to read and what it gave to write.
+
+    No framing may be assumed: what belongs together may be split anywhere (section 2.6.4).
+
+    Attributes:
+        head: Identifies the request in its ring.
+        readable: Memory that the device reads.
+        writable: Memory that the device writes, in order.
+        fault: Why the request cannot be served: part of its memory cannot be reached. Then
+            ``readable`` and ``writable`` hold only what could be. None if all is well.
+        tail: The last device-writable byte, where many devices put a status; None if there is none
+            or it cannot be reached. It lasts as long as ``writable``.
+        access_fails: With a fault, the ranges whose mapping forbids the access.
+    """
     def __init__(self, *args: object, **kwargs: object) -> None: ...
     @property
     def head(self) -> int: ...

@@ -6,4 +6,5 @@ def area_bytes(size: int, event_idx: bool) -> tuple[int, int, int]:
     """Bytes of the descriptor table, the available ring and the used ring."""
 
 @disjoint_base
-class SplitRing(Ring): ...
+class SplitRing(Ring):
+    """A split virtqueue as its device sees it; see :class:`~guestio._core.virtio.ring.Ring`."""
