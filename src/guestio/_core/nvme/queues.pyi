@@ -41,6 +41,7 @@ class NvmeQueues(Doorbell):
         fast: Whether reads and writes are served here at all.
         write_through: Whether writes are left to the controller, which flushes them.
         commands: Commands fetched.
+        origin: The server's number in records of tracepoints.
         served: Those of them that were served here.
         reads: Reads served here.
         writes: Writes served here.
