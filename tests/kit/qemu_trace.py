@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 EVENTS = (
-    *("vhost_iotlb_miss", "vhost_dev_start", "vhost_user_write"),
+    *("vhost_iotlb_miss", "vhost_dev_start", "vhost_dev_start_in", "vhost_user_write"),
     *("virtio_iommu_translate", "virtio_iommu_report_fault"),
 )
-"""What is traced."""
+"""What is traced; QEMU calls the start of a device one or the other."""
 
 
 def trace_arguments(trace: Path) -> list[str]:
-    """QEMU's arguments for a trace in a file, whose lines name their threads."""
+    """QEMU's arguments for a trace in a file, whose lines name their threads where it does that."""
     chosen = [word for event in EVENTS for word in ("-trace", event)]
     return ["-D", str(trace), "-msg", "timestamp=on", *chosen]
 
@@ -75,9 +75,9 @@ def qemu_counts(trace: Path, queues: int, *, start_fails: bool) -> QemuCounts:
     to_push: Counter[str] = Counter()
     """Used rings that a thread is still to look up."""
     translated: set[int | None] = set()
-    pattern = r"^(?:(\d+)@\S+?:)?(vhost_\w+|virtio_iommu_\w+) (.*)$"
+    pattern = r"^(?:(\d+)@\S+?:|\S+Z )?(vhost_\w+|virtio_iommu_\w+) (.*)$"
     for thread, event, rest in re.findall(pattern, trace.read_text(), re.MULTILINE):
-        if event == "vhost_dev_start":
+        if event in ("vhost_dev_start", "vhost_dev_start_in"):
             to_push[thread] = queues
         elif event == "virtio_iommu_report_fault":
             found["faults"] += 1

@@ -60,6 +60,8 @@ def test_all_tools_show_what_qemu_and_the_guest_count(
                 "/lab/files/nowhere": build_nowhere(tmp_path),
             },
             qemu_args=trace_arguments(trace),
+            # A queue that Linux leaves alone has no used ring: the newer QEMU does not start then.
+            smp=QUEUES,
             timeout=600.0,
         )
         result = guest.run(tmp_path / "guest").check()
