@@ -54,7 +54,9 @@ def test_all_tools_show_what_qemu_and_the_guest_count(
             disks=[VhostUserDisk(disk.socket, QUEUES)],
             viommu=Viommu.VIRTIO,
             scripts=[Script.named("counted")],
-            environment={"COUNTED_EACH": str(EACH), "COUNTED_NOWHERE": "1"},
+            # A device whose rings are nowhere is not started by the newer QEMU, which then leaves
+            # unread what the back-end has asked meanwhile.
+            environment={"COUNTED_EACH": str(EACH), "COUNTED_NOWHERE": str(int(not newest))},
             files={
                 "/lab/files/disk_load": build_load(tmp_path),
                 "/lab/files/nowhere": build_nowhere(tmp_path),
@@ -83,6 +85,5 @@ def test_all_tools_show_what_qemu_and_the_guest_count(
     check_equal(columns, {**linux, **told, "failed": 0})
     assert linux["requests"] > 2 * EACH
     assert min(qemu.misses, qemu.invalidations) > EACH
-    # The device whose rings are nowhere: the newer QEMU does not start it.
-    assert newest or qemu.untranslated > 0
+    assert (qemu.untranslated > 0) is not newest
     assert qemu.faults > 0
