@@ -45,7 +45,9 @@ def _docs(tree: ast.Module, module: object) -> Iterator[tuple[Documented, str | 
     for node in tree.body:
         if not isinstance(node, Documented):
             continue
-        owner = getattr(module, node.name, None)  # a type of the stub's own has none
+        owner = getattr(module, node.name, None)
+        if owner is None:
+            continue  # a type of the stub's own
         yield node, _doc_of(owner)
         if isinstance(node, ast.ClassDef):
             for member in node.body:
