@@ -27,6 +27,7 @@ Those that any part may raise are here. Those of one part are defined there, whi
     ├── DmaError                    dma.target: a DMA target refused or failed
     ├── ReentrantCallError          dma.changes: a DMA target called its manager back
     ├── AddonError                  faults.proxy.addon: a file that is no addon of a proxy
+    ├── CaseError                   faults.fuzz.steps: a file holds no case that can be played
     ├── ExportError                 iommu.mapper: memory cannot be exported, or no more
     ├── Refused                     virtio.iommu.targets: a request's status; stays inside
     ├── PeerGoneError               peer.channel: the connection ended
