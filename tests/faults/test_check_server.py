@@ -200,7 +200,7 @@ def test_the_command_tells_of_a_broken_server(behind: dict[str, str], tmp_path: 
         ((), "say on which SOCKET the server listens"),
         (("x", "--device", "blk"), "no device type 'blk'"),
         (("x", "--writable"), "--writable is not for a check with --vfio-user"),
-        (("x", "--front-end"), "one of --front-end and --vfio-user"),
+        (("x", "--front-end"), "one of --front-end, --vfio-user and --virtio-iommu"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(words: tuple[str, ...], line: str) -> None:
