@@ -527,15 +527,16 @@ def completion(c):
 """,
     )
     with nothing_left(), Serving(Later(), back), Proxying(front, back, addons=[addon]) as proxying:
-        with Driver(front) as driver:
+        with Driver(front, queues=2) as driver:
             number = driver.submit(0, b"LATE")
             until(told.exists)
-            driver.submit(0, b"FINISHLATE")
+            # On another queue: what follows at once on the same one the device may find as well.
+            driver.submit(1, b"FINISHLATE")
             driver.wait(0, number)
         proxying.let_go()
     assert told.read_text().splitlines()[:2] == [
         "request 0 True b'LATE' 5",
-        "request 0 True b'FINISHLATE' 11",
+        "request 1 True b'FINISHLATE' 11",
     ]
     assert "completion 5 b'ETALU' True 4" in told.read_text()
 

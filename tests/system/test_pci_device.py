@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.guest import MIB, Guest, Script, VfioUserDevice, Viommu
+from lab.guest import Guest, Script, VfioUserDevice, Viommu
 from lab.qemu import new_qemu
 
 ROOT = Path(__file__).parents[2]
@@ -93,10 +93,12 @@ class Unshared(Guest):
     """A guest whose memory QEMU does not share: each access is a message."""
 
     def command(self, directory: Path) -> list[str]:
-        size = f"{self.memory // MIB}M"
-        shared = f"memory-backend-memfd,id=memory,size={size},share=on"
         words = super().command(directory)
-        words[words.index(shared)] = f"memory-backend-ram,id=memory,size={size}"
+        at = next(i for i, word in enumerate(words) if word.startswith("memory-backend-memfd,"))
+        shared = words[at]
+        words[at] = shared.replace("memory-backend-memfd", "memory-backend-ram")
+        words[at] = words[at].removesuffix(",share=on")
+        assert shared.endswith(",share=on")
         return words
 
 
