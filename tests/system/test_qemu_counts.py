@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.guest import MIB, Guest, Script, VhostUserDisk, Viommu
+from lab.guest import MIB, Guest, Script, VhostUserDisk, Viommu, system_qemu, version_of
 from lab.nvme import build_load
 from lab.qemu import new_qemu
 from tests.kit.browser import Browser, open_browser
@@ -48,21 +48,23 @@ def test_all_tools_show_what_qemu_and_the_guest_count(
     image.write_bytes(os.urandom(SIZE))
     if newest:
         monkeypatch.setenv("GUESTIO_LAB_QEMU", str(new_qemu()))
+    # Seen with 10.0 and 11.1, not with 7.2.
+    start_fails = version_of(system_qemu()) >= (10,)
     with watched(tmp_path, browser, image, "--num-queues", str(QUEUES)) as disk:
         disk.record()
         guest = Guest(
             disks=[VhostUserDisk(disk.socket, QUEUES)],
             viommu=Viommu.VIRTIO,
             scripts=[Script.named("counted")],
-            # A device whose rings are nowhere is not started by the newer QEMU, which then leaves
+            # A device whose rings are nowhere is not started by newer QEMUs, which then leave
             # unread what the back-end has asked meanwhile.
-            environment={"COUNTED_EACH": str(EACH), "COUNTED_NOWHERE": str(int(not newest))},
+            environment={"COUNTED_EACH": str(EACH), "COUNTED_NOWHERE": str(int(not start_fails))},
             files={
                 "/lab/files/disk_load": build_load(tmp_path),
                 "/lab/files/nowhere": build_nowhere(tmp_path),
             },
             qemu_args=trace_arguments(trace),
-            # A queue that Linux leaves alone has no used ring: the newer QEMU does not start then.
+            # A queue that Linux leaves alone has no used ring: newer QEMUs do not start then.
             smp=QUEUES,
             timeout=600.0,
         )
@@ -72,7 +74,7 @@ def test_all_tools_show_what_qemu_and_the_guest_count(
         found = disk.numbers()
     kinds = ("reads", "writes", "discards", "flushes")
     linux = {"requests": sum(int(result.facts[f"counted_{kind}"]) for kind in kinds)}
-    qemu = qemu_counts(trace, QUEUES, start_fails=newest)
+    qemu = qemu_counts(trace, QUEUES, start_fails=start_fails)
     told = {
         "misses": qemu.misses,
         "updates": qemu.updates,
@@ -85,5 +87,5 @@ def test_all_tools_show_what_qemu_and_the_guest_count(
     check_equal(columns, {**linux, **told, "failed": 0})
     assert linux["requests"] > 2 * EACH
     assert min(qemu.misses, qemu.invalidations) > EACH
-    assert (qemu.untranslated > 0) is not newest
+    assert (qemu.untranslated > 0) is not start_fails
     assert qemu.faults > 0
