@@ -20,7 +20,7 @@ from guestio.virtio.input import InputDevice
 from guestio.virtio.net import NetDevice
 from guestio.virtio.rng import EntropyDevice
 from lab import migration, parts
-from lab.guest import MIB, Viommu
+from lab.guest import MIB, Viommu, version_of
 from lab.migration import (
     NET,
     MigrationError,
@@ -70,7 +70,12 @@ def test_a_guest_hops_to_a_newer_qemu_and_back(tmp_path: Path) -> None:
     system = parts.require_program("qemu-system-x86_64", "qemu-system-x86")
     trip = Trip(Viommu.VIRTIO, by_guestio(), qemus=[system, str(new_qemu())])
     assert trip.machine[:1] == ["-machine"]
-    assert len(list(hops(trip, 2, tmp_path))) == 2
+    if version_of(system) < (8,):
+        assert len(list(hops(trip, 2, tmp_path))) == 2
+        return
+    # 11.1 loads no virtio device of Debian 13's 10.0: it takes its queues for longer than its own.
+    with pytest.raises(MigrationError, match="exceeds allocated max"):
+        list(hops(trip, 2, tmp_path))
 
 
 def test_the_example_has_a_guest_hop() -> None:
