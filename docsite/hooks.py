@@ -80,8 +80,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(
     markdown: str,
     page: Page,
-    config: MkDocsConfig,  # noqa: ARG001 - mkdocs passes it
-    files: Files,  # noqa: ARG001 - the same
+    config: MkDocsConfig,  # noqa: ARG001 - mkdocs passes all four by name
+    files: Files,  # noqa: ARG001 - mkdocs passes all four by name
 ) -> str:
     """Have links lead from page to page, wherever the file that is linked lies."""
     here = page.file.src_uri

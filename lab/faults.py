@@ -387,7 +387,7 @@ def judge(names: Sequence[str], result: GuestResult) -> dict[str, Outcome]:
 
 
 def _last_line(result: GuestResult) -> str:
-    """What whoever runs the guest said last."""
+    """What the process that runs the guest said last."""
     lines = [line for line in result.qemu_log.splitlines() if line.strip()]
     said = re.sub(r"/\S*/", "", lines[-1])[:110] if lines else "no message"
     return f"{'waits' if result.qemu_status < 0 else 'ends'}: {said}"

@@ -185,7 +185,7 @@ def use_disk(
         guest: Guest = UmlGuest(**options)  # type: ignore[arg-type]  # a dict has one type for all
     else:
         os.environ["GUESTIO_LAB_QEMU"] = way.programs[0]
-        guest = Guest(viommu=IOMMUS[way.iommu], **options)  # type: ignore[arg-type]  # the same
+        guest = Guest(viommu=IOMMUS[way.iommu], **options)  # type: ignore[arg-type]  # a dict has one type for all
     result = guest.run(directory / "guest").check()
     return result, before
 

@@ -5,7 +5,7 @@ and given to :func:`trace`.
 
 Most requests are taken, served and published by one thread within microseconds. Such a request is
 written once, as a :class:`WholeRequest` in the place of three records, when it is published;
-whoever reads a ring makes the three of it (:func:`spell_out`).
+the reader of a ring makes the three of it (:func:`spell_out`).
 """
 
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t

@@ -452,6 +452,7 @@ cdef void trace(TraceRecord *record) noexcept:
     trace_put(<TraceSlot *>record, 1)
 
 
+# Plain C on memory that is there, as `trace`: it cannot raise.
 cdef void trace_all(TraceSlot *slots, uint32_t count) noexcept:
     trace_put(slots, count)
 

@@ -336,7 +336,7 @@ cdef class RingObserver(RingAreas):
         """Go on at two indices: what was before them has been written over."""
         cdef u32 i
         if self.own is not None:
-            # Nobody but the two can have written over what a relay has not passed on.
+            # Only these two can have written over what a relay has not passed on.
             if <u16>(used - self.next_used) > self.size:
                 return self.blame(DEVICE, f"used index {used} runs ahead of what the device has")
             return self.blame(

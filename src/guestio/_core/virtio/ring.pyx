@@ -736,6 +736,9 @@ cdef class Ring(RingAreas):
         record.time = self.since
         trace(&record)
 
+    # What traces is plain C and writes to memory of the ring's own: an exception here would lose a
+    # request for the sake of its record.
+
     cdef void trace_turn(self, bint core, Chain chain) noexcept:
         """A request was taken. One that the core may serve is written later.
 

@@ -300,7 +300,7 @@ class ProxyConnection:
             offered = U64.decode(message.payload).value & ~HIDDEN_FEATURES
             message.payload = U64(offered).encode()
         if self._own is not None and request in (_F.GET_VRING_BASE, _F.GET_VRING_BASE_SKIP_DRAIN):
-            self._look()  # Whoever asks takes all that the device gave back to be in its ring.
+            self._look()  # The caller takes all that the device gave back to be in its ring.
         data, fds = _encode(message.header, message.payload), message.take_fds()
         self._answer_front(self._front, name, request, data, fds)
         self._after_reply(asked, message)

@@ -33,7 +33,7 @@ class Answer:
     Attributes:
         request: What it answers.
         payload: It, once it is there.
-        fds: What came with it; whoever takes them closes them.
+        fds: What came with it; the caller that takes them closes them.
     """
 
     request: int

@@ -499,7 +499,7 @@ class World:
             ring.recovered = set(ring.queue.tokens)
             take_event(ring.err)
             if not self._tracked:
-                # Without notes nobody knows whether the last interrupt was sent.
+                # Without notes the driver cannot know whether the last interrupt was sent.
                 _add(ring.call, 1)
         self._backend = Backend(self, self._factory(self))
         self._connect()
@@ -645,7 +645,7 @@ class World:
         connection = self._backend.connection
         assert connection is not None
         known = connection._translator.iotlb._map
-        # Between a stop and the next start answers may come that nobody uses.
+        # Between a stop and the next start answers may come that the driver does not use.
         if connection._host.live and len(known):
             self._guest.tables.check(known.overlapping(0, 2**64))
 
@@ -769,7 +769,7 @@ class World:
                 if len(connection._translator.iotlb):
                     raise InvariantError("L1", "translations outlive the stop of all rings")
         if isinstance(self._workload, BlockWorkload):
-            # Nobody knows of what a stop has ended.
+            # The driver is not told of what a stop has ended.
             self._workload.died(self._guest.jobs)
             self._workload.check(self.disk.content())
 
