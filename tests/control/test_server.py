@@ -208,6 +208,33 @@ def test_streams_are_limited_and_a_reader_that_stops_is_dropped(
     until(lambda: ControlClient(control).status()["trace"]["groups"] == ["life", "measure"])
 
 
+@pytest.mark.parametrize("stream", ["GET /events?groups=requests", "POST /record?payload=none"])
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "not taken"])
+def test_a_server_ends_while_streams_are_open(
+    tmp_path: Path, control: Path, stream: str, taken: bool
+) -> None:
+    with (
+        nothing_left(),
+        Serving(Mirror(), tmp_path / "socket", control=control) as serving,
+        connect(control) as client,
+    ):
+        client.sendall(f"{stream} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert b" 200 " in client.recv(4096)
+        if not taken:
+            with Driver(serving.path) as driver:
+                for number in range(300):
+                    driver.run(0, b"%d" % number)
+        server = serving.backend.control
+        assert isinstance(server, ControlServer)
+        started = time.monotonic()
+        server.close()
+        assert not server._thread.is_alive()
+        assert time.monotonic() - started < budgets.CONTROL_END_SECONDS
+        with contextlib.suppress(ConnectionResetError):
+            while client.recv(65536):
+                pass
+
+
 def test_a_path_in_use_and_a_stale_one(tmp_path: Path, control: Path) -> None:
     with nothing_left():
         with Serving(Mirror(), tmp_path / "one", control=control):

@@ -180,6 +180,23 @@ def _make(rates: Rates, recall: Recall, token: str | None, *, local: bool) -> An
     from guestio.control.app import make_app
     from guestio.control.guard import GuardedProtocol
 
+    class Server(uvicorn.Server):
+        """One that hangs up as it ends.
+
+        A stream does not end by itself, and from Python 3.12 on asyncio waits for every connection.
+        """
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """See `uvicorn.Server`; first hang up, with time to take what was written."""
+            self._hang_up(abort=False)
+            asyncio.get_running_loop().call_later(CONTROL_END_SECONDS / 2, self._hang_up)
+            await super().shutdown(sockets)
+
+        def _hang_up(self, *, abort: bool = True) -> None:
+            for each in list(self.server_state.connections):
+                transport: Any = each.transport
+                (transport.abort if abort else transport.close)()
+
     config = uvicorn.Config(
         make_app(rates.observed, rates, recall, token=token, local=local),
         http=GuardedProtocol,
@@ -195,7 +212,7 @@ def _make(rates: Rates, recall: Recall, token: str | None, *, local: bool) -> An
         timeout_keep_alive=int(CONTROL_REQUEST_SECONDS),
         backlog=CONTROL_CONNECTIONS,
     )
-    return uvicorn.Server(config)
+    return Server(config)
 
 
 async def _note(rates: Rates, recall: Recall) -> None:
