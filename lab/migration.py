@@ -194,7 +194,10 @@ class Qmp:
         self.run("qmp_capabilities")
 
     def _read(self) -> dict[str, Any]:
-        line = self._stream.readline()
+        try:
+            line = self._stream.readline()
+        except ConnectionError:
+            line = ""
         if not line:
             raise MigrationError("QEMU is gone")
         found: dict[str, Any] = json.loads(line)
@@ -204,13 +207,15 @@ class Qmp:
         """Run a command; what it returns.
 
         Raises:
-            MigrationError: QEMU refuses.
+            MigrationError: QEMU refuses, or is gone.
         """
         request: dict[str, object] = {"execute": command}
         if arguments:
             request["arguments"] = arguments
-        self._stream.write(json.dumps(request) + "\n")
-        self._stream.flush()
+        # What cannot be sent is not answered either.
+        with contextlib.suppress(ConnectionError):
+            self._stream.write(json.dumps(request) + "\n")
+            self._stream.flush()
         while True:
             answer = self._read()
             if "error" in answer:
@@ -487,7 +492,7 @@ def hop(source: Place, target: Place, size: int) -> Hop:
         if state["status"] in ("failed", "cancelled") or time.monotonic() > end:
             raise MigrationError(f"the migration: {state}{source.words()}{target.words()}")
         time.sleep(0.05)
-    while target.qmp.run("query-status")["status"] == "inmigrate":
+    while not arrived(target):
         if time.monotonic() > end:
             raise MigrationError(f"the guest does not arrive{target.words()}")
         time.sleep(0.02)
@@ -502,6 +507,18 @@ def hop(source: Place, target: Place, size: int) -> Hop:
         rate=(lines[-1]["ops"] - lines[0]["ops"]) // (len(lines) - 1),
         gap=max(line["gap"] for line in target.lines()),
     )
+
+
+def arrived(target: Place) -> bool:
+    """Whether a guest has come whole.
+
+    Raises:
+        MigrationError: QEMU has refused it, and ended; the source may have been done before.
+    """
+    try:
+        return bool(target.qmp.run("query-status")["status"] != "inmigrate")
+    except MigrationError as error:
+        raise MigrationError(f"the guest does not arrive: {error}{target.words()}") from None
 
 
 def described(trip: Trip, directory: Path) -> Guest:
