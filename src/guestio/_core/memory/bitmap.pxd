@@ -1,7 +1,7 @@
 """C view of dirty bitmaps."""
 
 from guestio._core.base.checks cimport u8, u64
-from guestio._core.memory.dirty_log cimport DirtyLog, LogTarget, mark_byte
+from guestio._core.memory.dirty_log cimport DirtyLog, LogTarget
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_rwlock_t:
@@ -42,26 +42,9 @@ cdef inline bint takes_marks(void *bitmap) noexcept nogil:
     return (<AtomicBitmap>bitmap).pages or (<AtomicBitmap>bitmap).target.enabled
 
 
-cdef inline void mark_in(void *bitmap, u64 start, u64 length) noexcept nogil:
-    """:meth:`AtomicBitmap.mark`; a few pages in a dirty log alone without a call.
-
-    Plain C: it cannot raise.
-    """
-    cdef LogTarget *log = (<AtomicBitmap>bitmap).target
-    cdef u64 first = ((<AtomicBitmap>bitmap).log_start + start) >> 12
-    cdef u64 last = ((<AtomicBitmap>bitmap).log_start + start + length - 1) >> 12
-    # What is covered does not pass 2**64 in the log, so neither sum does.
-    if (
-        log.enabled and length and not (<AtomicBitmap>bitmap).pages and last < log.pages
-        and first >> 3 == last >> 3
-        and start < (<AtomicBitmap>bitmap).byte_size
-        and length <= (<AtomicBitmap>bitmap).byte_size - start
-    ):
-        mark_byte(
-            &log.at[first >> 3], <u8>((0xFFu << (first & 7)) & (0xFFu >> (7 - (last & 7))))
-        )
-    else:
-        (<AtomicBitmap>bitmap).mark(start, length)
+cdef inline bint logs_alone(void *bitmap) noexcept nogil:
+    """Whether a bitmap that takes marks keeps none itself: they go to a dirty log and nowhere else."""
+    return not (<AtomicBitmap>bitmap).pages
 
 
 cdef class BitmapSlice:

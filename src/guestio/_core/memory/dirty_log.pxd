@@ -24,17 +24,24 @@ cdef extern from * nogil:
     #ifndef GUESTIO_LOG_BITS
     #define GUESTIO_LOG_BITS
     #include <stdint.h>
-    /* The look at a bit comes after the write that it is about. Bytes, because a log need not be
-       aligned, nor end with a word. */
-    static inline void guestio_mark_byte(uint8_t *byte, uint8_t bits)
+    /* A look at a bit comes after the write that it is about, so this comes between. Else a
+       harvest in between could take the bit and still read the page as it was before. */
+    #define guestio_write_before_look() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    /* Bytes, because a log need not be aligned, nor end with a word. */
+    static inline void guestio_log_page(uint8_t *log, uint64_t page)
     {
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        if ((__atomic_load_n(byte, __ATOMIC_RELAXED) & bits) != bits)
-            __atomic_fetch_or(byte, bits, __ATOMIC_RELEASE);
+        uint8_t *byte = log + (page >> 3);
+        if (!(__atomic_load_n(byte, __ATOMIC_RELAXED) >> (page & 7) & 1))
+            __atomic_fetch_or(byte, (uint8_t)(1u << (page & 7)), __ATOMIC_RELEASE);
     }
     #endif
     """
-    void mark_byte "guestio_mark_byte"(u8 *byte, u8 bits)
+    void write_before_look "guestio_write_before_look"()
+    void log_page "guestio_log_page"(u8 *log, u64 page)
+
+
+cdef enum:
+    LOG_PAGE_SHIFT = 12   # VHOST_LOG_PAGE
 
 
 # What a bitmap without a log marks in.

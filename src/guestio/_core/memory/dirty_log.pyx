@@ -24,9 +24,6 @@ cdef extern from * nogil:
     """
     #include <stdint.h>
 
-    /* As in bitmap.pyx: the look at a bit comes after the write that it is about. Bytes, because a
-       log need not be aligned, nor end with a word. */
-    #define write_before_look() __atomic_thread_fence(__ATOMIC_SEQ_CST)
     static inline void set_bits(uint8_t *byte, uint8_t bits)
     {
         if ((__atomic_load_n(byte, __ATOMIC_RELAXED) & bits) != bits)
@@ -44,14 +41,12 @@ cdef extern from * nogil:
     }
     #define lowest_bit(bits) __builtin_ctz(bits)
     """
-    void write_before_look()
     void set_bits(u8 *byte, u8 bits)
     u8 take_byte(u8 *byte)
     u64 look_at_word(const u8 *word)
     u64 lowest_bit(unsigned int bits)
 
 cdef enum:
-    PAGE_SHIFT = 12       # VHOST_LOG_PAGE
     TAKE_AT_ONCE = 512    # page numbers, at least those of a word
 
 no_log.at, no_log.pages, no_log.lost, no_log.enabled = NULL, 0, 0, False
@@ -66,8 +61,8 @@ cdef void mark_log(LogTarget *log, u64 start, u64 length) noexcept nogil:
     cdef unsigned int bits
     if not log.enabled or not length:
         return
-    first, last = start >> PAGE_SHIFT, start + (length - 1)
-    last = <u64>-1 >> PAGE_SHIFT if last < start else last >> PAGE_SHIFT
+    first, last = start >> LOG_PAGE_SHIFT, start + (length - 1)
+    last = <u64>-1 >> LOG_PAGE_SHIFT if last < start else last >> LOG_PAGE_SHIFT
     if last >= log.pages:
         log.lost += 1
         if first >= log.pages:

@@ -1,6 +1,6 @@
 """C view of gathered guest memory."""
 
-from guestio._core.memory.bitmap cimport AtomicBitmap, mark_in, takes_marks
+from guestio._core.memory.bitmap cimport AtomicBitmap, logs_alone, takes_marks
 from guestio._core.base.checks cimport u8, u64
 from guestio._core.base.capacity cimport VECTOR_INSIDE
 from guestio._core.memory.leases cimport Leases
@@ -95,6 +95,8 @@ cdef class IoVector:
     cdef void rewind(self, int count, u64 total, int leases) noexcept
     cdef bint vanished(self, u64 start, u64 count) noexcept nogil
     cdef void mark(self, u64 start, u64 count) noexcept nogil
+    cdef int log_pieces(self, int i, u64 start, u64 *count) noexcept nogil
+    cdef bint is_marked_with(self, u64 first, u64 last) noexcept nogil
     cdef u64 transfer(self, u8 *buffer, u64 start, u64 count, bint to_guest) noexcept nogil
     cdef int check_window(self, object start, object count, u64 *at, u64 *length) except -1
     cdef object gone(self, u64 start, u64 count)

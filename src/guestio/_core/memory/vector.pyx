@@ -24,6 +24,9 @@ from guestio._core.base.checks cimport (
     Span, as_access, as_address, as_fd, as_size, as_span, u8, u64,
 )
 from guestio._core.base.capacity cimport HOLD_GIL_UP_TO, IOV_BATCH, VECTOR_INSIDE
+from guestio._core.memory.dirty_log cimport (
+    LOG_PAGE_SHIFT, LogTarget, log_page, write_before_look,
+)
 from guestio._core.memory.mapping cimport HostMapping, holes, met_holes
 from guestio._core.base.atomics cimport (
     READ, WRITE, copy_from_guest, copy_to_guest, exchange_atomic, load_atomic, store_atomic,
@@ -478,14 +481,20 @@ cdef class IoVector:
             if start >= self.vec[i].iov_len:
                 start -= self.vec[i].iov_len
             else:
-                n = min(self.vec[i].iov_len - start, count)
                 if self.origin[i].bitmap is not NULL and takes_marks(self.origin[i].bitmap):
+                    if self.origin[i].second is NULL and logs_alone(self.origin[i].bitmap):
+                        i = self.log_pieces(i, start, &count)
+                        start = 0
+                        continue
+                    n = min(self.vec[i].iov_len - start, count)
                     at = self.origin[i].offset + start
                     # Pieces of large requests often follow each other: they are marked at once.
                     while n < count and i + 1 < self.count and follows(&self.origin[i], at + n):
                         i += 1
                         n += min(self.vec[i].iov_len, count - n)
-                    mark_in(self.origin[i].bitmap, at, n)
+                    (<AtomicBitmap>self.origin[i].bitmap).mark(at, n)
+                else:
+                    n = min(self.vec[i].iov_len - start, count)
                 if self.origin[i].second is not NULL:
                     (<AtomicBitmap>self.origin[i].second).mark(
                         self.origin[i].second_offset + start, n
@@ -493,6 +502,52 @@ cdef class IoVector:
                 count -= n
                 start = 0
             i += 1
+
+    cdef int log_pieces(self, int i, u64 start, u64 *count) noexcept nogil:
+        """Record a window that begins in a fragment as written, as far as fragments are marked in
+        the same bitmap, and that only in its dirty log; the fragment after those.
+
+        Requests have a fragment for each page. So what is the same for all of them is looked at
+        once, and all of the writes were made before the first of the bits is looked at.
+        """
+        cdef void *bitmap = self.origin[i].bitmap
+        cdef LogTarget *log = (<AtomicBitmap>bitmap).target
+        cdef u64 base = (<AtomicBitmap>bitmap).log_start, room = (<AtomicBitmap>bitmap).byte_size
+        cdef u64 at, n, page, last, left = count[0]
+        write_before_look()
+        while True:
+            n = min(self.vec[i].iov_len - start, left)
+            at = self.origin[i].offset + start
+            # What is covered does not pass 2**64 in the log, so these sums do not where it counts.
+            page, last = (base + at) >> LOG_PAGE_SHIFT, (base + at + n - 1) >> LOG_PAGE_SHIFT
+            if page == last and page < log.pages and at < room and n <= room - at:
+                log_page(log.at, page)
+            else:
+                (<AtomicBitmap>bitmap).mark(at, n)
+            left -= n
+            start = 0
+            i += 1
+            if not left or i >= self.count or self.origin[i].bitmap is not bitmap or (
+                self.origin[i].second is not NULL
+            ):
+                break
+        count[0] = left
+        return i
+
+    cdef bint is_marked_with(self, u64 first, u64 last) noexcept nogil:
+        """Whether whatever marks the byte at one offset marks that at another and all between.
+
+        So it is if they are in a page of a dirty log, and marked nowhere else.
+        """
+        cdef u64 base
+        if not self.count or last >= self.vec[0].iov_len or self.origin[0].second is not NULL:
+            return False
+        if self.origin[0].bitmap is NULL:
+            return True
+        base = (<AtomicBitmap>self.origin[0].bitmap).log_start + self.origin[0].offset
+        return logs_alone(self.origin[0].bitmap) and (
+            (base + first) >> LOG_PAGE_SHIFT == (base + last) >> LOG_PAGE_SHIFT
+        )
 
     cdef u64 transfer(self, u8 *buffer, u64 start, u64 count, bint to_guest) noexcept nogil:
         """Copy between a private buffer and a window; the number of bytes."""

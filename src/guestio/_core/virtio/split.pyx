@@ -153,9 +153,13 @@ cdef class SplitRing(Ring):
         cdef u64 count = min(<u64>self.unmarked, <u64>self.size)
         cdef u64 first = <u16>(self.next_used - <u16>count) % self.size
         cdef u64 straight = min(count, <u64>self.size - first)
-        # All at once, as they lie in few pages; the index makes them visible.
-        self.used.mark(4 + 8 * first, 8 * straight)
-        self.used.mark(4, 8 * (count - straight))
+        cdef u64 end = 4 + 8 * (first + straight)
+        # All at once, as they lie in few pages; the index makes them visible. Where one page has
+        # all of it they come and go with the index, whose mark is theirs.
+        if not self.used.is_marked_with(2, end - 1):
+            self.used.mark(4 + 8 * first, 8 * straight)
+            if straight < count:
+                self.used.mark(4, 8 * (count - straight))
         self.unmarked = 0
         return self.store16(self.used, 2, self.next_used)
 
