@@ -85,6 +85,8 @@ LIMIT = 120.0
 """Seconds that any one step may take."""
 TICKS = 4
 """Seconds of load to be seen between two hops."""
+LAST_TICKS = 22
+"""The same after the last hop of a trip: the load tells of a worker that is stuck after 20."""
 
 NET = ("10.0.2.1", "10.0.2.15", "52:54:00:12:34:56")
 """The host that answers, the guest's address, and its card's."""
@@ -554,13 +556,14 @@ def described(trip: Trip, directory: Path) -> Guest:
     )
 
 
-def hops(trip: Trip, count: int, directory: Path) -> Iterator[Hop]:
+def hops(trip: Trip, count: int, directory: Path, *, last: int = TICKS) -> Iterator[Hop]:
     """Boot one guest and have it hop so many times; each hop as it was made.
 
     Args:
         trip: What hops.
         count: How many hops.
         directory: For everything, and empty.
+        last: Seconds of load to be seen after the last one.
 
     Raises:
         MigrationError: Something was not right.
@@ -589,7 +592,7 @@ def hops(trip: Trip, count: int, directory: Path) -> Iterator[Hop]:
                 raise
             here = there
             yield made
-        here.see_load(TICKS)
+        here.see_load(last)
     finally:
         here.__exit__(None, None, None)
 
@@ -659,22 +662,36 @@ def run_comparison(qemu: str, arguments: argparse.Namespace, options: Sequence[s
     return 0
 
 
+def told(name: str, found: Sequence[int]) -> str:
+    """What is said of hops in which memory was the same and the load right, by their downtimes."""
+    if not found:
+        return f"{name}: no hop"
+    return (
+        f"{name}: {len(found)} hops with 0 pages that differ and the load right; "
+        f"down {min(found)} to {max(found)} ms, median {statistics.median(found):g}"
+    )
+
+
 def run_trips(trips: Mapping[str, Trip], arguments: argparse.Namespace) -> int:
     """Have a guest, or several, hop on each trip, and print each hop; the exit status."""
     failed = False
     print(TITLE)
     for name, trip in trips.items():
         differ: list[int] = []
+        good: list[int] = []
         for _ in range(arguments.boots):
             try:
                 with tempfile.TemporaryDirectory(prefix="guestio-migrate-") as directory:
-                    for number, each in enumerate(hops(trip, arguments.hops, Path(directory)), 1):
+                    made = hops(trip, arguments.hops, Path(directory), last=LAST_TICKS)
+                    for number, each in enumerate(made, 1):
+                        good.append(each.downtime)
                         print(line(named(trip.qemu(number)), name, number, each), flush=True)
             except (MigrationError, ReloadError, GuestError, PartsError) as error:
                 failed = True
                 if isinstance(error, PagesDifferError):
                     differ.append(len(error.pages))
                 print(f"{name}: FAILED\n{error}", flush=True)
+        print(told(name, good), flush=True)
         if arguments.boots > 1:
             which = f": {', '.join(map(str, differ))} pages" if differ else ""
             print(f"{name}: memory differed in {len(differ)} of {arguments.boots} guests{which}")
