@@ -181,6 +181,17 @@ def test_a_command_is_started_again_after_a_signal_killed_it(
     assert read.verdict is Verdict.PASS
 
 
+def test_one_that_ends_with_its_front_end_is_started_again(
+    socket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, str(ROOT / "tests/kit/broken_backend.py"), socket]
+    command.append("ends-with-front-end")
+    names = ["malformed.version", "blk.read"]
+    report = check(socket, only=names, command=command, patience=PATIENCE)
+    assert [(each.verdict, each.reason) for each in report.results] == [(Verdict.PASS, "")] * 2
+
+
 def test_a_back_end_that_hangs_is_wedged(socket: str) -> None:
     with BrokenBackend(socket, "follows-loops") as toy:
         report = check(socket, only=["broken.loop-of-one"], patience=1.5, recovery=3.0)

@@ -99,6 +99,9 @@ class Target(Generic[L]):
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._died: str | None = None
+        self._latest: L | None = None
+        # Whether its process ends with its front-end.
+        self._parts = False
 
     def start(self) -> None:
         """Start the command if it does not run, and wait until it listens.
@@ -146,6 +149,13 @@ class Target(Generic[L]):
             AbsentError: Nothing listens.
             SilentError: Too many connections wait to be accepted.
         """
+        if self._parts and self._latest is not None and self._latest.fileno() < 0:
+            # A process that ends takes connections for a moment more, which nothing answers.
+            self.ended(patience)
+        self._latest = self._reach(patience)
+        return self._latest
+
+    def _reach(self, patience: float) -> L:
         try:
             return self._link.connect(self.path, patience)
         except AbsentError:
@@ -171,7 +181,9 @@ class Target(Generic[L]):
     def _note_death(self) -> None:
         if self._process is None or (status := self._process.poll()) is None:
             return
-        self._died = self._death(status) or self._died
+        death = self._death(status)
+        self._parts |= death is None
+        self._died = death or self._died
         self._process = None
 
     def _death(self, status: int) -> str | None:
