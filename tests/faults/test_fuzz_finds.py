@@ -105,7 +105,7 @@ def main() -> int:
     missed = 0
     print("| fault | verdict | seed | seconds | reason |\n|---|---|---|---|---|")
     for name, make in plan:
-        started = time.monotonic()
+        started, found = time.monotonic(), None
         with tempfile.TemporaryDirectory() as directory:
             try:
                 with make(name, Path(directory), options.patience) as bench:

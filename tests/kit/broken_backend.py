@@ -824,6 +824,8 @@ class BrokenBackend:
         if kind == 8:
             return 0, b"toy\0X" if self.has("id-unpadded") else b"toy"
         if kind == 13:
+            if len(data) != 16:
+                return 1, b""
             at, count, flags = struct.unpack_from("<QII", data)
             if flags & ~1:
                 return (0 if self.has("zeroes-any-flags") else 2), b""

@@ -47,6 +47,11 @@ _REPLY_WAIT: Final = 0.03
 _SETTLE: Final = 0.02
 """Seconds that a broken ring is looked at."""
 _READ_ONLY: Final = 1 << 5
+_F_FLUSH: Final = 9
+_FLUSH: Final = 4
+_GET_ID: Final = 8
+_UNSUPPORTED: Final = 2
+_ID_BYTES: Final = 20
 _DRIVER_OK: Final = 0xF
 """ACKNOWLEDGE, DRIVER, FEATURES_OK and DRIVER_OK."""
 _ANSWERED: Final = frozenset(code for code in FrontendRequest if code.name.startswith("GET_")) | {
@@ -335,6 +340,21 @@ class _Scene:
             raise FailError(f"a read of sector {sector} has status {answer[-1]}")
         if answer[:-1] != data:
             raise FailError(f"sector {sector} reads other than it was written just before")
+        self._settle(ring)
+
+    def _settle(self, ring: Queue) -> None:
+        """Flush a disk, and ask for its identifier twice."""
+        status = self._blk(ring, [blk_header(_FLUSH)], [1])[-1]
+        if status and (status != _UNSUPPORTED or self.trial.link.features >> _F_FLUSH & 1):
+            raise FailError(f"a flush has status {status}")
+        answers = [self._blk(ring, [blk_header(_GET_ID)], [_ID_BYTES, 1], all_written=False)]
+        answers.append(self._blk(ring, [blk_header(_GET_ID)], [_ID_BYTES, 1], all_written=False))
+        if any(answer[-1] not in {0, _UNSUPPORTED} for answer in answers):
+            raise FailError(f"GET_ID has status {answers[0][-1]} and {answers[1][-1]}")
+        # What is behind the end of a short one is not said to be written.
+        one, other = (answer[:-1].partition(b"\0")[0] for answer in answers)
+        if one != other:
+            raise FailError("GET_ID answers otherwise the second time")
 
     def _drain(self, ring: Queue) -> None:
         """Wait for what was posted before."""
@@ -342,7 +362,14 @@ class _Scene:
             ring.kick()
             ring.wait(len(ring.buffers), self.patience)
 
-    def _blk(self, ring: Queue, readable: Sequence[bytes], writable: Sequence[int]) -> bytes:
+    def _blk(
+        self,
+        ring: Queue,
+        readable: Sequence[bytes],
+        writable: Sequence[int],
+        *,
+        all_written: bool = True,
+    ) -> bytes:
         buffer = ring.post(readable, writable)
         ring.kick()
         done = ring.wait_one(self.patience)
@@ -350,7 +377,7 @@ class _Scene:
             raise FailError("used another request than the one that was made available")
         answer = self.trial.answer(ring, done)
         # What is at the end of a request that has succeeded was written.
-        if not answer[-1] and done.written != len(answer):
+        if all_written and not answer[-1] and done.written != len(answer):
             raise FailError(f"says that {done.written} bytes were written, not {len(answer)}")
         return answer
 

@@ -426,7 +426,12 @@ class World:
     def _do_time(self) -> object:
         """Nothing happens until the back-end's next timer is due."""
         due = self._backend.loop.next_timer
-        self.clock.advance(min(due - self.clock.now, 10.0) if due < 1e12 else 0.001)
+        took = min(due - self.clock.now, 10.0) if due < 1e12 else 0.001
+        wire = self._front.wire
+        if wire.requests or wire.waiting:
+            # A front-end that lets a miss time out is to blame for what comes of it.
+            took = min(took, _UNANSWERED_SECONDS)
+        self.clock.advance(took)
         return ""
 
     # Death
@@ -781,6 +786,9 @@ class World:
 
 _SEVERAL: Final = (1, 1, 2, 4, 16)
 """How many things of a kind happen in one step."""
+
+_UNANSWERED_SECONDS: Final = 0.05
+"""Seconds that pass at once while the front-end owes the back-end something."""
 
 _RUSH: Final = 200
 """Steps that are one if the front-end is in a hurry."""
