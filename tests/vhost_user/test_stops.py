@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,15 @@ from guestio._core.virtio.chain import Chain
 from guestio.addr import Permissions
 from guestio.vhost_user.inflight import InflightRegion
 from guestio.vhost_user.iotlb_service import MissAction, MissAnswer
-from guestio.vhost_user.messages import IotlbMessage
+from guestio.vhost_user.messages import (
+    FrontendRequest as F,
+)
+from guestio.vhost_user.messages import (
+    IotlbMessage,
+    VringAddr,
+    VringFd,
+    VringState,
+)
 from guestio.vhost_user.translator import PATIENCE
 from tests.kit.rings import PAGE, WRITE, Desc
 from tests.kit.serving import (
@@ -25,6 +34,7 @@ from tests.kit.serving import (
     WAIT,
     Driver,
     Later,
+    Mirror,
     Serving,
     lasting,
     nothing_left,
@@ -567,3 +577,30 @@ class TestWhereItStopped:
                 ]
                 driver.frontend.close()
                 following.let_go()
+
+
+@pytest.mark.parametrize("tracked", [False, True], ids=["", "noted"])
+def test_a_driver_hears_of_what_was_served_before_its_call_descriptor_came(
+    tmp_path: Path, tracked: bool
+) -> None:
+    """QEMU gives the kick first; the descriptor of before the stop is forgotten by then."""
+    with (
+        Serving(Mirror(), tmp_path / "socket") as serving,
+        Driver(serving.path, iommu=True, inflight=tracked) as driver,
+    ):
+        driver.run(0, b"before")
+        request = driver.frontend.request
+        base = driver.stop(0)
+        number = driver.prepare(0, b"first")
+        at = driver.layout(0)
+        kick, call = os.eventfd(1), os.eventfd(0, os.EFD_NONBLOCK)
+        try:
+            request(F.SET_VRING_BASE, VringState(0, base))
+            request(F.SET_VRING_ADDR, VringAddr(0, 0, at.desc, at.used, at.avail, 0))
+            request(F.SET_VRING_KICK, VringFd(0, has_fd=True), [kick])
+            until(lambda: driver.done(0, number))
+            request(F.SET_VRING_CALL, VringFd(0, has_fd=True), [call])
+            until(lambda: bool(select.select([call], [], [], 0)[0]))
+        finally:
+            os.close(kick)
+            os.close(call)

@@ -380,6 +380,9 @@ class Connection(PeerConnection[Header]):
     def get_vring_base(self, index: int) -> int:
         """See :class:`SessionHandler`."""
         base = self._host.stop(index)
+        # Front-ends give one again before the next start, some of them after the kick. Until then
+        # nothing looks at this one any more: libvhost-user and DPDK forget it, too.
+        self._host.queues[index].set_call(None)
         self._forget_translations()
         self._report_log()
         return base

@@ -727,8 +727,9 @@ class DeviceQueue:
             if old is not None:
                 old.close()
             # A back-end that is gone may have published requests and not come to say so; see also
-            # libvhost-user, `vu_set_vring_call_exec`.
-            if self._host.tracked:
+            # libvhost-user, `vu_set_vring_call_exec`. And a ring may have been served before this
+            # came: QEMU gives the kick first.
+            if self._host.tracked or (old is None and self._started):
                 signal(self._call)
             self.wake()
 
