@@ -24,9 +24,17 @@ REPOSITORY: Final = {
     "README.md": "start/readme.md",
     "CONTRIBUTING.md": "start/contributing.md",
     "CHANGELOG.md": "start/changelog.md",
+    "examples/README.md": "start/examples.md",
     "tests/ports/README.md": "start/ports.md",
 }
 """Files outside docs/ that are pages, and what they are called there."""
+
+TITLES: Final = {
+    "CONTRIBUTING.md": "Contribute to guestio",
+    "CHANGELOG.md": "What has changed?",
+    "tests/ports/README.md": "What became of other projects' tests?",
+}
+"""Titles of pages of the site, where the file's own is no task and no question."""
 
 MODULES: Final = {
     "guestio": "guestio",
@@ -50,7 +58,7 @@ MODULES: Final = {
 }
 """Pages of the reference, and the modules they describe."""
 
-COMMANDS: Final = """# The command line
+COMMANDS: Final = """# Which commands are there?
 
 ::: mkdocs-click
     :module: guestio.cli
@@ -66,13 +74,21 @@ _RUN: Final = re.compile(r"^(```\w+) [ \w-]+")
 """What begins a block that the tests run: a language, and what they do with it."""
 
 
+def text_of(source: str) -> str:
+    """A file of the repository, with the title that its page has."""
+    text = (ROOT / source).read_text()
+    if source in TITLES:
+        text = f"# {TITLES[source]}\n" + text.partition("\n")[2]
+    return text
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made."""
     for source, page in REPOSITORY.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+        files.append(File.generated(config, page, content=text_of(source)))
     files.append(File.generated(config, "reference/commands.md", content=COMMANDS))
     for name, module in MODULES.items():
-        text = f"# {module}\n\n::: {module}\n"
+        text = f"# What is in {module}?\n\n::: {module}\n"
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
 

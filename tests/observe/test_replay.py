@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -127,6 +128,10 @@ def test_the_command_shows_what_differs(tmp_path: Path) -> None:
     with before(tmp_path) as device, serving(device) as path:
         arguments = ["replay", str(tmp_path / "recording"), path, "--differences", "3"]
         done = CliRunner().invoke(cli, arguments)
+        machine = CliRunner().invoke(cli, [*arguments, "--json"])
+    found = json.loads(machine.stdout)
+    assert (machine.exit_code, found["ok"], len(found["differences"])) == (1, False, 3)
+    assert found["different"] >= 3
     assert done.exit_code == 1
     assert "requests were answered otherwise" in done.stdout
     assert done.stdout.count("XXH64") + done.stdout.count("data") >= 3

@@ -42,20 +42,36 @@ def cli() -> None:
 @click.option(
     "--seconds",
     type=Seconds(0.1, 3600),
-    default=5.0,
+    default=20.0,
     show_default=True,
-    help="How long to write, read and compare.",
+    help="About how long.",
 )
-def demo(seconds: float) -> None:
+@click.option(
+    "--open", "open_", is_flag=True, help="Open the inspector in the browser; stay until Ctrl-C."
+)
+@click.option(
+    "--fault",
+    "faults",
+    multiple=True,
+    metavar="RULE",
+    help="Have the disk misbehave, as --fault of `guestio blk`: see a check fail.",
+)
+def demo(seconds: float, open_: bool, faults: tuple[str, ...]) -> None:
     """Watch a disk behind an IOMMU work, and refuse what it must refuse.
 
-    A back-end runs in one process and a scripted guest in another; no VM is needed. Ends with
+    A back-end runs in one process and a guest's driver in another; no VM is needed. Ends with
     status 0 only if every check held.
     """
     from guestio.cli.demo import run
+    from guestio.faults import parse
 
     logging.basicConfig(level=logging.ERROR, format=FORMAT, stream=sys.stderr)
-    sys.exit(run(seconds))
+    try:
+        for rule in faults:
+            parse(rule)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    sys.exit(run(seconds, open_=open_, faults=faults))
 
 
 for _command in (

@@ -162,7 +162,7 @@ def _stopped_by_signals(load: Load, signals: list[int]) -> Iterator[None]:
 
 def _measure(load: Load, job: Job) -> tuple[LoadResult, float | None]:
     """The result, and the CPU seconds that the back-end used for it."""
-    with _Progress() as progress:
+    with LoadProgress() as progress:
         if job.plan.verify:
             load.fill(progress.part("writing known contents"))
         if job.warm_up:
@@ -184,7 +184,7 @@ def _cpu_seconds(pid: int) -> float:
         raise DeviceError(f"there is no process {pid} to tell the CPU time of") from error
 
 
-class _Progress:
+class LoadProgress:
     """How it goes, on standard error: a bar on a terminal, else a line a second."""
 
     def __init__(self) -> None:
@@ -218,16 +218,17 @@ class _Progress:
         if bar is None:
             return lambda share, result: self._tell(what, share, result)
         task = bar.add_task(what, total=1.0, figures="")
-        return lambda share, result: bar.update(task, completed=share, figures=_figures(result))
+        return lambda share, result: bar.update(task, completed=share, figures=figures_of(result))
 
     def _tell(self, what: str, share: float, result: LoadResult) -> None:
         now = time.monotonic()
         if now - self._told >= _TOLD_EVERY:
             self._told = now
-            print(f"{what}: {share:.0%}, {_figures(result)}", file=sys.stderr, flush=True)
+            print(f"{what}: {share:.0%}, {figures_of(result)}", file=sys.stderr, flush=True)
 
 
-def _figures(result: LoadResult) -> str:
+def figures_of(result: LoadResult) -> str:
+    """A result in a line."""
     return f"{result.iops:,.0f} IOPS, {result.bytes_per_second / 1e6:,.1f} MB/s"
 
 

@@ -1,41 +1,50 @@
-"""``guestio demo``: a disk behind an IOMMU, used, checked and attacked, without a VM.
+"""``guestio demo``: a disk behind an IOMMU, loaded, checked and attacked, without a VM.
 
-The back-end runs in a process of its own, exactly as ``guestio blk`` runs it. This process is the
-guest: it has memory, an IOMMU whose tables it controls, and a driver that maps what each request
-needs and unmaps it afterwards. Every block that is read is compared with what was written.
+The back-end runs in a process of its own, as ``guestio blk`` does. This process is the guest: it
+has memory, an IOMMU whose tables it controls, and a compiled driver. In turn: how many requests
+there are in a second; every block compared with what was written, while each request maps what it
+needs and unmaps it; four accesses that an IOMMU must refuse; a recording; a device that corrupts
+reads, which the comparison must notice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import multiprocessing
 import os
-import random
+import select
 import signal
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import webbrowser
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from guestio.addr import Permissions
+from guestio.cli.bench import LoadProgress
 from guestio.errors import GuestioError
-from guestio.guest import BlkError, GuestBuffer, Request, ScriptedGuest
+from guestio.faults import Misbehaving
+from guestio.guest import GuestBuffer, Request, ScriptedGuest
+from guestio.guest.load import CorruptionError, Load, LoadResult
+from guestio.guest.plan import LoadPlan
 from guestio.vhost_user import Backend, Statistics
 from guestio.virtio.blk import S_IOERR, T_IN, T_OUT, BlockDevice
-from guestio.virtio.image import SECTOR
 
 IMAGE_BYTES = 64 << 20
+SPAN = 16 << 20
 BLOCK = 4096
-DEPTH = 16
-START_LIMIT = 20.0
+DEPTH = 32
+START_LIMIT = 60.0
+MISBEHAVIOR = "corrupt op=read every=100"
+RECORDED_SECONDS = 1.0
 
 
 @dataclass
@@ -43,48 +52,81 @@ class Outcome:
     """What the guest saw.
 
     Attributes:
-        requests: Requests that the device answered.
-        moved: Bytes moved in either direction.
-        seconds: How long that took.
-        mismatches: Blocks that were not what had been written.
+        fast: The load without comparison.
+        verified: The load whose contents were compared; None if the disk failed before its end.
+        wrong: What the disk did wrong.
         refused: Attack by its name: whether it was refused and memory was left alone.
+        caught: What the comparison said of the device that misbehaves; None if it did not notice.
+        recorded: The recording's summary; empty without the extra ``record``.
     """
 
-    requests: int = 0
-    moved: int = 0
-    seconds: float = 0.0
-    mismatches: int = 0
-    refused: dict[str, bool] | None = None
+    fast: LoadResult | None = None
+    verified: LoadResult | None = None
+    wrong: list[str] = field(default_factory=list)
+    refused: dict[str, bool] = field(default_factory=dict)
+    caught: str | None = None
+    recorded: str = ""
 
     @property
     def good(self) -> bool:
         """Whether every check held."""
-        return not self.mismatches and bool(self.refused) and all((self.refused or {}).values())
+        return (
+            self.fast is not None
+            and self.verified is not None
+            and not self.wrong
+            and bool(self.refused)
+            and all(self.refused.values())
+            and self.caught is not None
+        )
 
 
-def _run(seconds: float, console: Console) -> bool:
-    with (
-        tempfile.TemporaryDirectory(prefix="guestio-demo-") as directory,
-        _served(Path(directory)) as (socket, statistics),
-    ):
-        with ScriptedGuest(socket, iommu="strict", memory_size=32 << 20, queue_size=256) as guest:
-            outcome = _write_and_verify(guest, seconds, console)
-            outcome.refused = _attack(guest, console)
-        served = statistics()
-    _show(outcome, served, console)
+def _has(*modules: str) -> bool:
+    return all(importlib.util.find_spec(name) for name in modules)
+
+
+def _run(seconds: float, console: Console, *, open_: bool, faults: Sequence[str]) -> bool:
+    outcome = Outcome()
+    with tempfile.TemporaryDirectory(prefix="guestio-demo-") as name:
+        directory = Path(name)
+        control = directory / "blk.control" if _has("uvicorn", "starlette", "h11") else None
+        with (
+            _served(directory, "blk", faults, control) as (socket, statistics),
+            _inspector(control, console, open_=open_),
+        ):
+            _load(socket, seconds, outcome, console)
+            with ScriptedGuest(
+                socket, iommu="strict", memory_size=32 << 20, queue_size=256
+            ) as guest:
+                outcome.refused = _attack(guest, console)
+            _record(socket, control, directory, outcome, console)
+            _misbehave(directory, outcome, console)
+            served = statistics() if not open_ else None
+            _show(outcome, served, console)
+            if open_:
+                _wait(console)
     return outcome.good
 
 
+def _wait(console: Console) -> None:
+    console.print("the disk and its page stay until Ctrl-C")
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.pause()
+
+
 @contextlib.contextmanager
-def _served(directory: Path) -> Iterator[tuple[Path, Callable[[], Statistics]]]:
+def _served(
+    directory: Path, name: str, faults: Sequence[str] = (), control: Path | None = None
+) -> Iterator[tuple[Path, Callable[[], Statistics]]]:
     """A back-end in its own process: its socket, and what asks it to end and tell its counters."""
-    image = directory / "disk.img"
+    image = directory / f"{name}.img"
     with image.open("wb") as file:
         file.truncate(IMAGE_BYTES)
-    socket = directory / "blk.sock"
+    socket = directory / f"{name}.sock"
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(image, socket, theirs), daemon=True)
+    process = context.Process(
+        target=_serve, args=(image, socket, tuple(faults), control, theirs), daemon=True
+    )
     process.start()
     theirs.close()
     try:
@@ -101,6 +143,7 @@ def _served(directory: Path) -> Iterator[tuple[Path, Callable[[], Statistics]]]:
 
         yield socket, statistics
     finally:
+        process.terminate()
         process.join(5)
         if process.is_alive():
             process.kill()
@@ -108,73 +151,132 @@ def _served(directory: Path) -> Iterator[tuple[Path, Callable[[], Statistics]]]:
         ours.close()
 
 
-def _serve(image: Path, socket: Path, tell: Connection) -> None:
+def _serve(
+    image: Path, socket: Path, faults: Sequence[str], control: Path | None, tell: Connection
+) -> None:
     """The back-end's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.getLogger("guestio").setLevel(logging.ERROR)
-    device = BlockDevice(image, serial="guestio-demo")
-    with contextlib.closing(device), Backend(device, socket, track_dirty=True) as backend:
+    logging.getLogger("guestio").setLevel(logging.CRITICAL)
+    disk = BlockDevice(image, serial="guestio-demo")
+    device = Misbehaving(disk, faults) if faults else disk
+    with (
+        contextlib.closing(disk),
+        Backend(device, socket, track_dirty=True, control=control) as backend,
+    ):
         signal.signal(signal.SIGTERM, lambda *_: backend.stop())
         tell.send("ready")
         backend.serve()
         tell.send(backend.statistics)
 
 
-def _write_and_verify(guest: ScriptedGuest, seconds: float, console: Console) -> Outcome:
-    """Keep the queue full of random writes and reads that are compared."""
-    outcome = Outcome()
-    rng = random.Random(1)  # noqa: S311 - repeatable, not secret
-    contents: dict[int, bytes] = {}
-    expected: dict[int, bytes] = {}
-    started = time.monotonic()
-    columns = (TextColumn("write, read, compare"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=seconds)
-        while (elapsed := time.monotonic() - started) < seconds:
-            progress.update(task, completed=elapsed)
-            requests = _submit_batch(guest, rng, contents, expected)
-            guest.wait(*requests)
-            for request in requests:
-                _check(request, expected, outcome)
-        progress.update(task, completed=seconds)
-    outcome.seconds = time.monotonic() - started
-    return outcome
-
-
-def _submit_batch(
-    guest: ScriptedGuest,
-    rng: random.Random,
-    contents: dict[int, bytes],
-    expected: dict[int, bytes],
-) -> list[Request]:
-    """Begin a batch of requests for different blocks, half of them reads of known ones."""
-    requests = []
-    blocks = rng.sample(range(IMAGE_BYTES // BLOCK), DEPTH // 2)
-    known = rng.sample(list(contents), min(len(contents), DEPTH // 2)) if contents else []
-    for block in known:
-        request = guest.submit_read(block * BLOCK // SECTOR, BLOCK, publish=False)
-        expected[id(request)] = contents[block]
-        requests.append(request)
-    for block in blocks:
-        if block in known:
-            continue
-        contents[block] = rng.randbytes(BLOCK)
-        requests.append(guest.submit_write(block * BLOCK // SECTOR, contents[block], publish=False))
-    guest.publish()
-    return requests
-
-
-def _check(request: Request, expected: dict[int, bytes], outcome: Outcome) -> None:
-    outcome.requests += 1
-    outcome.moved += BLOCK
-    wanted = expected.pop(id(request), None)
-    try:
-        request.check()
-    except BlkError:
-        outcome.mismatches += 1
+@contextlib.contextmanager
+def _inspector(control: Path | None, console: Console, *, open_: bool) -> Iterator[None]:
+    """The page that shows the disk, for as long as the demo runs."""
+    if control is None:
+        console.print("no inspector: pip install 'guestio[control]'")
+        yield
         return
-    if wanted is not None and request.data != wanted:
-        outcome.mismatches += 1
+    command = [sys.executable, "-m", "guestio", "inspect", str(control)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            ready, _, _ = select.select([process.stdout], [], [], START_LIMIT)
+            address = process.stdout.readline().strip() if ready else ""
+            if not address:
+                raise GuestioError("the inspector did not start")
+            stays = "" if open_ else " (while this runs; --open stays)"
+            console.print(f"the disk, live{stays}: {address}", soft_wrap=True, highlight=False)
+            if open_:
+                webbrowser.open(address)
+            yield
+        finally:
+            process.terminate()
+
+
+def _load(socket: Path, seconds: float, outcome: Outcome, console: Console) -> None:
+    """First as fast as it goes, then with every block compared."""
+    plans = (
+        ("behind an IOMMU, mappings kept", LoadPlan(depth=DEPTH, iommu="static"), 0.3),
+        (
+            "each request mapped and unmapped, each block compared",
+            LoadPlan(workload="randrw", depth=DEPTH, iommu="strict", verify=True, span=SPAN),
+            0.4,
+        ),
+    )
+    for what, plan, share in plans:
+        try:
+            with Load(socket, plan) as load, LoadProgress() as progress:
+                if plan.verify:
+                    load.fill(progress.part("writing known contents"))
+                result = load.run(seconds * share, progress.part(what))
+                if plan.verify:
+                    load.read_back(progress.part("reading everything back"))
+        except GuestioError as error:
+            outcome.wrong.append(str(error))
+            console.print(f"  {what}: [bold red]{error}[/]", soft_wrap=True)
+            continue
+        console.print(f"  {what}: [green]{result.iops:,.0f} requests a second[/]")
+        if plan.verify:
+            outcome.verified = result
+        else:
+            outcome.fast = result
+
+
+def _record(
+    socket: Path, control: Path | None, directory: Path, outcome: Outcome, console: Console
+) -> None:
+    """Record a second of load, and say what the recording has."""
+    if control is None or not _has("pyarrow", "duckdb"):
+        console.print("no recording: pip install 'guestio[control,record]'")
+        return
+    from guestio.observe import Recorder, open_recording
+
+    file = directory / "disk.parquet"
+    # Few requests at a time, as what counts here are rows that are whole and not how many.
+    with (
+        Recorder(str(control), file),
+        Load(socket, LoadPlan(depth=1, iommu="static")) as load,
+        LoadProgress() as progress,
+    ):
+        try:
+            load.run(RECORDED_SECONDS, progress.part("recording"))
+        except GuestioError as error:
+            outcome.wrong.append(str(error))
+    with open_recording(file) as recording:
+        rows = recording.requests()
+    taken, completed = rows["taken"].to_pylist(), rows["completed"].to_pylist()
+    spans = sorted(
+        after - before
+        for before, after in zip(taken, completed, strict=True)
+        if before is not None and after is not None
+    )
+    if not spans:
+        outcome.wrong.append("the recording has no request")
+        return
+    outcome.recorded = (
+        f"{rows.num_rows:,} requests, half of them served within {spans[len(spans) // 2] / 1e3:.0f}"
+        f" us, {file.stat().st_size:,} bytes"
+    )
+    console.print(f"  recording of {RECORDED_SECONDS:.0f} s: {outcome.recorded}", soft_wrap=True)
+
+
+def _misbehave(directory: Path, outcome: Outcome, console: Console) -> None:
+    """Serve a disk that corrupts some reads; the comparison must notice."""
+    plan = LoadPlan(workload="randrw", depth=8, iommu="strict", verify=True, span=1 << 20)
+    with _served(directory, "bad", [MISBEHAVIOR]) as (socket, _):
+        try:
+            with Load(socket, plan) as load:
+                load.fill()
+                load.run(5.0)
+                load.read_back()
+        except CorruptionError as error:
+            outcome.caught = str(error)
+    verdict = (
+        f"[green]caught[/]: {outcome.caught}"
+        if outcome.caught is not None
+        else "[bold red]NOT NOTICED[/]"
+    )
+    console.print(f"  disk with --fault '{MISBEHAVIOR}': {verdict}", soft_wrap=True)
 
 
 def _attack(guest: ScriptedGuest, console: Console) -> dict[str, bool]:
@@ -238,21 +340,27 @@ def _after_unmap(guest: ScriptedGuest) -> bool:
     return _refused(guest, guest.submit_at(T_IN, writable=address), victim, before)
 
 
-def _show(outcome: Outcome, served: Statistics, console: Console) -> None:
+def _show(outcome: Outcome, served: Statistics | None, console: Console) -> None:
     table = Table(title="guestio demo", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    refused = outcome.refused or {}
+    fast, verified = outcome.fast, outcome.verified
     rows = {
-        "requests": f"{outcome.requests:,}",
-        "bytes": f"{outcome.moved:,}",
-        "throughput": f"{outcome.moved / outcome.seconds / 1e6:.1f} MB/s",
-        "mismatches": f"{outcome.mismatches}",
-        "IOTLB hits": f"{served.iotlb_hits:,}",
-        "IOTLB misses": f"{served.iotlb_misses:,}",
-        "IOTLB invalidations": f"{served.iotlb_invalidations:,}",
-        "refused accesses": f"{sum(refused.values())} of {len(refused)}",
-        "dirty pages": f"{served.dirty_pages:,}",
+        "requests": f"{sum(result.requests for result in (fast, verified) if result):,}",
+        "mappings kept": f"{fast.iops:,.0f} requests/s" if fast else "failed",
+        "mapped each time": f"{verified.iops:,.0f} requests/s" if verified else "failed",
+        "compared": "all as written" if verified else "[bold red]failed[/]",
+    }
+    if served is not None:
+        rows |= {
+            "IOTLB hits": f"{served.iotlb_hits:,}",
+            "IOTLB misses": f"{served.iotlb_misses:,}",
+            "IOTLB invalidations": f"{served.iotlb_invalidations:,}",
+            "dirty pages": f"{served.dirty_pages:,}",
+        }
+    rows |= {
+        "refused accesses": f"{sum(outcome.refused.values())} of {len(outcome.refused)}",
+        "misbehaving disk": "caught" if outcome.caught is not None else "[bold red]missed[/]",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -261,18 +369,27 @@ def _show(outcome: Outcome, served: Statistics, console: Console) -> None:
     console.print(verdict)
 
 
-def run(seconds: float) -> int:
+def run(
+    seconds: float,
+    *,
+    open_: bool = False,
+    faults: Sequence[str] = (),
+    console: Console | None = None,
+) -> int:
     """Run the demonstration.
 
     Args:
-        seconds: How long to write and verify.
+        seconds: About how long.
+        open_: Open the inspector in the browser, and stay until Ctrl-C.
+        faults: Rules by which the disk misbehaves, so that a check fails.
+        console: Where to show it; standard output by default.
 
     Returns:
         The command's exit status: 0 only if every check held.
     """
-    console = Console()
+    console = console or Console()
     try:
-        return 0 if _run(seconds, console) else 1
+        return 0 if _run(seconds, console, open_=open_, faults=faults) else 1
     except (GuestioError, OSError) as error:
         print(f"guestio: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -94,6 +96,7 @@ class Speed(click.ParamType[float | None]):
     show_default=True,
     help="How many differences to show.",
 )
+@click.option("--json", "as_json", is_flag=True, help="Print JSON rather than a table.")
 def replay(
     file: str,
     socket: str,
@@ -101,6 +104,7 @@ def replay(
     iommu: ReplayIommu,
     timeout: float,
     differences: int,
+    as_json: bool,
 ) -> None:
     """Repeat a recording; the help text is ``HELP``."""
     with observing():
@@ -114,6 +118,11 @@ def replay(
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(1)
+    if as_json:
+        found = dataclasses.asdict(result) | {"ok": result.ok}
+        found["differences"] = found["differences"][:differences]
+        click.echo(json.dumps(found, indent=1))
+        sys.exit(0 if result.ok else 1)
     click.echo(result.text(0))
     if not result.ok and differences:
         Console().print(picture(result, differences))
