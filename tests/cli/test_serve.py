@@ -375,3 +375,30 @@ def test_the_function_refuses_what_a_backend_refuses(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="must be a guestio Device"):
         guestio.serve("device", tmp_path / "s.sock")  # type: ignore[arg-type]
     assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == before
+
+
+def test_a_recording_that_takes_long_to_finish_is_no_device_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process ends in time, and says what was not done."""
+    code = (
+        "import time, guestio.observe.recorder as recorder; from guestio.cli import main\n"
+        "recorder.finish = lambda path: time.sleep(60)\n"
+        "main()"
+    )
+    record = tmp_path / "run.parquet"
+    words = ("rng", "--socket", str(tmp_path / "s.sock"), "--record", str(record))
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr is not None
+            assert "listening" in process.stderr.readline()
+            with promptly(ENDS_WITHIN):
+                process.send_signal(signal.SIGTERM)
+                _, logged = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert "ended before the recording was a Parquet file" in logged
+    assert "hangs" not in logged
+    assert record.exists()

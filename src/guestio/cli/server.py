@@ -39,7 +39,7 @@ from guestio.serving import (
 from guestio.virtio.device import Device
 
 if TYPE_CHECKING:
-    from guestio.observe import Payload
+    from guestio.observe import Payload, Recorder
 
 EXIT_GRACE = 0.2
 """Seconds that the end of a command waits for its log to be read."""
@@ -438,10 +438,10 @@ class Server:
 
 def start_recording(
     server: WatchedServer, stack: contextlib.ExitStack, file: str | None, payload: Payload
-) -> None:
+) -> Recorder | None:
     """Record what a server does until the stack is closed, if a file is named."""
     if file is None:
-        return
+        return None
     with observing():
         from guestio.observe import Recorder
     try:
@@ -453,6 +453,7 @@ def start_recording(
     except OSError as error:
         fail(f"--record {_reason(error)}")
     stack.callback(recorder.close, finished=None)
+    return recorder
 
 
 Served = TypeVar("Served", bound=WatchedServer)
@@ -464,7 +465,7 @@ def run_server(
     *,
     signals: Mapping[int, Callable[[], object]] | None = None,
     cleanup: Callable[[], object] = lambda: None,
-    started: Callable[[Served, contextlib.ExitStack], object] = lambda *_: None,
+    started: Callable[[Served, contextlib.ExitStack], Recorder | None] = lambda *_: None,
     more: Callable[[], Sequence[str]] = lambda: (),
     faults: Faults | None = None,
 ) -> None:
@@ -476,7 +477,8 @@ def run_server(
         what: What is served, for messages.
         signals: Called in the main thread for other signals.
         cleanup: Called at the end, whatever happened, also if the server hangs.
-        started: Called with the server before it serves; what it puts on the stack ends before.
+        started: Called with the server before it serves; what it puts on the stack ends before. It
+            returns the recorder, if there is one.
         more: Lines to print after the one that says where the server listens.
         faults: Rules whose counts are logged at the end.
     """
@@ -489,10 +491,17 @@ def run_server(
 
     stop = Signals({signal.SIGUSR1: summarize} | dict(signals or {}))
     status, why = 1, ""
+    recorder: Recorder | None = None
 
     def give_up() -> None:
         try:
-            log.say("guestio: ended although a request or the device hangs")
+            if recorder is not None and recorder.closing:
+                log.say(
+                    "guestio: ended before the recording was a Parquet file: `guestio report` "
+                    "reads it as it is, and `guestio report --finish` makes it one"
+                )
+            else:
+                log.say("guestio: ended although a request or the device hangs")
             remove_sockets()
             cleanup()
             log.drain(EXIT_GRACE)
@@ -507,7 +516,7 @@ def run_server(
                 backend = open_server(stack)
                 stack.callback(backend.close)
                 served.append(backend)
-                started(backend, stack)
+                recorder = started(backend, stack)
 
             def ready() -> None:
                 for line in (backend.ready_line, *more()):

@@ -278,6 +278,11 @@ class Recorder:
         self.ended = self._description["ended"] = why
         log.warning("the recording %s ends: %s", self.path, why)
 
+    @property
+    def closing(self) -> bool:
+        """Whether :meth:`close` is under way. From any thread."""
+        return self._lock.locked()
+
     def close(self, *, finished: bool | None = True) -> Description:
         """End the recording. Calling it again does nothing.
 
