@@ -17,10 +17,12 @@ import pytest
 from click.testing import CliRunner
 
 from guestio import budgets
+from guestio._core.trace.latencies import Latencies
 from guestio.cli import cli
 from guestio.control import guard, schema
 from guestio.control.client import ControlClient
 from guestio.control.server import ControlServer
+from guestio.control.status import latency_of
 from guestio.errors import DeviceError
 from guestio.trace import wanted
 from tests.kit.command import Command, ready
@@ -90,7 +92,7 @@ def test_the_status_has_the_documented_fields(serving: Serving, control: Path) -
             assert set(status[name]) == keys_of(typed)
         for queue in status["queues"]:
             assert set(queue) == keys_of(schema.Queue)
-            for latency in queue["latency"].values():
+            for latency in (*queue["latency"].values(), queue["latency_all"]):
                 assert set(latency) == keys_of(schema.Latency)
         assert set(status["memory"][0]) == keys_of(schema.Region)
         assert all(set(each) == keys_of(schema.Budget) for each in status["budgets"].values())
@@ -100,6 +102,19 @@ def test_the_status_has_the_documented_fields(serving: Serving, control: Path) -
         assert not status["queues"][1]["running"]
     serving.let_go()
     until(lambda: client.status()["peer"] is None)
+
+
+def test_one_slow_request_does_not_make_a_queue_slow() -> None:
+    measured = Latencies()
+    for _ in range(99):
+        measured.note(1, 0, 20_000)
+    measured.note(3, 0, 20_000_000)
+    both = latency_of(measured, 0, 1, 2, 3)
+    assert both["count"] == 100
+    assert both["sum_s"] == pytest.approx(99 * 20e-6 + 20e-3)
+    assert both["p50_s"] == latency_of(measured, 1)["p50_s"] == pytest.approx(20e-6, rel=0.07)
+    assert both["max_s"] == latency_of(measured, 3)["max_s"]
+    assert sum(count for _, count in both["buckets"]) == 100
 
 
 def test_only_this_user_may_connect(serving: Serving, control: Path) -> None:

@@ -27,8 +27,11 @@ CONTROL is the path that was given to a server as --control, or http://HOST:PORT
   guestio blk disk.img --socket /tmp/blk.sock --control /tmp/blk.control &
   guestio top /tmp/blk.control
 
-The table is drawn anew each second until Ctrl-C. Times are from a request being found in the ring
-to its being given back. A server whose token is in GUESTIO_CONTROL_TOKEN is asked with it.
+The table is drawn anew each second until Ctrl-C. Times are from a request being found with all
+that it needs to its being given back: behind an IOMMU what it waits for translations is not in them
+but in the line about the IOTLB, and in the recordings of `guestio record`.
+
+A server whose token is in GUESTIO_CONTROL_TOKEN is asked with it.
 """
 
 

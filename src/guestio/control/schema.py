@@ -76,7 +76,7 @@ class Latency(TypedDict):
     p999_s: float
     """The same for 99.9 %."""
     max_s: float
-    """The longest."""
+    """The end of the bucket of the longest."""
     buckets: list[tuple[float, int]]
     """``(seconds, count)``: how many took less than so long and not less than half of it,
     ascending, without empty ones. What took less than 8 ns is in the first."""
@@ -129,8 +129,11 @@ class Queue(TypedDict):
     rates: Rates
     """Of these."""
     latency: dict[str, Latency]
-    """By operation: ``read``, ``write``, ``other``; from being found to being given back. Only
-    operations that happened; measured since the control socket has been open."""
+    """By operation: ``read``, ``write``, ``flush``, ``other``; from being found with all that it
+    needs to being given back, without what it waited for translations before. Only operations that
+    happened; measured since the control socket has been open."""
+    latency_all: Latency
+    """The same of all operations together."""
 
 
 class IotlbInfo(TypedDict):

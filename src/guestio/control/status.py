@@ -91,11 +91,15 @@ def rules_of(server: object) -> Switchable | None:
 _QUANTILES: Final = (("p50_s", 0.5), ("p90_s", 0.9), ("p99_s", 0.99), ("p999_s", 0.999))
 
 
-def latency_of(latencies: Latencies, kind: int) -> schema.Latency:
-    """A histogram in a few numbers."""
-    buckets = latencies.buckets(kind)
-    total = sum(count for _, _, count in buckets)
-    sum_s = latencies.sum_ns(kind) / 1e9
+def latency_of(latencies: Latencies, *kinds: int) -> schema.Latency:
+    """The histograms of some kinds, together, in a few numbers."""
+    counts: dict[tuple[int, int], int] = {}
+    for kind in kinds:
+        for first, end, count in latencies.buckets(kind):
+            counts[first, end] = counts.get((first, end), 0) + count
+    buckets = [(first, end, count) for (first, end), count in sorted(counts.items())]
+    total = sum(counts.values())
+    sum_s = sum(map(latencies.sum_ns, kinds)) / 1e9
     found: dict[str, Any] = {
         "count": total,
         "sum_s": sum_s,
@@ -152,6 +156,7 @@ def queue_status(queue: QueueSnapshot, now: float) -> schema.Queue:
             for kind, name in enumerate(OPERATIONS)
             if (latency := latency_of(queue.latencies, kind))["count"]
         },
+        "latency_all": latency_of(queue.latencies, *range(len(OPERATIONS))),
     }
 
 

@@ -131,9 +131,9 @@ function stateOf(queue) {
 }
 
 function showQueues(status) {
-  const longest = (queue, name) => {
-    const all = Object.values(queue.latency).map((each) => each[name]);
-    return all.length ? seconds(Math.max(...all)) : "\u2013";
+  const taking = (queue, name) => {
+    const all = queue.latency_all;
+    return all.count ? seconds(all[name]) : "\u2013";
   };
   at("queues-none").hidden = status.queues.length > 0;
   at("queue-table").hidden = status.queues.length === 0;
@@ -141,7 +141,7 @@ function showQueues(status) {
     queue.index, stateOf(queue), count(queue.size), count(queue.next_avail), count(queue.depth),
     count(queue.held), count(queue.taken), count(queue.completed), short(queue.rates.requests_per_s),
     (queue.rates.bytes_per_s / 1e6).toFixed(1), short(queue.rates.notifications_per_s),
-    longest(queue, "p50_s"), longest(queue, "p99_s"), longest(queue, "max_s"),
+    taking(queue, "p50_s"), taking(queue, "p99_s"), taking(queue, "max_s"),
   ]));
 }
 
