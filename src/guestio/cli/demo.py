@@ -15,10 +15,12 @@ import logging
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -164,9 +166,17 @@ def _serve(
         Backend(device, socket, track_dirty=True, control=control) as backend,
     ):
         signal.signal(signal.SIGTERM, lambda *_: backend.stop())
+        threading.Thread(target=_end_with, args=(tell, backend), daemon=True).start()
         tell.send("ready")
         backend.serve()
         tell.send(backend.statistics)
+
+
+def _end_with(parent: Connection, backend: Backend) -> None:
+    """Stop once the other end of the pipe has gone: a demo that is killed leaves no server."""
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv()
+    backend.stop()
 
 
 @contextlib.contextmanager
@@ -177,6 +187,8 @@ def _inspector(control: Path | None, console: Console, *, open_: bool) -> Iterat
         yield
         return
     command = [sys.executable, "-m", "guestio", "inspect", str(control)]
+    if shutil.which("setpriv"):  # it ends with this process, even if that is killed
+        command = ["setpriv", "--pdeathsig", "TERM", *command]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
