@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from guestio.errors import DeviceError
 from guestio.guest.load import Load
 from guestio.guest.plan import LoadPlan
 from guestio.observe import Recorder, open_recording, xxh64
+from guestio.observe.remote import ControlSource
 from guestio.pci import VirtioPci
 from guestio.trace import Group, What, wanted
 from guestio.virtio.blk import BlockDevice
@@ -238,3 +240,25 @@ def test_a_recording_lasts_longer_than_a_request_may(
         assert recorder.close()["rows"]["requests"] == 50
         assert recorder.ended is None
     device.close()
+
+
+def test_a_recorder_ends_with_a_status_of_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes: until then a thread may have published what it has not written."""
+    with nothing_left(), disk(tmp_path) as (serving, _):
+        source = ControlSource(tmp_path / "control", "none")
+        try:
+            free = threading.Event()
+            status = serving.backend.status
+            monkeypatch.setattr(serving.backend, "status", lambda: (free.wait(20), status())[1])
+            asked = time.monotonic()
+            timer = threading.Timer(1.3, free.set)
+            timer.start()
+            source.refresh()
+            timer.join()
+            found = source.status()
+            assert found is not None
+            assert found["time_s"] >= asked
+        finally:
+            source.close()

@@ -23,8 +23,8 @@ QUIET_SECONDS: Final = 60.0
 """Seconds that a server may say nothing: its control thread may get no processor for long, or the
 process be stopped, and go on. One that has ended is noticed at once."""
 
-REFRESH_SECONDS: Final = 1.0
-"""Seconds that a status may take."""
+REFRESH_SECONDS: Final = 10.0
+"""Seconds that a status may take: the server's threads may get no processor for long."""
 
 
 class ControlSource:
@@ -111,7 +111,11 @@ class ControlSource:
         return self._latest
 
     def refresh(self) -> None:
-        """Wait for a status of now, a second at most: it names all rings that there are."""
+        """Wait for a status of now, ten seconds at most.
+
+        It names all rings that there are, and was made with the interpreter's lock: a thread that
+        published a request before this call has written its record as well.
+        """
         asked = time.monotonic()
         while time.monotonic() < asked + REFRESH_SECONDS:
             status = self._latest

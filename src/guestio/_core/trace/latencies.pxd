@@ -31,12 +31,19 @@ cdef class Latencies:
     cdef uint64_t sums[LATENCY_KINDS]
 
 
-cdef inline void add_latency(Latencies to, int kind, uint64_t since, uint64_t now) noexcept:
-    """Count something that took from one time to another, in ns.
+cdef inline void add_latencies(
+    Latencies to, int kind, uint64_t since, uint64_t now, uint64_t count
+) noexcept:
+    """Count things that took from one time to another, in ns.
 
     Plain C on the object's own table, which is there: it cannot raise.
     """
     cdef uint64_t took = now - since if now > since else 0
     GUESTIO_ASSERT(0 <= kind < LATENCY_KINDS)
-    to.bucket[kind][latency_bucket(took)] += 1
-    to.sums[kind] += took
+    to.bucket[kind][latency_bucket(took)] += count
+    to.sums[kind] += count * took
+
+
+cdef inline void add_latency(Latencies to, int kind, uint64_t since, uint64_t now) noexcept:
+    """The same of one. Plain C: it cannot raise."""
+    add_latencies(to, kind, since, now, 1)

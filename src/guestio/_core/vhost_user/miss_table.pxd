@@ -50,6 +50,9 @@ cdef class MissTable:
     cdef public uint16_t origin   # the server's number, for records of tracepoints
     cdef readonly Latencies latencies
     cdef u64 answered_at          # when the answers came that are looked at, ns; 0: not known
+    cdef double measured_sent     # when what was measured last was sent
+    cdef u64 measured             # how long it took, ns
+    cdef int measured_bucket
     cdef readonly u64 requested
     cdef readonly u64 refused
     cdef readonly u64 timeouts
@@ -79,6 +82,7 @@ cdef class MissTable:
     cdef int relieve(self, list ready) except -1
     cdef int answer(self, u64 first, u64 span, int perm, list ready) except -1
     cdef int answer_range(self, u64 first, u64 span, int perm, list ready) except -1
+    cdef void measure(self, double sent_at) noexcept
     cdef int answer_one(self, int16_t slot, int perm, list ready) except -1
     cdef int finish(self, int16_t slot, list ready) except -1
     cdef int acknowledge_one(self, bint refuse, list refused, list ready) except -1

@@ -27,7 +27,7 @@ from guestio._core.memory.leases cimport (
     pthread_mutex_unlock,
 )
 from guestio._core.iommu.misses cimport PAGE_BYTES, Misses
-from guestio._core.trace.latencies cimport Latencies, add_latency
+from guestio._core.trace.latencies cimport Latencies, latency_bucket
 from guestio._core.trace.tracepoints cimport (
     MEASURE, TRANSLATIONS, TraceRecord, WHAT_MISS, WHAT_REFUSED, trace, trace_record, tracing,
 )
@@ -364,7 +364,7 @@ cdef class MissTable:
         if self.open_count:
             # Once for answers that came together.
             if tracing & MEASURE and not self.answered_at:
-                self.answered_at = now_ns()
+                self.answered_at, self.measured_sent = now_ns(), -1.0
             self.hold()
             try:
                 self.answer_range(first, span, perm, ready)
@@ -399,10 +399,20 @@ cdef class MissTable:
         # An answer means that all misses before it were handled.
         self.reached = max(self.reached, self.slots[slot].number)
         if self.answered_at:
-            add_latency(
-                self.latencies, 0, <u64>(1e9 * self.slots[slot].sent_at), self.answered_at
-            )
+            self.measure(self.slots[slot].sent_at)
         return self.finish(slot, ready)
+
+    # Plain C on tables that are there: it cannot raise.
+    cdef void measure(self, double sent_at) noexcept:
+        """Count how long an answer took; many were requested together and came together."""
+        cdef u64 sent
+        if sent_at != self.measured_sent:
+            sent = <u64>(1e9 * sent_at)
+            self.measured_sent = sent_at
+            self.measured = self.answered_at - sent if self.answered_at > sent else 0
+            self.measured_bucket = latency_bucket(self.measured)
+        self.latencies.bucket[0][self.measured_bucket] += 1
+        self.latencies.sums[0] += self.measured
 
     cdef int finish(self, int16_t slot, list ready) except -1:
         """Take a miss off the table and add the waiters that lack nothing any more to ``ready``."""

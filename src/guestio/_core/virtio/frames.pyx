@@ -632,5 +632,5 @@ cdef class FrameFiller:
                 trace_answer(chain.writable, written, ring.origin, ring.queue, <u32>chain.head)
         chain.clear()
         chain.written = written
-        ring.add_pending(chain)
+        ring.add_pending(chain, False)
         return 0

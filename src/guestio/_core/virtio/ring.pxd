@@ -7,7 +7,6 @@ from guestio._core.virtio.chain cimport Chain, Quota, Server, i64, u16
 from guestio._core.virtio.inflight cimport InflightQueue
 from guestio._core.iommu.misses cimport Misses
 from guestio._core.trace.latencies cimport Latencies
-from guestio._core.trace.tracepoints cimport TraceSlot
 
 
 cdef struct UsedElem:
@@ -18,10 +17,20 @@ cdef struct UsedElem:
 # A request that was completed, at the place in the used ring that it is for.
 cdef struct Completed:
     UsedElem element
-    int done              # 1 + the kind of its operation, and whether `whole` has it; not positive
+    int done              # 1 + the kind of its operation, and whether `noted` has it; not positive
                           # once it is published
     u64 since
     u64 offset
+
+
+# What of a request that the core has served is written once it is published, besides that.
+cdef struct Noted:
+    u64 address
+    u32 taken             # ns from when its batch was found
+    u32 served            # the same
+    u32 readable
+    u32 writable
+    u16 position
 
 
 cdef class Ring(RingAreas):
@@ -55,8 +64,8 @@ cdef class Ring(RingAreas):
     cdef public Latencies latencies
     cdef u64 since               # when this batch began, ns, if that is measured
     cdef u64 turned              # when the request that is served was turned to, ns; 0: not known
-    cdef TraceSlot *whole        # with `pending`: what is written of requests once they are published
-    cdef u32 whole_count         # those of them that are not published yet
+    cdef Noted *noted            # with `pending`: of requests that are written once published
+    cdef u32 noted_count         # those of them that are not published yet
     cdef bint deferred           # the request that is served has not been written as taken
     cdef readonly u64 returned
     cdef readonly u64 completions
@@ -88,7 +97,7 @@ cdef class Ring(RingAreas):
     cdef Chain hand_out(self)
     cdef int keep_nothing(self) except -1
     cdef void note_refused(self, Chain chain, Misses misses, size_t since)
-    cdef void add_pending(self, Chain chain) noexcept
+    cdef void add_pending(self, Chain chain, bint noted) noexcept
     cdef int publish_pending(self) except -1
     cdef int walk(self, Chain chain, Misses misses, bint lenient) except -1
     cdef int add_buffer(
@@ -100,12 +109,12 @@ cdef class Ring(RingAreas):
     cdef void trace_turn(self, bint core, Chain chain) noexcept
     cdef void trace_left(self, Chain chain) noexcept
     cdef void trace_served(self, Chain chain, i64 written) noexcept
-    cdef void trace_whole(self, Chain chain, u32 written, u64 now) noexcept
     cdef void spell_out(self) noexcept
     cdef void trace_head(self, int what, Chain chain, i64 result, u64 time) noexcept
     cdef void trace_buffers(self, IoVector memory, u32 head) noexcept
     cdef void trace_available(self, int count) noexcept
     cdef void trace_lacking(self, int head, Misses misses, size_t known) noexcept
     cdef void trace_stalled(self, Misses misses) noexcept
-    cdef void trace_published(self, u32 count) noexcept
+    cdef void measure_published(self, u32 count, u64 now) noexcept
+    cdef void trace_published(self, u32 count, u64 now) noexcept
     cdef bint wants_notification(self, u16 before) except -1

@@ -15,6 +15,7 @@ from guestio._core.virtio.areas cimport RingAreas, current
 from guestio._core.base.checks cimport as_address, as_seconds, u8
 from guestio._core.base.clock cimport now_ns
 from guestio._core.base.capacity cimport RING_LOOK_WORK, RING_LOOKS, RING_PUBLISH_EACH
+from guestio._core.base.ticks cimport ticks_begin, ticks_exact, ticks_soon
 from guestio._core.virtio.chain cimport (
     NOT_SERVED, Chain, Quota, Server, i64, is_in_use, is_moving, new_chain,
 )
@@ -22,11 +23,11 @@ from guestio._core.base.syscalls cimport notify
 from guestio._core.virtio.contents cimport trace_answer, trace_given
 from guestio._core.virtio.inflight cimport InflightQueue
 from guestio._core.memory.mapping cimport holes, met_holes
-from guestio._core.trace.latencies cimport Latencies, add_latency
+from guestio._core.trace.latencies cimport Latencies, add_latencies
 from guestio._core.trace.tracepoints cimport (
     BUFFERS, CONTENTS, MEASURE, REQUESTS, TRACE_WHOLE, TraceRecord, TraceSlot, WHAT_AVAILABLE,
     WHAT_BUFFER, WHAT_COMPLETED, WHAT_INTERRUPT, WHAT_LACKING, WHAT_SERVED, WHAT_STALLED,
-    WHAT_TAKEN, WholeRequest, trace, trace_all, trace_record, tracing,
+    WHAT_TAKEN, trace, trace_all, trace_record, tracing,
 )
 from guestio._core.iommu.misses cimport Misses
 
@@ -60,6 +61,8 @@ cdef enum:
     WRITE_AT_ONCE = 16          # records of completions, at least three
 
 cdef u64 CHAIN_BYTES = <u64>1 << 32
+
+ticks_begin()
 
 
 cdef inline void discharge(Ring ring, Chain chain) noexcept:  # plain C on plain memory
@@ -140,7 +143,7 @@ cdef class Ring(RingAreas):
         free(self.pending)
         free(self.held)
         free(self.published)
-        free(self.whole)
+        free(self.noted)
 
     def __repr__(self):
         cdef str state = "" if self.broken is None else f", broken: {self.broken}"
@@ -279,7 +282,7 @@ cdef class Ring(RingAreas):
         """Begin to take requests, which share the time of now. Plain C: it cannot raise."""
         self.work = self.moved = 0
         self.crowded = False
-        self.since = now_ns() if tracing & (REQUESTS | MEASURE) else 0
+        self.since = max(ticks_exact(), self.turned) if tracing & (REQUESTS | MEASURE) else 0
         self.turned = self.since
 
     cdef int take_held(self, int limit, Server server, list chains, Misses misses) except -1:
@@ -360,20 +363,24 @@ cdef class Ring(RingAreas):
         chain.position = self.taken_at
         cdef bint core = server is not None and chain.fault is None
         # Looked at once, for a request that is served as well.
-        cdef int traced = tracing & REQUESTS
+        cdef int traced = tracing & (REQUESTS | BUFFERS | CONTENTS)
+        cdef bint noted = False
         if traced:
-            self.trace_turn(core, chain)
+            if core and traced == REQUESTS and self.turned and self.noted is not NULL:
+                self.deferred = True
+            elif traced & REQUESTS:
+                self.trace_turn(core, chain)
         if core:
             written = server.serve(chain)
             if written != NOT_SERVED:
-                if traced:
-                    self.trace_served(chain, written)
+                if traced & REQUESTS:
+                    noted = self.deferred and note_served(self, chain, <u64>written)
+                    if not noted:
+                        self.trace_served(chain, written)
                 self.moved += chain.readable.total + chain.writable.total
                 chain.clear()
                 chain.written = <u64>written
-                self.add_pending(chain)
-                if traced:
-                    chain.kind &= ~IS_WHOLE
+                self.add_pending(chain, noted)
                 if self.pending_count >= RING_PUBLISH_EACH and self.reachable():
                     self.publish_pending()
                 return 1
@@ -532,16 +539,16 @@ cdef class Ring(RingAreas):
             return False
         # A reference to the request keeps neither the ring nor its memory.
         chain.done, chain.ring = True, None
-        self.add_pending(chain)
+        self.add_pending(chain, False)
         return True
 
     # Plain C on the ring's own table, which has room for each entry of the ring: it cannot raise.
-    cdef void add_pending(self, Chain chain) noexcept:
+    cdef void add_pending(self, Chain chain, bint noted) noexcept:
         """Enter a completed request among those to be published, at its place in the used ring."""
         cdef Completed *completed = &self.pending[place_of(self, chain)]
         completed.element.head = chain.head
         completed.element.written = <u32>min(chain.written, <u64>0xFFFFFFFF)
-        completed.done, completed.since = 1 + chain.kind, chain.since
+        completed.done, completed.since = 1 + chain.kind + noted * IS_WHOLE, chain.since
         completed.offset = chain.offset
         discharge(self, chain)
         self.outstanding -= 1
@@ -646,10 +653,11 @@ cdef class Ring(RingAreas):
     cdef int publish_pending(self) except -1:
         """Publish completions; the areas are translated. Remembers whether to notify."""
         cdef u32 count = 0
+        cdef u64 now
         cdef u16 before = self.next_used
         cdef Completed *completed
         while self.pending_count:
-            completed = &self.pending[self.publish_at % self.size]
+            completed = &self.pending[self.publish_at & (self.size - 1)]
             if completed.done <= 0:
                 break
             completed.done = -completed.done
@@ -666,7 +674,14 @@ cdef class Ring(RingAreas):
         self.publish_used()
         self.completions += count
         if tracing & (REQUESTS | MEASURE):
-            self.trace_published(count)
+            # Not before what was noted, which is right to some ns.
+            now = max(ticks_exact(), self.turned)
+            if tracing & MEASURE and self.latencies is not None:
+                self.measure_published(count, now)
+            if tracing & REQUESTS:
+                self.trace_published(count, now)
+            # What follows in this batch is turned to now.
+            self.turned = now if self.since else 0
         if self.inflight is not None:
             self.inflight.published(self.published, count, self.next_used)
         if self.wants_notification(before):
@@ -727,6 +742,8 @@ cdef class Ring(RingAreas):
         if tracing & REQUESTS:
             record = trace_record(WHAT_INTERRUPT, self.origin)
             record.queue, record.detail = self.queue, self.next_used
+            # As what is published: not before what was noted.
+            record.time = max(ticks_exact(), self.turned)
             trace(&record)
 
     cdef void trace_available(self, int count) noexcept:
@@ -742,15 +759,15 @@ cdef class Ring(RingAreas):
     cdef void trace_turn(self, bint core, Chain chain) noexcept:
         """A request was taken. One that the core may serve is written later.
 
-        With it as little is written as can be: between two requests the clock is read once, so that
-        what is done for one until it is served counts from when the one before it was.
+        With it as little is written as can be: between two requests the time is looked at once, so
+        that what is done for one until it is served counts from when the one before it was.
         """
         if not self.turned:
-            self.turned = now_ns()
-        if self.whole is NULL:
+            self.turned = ticks_exact()
+        if self.noted is NULL:
             # Only while requests are recorded, and never given back while the ring is there.
-            self.whole = <TraceSlot *>calloc(self.size, sizeof(TraceSlot))
-        self.deferred = core and self.since and self.whole is not NULL and (
+            self.noted = <Noted *>calloc(self.size, sizeof(Noted))
+        self.deferred = core and self.since and self.noted is not NULL and (
             not tracing & (BUFFERS | CONTENTS)
         )
         if not self.deferred:
@@ -762,37 +779,17 @@ cdef class Ring(RingAreas):
         self.deferred = False
         self.spell_out()
         self.trace_head(WHAT_TAKEN, chain, chain.position, self.turned)
-        self.turned = 0
+        self.turned = max(ticks_exact(), self.turned)
 
     cdef void trace_served(self, Chain chain, i64 written) noexcept:
-        """A request was served, and is about to be added to those that are completed."""
-        cdef u64 now = now_ns(), most = <u32>-1
-        if self.deferred and <u64>written < most and now - self.since < most and (
-            chain.readable.total < most and chain.writable.total < most
-        ):
-            self.trace_whole(chain, <u32>written, now)
-        else:
-            if self.deferred:
-                self.trace_left(chain)
-            self.trace_head(WHAT_SERVED, chain, written, now)
-            if tracing & CONTENTS:
-                trace_answer(
-                    chain.writable, <u64>written, self.origin, self.queue, <u32>chain.head
-                )
-        self.deferred = False
+        """A request that is not noted was served, and is about to be added to those completed."""
+        cdef u64 now = max(ticks_exact(), self.turned)
+        if self.deferred:
+            self.trace_left(chain)
+        self.trace_head(WHAT_SERVED, chain, written, now)
+        if tracing & CONTENTS:
+            trace_answer(chain.writable, <u64>written, self.origin, self.queue, <u32>chain.head)
         self.turned = now
-
-    cdef void trace_whole(self, Chain chain, u32 written, u64 now) noexcept:
-        """Note what is written of a request once it is published."""
-        cdef WholeRequest *whole = &self.whole[place_of(self, chain)].whole
-        whole.address, whole.offset = first_address(chain), chain.offset
-        whole.taken, whole.served = <u32>(self.turned - self.since), <u32>(now - self.since)
-        whole.readable, whole.writable = <u32>chain.readable.total, <u32>chain.writable.total
-        whole.written, whole.position, whole.head = written, chain.position, <u16>chain.head
-        whole.what, whole.origin, whole.queue = TRACE_WHOLE, self.origin, self.queue
-        whole.access = <u16>chain.kind
-        chain.kind |= IS_WHOLE
-        self.whole_count += 1
 
     cdef void spell_out(self) noexcept:
         """Write what is noted of requests that are not published yet, before others are taken.
@@ -802,18 +799,18 @@ cdef class Ring(RingAreas):
         cdef u16 i = 0
         cdef Completed *completed
         cdef TraceRecord taken, served
-        while self.whole_count:
-            completed = &self.pending[<u16>(self.publish_at + i) % self.size]
+        while self.noted_count:
+            completed = &self.pending[<u16>(self.publish_at + i) & (self.size - 1)]
             i += 1
             if completed.done > 0 and (completed.done - 1) & IS_WHOLE:
-                spell(&self.whole[completed - self.pending].whole, completed.since, &taken, &served)
+                completed.done -= IS_WHOLE
+                spell(self, completed, completed.done - 1, &taken, &served)
                 trace(&taken)
                 trace(&served)
-                completed.done -= IS_WHOLE
-                self.whole_count -= 1
+                self.noted_count -= 1
             elif i >= self.size:
                 # Those that were noted were published while nothing was traced.
-                self.whole_count = 0
+                self.noted_count = 0
 
     cdef void trace_head(self, int what, Chain chain, i64 result, u64 time) noexcept:
         """Write what happens to a request that was taken: what it gives to read and to write."""
@@ -862,47 +859,71 @@ cdef class Ring(RingAreas):
         record.access, record.result = misses.item[0].access, self.next_avail
         trace(&record)
 
-    cdef void trace_published(self, u32 count) noexcept:
-        """Write, and measure, what was published just now: the latest entries of the table."""
+    cdef void measure_published(self, u32 count, u64 now) noexcept:
+        """Measure what was published just now: the latest entries of the table.
+
+        Those that were found together took equally long, and are counted at once.
+        """
+        cdef u32 mask = self.size - 1
+        cdef u16 at = self.publish_at - <u16>count
+        cdef const Completed *completed = &self.pending[at & mask]
+        cdef u64 since
+        cdef int done
+        cdef u32 alike
+        while count:
+            since, done, alike = completed.since, completed.done, 0
+            while True:
+                alike += 1
+                count -= 1
+                at += 1
+                completed = &self.pending[at & mask]
+                if not count or completed.since != since or completed.done != done:
+                    break
+            if since:
+                add_latencies(self.latencies, (-done - 1) & ~IS_WHOLE, since, now, alike)
+
+    cdef void trace_published(self, u32 count, u64 now) noexcept:
+        """Write what was published just now: the latest entries of the table."""
         cdef TraceSlot slots[WRITE_AT_ONCE]
-        cdef Completed *completed
-        cdef WholeRequest *whole
-        cdef u64 now = now_ns()
-        cdef Latencies measured = self.latencies if tracing & MEASURE else None
-        cdef bint traced = tracing & REQUESTS
-        cdef u32 i, filled = 0
+        cdef TraceSlot *slot = slots
+        cdef u32 mask = self.size - 1
+        cdef u16 at = self.publish_at - <u16>count
+        cdef const Completed *completed
+        cdef const Noted *noted
+        cdef u64 took
         cdef int kind
-        for i in range(count):
-            completed = &self.pending[<u16>(self.publish_at - <u16>(count - i)) % self.size]
+        while count:
+            count -= 1
+            if slot > &slots[WRITE_AT_ONCE - 3]:
+                trace_all(slots, <u32>(slot - slots))
+                slot = slots
+            completed = &self.pending[at & mask]
+            at += 1
             kind = -completed.done - 1
-            if measured is not None and completed.since:
-                add_latency(measured, kind & ~IS_WHOLE, completed.since, now)
-            if not traced:
-                continue
+            took = now - completed.since
             if kind & IS_WHOLE:
-                whole = &self.whole[completed - self.pending].whole
-                self.whole_count -= 1
-                if now - completed.since <= <u32>-1:
-                    slots[filled].whole = whole[0]
-                    slots[filled].whole.time = now
-                    slots[filled].whole.since = <u32>(now - completed.since)
-                    filled += 1
-                else:
-                    spell(
-                        whole, completed.since, &slots[filled].record, &slots[filled + 1].record
-                    )
-                    filled += 2
-                    kind &= ~IS_WHOLE
-            if not kind & IS_WHOLE:
-                complete_record(&slots[filled].record, completed, <u16>kind, self.origin, self.queue)
-                slots[filled].record.time = now
-                filled += 1
-            if filled > WRITE_AT_ONCE - 3:
-                trace_all(slots, filled)
-                filled = 0
-        if filled:
-            trace_all(slots, filled)
-        self.turned = 0
+                noted = &self.noted[completed - self.pending]
+                kind -= IS_WHOLE
+                self.noted_count -= 1
+                if not took >> 32:
+                    slot.whole.time, slot.whole.since = now, <u32>took
+                    slot.whole.address, slot.whole.offset = noted.address, completed.offset
+                    slot.whole.taken, slot.whole.served = noted.taken, noted.served
+                    slot.whole.readable, slot.whole.writable = noted.readable, noted.writable
+                    slot.whole.written = completed.element.written
+                    slot.whole.position = noted.position
+                    slot.whole.head = <u16>completed.element.head
+                    slot.whole.what, slot.whole.origin = TRACE_WHOLE, self.origin
+                    slot.whole.queue, slot.whole.access = self.queue, <u16>kind
+                    slot += 1
+                    continue
+                spell(self, completed, kind, &slot[0].record, &slot[1].record)
+                slot += 2
+            complete_record(&slot.record, completed, <u16>kind, self.origin, self.queue)
+            slot.record.time = now
+            slot += 1
+        if slot != slots:
+            trace_all(slots, <u32>(slot - slots))
 
     # Ring format: the seam between this class, which decides what is taken and published and when,
     # and a subclass, which knows the bytes and the barriers between them. A format defines all of
@@ -969,8 +990,8 @@ cdef inline bint may_take(Ring ring) noexcept:
 cdef inline u32 place_of(Ring ring, Chain chain) noexcept:
     """Where a request that is completed now stands in the tables of those to be published."""
     if ring.ordered:
-        return chain.position % ring.size
-    return <u16>(ring.publish_at + <u16>ring.pending_count) % ring.size
+        return chain.position & (ring.size - 1)
+    return <u16>(ring.publish_at + <u16>ring.pending_count) & (ring.size - 1)
 
 
 cdef inline u64 first_address(Chain chain) noexcept:
@@ -990,13 +1011,30 @@ cdef void complete_record(
 
 
 cdef void spell(
-    const WholeRequest *whole, u64 since, TraceRecord *taken, TraceRecord *served
+    Ring ring, const Completed *completed, int kind, TraceRecord *taken, TraceRecord *served
 ) noexcept:
-    """Make a request's records of being taken and served, as they would have been written."""
-    taken[0] = trace_record(WHAT_TAKEN, whole.origin)
-    taken.time, taken.since, taken.address = since + whole.taken, since, whole.address
-    taken.length, taken.detail, taken.result = whole.readable, whole.writable, whole.position
-    taken.head, taken.queue = whole.head, whole.queue
+    """Make the records of a request's being taken and served, as they would have been written."""
+    cdef const Noted *noted = &ring.noted[completed - ring.pending]
+    taken[0] = trace_record(WHAT_TAKEN, ring.origin)
+    taken.time, taken.since = completed.since + noted.taken, completed.since
+    taken.address, taken.length, taken.detail = noted.address, noted.readable, noted.writable
+    taken.result, taken.head, taken.queue = noted.position, completed.element.head, ring.queue
     served[0] = taken[0]
-    served.what, served.access = WHAT_SERVED, whole.access
-    served.time, served.result = since + whole.served, whole.written
+    served.what, served.access = WHAT_SERVED, <u16>kind
+    served.time, served.result = completed.since + noted.served, completed.element.written
+
+
+cdef inline bint note_served(Ring ring, Chain chain, u64 written) noexcept:
+    """Note what is written of a request once it is published; False if that does not fit."""
+    cdef u64 turned = ring.turned, since = ring.since, now = max(ticks_soon(), turned)
+    cdef u64 readable = chain.readable.total, writable = chain.writable.total
+    cdef Noted *noted
+    if (readable | writable | written | now - since) >> 32:
+        return False
+    noted = &ring.noted[place_of(ring, chain)]
+    noted.address, noted.position = first_address(chain), chain.position
+    noted.taken, noted.served = <u32>(turned - since), <u32>(now - since)
+    noted.readable, noted.writable = <u32>readable, <u32>writable
+    ring.noted_count += 1
+    ring.deferred, ring.turned = False, now
+    return True
