@@ -24,6 +24,7 @@ from guestio.pci import (
     VendorSpecific,
 )
 from guestio.pci.capabilities import Layout
+from guestio.pci.interrupts import InterruptKind
 from guestio.virtio.loop import EventLoop
 
 
@@ -48,6 +49,37 @@ class Designated(Capability):
 
     def layout(self) -> Layout:
         return Layout(bytes(8))
+
+
+class Pin:
+    """A trigger that counts."""
+
+    notified = 0
+
+    def notify(self) -> None:
+        self.notified += 1
+
+    def close(self) -> None:
+        pass
+
+
+class Registers(PciDevice):
+    """Notes accesses to a BAR of a page, which reads as 0."""
+
+    vendor_id, device_id = 0x1234, 0x5678
+    bars = {0: Bar(4096)}  # noqa: RUF012 - never changed
+    capabilities = (PowerManagement(), BarWindow())
+    interrupts = 1
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def read(self, bar: int, offset: int, size: int) -> int:
+        self.seen.append("read")
+        return 0
+
+    def write(self, bar: int, offset: int, size: int, value: int) -> None:
+        self.seen.append("write")
 
 
 class Function(PciDevice):
@@ -184,6 +216,33 @@ def test_power_states(loop: EventLoop) -> None:
     assert host.memory.enabled
     write(host, 4, 0, 2)
     assert host.memory.refusal == "the driver has not enabled bus mastering"
+
+
+def test_asleep_only_the_configuration_space_answers(loop: EventLoop) -> None:
+    """PCI Bus Power Management Interface Specification 1.2, section 5.4.1."""
+    function = Registers()
+    host = PciHost(function, loop)
+    pin = Pin()
+    host.interrupts.set_trigger(InterruptKind.INTX, 0, pin)
+    power, window = capabilities(host)[1] + 4, host.config.window
+    assert window is not None
+    # A look at 4 bytes at offset 0 of BAR 0.
+    write(host, window + BarWindow.PLACE + 4, 4)
+    write(host, 4, 6, 2)
+    write(host, power, 3, 2)
+    ones = b"\xff" * 4
+    assert host.read_part(0, 0, 4, 0.0) == host.read_config(window + 16, 4) == ones
+    assert host.write_part(0, 0, b"1234", 0.0) == 4
+    host.write_config(window + 16, b"1234")
+    host.interrupt(0)
+    assert (function.seen, pin.notified) == ([], 0)
+    assert u32(host, 0) == 0x56781234
+    write(host, power, 0, 2)
+    # What was written meanwhile is lost; an interrupt waits.
+    assert (function.seen, pin.notified) == ([], 1)
+    assert host.write_part(0, 0, b"1234", 0.0) == 4
+    assert host.read_part(0, 0, 4, 0.0) == host.read_config(window + 16, 4) == bytes(4)
+    assert function.seen == ["write", "read", "read"]
 
 
 @pytest.mark.parametrize(("offset", "size"), [(0, 2), (1, 1), (-2, 4), (-4, 8)])

@@ -617,6 +617,7 @@ class TestRings:
             plug.transport.wait(lambda: plug.transport.get("status") & Status.NEEDS_RESET)
             assert plug.wait_config_change(WAIT)
             assert plug.serving.stats.failed_calls == 0
+            assert plug.serving.stats.dma_refused
             plug.function.statistics.queue_errors = 1
             driver._queues[0]._handle = None
             plug._queues.pop(0).close()

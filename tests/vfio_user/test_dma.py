@@ -79,6 +79,23 @@ def test_no_access_without_bus_mastering(client: Client, toy: Toy) -> None:
     assert peek(client, BASE) == 0
 
 
+def test_refused_accesses_are_counted(client: Client, serving: ServingPci, toy: Toy) -> None:
+    assert client.map(BASE, PAGE, memory_file(), flags=READ) == 0
+    # Looking is no access.
+    assert not toy.host.memory.check_range(BASE, 1, WRITE)
+    serving.server.explain(BASE + PAGE)
+    assert peek(client, BASE) == 0
+    assert serving.server.status()["faults"]["dma_refused"] == 0
+    poke(client, BASE, 1)
+    assert peek(client, BASE + PAGE) == 0xFF
+    assert serving.stats.dma_refused == 2
+    client.write(7, 4, b"\x02\x00")
+    assert peek(client, BASE) == 0xFF
+    status = serving.server.status()
+    assert status["counts"]["dma_refused"] == status["faults"]["dma_refused"] == 3
+    assert "dma_refused=3" in str(serving.stats)
+
+
 def test_what_an_access_would_meet(client: Client, serving: ServingPci) -> None:
     """What is not mapped is not asked for, and without bus mastering nothing is reached."""
     assert client.map(BASE, PAGE, memory_file(), flags=1) == 0

@@ -28,10 +28,22 @@ def test_version(serving: ServingPci) -> None:
         reply = client.version(minor=7)
         assert struct.unpack_from("<HH", reply.payload) == (0, 1)
         said = json.loads(reply.payload[4:-1])["capabilities"]
-        assert said["max_msg_fds"] == 16
-        assert said["max_data_xfer_size"] == 65536
-        assert said["write_multiple"] is True
+        # Nothing that the client did not propose.
+        assert said == {"max_msg_fds": 16, "max_data_xfer_size": 65536}
         assert client.version().error == errno.EINVAL
+
+
+def test_all_that_a_client_proposes_is_answered(serving: ServingPci) -> None:
+    proposed = ("write_multiple", "pgsizes", "max_msg_fds", "migration", "max_dma_maps", "unheard")
+    with serving.connect() as client:
+        names = dict.fromkeys(proposed, 0) | {"max_data_xfer_size": 1 << 20}
+        reply = client.version(data=json.dumps({"capabilities": names}).encode())
+        assert json.loads(reply.payload[4:-1])["capabilities"] == {
+            "max_msg_fds": 16,
+            "max_data_xfer_size": 65536,
+            "pgsizes": 4096,
+            "write_multiple": True,
+        }
 
 
 QEMU_VERSION_BYTES = 214
@@ -40,11 +52,12 @@ QEMU_VERSION_BYTES = 214
 
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"capabilities":{}}'])
 def test_a_client_that_proposes_nothing_learns_the_limits(serving: ServingPci, data: bytes) -> None:
-    """They are lower than what holds for a server that names none."""
+    """The one that is lower than what holds for a server that names none."""
     with serving.connect() as client:
         reply = client.version(data=data)
         assert not reply.error
-        assert json.loads(reply.payload[4:-1])["capabilities"]["max_data_xfer_size"] == 65536
+        said = json.loads(reply.payload[4:-1])["capabilities"]
+        assert said == {"max_data_xfer_size": 65536}
         assert HEADER_SIZE + len(reply.payload) <= QEMU_VERSION_BYTES
 
 

@@ -30,6 +30,7 @@ FAULTS: Final = (
     "iotlb_refused",
     "iotlb_timeouts",
     "access_fails",
+    "dma_refused",
     "refused",
     "cut_off",
     "failed_calls",

@@ -184,7 +184,11 @@ class Msi(Capability):
 
 @dataclass(frozen=True)
 class PowerManagement(Capability):
-    """Power states D0 and D3hot; the device keeps its state in D3hot, but is kept from DMA."""
+    """Power states D0 and D3hot.
+
+    In D3hot the device keeps its state, but only its configuration space answers, and it is kept
+    from DMA and interrupts.
+    """
 
     number = 0x01
     CONTROL: ClassVar[int] = 4

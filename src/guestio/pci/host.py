@@ -336,17 +336,20 @@ class PciHost(LoopCalls):
         # what was never on is not off.
         self._spaces |= config.command
         off = self._spaces & ~config.command
+        # Asleep, a function answers in its configuration space only (PCI Bus Power Management
+        # Interface Specification 1.2, section 5.4.1).
+        awake = config.power_state == 0
         self._silent = sum(
             1 << number
             for number, bar in self.bars.items()
-            if off & (COMMAND_IO if bar.io else COMMAND_MEMORY)
+            if not awake or off & (COMMAND_IO if bar.io else COMMAND_MEMORY)
         )
         self.doorbells.silent = self._silent
         changed = self.memory.enabled != config.bus_master
-        self.memory.refusal = ASLEEP if config.power_state else NO_BUS_MASTER
+        self.memory.refusal = NO_BUS_MASTER if awake else ASLEEP
         self.memory.enabled = config.bus_master
         self.interrupts.allow(
-            messages=config.bus_master, pin=not config.command & COMMAND_INTX_DISABLE
+            messages=config.bus_master, pin=awake and not config.command & COMMAND_INTX_DISABLE
         )
         if changed:
             self._call_device("memory_changed")
@@ -360,6 +363,8 @@ class PciHost(LoopCalls):
     def _window_target(self) -> tuple[int, int, int] | None:
         """BAR, offset and length that the window leads to; None if that is no such access."""
         index, at, length = self.config.window_target()
+        if self.config.power_state:
+            return None
         bar = self.bars.get(index)
         if bar is not None and length in (1, 2, 4) and not at % length and at + length <= bar.size:
             return index, at, length
@@ -427,7 +432,8 @@ class PciHost(LoopCalls):
             until: When to stop (monotonic time).
 
         Returns:
-            The bytes that were read; ones where the driver has switched the BAR's space off.
+            The bytes that were read; ones where the driver has switched the BAR's space off, or has
+            put the function into D3hot.
         """
         if self._silent >> index & 1:
             return b"\xff" * size

@@ -84,9 +84,12 @@ class BusMemory(GuestMemory):
 
     Attributes:
         refusal: Why accesses are refused while it is not enabled.
+        refused: Accesses that were refused: what they were to was not mapped, or not for that, or
+            the function is no bus master. Approximate while several threads have some refused.
     """
 
     def __init__(self) -> None:
+        self.refused = 0
         self._space: AddressSpace | None = None
         self._remote: RemoteMemory | None = None
         self._enabled = False
@@ -148,24 +151,37 @@ class BusMemory(GuestMemory):
     def _gather(
         self, addr: int, length: int, access: Permissions
     ) -> tuple[IoVector, Shortfall | None]:
-        vector = self._translate(addr, length, access)
         remote = self._remote
-        if remote is not None and self._is_remote(vector):
-            vector.close()
-            return _bounce(remote, addr, length, access), None
-        return vector, shortfall_of(vector, addr, length)
+        with self._counting():
+            vector = self._translate(addr, length, access)
+            if remote is not None and self._is_remote(vector):
+                vector.close()
+                return _bounce(remote, addr, length, access), None
+        stop = shortfall_of(vector, addr, length)
+        self.refused += stop is not None
+        return vector, stop
 
     def _copy_in(self, addr: int, view: memoryview) -> tuple[int, Shortfall | None]:
         remote = self._remote
         if remote is not None:
-            with self._translate(addr, len(view), Permissions.WRITE) as vector:
-                asked = self._is_remote(vector)
-            if asked:
-                # What is written as a whole need not be read before.
-                with contextlib.closing(remote.begin(addr, len(view))) as access:
-                    access.write(view)
-                return len(view), None
+            with self._counting():
+                with self._translate(addr, len(view), Permissions.WRITE) as vector:
+                    asked = self._is_remote(vector)
+                if asked:
+                    # What is written as a whole need not be read before.
+                    with contextlib.closing(remote.begin(addr, len(view))) as access:
+                        access.write(view)
+                    return len(view), None
         return super()._copy_in(addr, view)
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Count an access that is refused."""
+        try:
+            yield
+        except AccessError:
+            self.refused += 1
+            raise
 
     def _translate(self, addr: int, length: int, access: Permissions) -> IoVector:
         at, size = check_range(addr, length)

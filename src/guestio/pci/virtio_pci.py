@@ -146,6 +146,7 @@ class BusTranslator:
         wake: Called with the queues that are to look again.
         ring_lost: Called with a range that a queue cannot do without and that is not mapped; raises
             if that is a ring.
+        refused: Called when a queue's access is given up, as what it is to is not mapped for it.
     """
 
     feed = None
@@ -157,8 +158,10 @@ class BusTranslator:
         loop: EventLoop,
         wake: Callable[[Iterable[int]], None],
         ring_lost: Callable[[IovaRange], None],
+        refused: Callable[[], None],
     ) -> None:
         self.iotlb = iotlb
+        self._count_refused = refused
         self._loop = loop
         self._wake = wake
         self._ring_lost = ring_lost
@@ -183,6 +186,7 @@ class BusTranslator:
 
     def report_failed(self, lacking: list[Miss], forbidden: list[Miss]) -> None:
         """See :class:`~guestio.virtio.translator.Translator`."""
+        self._count_refused()
         if not forbidden:
             for where, _ in lacking:
                 self._ring_lost(where)
@@ -384,7 +388,12 @@ class VirtioPci(PciDevice):
 
     def _translator(self, space: AddressSpace | None) -> BusTranslator:
         iotlb = Iotlb() if space is None or space._map is None else Iotlb._of(space._map)
-        return BusTranslator(iotlb, self._pci.loop, self._host.wake, self._ring_lost)
+        return BusTranslator(
+            iotlb, self._pci.loop, self._host.wake, self._ring_lost, self._count_refused
+        )
+
+    def _count_refused(self) -> None:
+        self._pci.memory.refused += 1
 
     def _ring_lost(self, where: IovaRange) -> None:
         """Break a queue whose ring is not mapped any more.

@@ -102,6 +102,7 @@ class Server(WatchedServer):
         kind = type(served or self.device).__name__
         self._source = Source(kind, "vfio-user", self._host.origin, served)
         self.statistics.device_failures = lambda: self._host.failures
+        self.statistics.accesses_refused = lambda: self._host.memory.refused
         self.statistics.interrupts_sent = lambda: self._host.interrupts.delivered
 
     def _attached(self) -> None:

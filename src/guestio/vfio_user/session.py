@@ -224,17 +224,18 @@ class Session:
             )
         self._negotiated, self.client = True, version
         minor = min(version.minor, VERSION_MINOR)
-        # QEMU has room for an answer as long as what it sends, 214 bytes.
-        return Version(
-            VERSION_MAJOR,
-            minor,
-            {
-                "max_msg_fds": MAX_FDS,
-                "max_data_xfer_size": MAX_DATA,
-                "pgsizes": PAGE_SIZES,
-                "write_multiple": True,
-            },
-        ).encode()
+        ours = {
+            "max_msg_fds": MAX_FDS,
+            "max_data_xfer_size": MAX_DATA,
+            "pgsizes": PAGE_SIZES,
+            "write_multiple": True,
+        }
+        # Of what it does not propose a client may know nothing. But where no size is named, 1 MiB
+        # holds, which would be refused. QEMU has room for an answer as long as what it sends, 214
+        # bytes.
+        named = {*version.capabilities, "max_data_xfer_size"}
+        said = {name: value for name, value in ours.items() if name in named}
+        return Version(VERSION_MAJOR, minor, said).encode()
 
     def _dma_map(self, message: Message) -> bytes:
         request = DmaMap._make(_unpack(DMA_MAP, message))

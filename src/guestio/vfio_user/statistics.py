@@ -10,6 +10,8 @@ from guestio.virtio.statistics import Statistics as VirtioStatistics
 
 _VIRTIO = ("requests", "failed_requests", "queue_errors", "config_changes", "outstanding")
 """What is shown of a virtio device."""
+_HIDDEN = ("messages", "virtio", "device_failures", "interrupts_sent", "accesses_refused")
+"""Fields that are no counters."""
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Statistics:
         messages: What the core counts: mappings and accesses.
         device_failures: Tells how many calls of the device failed.
         interrupts_sent: Tells how many interrupts were delivered.
+        accesses_refused: Tells how many accesses of the device to memory were refused.
     """
 
     connections: int = 0
@@ -41,12 +44,13 @@ class Statistics:
     messages: DmaCounters = field(default_factory=DmaCounters, repr=False)
     device_failures: Callable[[], int] = field(default=lambda: 0, repr=False)
     interrupts_sent: Callable[[], int] = field(default=lambda: 0, repr=False)
+    accesses_refused: Callable[[], int] = field(default=lambda: 0, repr=False)
 
     def __str__(self) -> str:
         """All counters, for people."""
-        hidden = ("messages", "virtio", "device_failures", "interrupts_sent")
-        names = [name for name in vars(self) if name not in hidden]
-        names += ["dma_maps", "dma_unmaps", "region_reads", "region_writes", "failed_calls"]
+        names = [name for name in vars(self) if name not in _HIDDEN]
+        names += ["dma_maps", "dma_unmaps", "dma_refused", "region_reads", "region_writes"]
+        names.append("failed_calls")
         shown = [f"{name}={getattr(self, name)}" for name in names]
         if self.virtio is not None:
             shown += [f"{name}={getattr(self.virtio, name)}" for name in _VIRTIO]
@@ -54,8 +58,7 @@ class Statistics:
 
     def counts(self) -> dict[str, int]:
         """All counters by name, those of a virtio device included. From any thread."""
-        hidden = ("messages", "virtio", "device_failures", "interrupts_sent")
-        names = [name for name in vars(self) if name not in hidden]
+        names = [name for name in vars(self) if name not in _HIDDEN]
         names += [name for name, value in vars(type(self)).items() if isinstance(value, property)]
         found: dict[str, int] = {name: getattr(self, name) for name in names}
         if self.virtio is not None:
@@ -72,6 +75,11 @@ class Statistics:
     def dma_unmaps(self) -> int:
         """Requests to remove mappings."""
         return self.messages.dma_unmaps
+
+    @property
+    def dma_refused(self) -> int:
+        """Accesses of the device to memory that is not mapped for it, or without bus mastering."""
+        return self.accesses_refused()
 
     @property
     def region_reads(self) -> int:

@@ -365,6 +365,7 @@ class TestQueues:
         assert driver.triggers[0].count > interrupts
         driver.settle()
         assert driver.next(1) is None
+        assert driver.host.memory.refused == 0
         serves(driver)
 
     def test_what_completes_without_bus_mastering_is_posted_afterwards(
@@ -379,6 +380,8 @@ class TestQueues:
         driver.host.write_config(4, b"\x06\0")
         done = driver.wait(1)
         assert (done.status, done.cid) == (0, int.from_bytes(flush[2:4], "little"))
+        # It has waited; nothing was refused.
+        assert driver.host.memory.refused == 0
         serves(driver)
 
     def test_a_reset_forgets_what_waits_for_bus_mastering(self, driver: NvmeDriver) -> None:

@@ -168,6 +168,7 @@ def test_what_may_only_be_read_is_not_written(driver: NvmeDriver, image: Path) -
     driver.map(number, 1, Permissions.READ)
     assert driver.do(1, READ, **move(1, 0, 8, prp1=page)).status == 0x04 | DNR
     assert driver.get(page, PAGE) == b"x" * PAGE
+    assert driver.host.memory.refused == 1
     driver.good(1, WRITE, **move(1, 0, 8, prp1=page))
     assert image.read_bytes()[:PAGE] == b"x" * PAGE
 

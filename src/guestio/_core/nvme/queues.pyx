@@ -685,7 +685,7 @@ cdef class NvmeQueues(Doorbell):
                 self.scratch.release()
                 return good
             self.scratch.release()
-        if not may_ask:
+        if not may_ask or not self.memory._enabled:
             return False
         try:
             found = self.memory.read(addr, length)
@@ -717,6 +717,9 @@ cdef class NvmeQueues(Doorbell):
                 self.scratch.release()
                 return good
             self.scratch.release()
+        elif not self.memory._enabled:
+            # It waits until the function is bus master again: no access is made.
+            return False
         try:
             self.memory.write(addr, (<const char *>buffer)[:first])
             if in_two:
