@@ -510,29 +510,34 @@ cdef class IoVector:
         Requests have a fragment for each page. So what is the same for all of them is looked at
         once, and all of the writes were made before the first of the bits is looked at.
         """
-        cdef void *bitmap = self.origin[i].bitmap
+        cdef Origin *origin = &self.origin[i]
+        cdef Origin *end = &self.origin[self.count]
+        cdef iovec *vec = &self.vec[i]
+        cdef void *bitmap = origin.bitmap
         cdef LogTarget *log = (<AtomicBitmap>bitmap).target
-        cdef u64 base = (<AtomicBitmap>bitmap).log_start, room = (<AtomicBitmap>bitmap).byte_size
-        cdef u64 at, n, page, last, left = count[0]
+        cdef u8 *bits = log.at
+        cdef u64 base = (<AtomicBitmap>bitmap).log_start, size = log.pages << LOG_PAGE_SHIFT
+        # Bytes of the bitmap that the log has room for.
+        cdef u64 room = 0 if size < base else min((<AtomicBitmap>bitmap).byte_size, size - base)
+        cdef u64 at, n, left = count[0]
         write_before_look()
         while True:
-            n = min(self.vec[i].iov_len - start, left)
-            at = self.origin[i].offset + start
-            # What is covered does not pass 2**64 in the log, so these sums do not where it counts.
-            page, last = (base + at) >> LOG_PAGE_SHIFT, (base + at + n - 1) >> LOG_PAGE_SHIFT
-            if page == last and page < log.pages and at < room and n <= room - at:
-                log_page(log.at, page)
+            n = min(vec.iov_len - start, left)
+            at = origin.offset + start
+            if at + n <= room and not ((base + at) ^ (base + at + n - 1)) >> LOG_PAGE_SHIFT:
+                log_page(bits, (base + at) >> LOG_PAGE_SHIFT)
             else:
                 (<AtomicBitmap>bitmap).mark(at, n)
             left -= n
             start = 0
-            i += 1
-            if not left or i >= self.count or self.origin[i].bitmap is not bitmap or (
-                self.origin[i].second is not NULL
+            origin += 1
+            vec += 1
+            if not left or origin == end or origin.bitmap is not bitmap or (
+                origin.second is not NULL
             ):
                 break
         count[0] = left
-        return i
+        return <int>(origin - self.origin)
 
     cdef bint is_marked_with(self, u64 first, u64 last) noexcept nogil:
         """Whether whatever marks the byte at one offset marks that at another and all between.
