@@ -21,8 +21,11 @@ from guestio.control.summary import text_of
 from guestio.errors import DeviceError
 from guestio.faults import Faults, Level, Misbehaving, MisbehavingPci
 from guestio.pci import PciDevice, VirtioPci
+from guestio.peer.endpoint import sockets_made
 from guestio.peer.server import PeerServer
 from guestio.ratelog import LOG
+from guestio.sandbox import Mode as SandboxMode
+from guestio.sandbox import Sandbox
 from guestio.vhost_user import Backend
 from guestio.virtio.device import Device
 from guestio.virtio.statistics import Statistics
@@ -103,6 +106,7 @@ def serve(
     transport: Transport | None = None,
     record: str | os.PathLike[str] | None = None,
     record_payload: Payload = "none",
+    sandbox: SandboxMode = "off",
     **options: Any,
 ) -> Statistics | vfio_user.Statistics:
     """Serve a device at a Unix socket until SIGINT, SIGTERM or SIGHUP.
@@ -124,6 +128,10 @@ def serve(
             takes some seconds to become a Parquet file.
         record_payload: How much of what requests carry is recorded: ``"none"``, ``"headers"`` or
             ``"all"``.
+        sandbox: ``"auto"`` drops what serving does not need, as the server commands do
+            (:mod:`guestio.sandbox`): the process starts no program, opens no socket and writes no
+            file from then on. That cannot be taken back when this function returns, so only a
+            process that does nothing else should ask for it.
         options: As for `Backend`; over vfio-user as for `VirtioPci` and
             :class:`vfio_user.Server <guestio.vfio_user.Server>`.
 
@@ -142,6 +150,8 @@ def serve(
     ``attached``. A device whose method does not return loses this thread: an error is logged, and
     the thread ends with the process.
     """
+    if sandbox not in ("auto", "off"):
+        raise ValueError(f"sandbox {sandbox!r} is neither 'auto' nor 'off'")
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
             "serve waits for signals, which Python handles in the main thread: call it there, or "
@@ -159,11 +169,17 @@ def serve(
         stack.callback(backend.close)
         if record is not None:
             stack.enter_context(_recorder(backend, record, record_payload))
+        box = None
+        if sandbox != "off":
+            box = Sandbox(connects=backend.connects, removes=sockets_made(), records=record)
+            box.enter()
+            for note in box.notes:
+                log.warning("%s", note)
 
         def ready() -> None:
             print(backend.ready_line, file=sys.stderr, flush=True)
 
-        if not run_until_signaled(backend, signals, ready):
+        if not run_until_signaled(backend, signals, ready, box):
             # What is in use by the thread that hangs is not closed.
             stack.pop_all()
             LOG.report(
@@ -315,7 +331,10 @@ class Signals:
 
 
 def run_until_signaled(
-    backend: PeerServer, signals: Signals, ready: Callable[[], object] = lambda: None
+    backend: PeerServer,
+    signals: Signals,
+    ready: Callable[[], object] = lambda: None,
+    sandbox: Sandbox | None = None,
 ) -> bool:
     """Serve in a thread, so that a signal is obeyed whatever keeps that thread.
 
@@ -323,6 +342,7 @@ def run_until_signaled(
         backend: What serves; it is the caller's to close, unless it hangs.
         signals: Ends the service.
         ready: Called once the thread has been started.
+        sandbox: What this process has entered, which the thread enters too.
 
     Returns:
         Whether the service ended in time. If not, its socket was removed, and its thread is still
@@ -335,6 +355,8 @@ def run_until_signaled(
 
     def serve_in_thread() -> None:
         try:
+            if sandbox is not None:
+                sandbox.enter_device_thread()
             backend.serve()
         except BaseException as error:
             errors.append(error)

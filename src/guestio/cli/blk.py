@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 from typing import Literal
 
@@ -97,10 +98,10 @@ def blk(
         made.append(device)
         return device
 
-    terminal = _has_terminal()
+    terminal = _open_terminal()
 
     def hang_up() -> None:
-        if terminal and not _has_terminal():
+        if terminal is not None and _is_gone(terminal):
             os.kill(os.getpid(), signal.SIGTERM)
         for device in made:
             try:
@@ -111,10 +112,19 @@ def blk(
     server.run(make, "the disk", signals={signal.SIGHUP: hang_up})
 
 
-def _has_terminal() -> bool:
-    """Whether a terminal controls this process, whose end is announced by SIGHUP too."""
+def _open_terminal() -> int | None:
+    """The terminal that controls this process, whose end is announced by SIGHUP too; None without.
+
+    It stays open: the sandbox lets nothing be opened later.
+    """
     try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+        return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:
-        return False
-    return True
+        return None
+
+
+def _is_gone(terminal: int) -> bool:
+    """Whether a terminal has been closed."""
+    look = select.poll()
+    look.register(terminal, 0)
+    return any(events & select.POLLHUP for _, events in look.poll(0))

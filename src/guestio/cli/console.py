@@ -130,7 +130,14 @@ def console(
     changes: dict[int, Callable[[], object]] = {}
     if terminal is not None and size is None:
         changes[signal.SIGWINCH] = lambda: made[0].resize(*(terminal.size() or (80, 25)))
-    server.run(make, "the console", signals=changes, cleanup=cleanup, more=lambda: said)
+    server.run(
+        make,
+        "the console",
+        signals=changes,
+        cleanup=cleanup,
+        more=lambda: said,
+        removes=lambda: listening,
+    )
 
 
 class _Terminal:

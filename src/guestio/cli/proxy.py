@@ -10,7 +10,9 @@ import click
 
 from guestio.cli.server import (
     RECORD_OPTIONS,
+    SANDBOX_OPTION,
     fault_lines,
+    make_sandbox,
     parse_faults,
     run_server,
     start_recording,
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import contextlib
 
     from guestio.observe import Payload
+    from guestio.sandbox import Mode as SandboxMode
 
 HELP = """Pass on what a vhost-user front-end and a back-end say to each other, and look at it.
 
@@ -109,6 +112,7 @@ up to 5 s for a back-end. SIGINT and SIGTERM end the service with status 0 and r
 )
 @RECORD_OPTIONS[0]
 @RECORD_OPTIONS[1]
+@SANDBOX_OPTION
 def proxy(
     listen: str,
     connect: str,
@@ -121,6 +125,7 @@ def proxy(
     http: str | None,
     record: str | None,
     record_payload: Payload,
+    sandbox: SandboxMode,
 ) -> None:
     """Pass on what is said; the help text is ``HELP``."""
     rules = parse_faults(faults)
@@ -150,4 +155,5 @@ def proxy(
         started=lambda made, stack: start_recording(made, stack, record, record_payload),
         more=more,
         faults=rules,
+        sandbox=lambda made: make_sandbox(sandbox, made, record),
     )

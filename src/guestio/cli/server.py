@@ -26,8 +26,15 @@ from guestio.control.watched import WatchedServer
 from guestio.errors import DeviceMethodError, GuestioError
 from guestio.faults import Faults, Misbehaving, MisbehavingPci
 from guestio.pci import PciDevice
-from guestio.peer.endpoint import activation_sockets, adopt_socket, remove_sockets
+from guestio.peer.endpoint import (
+    activation_sockets,
+    adopt_socket,
+    remove_sockets,
+    sockets_made,
+)
 from guestio.ratelog import LOG
+from guestio.sandbox import Mode as SandboxMode
+from guestio.sandbox import Sandbox
 from guestio.serving import (
     RATE_SECONDS,
     AnyServer,
@@ -132,6 +139,15 @@ _POLL_US = click.option(
     metavar="N",
     help="Microseconds to look out for the next request, over vfio-user for the next message too, "
     "before sleeping.",
+)
+SANDBOX_OPTION = click.option(
+    "--sandbox",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="auto: once all is open, the process can start no program, open no socket and write no "
+    "other file, as far as kernel and libseccomp allow. A device that tries gets PermissionError. "
+    "off: for a device that must.",
 )
 _OPTIONS = (
     click.option(
@@ -261,6 +277,7 @@ def _with_server(
         faults: Sequence[str] = (),
         record: str | None = None,
         record_payload: Payload = "none",
+        sandbox: SandboxMode = "auto",
         **arguments: Any,
     ) -> None:
         if sum(given is not None for given in (socket, connect, fd)) > 1:
@@ -282,11 +299,14 @@ def _with_server(
             faults=parse_faults(faults),
             record=record,
             record_payload=record_payload,
+            sandbox=sandbox,
         )
         command(server=server, **arguments)
 
     decorated: Any = collected
-    for option in reversed((*_PLACE_OPTIONS, *more, *_WATCH_OPTIONS, *RECORD_OPTIONS, _FAULT)):
+    for option in reversed(
+        (*_PLACE_OPTIONS, *more, *_WATCH_OPTIONS, *RECORD_OPTIONS, _FAULT, SANDBOX_OPTION)
+    ):
         decorated = option(decorated)
     result: Command = decorated
     return result
@@ -305,6 +325,7 @@ class Server:
         faults: Rules that the device is to misbehave by; None for a device as it is.
         record: Where to record what it does, or None.
         record_payload: How much of what requests carry is recorded.
+        sandbox: Whether to drop what serving does not need.
     """
 
     def __init__(
@@ -319,7 +340,9 @@ class Server:
         faults: Faults | None = None,
         record: str | None = None,
         record_payload: Payload = "none",
+        sandbox: SandboxMode = "auto",
     ) -> None:
+        self._sandbox = sandbox
         self._record, self._record_payload = record, record_payload
         self.faults = faults
         self.options = dict(options)
@@ -403,6 +426,7 @@ class Server:
         signals: Mapping[int, Callable[[], object]] | None = None,
         cleanup: Callable[[], object] = lambda: None,
         more: Callable[[], Sequence[str]] = lambda: (),
+        removes: Callable[[], Sequence[str]] = lambda: (),
     ) -> None:
         """Make a device and serve it until SIGINT, SIGTERM or SIGHUP, or the end of its connection.
 
@@ -416,6 +440,7 @@ class Server:
             signals: Called in the main thread for other signals.
             cleanup: Called at the end, whatever happened, also if the device hangs.
             more: Lines to print after the one that says where the server listens.
+            removes: Paths of sockets that ``cleanup`` removes.
         """
 
         def open_server(stack: contextlib.ExitStack) -> AnyServer:
@@ -433,6 +458,7 @@ class Server:
             ),
             more=lambda: [*more(), *self._fault_lines()],
             faults=self.faults,
+            sandbox=lambda made: make_sandbox(self._sandbox, made, self._record, removes()),
         )
 
 
@@ -456,6 +482,22 @@ def start_recording(
     return recorder
 
 
+def make_sandbox(
+    mode: SandboxMode, server: WatchedServer, record: str | None, removes: Sequence[str] = ()
+) -> Sandbox | None:
+    """What a server that is about to serve does without; None if it is to keep all.
+
+    Args:
+        mode: As the user wants it.
+        server: It and its device have opened what they need.
+        record: The file of its recording, if there is one.
+        removes: Further sockets that are removed at the end.
+    """
+    if mode == "off":
+        return None
+    return Sandbox(connects=server.connects, removes=[*sockets_made(), *removes], records=record)
+
+
 Served = TypeVar("Served", bound=WatchedServer)
 
 
@@ -468,6 +510,7 @@ def run_server(
     started: Callable[[Served, contextlib.ExitStack], Recorder | None] = lambda *_: None,
     more: Callable[[], Sequence[str]] = lambda: (),
     faults: Faults | None = None,
+    sandbox: Callable[[Served], Sandbox | None] = lambda _: None,
 ) -> None:
     """Make a server and have it serve until SIGINT, SIGTERM or SIGHUP, or its end.
 
@@ -481,6 +524,7 @@ def run_server(
             returns the recorder, if there is one.
         more: Lines to print after the one that says where the server listens.
         faults: Rules whose counts are logged at the end.
+        sandbox: What the process is to do without from when the server serves.
     """
     log = StderrLog()
     served: list[Served] = []
@@ -517,12 +561,16 @@ def run_server(
                 stack.callback(backend.close)
                 served.append(backend)
                 recorder = started(backend, stack)
+                box = sandbox(backend)
+                if box is not None:
+                    box.enter()
 
             def ready() -> None:
-                for line in (backend.ready_line, *more()):
+                notes = () if box is None else box.notes
+                for line in (backend.ready_line, *more(), *(f"guestio: {each}" for each in notes)):
                     log.say(line)
 
-            if not run_until_signaled(backend, stop, ready):
+            if not run_until_signaled(backend, stop, ready, box):
                 give_up()
         finally:
             with stop.limiting(give_up):

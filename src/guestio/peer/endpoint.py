@@ -213,6 +213,11 @@ def remove_sockets() -> None:
             listener.remove_socket()
 
 
+def sockets_made() -> list[str]:
+    """Paths of the sockets that are to be removed at the end."""
+    return [listener.path for listener in list(_made)]
+
+
 class Connector:
     """Connects to a peer that listens, and again when that is gone.
 

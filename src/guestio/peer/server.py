@@ -58,6 +58,7 @@ class PeerServer(ABC):
     Attributes:
         path: Where the socket is; empty if it has no name in the file system.
         ready_line: One line that says where peers come from.
+        connects: Whether it connects to Unix sockets while it serves.
         statistics: Counters over all peers so far.
 
     Threads: everything happens in the thread that calls :meth:`serve`; only :meth:`stop` may be
@@ -91,6 +92,7 @@ class PeerServer(ABC):
             self._attached()
             undo.pop_all()
         self.path, self.ready_line = self._endpoint.path, self._endpoint.ready_line
+        self.connects = connect
         LOG.watch(self._lines_hidden)
 
     @abstractmethod

@@ -266,6 +266,7 @@ class Proxy(WatchedServer):
         super().__init__(
             path, connect=False, log=log, control=control, http=http, http_token=http_token
         )
+        self.connects = True  # to the back-end
         if faults is not None:
             faults.watch(self._rules_changed)
 
