@@ -128,10 +128,10 @@ def serve(
             takes some seconds to become a Parquet file.
         record_payload: How much of what requests carry is recorded: ``"none"``, ``"headers"`` or
             ``"all"``.
-        sandbox: ``"auto"`` drops what serving does not need, as the server commands do
-            (:mod:`guestio.sandbox`): the process starts no program, opens no socket and writes no
-            file from then on. That cannot be taken back when this function returns, so only a
-            process that does nothing else should ask for it.
+        sandbox: ``"auto"`` drops what serving does not need, as the server commands do: the
+            process starts no program, opens no socket and writes no file from then on. That cannot
+            be taken back when this function returns, so only a process that does nothing else
+            should ask for it.
         options: As for `Backend`; over vfio-user as for `VirtioPci` and
             :class:`vfio_user.Server <guestio.vfio_user.Server>`.
 
