@@ -75,13 +75,16 @@ class Filters:
     def __init__(self) -> None:
         self._library = _load_library()
 
-    def limit_process(self, *, connects: bool, writes: bool, removes: bool) -> None:
+    def limit_process(
+        self, *, connects: bool, writes: bool, removes: bool, everywhere: bool = True
+    ) -> None:
         """Limit all threads of the process.
 
         Args:
             connects: Whether Unix sockets can be made, and connected.
             writes: Whether files can be opened for writing, and renamed.
             removes: Whether files can be removed.
+            everywhere: False for the calling thread, and those that it starts, alone.
 
         Raises:
             OSError: The system refuses.
@@ -116,7 +119,7 @@ class Filters:
         if connects:
             self._add(filter_, lib.ALLOW, "socket", *stream)
             self._add(filter_, lib.ALLOW, "connect")
-        filter_.set_attr(lib.Attr.CTL_TSYNC, 1)
+        filter_.set_attr(lib.Attr.CTL_TSYNC, int(everywhere))
         self._finish(filter_)
 
     def limit_thread(self) -> None:
