@@ -1,17 +1,24 @@
 """The ``guestio`` command, run as a user runs it."""
 
 import os
+import platform
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 import guestio
+from guestio._core.base import variant
+from guestio.cli.version import extras
 from guestio.guest import ScriptedGuest
+
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 
 
 def run(*arguments: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
@@ -24,8 +31,31 @@ def run(*arguments: str | Path, timeout: float = 60) -> subprocess.CompletedProc
     )
 
 
-def test_version_is_the_package_version():
-    assert run("--version").stdout == f"guestio, version {guestio.__version__}\n"
+def test_version_names_the_package_the_build_and_the_extras():
+    first, *others = run("--version").stdout.splitlines()
+    assert first == f"guestio, version {guestio.__version__}"
+    said = dict(line.split(": ", 1) for line in others)
+    name, compiler, checks = said["core"].split(", ")
+    assert name == variant.NAME
+    assert re.match(r"(GCC|Clang|.*clang.*) \d+\.", compiler)
+    assert checks == ("assertions on" if variant.CHECKS else "assertions off")
+    assert said["Python"].endswith(platform.python_version())
+    assert platform.machine() in said["platform"]
+    assert {line for line in said if line.startswith("extra ")} == {
+        f"extra {extra}" for extra in PROJECT["optional-dependencies"] if extra != "dev"
+    }
+
+
+def test_version_names_what_an_extra_lacks(monkeypatch):
+    def version(name):
+        if name == "h11":
+            raise metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = extras()
+    assert found.pop("control") == ["h11"]
+    assert not any(found.values())
 
 
 def test_help_teaches_a_whole_qemu_command_line():

@@ -7,7 +7,6 @@ import sys
 
 import click
 
-import guestio
 from guestio.cli.bench import bench
 from guestio.cli.blk import blk
 from guestio.cli.check import check
@@ -30,10 +29,18 @@ from guestio.cli.seconds import Seconds
 from guestio.cli.serve import serve
 from guestio.cli.stderr import FORMAT, open_standard_descriptors
 from guestio.cli.top import top
+from guestio.cli.version import show
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(guestio.__version__, prog_name="guestio")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show,
+    help="Show the version, the build, Python, the platform and the extras, and exit.",
+)
 def cli() -> None:
     """Virtual devices that sit safely behind a virtual IOMMU."""
 

@@ -1,3 +1,4 @@
 NAME: str
+COMPILER: str
 CHECKS: bool
 CAPACITIES: dict[str, int]

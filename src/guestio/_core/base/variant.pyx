@@ -9,11 +9,20 @@ cdef extern from *:
     #else
     enum { CHECKED = 0 };
     #endif
+    #if defined(__clang__)
+    #define GUESTIO_COMPILER __VERSION__
+    #elif defined(__GNUC__)
+    #define GUESTIO_COMPILER "GCC " __VERSION__
+    #else
+    #define GUESTIO_COMPILER "unknown"
+    #endif
     """
     const char *GUESTIO_CORE
+    const char *GUESTIO_COMPILER
     bint CHECKED
 
 NAME: str = GUESTIO_CORE.decode()
+COMPILER: str = GUESTIO_COMPILER.decode()
 CHECKS: bool = bool(CHECKED)
 CAPACITIES: dict[str, int] = {
     "TREE_FANOUT": capacity.TREE_FANOUT,
