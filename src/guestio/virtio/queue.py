@@ -144,6 +144,8 @@ class DeviceQueue:
         self._stalled_for = 0
         self._kick: Doorbell | None = None
         self._call: Doorbell | None = None
+        # Notifications that the driver had wanted when it was last given, or taken, a call.
+        self._heard = self.counts.notifications
         self._err: Doorbell | None = None
         self._ring: Ring | None = None
         self._active: ActiveQueue | None = None
@@ -729,8 +731,10 @@ class DeviceQueue:
             # A back-end that is gone may have published requests and not come to say so; see also
             # libvhost-user, `vu_set_vring_call_exec`. And a ring may have been served before this
             # came: QEMU gives the kick first.
-            if self._host.tracked or (old is None and self._started):
+            wanted = self.counts.notifications
+            if self._host.tracked or (old is None and wanted != self._heard):
                 signal(self._call)
+            self._heard = wanted
             self.wake()
 
     def set_err(self, err: Doorbell | None) -> None:
